@@ -1,0 +1,29 @@
+"""One visual encoder for rebuilding, naming and describing pictures: OpenVision 3 (arXiv 2601.15369), the whole system.
+
+import openvision3 as ov3
+model = ov3.load("mini")
+tokens = model.encode("picture.jpg")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openvision3.data.images import to_pil as to_pil
+    from openvision3.model.openvision3 import OpenVision3 as OpenVision3
+    from openvision3.pipeline import Pipeline as Pipeline
+    from openvision3.pipeline import load as load
+
+__version__ = "0.1.0"
+__all__ = ["OpenVision3", "Pipeline", "__version__", "load", "to_pil"]
+
+_HOMES = {"load": "pipeline", "Pipeline": "pipeline", "OpenVision3": "model.openvision3", "to_pil": "data.images"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line's help must not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'openvision3' has no attribute {name!r}")
+    return getattr(import_module(f"openvision3.{_HOMES[name]}"), name)

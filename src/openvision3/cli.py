@@ -1,0 +1,429 @@
+"""The command line: one function per verb. Bad input is one line on stderr and exit code 2; a stopped run is 75."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from openvision3 import __version__
+
+if TYPE_CHECKING:
+    from openvision3.config import RunConfig
+    from openvision3.pipeline import Pipeline
+
+STOPPED = 75
+"""Exit code of a run that a signal ended after it had saved: run the same command with --resume."""
+
+Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
+Model = Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
+Device = Annotated[str, arg(metavar="{auto,cpu,cuda}", help="where to compute")]
+Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
+VaeFolder = Annotated[str, arg(metavar="FOLDER", help="the VAE, where the model's own is not at hand")]
+
+
+def demo(minutes: float = 5.0, out: str = "demo", seed: int = 0) -> int:
+    """Train the small model on OpenMoji for a few minutes and write a report of what it learned.
+
+    Args:
+        minutes: how long to train.
+        out: the folder of the report; an earlier demo in it is replaced.
+        seed: of everything random.
+    """
+    from openvision3.demo import run_demo
+
+    return run_demo(minutes, Path(out), seed)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train from a recipe: openvision3 train RECIPE --field value ..."""
+    from openvision3.config import nearest
+    from openvision3.recipes import RECIPES
+
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:14s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
+        print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
+        return 0 if argv else 2
+    name, rest = argv[0], list(argv[1:])
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name}; legal are {', '.join(RECIPES)}; nearest is {nearest(name, RECIPES) or 'none'}")
+    from openvision3.config import RunConfig, load_config
+
+    def read(default: RunConfig) -> RunConfig:
+        return parse(RunConfig, rest, f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
+
+    config = read(RECIPES[name]())
+    started = Path(config.out or f"runs/{name}") / "config.json"
+    if config.resume and started.is_file():  # what is not set on the command line is as the run has it
+        config = read(load_config(RunConfig, started))
+    return _train(name, config)
+
+
+def _train(name: str, config: RunConfig) -> int:
+    from openvision3.pretrain import pretrain
+
+    return STOPPED if pretrain(config, name).status == "stopped" else 0
+
+
+def reconstruct(
+    pictures: Pictures,
+    model: Model = "mini",
+    out: str = "reconstructed",
+    size: int | None = None,
+    beside: bool = False,
+    device: Device = "auto",
+    vae: VaeFolder = "",
+    json: Json = False,
+) -> int:
+    """Rebuild pictures from their tokens and say how close they come.
+
+    Args:
+        out: the folder for the PNG files.
+        size: long side in pixels (default: the training size; 0: as the picture is).
+        beside: write original, VAE alone and rebuilt side by side.
+    """
+    from openvision3.data.images import pad, to_pil
+    from openvision3.evaluate.reconstruction import psnr
+    from openvision3.evaluate.report import grid
+    from openvision3.pretrain import vae_only
+
+    paths = _paths(pictures)
+    folder = _output_folder(out)
+    if any(Path(path).resolve().parent == folder.resolve() for path in paths):
+        raise ValueError(f"{out} is where the pictures are, and would be written over; name another folder with --out")
+    pipeline = _load(model, device, vae)
+    names: dict[str, int] = {}
+
+    def one(path: str) -> dict[str, Any]:
+        original = pipeline.scaled(path, size)[0][None]
+        height, width = original.shape[2:]
+        rebuilt = pipeline.reconstruct(original).cpu()
+        through_vae = vae_only(pipeline, pad(original[0])[None])[..., :height, :width]
+        columns: list[Any] = [to_pil(images[0]) for images in (original, through_vae, rebuilt)]
+        sheet = grid([columns], ("original", "VAE", "rebuilt")) if beside else columns[2]
+        target = folder / f"{_unused(Path(path).stem, names)}.png"
+        _write(target, lambda file: sheet.save(file, "PNG"))
+        return {
+            "picture": path,
+            "file": str(target),
+            "width": width,
+            "height": height,
+            "psnr": round(psnr(original, rebuilt).item(), 2),
+            "vae_psnr": round(psnr(original, through_vae).item(), 2),
+        }
+
+    def line(r: dict[str, Any]) -> str:
+        return f"{r['picture']} -> {r['file']}  {r['width']}x{r['height']}  PSNR {r['psnr']:.2f} dB (its VAE alone {r['vae_psnr']:.2f})"
+
+    return _each(paths, one, json, line)
+
+
+def caption(
+    pictures: Pictures,
+    model: Model = "mini",
+    beams: int = 1,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    max_length: int | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    vae: VaeFolder = "",
+    json: Json = False,
+) -> int:
+    """Describe pictures in words.
+
+    Args:
+        beams: hypotheses of the beam search; 1 is greedy.
+        top_p: draw words from the smallest set with this probability instead.
+        temperature: flattens (> 1) or sharpens (< 1) what is drawn from.
+        max_length: longest caption in word pieces.
+        seed: of what is drawn.
+    """
+    paths = _paths(pictures)
+    pipeline = _load(model, device, vae)
+    settings: dict[str, Any] = {"beams": beams, "top_p": top_p, "temperature": temperature, "max_length": max_length, "seed": seed}
+    return _each(paths, lambda path: {"picture": path, "caption": pipeline.caption(path, **settings)[0]}, json, lambda r: f"{r['picture']}: {r['caption']}")
+
+
+def classify(
+    pictures: Pictures, labels: tuple[str, ...], model: Model = "mini", top: int = 5, device: Device = "auto", vae: VaeFolder = "", json: Json = False
+) -> int:
+    """Choose among labels in words, with probabilities.
+
+    Args:
+        labels: the texts to choose among, such as --labels "a cat" "a dog".
+        top: how many to show.
+    """
+    paths = _paths(pictures)
+    if not labels or top < 1:
+        raise ValueError(f"{len(labels)} labels and top {top}: legal is one or more of each, such as --labels 'a cat' 'a dog' --top 1")
+    pipeline = _load(model, device, vae)
+
+    def one(path: str) -> dict[str, Any]:
+        found = pipeline.classify(path, labels)[:top]
+        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in found]}
+
+    return _each(paths, one, json, lambda r: f"{r['picture']}: " + ", ".join(f"{x['label']} {100 * x['probability']:.1f}%" for x in r["labels"]))
+
+
+def encode(
+    pictures: Pictures, model: Model = "mini", out: str = "tokens", size: int | None = None, device: Device = "auto", vae: VaeFolder = "", json: Json = False
+) -> int:
+    """Write tokens and the embedding of each picture as a .safetensors file.
+
+    Args:
+        out: the folder for the files; each holds tokens (N, D), embedding (E,) and the picture's height and width.
+        size: long side in pixels (default: the training size; 0: as the picture is).
+    """
+    import torch
+    from safetensors.torch import save
+
+    paths = _paths(pictures)
+    folder = _output_folder(out)
+    pipeline = _load(model, device, vae)
+    names: dict[str, int] = {}
+
+    def one(path: str) -> dict[str, Any]:
+        image = pipeline.scaled(path, size)[0]
+        height, width = image.shape[1:]
+        with torch.no_grad():
+            tokens, pooled = pipeline.encoder(pipeline.vae.encode(pipeline.prepare(image)))
+        embedding = torch.nn.functional.normalize(pooled, dim=-1)[0].cpu()
+        tokens = tokens[0].cpu()
+        target = folder / f"{_unused(Path(path).stem, names)}.safetensors"
+        data = save({"tokens": tokens.contiguous(), "embedding": embedding.contiguous()}, {"height": str(height), "width": str(width), "model": model})
+        _write(target, lambda file: file.write(data))
+        return {"picture": path, "file": str(target), "tokens": list(tokens.shape), "embedding": len(embedding), "height": height, "width": width}
+
+    return _each(paths, one, json, lambda r: f"{r['picture']} -> {r['file']}  tokens {r['tokens'][0]} x {r['tokens'][1]}")
+
+
+def info(model: Positional[Model] = "mini", json: Json = False) -> int:
+    """Say what a model folder or a shipped model holds: parts, sizes, VAE, licence, training."""
+    from openvision3.config import to_dict
+    from openvision3.hub import find_folder, load_model
+
+    folder = find_folder(model)
+    network, tokenizer, config = load_model(folder)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
+    found = {
+        "folder": str(folder),
+        **to_dict(config),
+        "parameters": parts,
+        "grid": [config.size // 16] * 2,
+        "token_width": network.encoder.size.width,
+        "stride": network.vae.stride,
+    }
+    if json:
+        print(dumps(found, indent=2))
+        return 0
+    side, vae = config.size // 16, network.vae
+    print(f"{folder}\n  trained at {config.size} px: {side * side} tokens of {network.encoder.size.width}, embeddings of {config.model.encoder.embed_dim}")
+    for name, count in parts.items():
+        print(f"  {name:15s} {count / 1e6:7.2f} M parameters" + ("  (frozen)" if name == "vae" else ""))
+    print(f"  VAE: {vae.name}, {vae.latent_channels} channels, stride {vae.stride}, latents x {vae.scale:g}, sha256 {vae.sha256[:12] or 'none'}")
+    print(f"  licence: {config.training.get('licence') or config.vae.get('licence')}")
+    print(f"  vocabulary: {len(tokenizer)} word pieces")
+    for name, value in config.training.items():
+        if name != "licence":
+            print(f"  {name}: {value}")
+    return 0
+
+
+def doctor(json: Json = False) -> int:
+    """Look at this machine: versions, what is fast, what is missing and what to do."""
+    from openvision3.doctor import examine
+
+    found = examine()
+    if json:
+        print(dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            if name != "problems":
+                print(f"{name:16s} {', '.join(value) if isinstance(value, list) else value}")
+        for problem in found["problems"]:
+            print(f"! {problem}")
+        if not found["problems"]:
+            print("all is well")
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, reconstruct, caption, classify, encode, info, doctor)}
+
+
+# -- what the verbs share ------------------------------------------------------------------------------------------
+
+
+def _load(model: str, device: str, vae: str) -> Pipeline:
+    from openvision3.pipeline import load
+
+    return load(model, device=device, vae=vae)
+
+
+def _paths(patterns: Sequence[str]) -> list[str]:
+    from openvision3.pipeline import expand_pictures
+
+    if not patterns:
+        raise ValueError("no pictures given; name files, folders or globs")
+    return expand_pictures(patterns)
+
+
+def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:
+    """Do `one` for every picture; those that cannot be read are named on stderr and counted, and make the exit code 2."""
+    from openvision3.data.images import ImageError
+    from openvision3.progress import track
+
+    results, skipped = [], 0
+    for path in track(paths, "pictures") if json else paths:  # a line for each is progress enough, and a bar would take stdout over
+        try:
+            result = one(path)
+        except ImageError as error:
+            if len(paths) == 1:
+                raise
+            skipped += 1
+            print(f"openvision3: {error}", file=sys.stderr)
+            continue
+        results.append(result)
+        if not json:
+            print(line(result), flush=True)
+    if json:
+        print(dumps(results, indent=2, ensure_ascii=False))
+    if skipped:
+        print(f"openvision3: {skipped} of {len(paths)} pictures skipped", file=sys.stderr)
+    return 2 if skipped else 0
+
+
+def _output_folder(name: str) -> Path:
+    """Check that files can be written there. It is made with the first of them."""
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder with --out")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"no permission to write into {existing}; name another folder with --out")
+    return folder
+
+
+def _unused(stem: str, names: dict[str, int]) -> str:
+    """a, a-2, a-3: pictures of one name from several folders do not overwrite each other."""
+    names[stem] = names.get(stem, 0) + 1
+    return stem if names[stem] == 1 else _unused(f"{stem}-{names[stem]}", names)
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = path.with_name(f".making-{os.getpid()}")
+    try:
+        with open(making, "wb") as file:
+            write(file)
+        os.replace(making, path)
+    finally:
+        making.unlink(missing_ok=True)
+
+
+def parse(target: Any, argv: Sequence[str], program: str, **settings: Any) -> Any:
+    """tyro, with its boxed error as one line. Raises ValueError; `--help` exits as usual."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(target, args=list(argv), prog=program, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(errors.getvalue(), program, _options(target, settings.get("default")))) from None
+
+
+def _options(target: Any, default: Any) -> list[str]:
+    """The legal option names: those of a config's fields, or of a verb's parameters."""
+    if default is None:
+        return [f"--{name.replace('_', '-')}" for name in inspect.signature(target).parameters]
+    from openvision3.config import flat, to_dict
+
+    return [f"--{name.replace('_', '-')}" for name in flat(to_dict(default))]
+
+
+def deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """The verb with its arguments bound and not yet run: what it says on stderr while it runs must not end in `parse`."""
+
+    @functools.wraps(verb)
+    def bind(*args: Any, **named: Any) -> Callable[[], int]:
+        return functools.partial(verb, *args, **named)
+
+    return bind
+
+
+def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
+    """The first paragraph of tyro's error box, and for an unknown option the nearest of `options`."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
+    paragraphs: list[list[str]] = [[]]
+    for line in lines[1:]:
+        if re.fullmatch(r"[─-]{4,}.*", line):
+            paragraphs.append([])
+        elif line:
+            paragraphs[-1].append(line)
+    filled = [p for p in paragraphs if p]
+    message = " ".join(filled[0]) if filled else "wrong arguments"
+    unknown = re.search(r"Unrecognized options: (--[^\s,]+)", message)
+    near = next(iter(difflib.get_close_matches(unknown.group(1), options, 1, cutoff=0.3)), "") if unknown else ""
+    return message.rstrip(".") + (f"; nearest is {near}" if near else "") + f"; see {program} --help"
+
+
+def help_text() -> str:
+    lines = [f"  {name:12s} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in VERBS.items()]
+    return (
+        f"openvision3 {__version__}: one visual encoder for rebuilding, naming and describing pictures\n\n"
+        "usage: openvision3 COMMAND [ARGUMENTS]\n\ncommands:\n" + "\n".join(lines) + "\n\nhelp on one: openvision3 COMMAND --help"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    verb = argv[0]
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1, cutoff=0.3)
+            raise ValueError(f"unknown command {verb}; legal are {', '.join(VERBS)}" + (f"; nearest is {near[0]}" if near else ""))
+        if verb == "train":
+            return train(argv[1:])
+        return parse(deferred(VERBS[verb]), argv[1:], f"openvision3 {verb}")()
+    except KeyboardInterrupt:
+        print("openvision3: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
+            raise
+        print(f"openvision3: {_message(error)}", file=sys.stderr)
+        return 1 if type(error).__name__ == "NotFinite" else 2
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        hint = {28: "make room", 13: "name a place you may write to or read from"}.get(error.errno or 0, "")
+        return f"{error.filename}: {error.strerror}" + (f"; {hint}" if hint else "")
+    return " ".join(str(error).split()) or type(error).__name__

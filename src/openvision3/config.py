@@ -1,0 +1,187 @@
+"""RunConfig gathers the dataclasses that stand beside their classes: save, load, override from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from openvision3.model.openvision3 import ModelConfig
+from openvision3.optimizer import OptimizerConfig
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunConfig:
+    """One training run, complete: the same config and seed give the same losses."""
+
+    data: tuple[str, ...] = ("openmoji",)
+    """openmoji, folders of pictures, shards such as data/{00000..00009}.tar; several are mixed"""
+    val: tuple[str, ...] = ("openmoji",)
+    """what is evaluated on, never trained on; openmoji means its held-out tenth"""
+    only: tuple[str, ...] = ()
+    """keep shard samples whose JSON has these values, as in source=clipart"""
+    caption_keys: tuple[str, ...] = ()
+    """JSON fields of shards that hold captions, the first is the one to predict; none: the .txt member"""
+    captions: int = 1
+    """captions a picture to contrast, each as a set of its own"""
+    aliases: bool = False
+    """openmoji: other names of an emoji are captions to contrast too (with captions 2)"""
+    families: bool = False
+    """every other epoch puts samples of one family (skin tones and genders of an emoji) into the same batches"""
+    size: int = 128
+    """side of the training pictures in pixels, a multiple of 16"""
+    crop_area: tuple[float, float] = (0.4, 1.0)
+    """share of a picture that a random crop covers"""
+    tokenizer: str = ""
+    """a tokenizer.json; none: that of --init, or a WordPiece trained on the captions"""
+    vocabulary: int = 4096
+    """largest vocabulary of a trained WordPiece"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """the model"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """the optimiser"""
+    steps: int = 1000
+    """optimiser steps of the whole run"""
+    minutes: float = 0.0
+    """fix `steps` from a measured rate so that training takes this long; 0: take `steps`"""
+    batch: int = 64
+    """pictures a step"""
+    pixel_share: float = 0.25
+    """share of the batch that is decoded to pixels: 1, 1/2, 1/4 ... or 0"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto measures both for a moment and takes the faster"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    seed: int = 0
+    """of the weights, the order and every random draw"""
+    workers: int = 0
+    """processes that prepare pictures; 0: one thread"""
+    log_every: int = 10
+    """steps between lines"""
+    eval_every: int = 250
+    """steps between evaluations and sample grids; 0: only at the end"""
+    save_every: int = 250
+    """steps between checkpoints; 0: only at the end"""
+    keep: int = 2
+    """checkpoints kept"""
+    out: str = ""
+    """the run folder; none: runs/RECIPE"""
+    init: str = ""
+    """start from the weights of a shipped model, a model folder or a run (a new optimiser)"""
+    resume: bool = False
+    """go on from the last checkpoint in the run folder"""
+
+    def __post_init__(self):
+        if self.size % 16 or self.size < 16:
+            raise ValueError(f"size {self.size} must be a multiple of 16, such as {max(16, round(self.size / 16) * 16)}")
+        for name in ("steps", "batch", "captions", "vocabulary", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("eval_every", "save_every", "workers", "minutes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be a number that is not negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision {self.precision!r} is unknown; legal are auto, bf16 and fp32")
+        if self.pixel_share and (not 0 < self.pixel_share <= 1 or abs(1 / self.pixel_share - round(1 / self.pixel_share)) > 1e-6):
+            raise ValueError(f"pixel_share {self.pixel_share} must be 0 or one over a whole number, such as 1, 0.5, 0.25")
+        if 0 < self.pixel_share * self.batch < 1 - 1e-6:
+            raise ValueError(f"pixel_share {self.pixel_share} of a batch of {self.batch} is less than one picture; use at least {1 / self.batch:g}")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device {self.device!r} is not supported; legal are auto, cpu and cuda")
+        for rule in self.only:
+            if "=" not in rule:
+                raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")
+
+    @property
+    def only_values(self) -> dict[str, str]:
+        return dict(rule.split("=", 1) for rule in self.only)
+
+
+def nearest(word: str, legal: typing.Iterable[str]) -> str:
+    """The legal name most like `word`, for error messages; empty when there is none."""
+    found = difflib.get_close_matches(word, list(legal), 1, cutoff=0.3)
+    return found[0] if found else ""
+
+
+def to_dict(config: Any) -> dict:
+    """A config -> plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their names on the command line: {"model": {"loss": {"tau": 1}}} -> {"model.loss.tau": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def from_dict(kind: type[T], values: dict, where: str = "") -> T:
+    """Plain values -> a config, strictly.
+
+    Raises:
+        ValueError: an unknown field (with the nearest name), or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        place = f"{where}.{name}" if where else name
+        if name not in names:
+            raise ValueError(f"unknown field {place}; nearest is {nearest(name, names) or 'none'}")
+        made[name] = _value(hints[name], value, place)
+    return kind(**made)
+
+
+def _value(kind: Any, value: Any, place: str) -> Any:
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place} must hold fields, not {value!r}")
+        return from_dict(typing.cast(type, kind), value, place)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _value(next(k for k in inside if k is not type(None)), value, place)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{place} must be a list, not {value!r}")
+        if inside[-1] is not Ellipsis and len(value) != len(inside):
+            raise ValueError(f"{place} must be a list of {len(inside)}, not {value!r}")
+        return tuple(_value(inside[0], v, place) for v in value)
+    if origin is Literal:
+        if value not in inside:
+            raise ValueError(f"{place} {value!r} is unknown; legal are {', '.join(map(str, inside))}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{place} must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(kind: type[T], path: str | Path) -> T:
+    """Raises FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such config: {path}")
+    try:
+        values = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold fields, not {values!r}")
+    return from_dict(kind, values)

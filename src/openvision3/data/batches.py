@@ -1,0 +1,258 @@
+"""A source -> batches, in an order and with random draws that are functions of (seed, epoch, sample) alone.
+
+Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`; batch `step` holds positions
+step x batch to (step + 1) x batch. So a run goes on from its step number alone, with any number of workers.
+A sample that cannot be used is replaced by another one of the epoch, and reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import queue
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openvision3.data.images import ImageError, to_tensor
+from openvision3.data.shards import Source
+from openvision3.data.text import TextTokenizer
+
+FAMILY = 16
+TRIES = 256
+"""Samples tried for one place in a batch: a run survives nine broken samples in ten, and stops with the reason where all are broken."""
+
+Sample = tuple[str, Tensor, tuple[str, ...], list[dict[str, str]]]
+"""key, image, captions to use, problems met on the way"""
+Made = tuple[dict[str, Tensor], list[dict[str, str]]]
+"""a batch and the problems met on the way"""
+
+
+def draw_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but `parts`."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class TextShape:
+    """How captions become ids."""
+
+    text_positions: int
+    caption_positions: int
+    captions: int = 1
+    """K, how many captions a picture are contrasted"""
+
+
+class TrainingBatches:
+    """Endless batches from `first_step` on; `problems` collects what was skipped, {key, reason, detail}, each sample once.
+
+    With `families`, every other epoch keeps samples of one family side by side, so that the contrast has to tell them apart:
+    at random, two skin tones of one emoji hardly ever meet in a batch.
+
+    `pixel_share` says which rows get the pixel loss: every 1/share-th row of the global batch, moved on by one a step.
+
+    Raises:
+        ValueError: an empty source or an illegal size; while iterating, when 256 samples in a row cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: TextTokenizer,
+        shape: TextShape,
+        *,
+        size: int,
+        batch: int,
+        seed: int,
+        pixel_share: float = 1.0,
+        workers: int = 0,
+        augment: bool = True,
+        families: bool = False,
+    ):
+        if batch < 1:
+            raise ValueError(f"batch {batch} must be at least 1")
+        if not 0 <= pixel_share <= 1:
+            raise ValueError(f"pixel_share {pixel_share} must lie between 0 and 1")
+        if not len(source):
+            raise ValueError("the data holds no sample; name a source that has some")
+        self.source, self.tokenizer, self.shape = source, tokenizer, shape
+        self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
+        self.workers, self.augment = workers, augment
+        self.problems: list[dict[str, str]] = list(source.problems)
+        self._reported = {(p["key"], p["reason"]) for p in self.problems}
+        self._order: tuple[int, np.ndarray] | None = None
+        self._families: list[list[int]] = []
+        if families:
+            found: dict[str, list[int]] = {}
+            for index in range(len(source)):
+                found.setdefault(source.family(index), []).append(index)
+            self._families = list(found.values())
+
+    def index(self, position: int) -> int:
+        epoch, within = divmod(position, len(self.source))
+        order = self._order
+        if order is None or order[0] != epoch:
+            rng = np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch)))
+            shuffled = self._by_family(rng) if self._families and epoch % 2 else rng.permutation(len(self.source))
+            order = self._order = (epoch, shuffled)
+        return int(order[1][within])
+
+    def _by_family(self, rng: np.random.Generator) -> np.ndarray:
+        """A shuffle that keeps families together, in pieces of at most FAMILY."""
+        pieces = []
+        for family in self._families:
+            mixed = rng.permutation(family)
+            pieces += [mixed[i : i + FAMILY] for i in range(0, len(mixed), FAMILY)]
+        return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+
+    def sample(self, position: int) -> Sample:
+        """The sample at `position` of the run, or where it cannot be used the first usable of those drawn instead."""
+        epoch = position // len(self.source)
+        problems: list[dict[str, str]] = []
+        for attempt in range(TRIES):
+            index = self.index(position)
+            if attempt:
+                index = draw_seed(self.seed, "instead", position, attempt) % len(self.source)
+            key = self.source.key(index)
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
+            try:
+                captions = self.source.captions(index)
+                if not captions:
+                    problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})
+                    continue
+                image = to_tensor(self.source.picture(index, self.size, generator if self.augment else None))
+            except ImageError as error:
+                problems.append({"key": key, "reason": error.reason, "detail": str(error)})
+                continue
+            return key, image, self._choose(captions, generator), problems
+        raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
+
+    def _choose(self, captions: tuple[str, ...], generator: torch.Generator) -> tuple[str, ...]:
+        """The caption to predict is the first; those to contrast are it and K - 1 others, drawn where there are more."""
+        others = captions[1:]
+        if len(others) >= self.shape.captions:
+            picked = torch.randperm(len(others), generator=generator)[: self.shape.captions - 1].tolist()
+            others = tuple(others[i] for i in picked)
+        return (captions[0], *others)[: self.shape.captions]
+
+    def collate(self, rows: list[Sample]) -> Made:
+        count = self.shape.captions
+        texts = [(*captions, *[""] * (count - len(captions))) for _, _, captions, _ in rows]
+        flat = self.tokenizer.text_ids([t for row in texts for t in row], self.shape.text_positions)
+        batch = {
+            "images": torch.stack([image for _, image, _, _ in rows]),
+            "text_ids": flat.unflatten(0, (len(rows), count)),
+            "text_present": torch.tensor([[k < len(captions) for k in range(count)] for _, _, captions, _ in rows]),
+            "caption_ids": self.tokenizer.caption_ids([captions[0] for _, _, captions, _ in rows], self.shape.caption_positions),
+            "sample_key": torch.tensor([draw_seed(key) for key, _, _, _ in rows]),
+        }
+        return batch, [problem for _, _, _, problems in rows for problem in problems]
+
+    def __getitem__(self, step: int) -> Made | Exception:
+        """Batch `step`; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
+        try:
+            return self.collate([self.sample(position) for position in range(step * self.batch, (step + 1) * self.batch)])
+        except Exception as error:  # from_step raises it
+            return error
+
+    def add_draws(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The random draws of the step: a noise seed for each row, and the rows whose pixels are compared."""
+        rows = range(self.batch)
+        batch["draw_key"] = torch.tensor([draw_seed(self.seed, step, row) for row in rows])
+        if self.pixel_share < 1:
+            before = [math.floor((row + step - 1) * self.pixel_share) for row in range(self.batch + 1)]
+            batch["pixel_rows"] = torch.tensor([row for row in rows if before[row + 1] > before[row]], dtype=torch.long)
+        return batch
+
+    def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
+        made = self._from_workers(first_step) if self.workers else self._from_thread(first_step)
+        with contextlib.closing(made):
+            for step, item in enumerate(made, first_step):
+                if isinstance(item, Exception):
+                    raise item
+                batch, problems = item
+                self._report(problems)
+                yield self.add_draws(batch, step)
+
+    def _report(self, problems: list[dict[str, str]]) -> None:
+        for problem in problems:
+            if (problem["key"], problem["reason"]) not in self._reported:
+                self._reported.add((problem["key"], problem["reason"]))
+                self.problems.append(problem)
+
+    def _from_workers(self, first_step: int) -> Generator[Made | Exception, None, None]:
+        yield from torch.utils.data.DataLoader(
+            self,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=itertools.count(first_step),
+            num_workers=self.workers,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # or the loader would draw from the global stream, which no workers leave alone
+        )
+
+    def _from_thread(self, first_step: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
+        ready: queue.Queue = queue.Queue(ahead)
+        stop = threading.Event()
+
+        def put(item: object) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            for step in itertools.count(first_step):
+                if stop.is_set():
+                    return
+                put(self[step])
+
+        thread = threading.Thread(target=work, name="batches", daemon=True)
+        thread.start()
+        try:
+            while True:
+                yield ready.get()
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _outlive_signals(worker: int) -> None:
+    """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
+
+
+def evaluation_batches(
+    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None
+) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
+    """(keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
+
+    A picture without a caption stays, with (): it can be rebuilt, if not retrieved.
+    """
+    keys: list[str] = []
+    images: list[Tensor] = []
+    captions: list[tuple[str, ...]] = []
+    for index in range(len(source)):
+        try:
+            text, image = source.captions(index), to_tensor(source.picture(index, size))
+        except ImageError as error:
+            if problems is not None:
+                problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+            continue
+        keys.append(source.key(index))
+        images.append(image)
+        captions.append(text)
+        if len(images) == batch:
+            yield keys, torch.stack(images), captions
+            keys, images, captions = [], [], []
+    if images:
+        yield keys, torch.stack(images), captions

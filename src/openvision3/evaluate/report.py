@@ -1,0 +1,133 @@
+"""Results -> curves, picture rows and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from openvision3.evaluate.captioning import words
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem }
+.lead { opacity: .75; margin-top: 0 } img { max-width: 100%; border-radius: 6px }
+.number, .card, figure { border: 1px solid var(--line); border-radius: 8px; padding: .6rem }
+.numbers { display: flex; flex-wrap: wrap; gap: .8rem } .number { background: var(--soft); min-width: 9rem }
+.number b { display: block; font-size: 1.5rem } .number span { font-size: .85rem; opacity: .75 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line) }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem } .card { display: flex; gap: .8rem; align-items: center }
+.card img { width: 72px; height: 72px; background: white } .card p { margin: 0; font-size: .9rem } .card small { opacity: .65 } .card .right { color: #17803d }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
+figure { margin: 0 } .rows img { width: 100%; background: white } figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem }
+figcaption { font-size: .85rem; margin-top: .3rem }
+footer { margin-top: 3rem; font-size: .85rem; opacity: .75 }
+"""
+
+
+def embed(image: Image.Image | bytes) -> str:
+    """A picture as a data address, so that the page stands alone."""
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        image = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def picture(image: Image.Image | bytes, alt: str = "") -> str:
+    return f'<img src="{embed(image)}" alt="{html.escape(alt, quote=True)}">'
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def curves(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
+    """One small panel for each named value of metrics.jsonl that occurs, over the steps, as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
+
+    found = [(name, points) for name in names if (points := [(r["step"], r[name]) for r in rows if name in r])]
+    columns = min(4, max(1, len(found)))
+    lines = max(1, -(-len(found) // columns))
+    figure = Figure(figsize=(3.2 * columns, 2.5 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.set_visible(False)
+    for panel, (name, points) in zip(panels.flat, found, strict=False):
+        panel.set_visible(True)
+        steps, values = zip(*points, strict=True)
+        panel.plot(steps, values, color="#2563eb", linewidth=1.5, marker="o" if len(points) == 1 else None)
+        panel.set_title(f"{name.removeprefix('train/')}: {values[-1]:.3g}", fontsize=10, loc="left")
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("step", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int = 6) -> Image.Image:
+    """Rows of equally large pictures side by side under column titles, as one picture."""
+    width, height = rows[0][0].size
+    header = 16
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, header + len(rows) * (height + gap) + gap), (225, 225, 225))
+    pen = ImageDraw.Draw(sheet)
+    for x, title in enumerate(titles):
+        pen.text((gap + x * (width + gap), 2), title, fill=(20, 20, 20))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (gap + x * (width + gap), header + gap + y * (height + gap)))
+    return sheet
+
+
+def numbers(pairs: Sequence[tuple[str, str]]) -> str:
+    boxes = "".join(f'<div class="number"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>' for name, value in pairs)
+    return f'<div class="numbers">{boxes}</div>'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def caption_cards(items: Sequence[tuple[Image.Image, str, str]]) -> str:
+    """(picture, written, true) -> cards; an exact caption is marked."""
+    cards = []
+    for image, written, true in items:
+        mark = ' class="right"' if words(written) == words(true) else ""
+        told = html.escape(written) or "(nothing)"
+        cards.append(f'<div class="card">{picture(image, true)}<p><span{mark}>{told}</span><br><small>{html.escape(true)}</small></p></div>')
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def triple_rows(items: Sequence[tuple[Sequence[Image.Image], str]]) -> str:
+    """((original, VAE, rebuilt), what they are) -> figures of three pictures."""
+    figures = [f"<figure><div>{''.join(picture(i) for i in images)}</div><figcaption>{html.escape(what)}</figcaption></figure>" for images, what in items]
+    return f'<div class="rows">{"".join(figures)}</div>'
+
+
+def write_page(path: str | Path, title: str, lead: str, sections: Sequence[tuple[str, str]], footer: str = "") -> Path:
+    """`sections` are (heading, HTML), `footer` is HTML too; title and lead are text. Returns the path."""
+    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{content}</section>" for heading, content in sections)
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style>
+<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>
+{body}
+<footer>{footer}</footer></body></html>
+"""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path

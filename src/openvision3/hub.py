@@ -1,0 +1,318 @@
+"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/.
+
+The VAE's weights go into the folder only where they are the embedded ones; of any other VAE its name and sha256 are
+recorded, and a load with other weights is refused. Loads are strict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from openvision3.config import from_dict, nearest, to_dict
+from openvision3.data.text import TextTokenizer
+from openvision3.model.openvision3 import ModelConfig, OpenVision3
+from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
+
+FORMAT = 1
+ASSETS = Path(__file__).parent / "assets"
+FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae"}
+"""All that a model folder holds: a save replaces nothing else."""
+_VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class FolderConfig:
+    """What config.json holds."""
+
+    format: int
+    """version of this layout"""
+    size: int
+    """side of the training pictures in pixels"""
+    model: ModelConfig
+    """every part"""
+    vocabulary: int
+    """word pieces, marks included"""
+    pad_id: int
+    """the padding mark"""
+    vae: dict[str, Any] = field(default_factory=dict)
+    """name, sha256, licence, channels, stride, scale and shift of the VAE it was trained with"""
+    training: dict[str, Any] = field(default_factory=dict)
+    """how it came to be: recipe, steps, samples, data, precision"""
+    model_type: str = "openvision3"
+    """for readers of many models"""
+
+
+def shipped() -> list[str]:
+    """Names that `load` knows without a path."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
+
+
+def save_model(
+    folder: str | Path,
+    model: OpenVision3,
+    tokenizer: TextTokenizer,
+    size: int,
+    *,
+    training: dict[str, Any] | None = None,
+    card: str = "",
+    dtype: torch.dtype | None = None,
+    with_vae: bool | None = None,
+) -> None:
+    """Write a model folder, whole or not at all: it is made beside its place and then takes it; an old model gives way last.
+
+    `dtype` None keeps the weights as they are. `with_vae` None puts the VAE in where it is the embedded one.
+
+    Raises:
+        ValueError: the target exists and is not a model folder, or holds more than a model.
+    """
+    folder = Path(os.path.abspath(folder))
+    _check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making, old = folder.with_name(f".{folder.name}.making"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    try:
+        origin = _vae_origin(model.vae)
+        if model.vae.network is not None and (with_vae or (with_vae is None and model.vae.name == "embedded")):
+            origin["sha256"] = _save_vae(model.vae, making / "vae")
+        vae_config = VAEConfig(model.vae.name or model.config.vae.name, model.vae.uses_shift)  # as it is, not as it was asked for
+        config = FolderConfig(FORMAT, size, replace(model.config, vae=vae_config), model.vocabulary, model.pad_id, origin, training or {})
+        _write_json(making / "config.json", to_dict(config))
+        _write_json(making / "preprocessor_config.json", _preprocessor(size))
+        tokenizer.save(making / "tokenizer.json")
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.trained_state().items()}
+        save_file(state, making / "model.safetensors", metadata={"format": "pt"})
+        (making / "README.md").write_text(card or model_card(config), encoding="utf-8")
+        _take_place(making, folder, old)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise ValueError(f"{folder} is where this runs; name a folder of its own")
+    if not folder.exists():
+        return
+    held = {p.name for p in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if held and not ({"config.json", "model.safetensors"} <= held and _is_ours(folder)):
+        raise ValueError(f"{folder} exists and is not a model folder; name a new one")
+    if held - FILES:
+        raise ValueError(f"{folder} holds more than a model ({', '.join(sorted(held - FILES)[:3])}), which a save would lose; name a new folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _take_place(making: Path, folder: Path, old: Path) -> None:
+    """Rename `making` to `folder`; what was there is removed only when the new one stands, and put back if it cannot."""
+    replaced = folder.exists()
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    try:
+        os.replace(making, folder)
+    except OSError:
+        if replaced:
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _vae_origin(vae: VAE) -> dict[str, Any]:
+    return {
+        "name": vae.name,
+        "sha256": vae.sha256,
+        "licence": vae.licence,
+        "latent_channels": vae.latent_channels,
+        "stride": vae.stride,
+        "latent_scale": vae.scale,
+        "latent_shift": vae.shift,
+        "latent_mode": "mean",
+    }
+
+
+def _save_vae(vae: VAE, folder: Path) -> str:
+    """Put the VAE into `folder` and return the sha256 of its weights.
+
+    The file that it came from is copied where it is at hand: what is in memory may be rounded to bf16, and under another
+    sha256 a load would refuse it.
+    """
+    source = EMBEDDED if vae.name == "embedded" else Path(vae.name)
+    for place in (source / "vae", source):
+        if vae.sha256 and (place / _VAE_WEIGHTS).is_file() and _sha256(place / _VAE_WEIGHTS) == vae.sha256:
+            folder.mkdir()
+            for name in ("config.json", _VAE_WEIGHTS):
+                shutil.copyfile(place / name, folder / name)
+            return vae.sha256
+    vae.network.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    return _sha256(folder / _VAE_WEIGHTS)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _preprocessor(size: int) -> dict[str, Any]:
+    """What other libraries read to prepare pictures."""
+    return {
+        "do_resize": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "size": {"longest_edge": size},
+        "pad_to_multiple_of": 16,
+    }
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def find_folder(name: str | Path) -> Path:
+    """A shipped name, a model folder, or a run folder (its newest checkpoint) -> the folder with config.json.
+
+    Raises:
+        FileNotFoundError: none of these, with the nearest shipped name.
+    """
+    name = str(name)
+    if name in shipped():
+        return ASSETS / name
+    folder = Path(name)
+    if (folder / "model.safetensors").is_file():
+        return folder
+    if (folder / "checkpoints").is_dir():
+        from openvision3.checkpoint import complete_checkpoints
+
+        found = complete_checkpoints(folder)
+        if found:
+            return found[-1]
+        raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
+    if folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no model: it holds no model.safetensors; name a model folder or a run folder")
+    near = nearest(name, shipped())
+    hint = f"; did you mean {near}?" if near else ""
+    raise FileNotFoundError(f"no such model: {name}; legal are {', '.join(shipped()) or 'no shipped model'}, a model folder or a run folder{hint}")
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Raises ValueError for another format version or a config that is not ours, FileNotFoundError for no config."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != "openvision3":
+        raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
+    version = values.get("format")
+    if version != FORMAT:
+        raise ValueError(f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it, or save it anew")
+    free = {name: values.pop(name, {}) for name in ("vae", "training")}  # any names may stand in these two
+    try:
+        config = from_dict(FolderConfig, values)
+    except (ValueError, TypeError) as error:  # TypeError: a field is missing
+        raise ValueError(f"{path} cannot be used: {str(error).replace('FolderConfig.__init__()', 'config')}") from error
+    if not all(isinstance(value, dict) for value in free.values()):
+        raise ValueError(f"{path} cannot be used: vae and training must hold fields")
+    config.vae, config.training = free["vae"], free["training"]
+    return config
+
+
+def load_model(
+    name: str | Path, *, device: str | torch.device = "cpu", vae_dtype: torch.dtype = torch.float32, vae: str = ""
+) -> tuple[OpenVision3, TextTokenizer, FolderConfig]:
+    """Read a model folder strictly; `vae` names the VAE's folder where the config's own name is not to be had.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or does not fit, in one line.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    network = _load_vae(folder, config, vae_dtype, vae)
+    tokenizer = TextTokenizer.load(folder / "tokenizer.json")
+    if len(tokenizer) != config.vocabulary:
+        raise ValueError(f"{folder}: tokenizer.json has {len(tokenizer)} pieces, the model was built for {config.vocabulary}")
+    model = OpenVision3(config.model, network, config.vocabulary, config.pad_id)
+    load_weights(model, folder)
+    return model.to(device).eval(), tokenizer, config
+
+
+def _load_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) -> VAE:
+    """The VAE that is named, else the one inside the folder, else the one that the config names; it must be the one of the training."""
+    inside = folder / "vae"
+    source = vae or (str(inside) if inside.is_dir() else config.model.vae.name)
+    try:
+        network = VAE.load(source, shift=config.model.vae.shift, dtype=dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the VAE of {folder} is not at hand: {error}; name its folder with --vae, or load(..., vae=FOLDER)") from error
+    own, trained = _vae_origin(network), config.vae
+    for name in ("latent_channels", "sha256", "latent_scale", "latent_shift"):
+        if trained.get(name, own[name]) not in (own[name], ""):  # no sha256: the VAE had no file
+            raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the right one")
+    network.name = config.model.vae.name
+    return network
+
+
+def load_weights(model: OpenVision3, folder: Path) -> None:
+    """Copy model.safetensors into `model`, strictly. Raises FileNotFoundError, ValueError."""
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    own = model.trained_state()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
+        )
+    for key, value in own.items():
+        if value.shape != state[key].shape:
+            raise ValueError(f"{path}: {key} is {tuple(state[key].shape)}, this model needs {tuple(value.shape)}")
+        value.copy_(state[key])
+
+
+def model_card(config: FolderConfig, scores: str = "") -> str:
+    """A hub model card: what it is, from what, under which terms."""
+    training = "\n".join(f"- {name}: {value}" for name, value in config.training.items()) or "- not recorded"
+    licence = config.vae.get("licence", "unknown")
+    return f"""---
+library_name: openvision3
+pipeline_tag: image-feature-extraction
+license: other
+---
+# {config.model.encoder.size} encoder, {config.size} px
+
+One encoder for rebuilding, naming and describing pictures (OpenVision 3, arXiv 2601.15369), saved by `openvision3`.
+
+```python
+import openvision3 as ov3
+model = ov3.load("THIS FOLDER")
+tokens = model.encode("picture.jpg")
+```
+
+Parts: encoder, latent decoder, text encoder, captioner. VAE: `{config.vae.get("name")}`, sha256 `{config.vae.get("sha256")}`, licence: {licence};
+latents are the posterior mean times {config.vae.get("latent_scale")}, shifted by {config.vae.get("latent_shift")}.
+
+## Training
+{training}
+{scores}"""

@@ -1,0 +1,180 @@
+"""The paper's figure as one class: VAE, encoder, and the two branches that train the tokens together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openvision3.model import losses
+from openvision3.model.encoder import Encoder, EncoderConfig
+from openvision3.model.perceptual import EfficientNetDistance, Lpips
+from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
+from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
+from openvision3.model.vae import VAE, VAEConfig
+
+
+@dataclass
+class LossConfig:
+    """Weights of the paper's equations 3 to 5; defaults are its low_res column."""
+
+    omega_rec: float = 0.5
+    """weight of reconstruction"""
+    omega_und: float = 1.0
+    """weight of understanding"""
+    alpha: float = 1.0
+    """weight of the contrastive loss within understanding"""
+    beta: float = 0.4
+    """weight of the latent L1 within reconstruction"""
+    lambda_perceptual: float = 0.0
+    """weight of the perceptual distance within reconstruction (high_res: 0.5)"""
+    tau: float = 0.8
+    """noise on the tokens is drawn from Uniform[0, tau], one strength an image"""
+    perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
+    """which feature distance; LPIPS needs the two files below"""
+    lpips_backbone: str = ""
+    """torchvision's vgg16 or alexnet checkpoint, a local file"""
+    lpips_linear: str = ""
+    """the LPIPS v0.1 channel weights, a local file"""
+
+    def __post_init__(self):
+        for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual", "tau"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} {value} must be a finite number that is not negative")
+        if self.perceptual not in ("efficientnet", "lpips-vgg", "lpips-alex"):
+            raise ValueError(f"perceptual {self.perceptual!r} is unknown; legal are efficientnet, lpips-vgg and lpips-alex")
+        if self.lambda_perceptual and self.perceptual != "efficientnet" and not (self.lpips_backbone and self.lpips_linear):
+            raise ValueError(f"perceptual {self.perceptual} needs two local files: set lpips_backbone and lpips_linear, or use efficientnet")
+
+
+@dataclass
+class ModelConfig:
+    """Every part of the model; stored with its weights."""
+
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    latent_decoder: LatentDecoderConfig = field(default_factory=LatentDecoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+class OpenVision3(nn.Module):
+    """images <-> tokens <-> words. `vae` is frozen and whole; everything else trains from scratch.
+
+    `vocabulary` and `pad_id` come from the text tokenizer that made the ids.
+
+    Raises:
+        ValueError: the encoder's patch does not make 16-pixel tokens on this VAE, or beta counts the pixel loss twice.
+    """
+
+    def __init__(self, config: ModelConfig, vae: VAE, vocabulary: int, pad_id: int = 0):
+        super().__init__()
+        if config.encoder.patch * vae.stride != 16:
+            raise ValueError(
+                f"encoder.patch {config.encoder.patch} on a VAE of stride {vae.stride} spans {config.encoder.patch * vae.stride} pixels, not 16; "
+                f"set --model.encoder.patch {max(1, 16 // vae.stride)}"
+            )
+        if vae.network is None and config.loss.beta:
+            raise ValueError(f"without a VAE the latent loss is the pixel loss, and beta {config.loss.beta} would count it again; set --model.loss.beta 0")
+        self.config, self.pad_id, self.vocabulary = config, pad_id, vocabulary
+        self.vae = vae
+        self.encoder = Encoder(config.encoder, vae.latent_channels)
+        width = self.encoder.size.width
+        self.latent_decoder = LatentDecoder(config.latent_decoder, width, vae.latent_channels, config.encoder.patch)
+        self.text_encoder = TextEncoder(config.text_encoder, vocabulary, config.encoder.embed_dim, pad_id)
+        self.captioner = Captioner(config.captioner, vocabulary, width)
+        self.log_temperature = nn.Parameter(torch.empty(1))
+        self._perceptual: list[nn.Module] = []  # outside the module tree: frozen, never saved
+
+    def init_weights(self) -> OpenVision3:
+        for part in (self.encoder, self.latent_decoder, self.text_encoder, self.captioner):
+            part.init_weights()
+        nn.init.constant_(self.log_temperature, math.log(1 / 0.07))
+        return self
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that training changes: all parameters but the frozen VAE's."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("vae.")}
+
+    # -- the figure, box by box ------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> tokens (B, (H/16)(W/16), D)."""
+        return self.encoder(self.vae.encode(images))[0]
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """tokens of a (rows, columns) grid -> images (B, 3, 16 rows, 16 columns), not clamped; no noise."""
+        return self.vae.decode(self.latent_decoder(tokens, grid).float())
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images -> unit vectors (B, E)."""
+        return F.normalize(self.encoder(self.vae.encode(images))[1].float(), dim=-1)
+
+    def embed_texts(self, text_ids: Tensor) -> Tensor:
+        """text_ids (B, T) -> unit vectors (B, E)."""
+        return F.normalize(self.text_encoder(text_ids).float(), dim=-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """What cosines are multiplied by before a softmax."""
+        return self.log_temperature.exp().clamp(max=losses.MAX_TEMPERATURE)
+
+    # -- one training step -----------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One batch -> (loss, parts). The batch is flat:
+
+        `images` (B, 3, H, W); `text_ids` (B, K, T) with `text_present` (B, K); `caption_ids` (B, L);
+        `draw_key` (B,) seeds the noise of each row (absent: no noise, as in evaluation); `pixel_rows` (P,) names the rows
+        whose picture is decoded for the pixel and perceptual terms (absent: all).
+        """
+        weights = self.config.loss
+        images = batch["images"]
+        latents = self.vae.encode(images)  # (B, C, h, w)
+        tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
+
+        noisy = add_noise(tokens, weights.tau, batch["draw_key"]) if "draw_key" in batch else tokens
+        patch = self.config.encoder.patch
+        latents_hat = self.latent_decoder(noisy, (latents.shape[2] // patch, latents.shape[3] // patch))  # (B, C, h, w)
+        parts = {"latent": losses.latent_loss(latents, latents_hat)}
+        reconstruction = weights.beta * parts["latent"]
+        rows = batch.get("pixel_rows")
+        target, chosen = (images, latents_hat) if rows is None else (images[rows], latents_hat[rows])
+        if len(chosen):
+            images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
+            parts["pixel"] = losses.pixel_loss(target, images_hat)
+            reconstruction = reconstruction + parts["pixel"]
+            if weights.lambda_perceptual:
+                parts["perceptual"] = self._perceptual_distance(images)(target, images_hat).float()
+                reconstruction = reconstruction + weights.lambda_perceptual * parts["perceptual"]
+
+        parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
+        parts["caption"] = losses.caption_loss(self.captioner(tokens, batch["caption_ids"]), batch["caption_ids"], self.pad_id)
+        understanding = parts["caption"] + weights.alpha * parts["contrastive"]
+
+        loss = weights.omega_rec * reconstruction + weights.omega_und * understanding
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _contrastive(self, image_embedding: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The mean over K captions a picture, each scored as a set of its own; a set that no row has is left out."""
+        text_ids = batch["text_ids"]  # (B, K, T)
+        present = batch.get("text_present", torch.ones(text_ids.shape[:2], dtype=torch.bool, device=text_ids.device))
+        texts = F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2])
+        sets = [losses.contrastive_loss(image_embedding, texts[:, k], self.log_temperature, present[:, k]) for k in range(text_ids.shape[1])]
+        return torch.stack(sets).sum() / present.any(0).sum().clamp_min(1)  # an empty set's loss is zero
+
+    def _perceptual_distance(self, images: Tensor) -> nn.Module:
+        if not self._perceptual:
+            weights = self.config.loss
+            if weights.perceptual == "efficientnet":
+                distance: nn.Module = EfficientNetDistance()
+            else:
+                distance = Lpips(weights.perceptual.removeprefix("lpips-"), weights.lpips_backbone, weights.lpips_linear)
+            self._perceptual.append(distance)
+        return self._perceptual[0].to(images.device)

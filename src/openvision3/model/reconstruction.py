@@ -1,0 +1,73 @@
+"""Branch 1, reconstruction: noise on the tokens, a ViT with patch 1, a linear layer back to latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openvision3.model.encoder import named_size
+from openvision3.model.transformer import Gelu, blocks, init_weights, sincos_positions
+
+
+@dataclass
+class LatentDecoderConfig:
+    """The ViT from tokens back to latents (paper, section 3.2)."""
+
+    size: str = "B"
+    """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
+    gelu: Gelu = "exact"
+    """as in the encoder"""
+
+    def __post_init__(self):
+        named_size(self.size)
+
+
+class LatentDecoder(nn.Module):
+    """tokens (B, N, D) of a grid -> latents (B, C, h, w): every token gives a patch x patch square of C channels."""
+
+    def __init__(self, config: LatentDecoderConfig, token_width: int, latent_channels: int, patch: int):
+        super().__init__()
+        self.config = config
+        self.patch = patch
+        size = named_size(config.size)
+        self.embed = nn.Linear(token_width, size.width)
+        self.blocks = blocks(size, config.gelu)
+        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.linear = nn.Linear(size.width, latent_channels * patch * patch)
+
+    def init_weights(self) -> None:
+        self.apply(init_weights)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`grid` is (rows, columns) of tokens. Raises ValueError where it does not hold N tokens, or they have another width."""
+        rows, columns = grid
+        if tokens.shape[2] != self.embed.in_features:
+            raise ValueError(f"tokens are {tokens.shape[2]} wide, this latent decoder was built for {self.embed.in_features}: are they of another encoder?")
+        if rows * columns != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; pass the size of the picture they came from")
+        x = self.embed(tokens)
+        x = x + sincos_positions(rows, columns, x.shape[-1], x.device).to(x.dtype)
+        for block in self.blocks:
+            x = block(x)
+        x = self.linear(self.norm(x))  # (B, N, C * patch^2)
+        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, columns)), self.patch)
+
+
+def add_noise(tokens: Tensor, tau: float, draw_key: Tensor) -> Tensor:
+    """u + sigma * eps (paper, eq. 2): sigma ~ Uniform[0, tau] and eps ~ N(0, I), both functions of the row's `draw_key`.
+
+    One generator a row, so that the noise of a sample does not depend on which rank or micro-batch holds it.
+    """
+    if tau == 0:
+        return tokens
+    generator = torch.Generator(tokens.device)
+    noise = torch.empty(tokens.shape, device=tokens.device, dtype=torch.float32)
+    sigma = torch.empty(len(tokens), 1, 1, device=tokens.device)
+    for row, key in enumerate(draw_key.tolist()):
+        generator.manual_seed(key)
+        sigma[row] = tau * torch.rand((), generator=generator, device=tokens.device)
+        noise[row].normal_(generator=generator)
+    return tokens + (sigma * noise).to(tokens.dtype)

@@ -1,0 +1,241 @@
+"""Branch 2, understanding: a text encoder to contrast with the pooled tokens, a captioner that reads the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openvision3.model.encoder import named_size
+from openvision3.model.transformer import KeyValueCache, TransformerSize, blocks, init_weights
+
+TEXT_SIZES = {
+    "tiny": TransformerSize(64, 2, 2, 256),
+    "mini": TransformerSize(256, 3, 4, 1024),
+    "Ti": TransformerSize(192, 12, 3, 768),
+    "S": TransformerSize(384, 12, 6, 1536),
+    "M": TransformerSize(512, 12, 8, 2048),
+    "B": TransformerSize(512, 12, 8, 2048),
+    "L": TransformerSize(768, 12, 12, 3072),
+    "So400m": TransformerSize(1152, 27, 16, 4304),
+    "H": TransformerSize(1024, 24, 16, 4096),
+}
+"""Sizes of the text encoder and the captioner that go with an encoder of that name."""
+
+
+@dataclass
+class TextEncoderConfig:
+    """Captions -> embeddings to contrast with pictures."""
+
+    size: str = "B"
+    """tiny, mini, Ti, S, M, B, L, So400m or H"""
+    positions: int = 80
+    """longest caption in word pieces, the class mark at its end included"""
+
+    def __post_init__(self):
+        named_size(self.size, TEXT_SIZES)
+        if self.positions < 2:
+            raise ValueError(f"positions {self.positions} must be at least 2: a text has a mark and a word")
+
+
+@dataclass
+class CaptionerConfig:
+    """Tokens -> captions, word by word."""
+
+    size: str = "B"
+    """tiny, mini, Ti, S, M, B, L, So400m or H"""
+    positions: int = 128
+    """longest caption in word pieces, begin and end marks included"""
+
+    def __post_init__(self):
+        named_size(self.size, TEXT_SIZES)
+        if self.positions < 2:
+            raise ValueError(f"positions {self.positions} must be at least 2: a text has a mark and a word")
+
+
+class TextEncoder(nn.Module):
+    """text_ids (B, T) -> (B, E), not yet of unit length: bidirectional, tanh GELU, read at the class mark that ends a text.
+
+    Padding is masked: a caption's embedding does not depend on the length of its neighbours.
+    """
+
+    def __init__(self, config: TextEncoderConfig, vocabulary: int, embed_dim: int, pad_id: int = 0):
+        super().__init__()
+        size = named_size(config.size, TEXT_SIZES)
+        self.config, self.pad_id = config, pad_id
+        self.embedding = nn.Embedding(vocabulary, size.width)
+        self.positions = nn.Parameter(torch.empty(config.positions, size.width))
+        self.blocks = blocks(size, "tanh")
+        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.projection = nn.Linear(size.width, embed_dim, bias=False)
+
+    def init_weights(self) -> None:
+        self.apply(init_weights)
+        nn.init.normal_(self.positions, std=0.01)
+
+    def forward(self, text_ids: Tensor) -> Tensor:
+        length = text_ids.shape[1]
+        if length > self.config.positions:
+            raise ValueError(f"texts of {length} pieces are longer than this text encoder's {self.config.positions} positions")
+        seen = text_ids != self.pad_id  # (B, T)
+        x = self.embedding(text_ids) + self.positions[:length]
+        # A row that is all padding (no such caption) would have nothing to attend to: let it see itself.
+        mask = (seen | ~seen.any(1, keepdim=True))[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        last = seen.sum(1).sub(1).clamp_min(0)
+        x = x[torch.arange(len(x), device=x.device), last]
+        return self.projection(self.norm(x))
+
+
+class Captioner(nn.Module):
+    """Prefix language model (paper, section 3.3): tokens see each other, words see the tokens and the words before them.
+
+    The output matrix is the transposed word embedding.
+    """
+
+    def __init__(self, config: CaptionerConfig, vocabulary: int, token_width: int):
+        super().__init__()
+        size = named_size(config.size, TEXT_SIZES)
+        self.config = config
+        self.embed_tokens = nn.Linear(token_width, size.width)
+        self.embedding = nn.Embedding(vocabulary, size.width)
+        self.positions = nn.Parameter(torch.empty(config.positions, size.width))
+        self.blocks = blocks(size, "tanh")
+        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.output_bias = nn.Parameter(torch.empty(vocabulary))
+
+    def init_weights(self) -> None:
+        self.apply(init_weights)
+        nn.init.normal_(self.positions, std=0.01)
+        nn.init.zeros_(self.output_bias)
+
+    def forward(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
+        """tokens (B, N, D), caption_ids (B, L) from the begin mark on -> logits (B, L, V): position i predicts word i + 1."""
+        count, length = tokens.shape[1], caption_ids.shape[1]
+        self._check(length)
+        words = self.embedding(caption_ids) + self.positions[:length]
+        x = torch.cat([self.embed_tokens(tokens).to(words.dtype), words], dim=1)
+        mask = torch.ones(count + length, count + length, dtype=torch.bool, device=x.device).tril()
+        mask[:count, :count] = True
+        for block in self.blocks:
+            x = block(x, mask)
+        return self._logits(x[:, count:])
+
+    def _check(self, length: int) -> None:
+        if length > self.config.positions:
+            raise ValueError(f"captions of {length} pieces are longer than this captioner's {self.config.positions} positions")
+
+    def _check_writing(self, max_length: int) -> None:
+        if not 1 <= max_length < self.config.positions:
+            raise ValueError(
+                f"max_length {max_length} must lie between 1 and {self.config.positions - 1}: this captioner has {self.config.positions} positions"
+            )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
+
+    def read(self, tokens: Tensor) -> list[KeyValueCache]:
+        """The prefix pass: keys and values of the tokens in every block."""
+        caches = [KeyValueCache() for _ in self.blocks]
+        x = self.embed_tokens(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, None, cache)
+        return caches
+
+    def step(self, words: Tensor, position: int, caches: list[KeyValueCache]) -> Tensor:
+        """One word (B,) at `position` -> logits (B, V) of the next."""
+        x = (self.embedding(words) + self.positions[position])[:, None]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, None, cache)
+        return self._logits(x[:, 0])
+
+    @torch.no_grad()
+    def write(
+        self,
+        tokens: Tensor,
+        begin: int,
+        end: int,
+        *,
+        max_length: int = 32,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """tokens (B, N, D) -> word ids of one caption each, without the marks: greedy, or sampled from the top-p nucleus.
+
+        A caption stops at its end mark; the call returns when all have, or at `max_length` words.
+        """
+        self._check_writing(max_length)
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} must be positive; leave top_p unset for greedy captions")
+        caches = self.read(tokens)
+        words = torch.full((len(tokens),), begin, device=tokens.device)
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        columns = []
+        for position in range(max_length):
+            logits = self.step(words, position, caches).float()
+            logits[:, begin] = -torch.inf
+            words = logits.argmax(-1) if top_p is None else _nucleus(logits / temperature, top_p, generator)
+            done = done | (words == end)
+            columns.append(words)
+            if done.all():
+                break
+        return [row[: row.index(end)] if end in row else row for row in torch.stack(columns, 1).tolist()]
+
+    @torch.no_grad()
+    def write_beam(self, tokens: Tensor, begin: int, end: int, *, max_length: int = 32, beams: int = 4, length_penalty: float = 0.6) -> list[list[int]]:
+        """As `write`, by beam search: the finished caption of highest log-probability / length^length_penalty."""
+        self._check_writing(max_length)
+        if beams < 1 or length_penalty < 0:
+            raise ValueError(f"beams {beams} must be at least 1, length_penalty {length_penalty} must not be negative")
+        return [self._beam(row[None], begin, end, max_length, beams, length_penalty) for row in tokens]
+
+    def _beam(self, tokens: Tensor, begin: int, end: int, max_length: int, beams: int, penalty: float) -> list[int]:
+        caches = self.read(tokens)
+        words = torch.full((1,), begin, device=tokens.device)
+        scores = torch.zeros(1, device=tokens.device)
+        captions: list[list[int]] = [[]]
+        finished: list[tuple[float, list[int]]] = []
+        for position in range(max_length):
+            logits = self.step(words, position, caches).float()
+            logits[:, begin] = -torch.inf
+            total = scores[:, None] + logits.log_softmax(-1)  # (beams, V)
+            best, flat = total.flatten().topk(min(2 * beams, total.numel()))
+            keep_rows: list[int] = []
+            keep_words: list[int] = []
+            keep_scores: list[float] = []
+            for rank, (score, index) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
+                row, word = divmod(index, total.shape[1])
+                if word == end:
+                    if rank < beams:
+                        finished.append((score / (position + 1) ** penalty, captions[row]))
+                elif len(keep_rows) < beams and score > -torch.inf:
+                    keep_rows.append(row)
+                    keep_words.append(word)
+                    keep_scores.append(score)
+            if not keep_rows:
+                break
+            captions = [[*captions[row], word] for row, word in zip(keep_rows, keep_words, strict=True)]
+            if len(finished) >= beams or (finished and max(finished)[0] >= keep_scores[0] / max_length**penalty):
+                break  # enough, or no open caption can still win
+            rows = torch.tensor(keep_rows, device=tokens.device)
+            for cache in caches:
+                cache.select(rows)
+            words = torch.tensor(keep_words, device=tokens.device)
+            scores = torch.tensor(keep_scores, device=tokens.device)
+        else:
+            finished += [(score / max_length**penalty, caption) for score, caption in zip(scores.tolist(), captions, strict=True)]
+        return max(finished, key=lambda pair: pair[0])[1]
+
+
+def _nucleus(logits: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Sample (B,) from the smallest set of words whose probability reaches top_p."""
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must lie in (0, 1]")
+    values, order = logits.softmax(-1).sort(-1, descending=True)
+    values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0.0)
+    choice = torch.multinomial(values, 1, generator=generator)
+    return order.gather(-1, choice)[:, 0]

@@ -1,0 +1,250 @@
+"""images <-> latents: any diffusers `AutoencoderKL` or `AutoencoderTiny`, frozen; or none at all, for the ablation.
+
+vae = VAE.load("embedded")           # the one that ships; or a folder, or a hub id
+latents = vae.encode(images)         # (B, 3, H, W) in [-1, 1] -> (B, C, H/stride, W/stride)
+images = vae.decode(latents)         # gradient reaches `latents`, never the weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "vae"
+
+LICENCES = {
+    "embedded": "CC BY-SA 4.0 (OpenMoji) and public domain (Open Clip Art) training data; see the model card",
+    "pixels": "none: no VAE",
+    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial licence",
+    "madebyollin/taesd": "MIT",
+    "madebyollin/taef1": "MIT",
+}
+
+LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
+"""Where each class keeps its levels: every one but the last halves the sides, so the stride is 2^(levels - 1)."""
+
+TILE_PIXELS = 1024 * 1024
+"""Larger pictures are encoded and decoded in overlapping tiles."""
+_TILE, _OVERLAP = 512, 64
+
+
+@dataclass
+class VAEConfig:
+    """Which VAE stands at both ends of the model, and how its latents are scaled."""
+
+    name: str = "embedded"
+    """embedded, a diffusers folder, a hub id, or pixels (no VAE)"""
+    shift: bool | None = None
+    """subtract the VAE's shift_factor; unset: off for AutoencoderKL, as the authors do, on for AutoencoderTiny"""
+
+
+class VAE(nn.Module):
+    """A frozen diffusers VAE with one convention: latents = (posterior mean - shift) x scale, never sampled.
+
+    `network` is an AutoencoderKL or AutoencoderTiny, or None for pixels. `dtype` is bf16 or fp32; the VAE's own
+    activations overflow fp16. Channels, stride, scale and shift are read from the network's config.
+
+    Raises:
+        ValueError: another class of VAE, or a dtype that is not bf16 or fp32.
+    """
+
+    def __init__(self, network: nn.Module | None, *, name: str = "", shift: bool | None = None, dtype: torch.dtype = torch.float32, sha256: str = ""):
+        super().__init__()
+        _check_dtype(dtype)
+        self.name, self.sha256 = name, sha256
+        self.network = network
+        if network is None:
+            self.latent_channels, self.stride, self.scale, self.shift = 3, 1, 1.0, 0.0
+            self.uses_shift = False
+            return
+        self.kind = type(network).__name__
+        settings: Any = network.config
+        if self.kind not in LEVELS:
+            raise ValueError(f"{self.kind} is not a VAE this model can use; legal are {' and '.join(LEVELS)}")
+        self.latent_channels = int(settings.latent_channels)
+        self.stride = 2 ** (len(settings[LEVELS[self.kind]]) - 1)
+        self.scale = float(settings.scaling_factor)
+        self.uses_shift = self.kind == "AutoencoderTiny" if shift is None else shift
+        self.shift = float(settings.get("shift_factor") or 0.0) if self.uses_shift else 0.0
+        network.requires_grad_(False).eval()
+        nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # diffusers' own warns of an empty list
+
+    @classmethod
+    def load(cls, name: str | Path, *, shift: bool | None = None, dtype: torch.dtype = torch.float32) -> VAE:
+        """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
+
+        Raises:
+            FileNotFoundError: no such folder, or a hub id that is not in the local cache and cannot be fetched.
+            ValueError: the folder holds no VAE, one of another class, or weights that do not fit its config.
+        """
+        name = str(name)
+        if name == "pixels":
+            return cls(None, name=name)
+        folder = _locate(name)
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"{folder} holds no {weights.name}")
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not a config in diffusers' layout: {error}") from error
+        if kind not in LEVELS:
+            raise ValueError(f"{folder} holds a {kind}; legal are {' and '.join(LEVELS)}")
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        try:
+            network, found = getattr(diffusers, kind).from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the VAE in {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+        # diffusers leaves weights that it does not find at random
+        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+        if wrong:
+            raise ValueError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing, foreign or of another shape, the first is {wrong[0]}")
+        return cls(network, name=name, shift=shift, dtype=dtype, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+
+    @property
+    def licence(self) -> str:
+        return LICENCES.get(self.name, "unknown: see where it came from")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.network is None else next(self.network.parameters()).dtype
+
+    def train(self, mode: bool = True) -> VAE:
+        """Frozen: stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # half() and to(dtype), of this module or of one around it, come through here
+        if self.network is not None:
+            _check_dtype(fn(torch.empty(0, dtype=self.dtype)).dtype)
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/stride, W/stride) in fp32.
+
+        Raises:
+            ValueError: not (B, 3, H, W) of floats, or sides that are not multiples of the stride.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype} cannot be encoded; legal are floats (B, 3, H, W) in [-1, 1]")
+        if images.shape[2] % self.stride or images.shape[3] % self.stride:
+            raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} cannot be encoded; sides must be multiples of {self.stride}")
+        if self.network is None:
+            return images.detach().float()
+        latents = self._in_parts(self._encode, images, 1 / self.stride, self.latent_channels)
+        return (latents - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, h, w) -> images (B, 3, h*stride, w*stride) in fp32, not clamped.
+
+        Raises:
+            ValueError: latents of another VAE (wrong number of channels).
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} are not this VAE's; legal is (B, {self.latent_channels}, h, w)")
+        if self.network is None:
+            return latents.float()
+        return self._in_parts(self._decode, latents.float() / self.scale + self.shift, self.stride, 3)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        assert self.network is not None
+        result: Any = self.network.encode(images)  # type: ignore[operator]
+        return result.latents if self.kind == "AutoencoderTiny" else result.latent_dist.mode()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        assert self.network is not None
+        return self.network.decode(latents).sample  # type: ignore[operator]
+
+    def _run(self, function, x: Tensor) -> Tensor:
+        # An outer autocast would choose its own precision: inside, the VAE's dtype decides.
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x.to(self.dtype).contiguous(memory_format=torch.channels_last)).float()
+
+    def _in_parts(self, function, x: Tensor, zoom: float, channels: int) -> Tensor:
+        """All at once where a gradient is wanted; else in chunks of a few pictures, and in tiles where they are large."""
+        height, width = (round(side * max(zoom, 1)) for side in x.shape[-2:])
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._run(function, x)
+        if height * width > TILE_PIXELS:
+            return torch.cat([self._tiled(function, row[None], zoom, channels) for row in x])
+        chunk = max(1, 4 * TILE_PIXELS // (height * width))
+        return torch.cat([self._run(function, part) for part in x.split(chunk)]) if len(x) > chunk else self._run(function, x)
+
+    def _tiled(self, function, x: Tensor, zoom: float, channels: int) -> Tensor:
+        """Overlapping tiles, blended by linear ramps. Tile and overlap are multiples of every stride on the large side."""
+        tile, overlap = (_TILE, _OVERLAP) if zoom < 1 else (round(_TILE / zoom), round(_OVERLAP / zoom))
+        height, width = x.shape[-2:]
+        total = x.new_zeros(1, channels, round(height * zoom), round(width * zoom), dtype=torch.float32)
+        weight = torch.zeros_like(total[:, :1])
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                part = self._run(function, x[..., top : top + tile, left : left + tile])
+                ramps = [_ramp(n, round(overlap * zoom), x.device) for n in part.shape[-2:]]
+                mask = ramps[0][:, None] * ramps[1][None]
+                rows = slice(round(top * zoom), round(top * zoom) + part.shape[-2])
+                columns = slice(round(left * zoom), round(left * zoom) + part.shape[-1])
+                total[..., rows, columns] += part * mask
+                weight[..., rows, columns] += mask
+        return total / weight
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"a VAE in {dtype} gives NaN or black pictures; legal are torch.bfloat16 and torch.float32")
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return sorted({min(i * (tile - overlap), length - tile) for i in range(count)})
+
+
+def _ramp(length: int, overlap: int, device: torch.device) -> Tensor:
+    ramp = torch.ones(length, device=device)
+    rise = torch.linspace(0, 1, overlap + 2, device=device)[1:-1]
+    ramp[:overlap] *= rise[:length]
+    ramp[-overlap:] *= rise.flip(0)[-length:]
+    return ramp
+
+
+def _locate(name: str) -> Path:
+    """embedded | folder | hub id -> the folder that holds config.json."""
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    if not folder.is_dir():
+        folder = _fetch_from_hub(name)
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(f"{folder} holds no VAE: a config.json in diffusers' layout was looked for there and in its sub-folder vae")
+
+
+def _fetch_from_hub(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"no such VAE: {name}; legal are embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            name, allow_patterns=[f"{folder}{file}" for folder in ("", "vae/") for file in ("config.json", "diffusion_pytorch_model.safetensors")]
+        )
+    except Exception as error:  # the hub client raises a dozen kinds; all mean the same here
+        raise FileNotFoundError(
+            f"the VAE {name} is neither a folder here nor can it be had from the hub ({type(error).__name__}); download it and name its folder"
+        ) from error
+    return Path(found)

@@ -1,0 +1,244 @@
+"""What `ov3.load` returns: model + pictures + words as one object for paths, PIL pictures, tensors and strings."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openvision3 import hub
+from openvision3.data.images import EXTENSIONS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
+from openvision3.data.text import TextTokenizer
+from openvision3.doctor import choose_device
+from openvision3.model.encoder import Encoder
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.vae import VAE
+
+Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
+
+
+class Pipeline:
+    """A trained model ready to use. `encoder` and `vae` are the bare parts, `model` the whole network.
+
+    Inference is without noise (sigma 0), in fp32 unless `precision` is bf16.
+    """
+
+    def __init__(self, model: OpenVision3, tokenizer: TextTokenizer, size: int, *, precision: str = "fp32", training: dict[str, Any] | None = None):
+        self.model = model.eval()
+        self.tokenizer, self.size, self.training = tokenizer, size, training or {}
+        self.precision = precision
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.model.encoder
+
+    @property
+    def vae(self) -> VAE:
+        return self.model.vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.log_temperature.device
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    # -- pictures --------------------------------------------------------------------------------------------------
+
+    def scaled(self, images: Images, size: int | None = None) -> list[Tensor]:
+        """Anything -> each picture as (3, H, W) in [-1, 1], not padded: aspect kept, long side scaled to `size`.
+
+        `size` None is the training size for files and PIL pictures and the own size for tensors; 0 is the own size for all.
+
+        Raises:
+            ImageError: an unreadable picture. ValueError: something that is no picture, or a tensor out of range.
+        """
+        if size is not None and size < 0:
+            raise ValueError(f"size {size} is negative; legal is a long side in pixels, or 0 for the picture's own")
+        if isinstance(images, Tensor):
+            if images.ndim not in (3, 4) or images.shape[-3] != 3:
+                raise ValueError(f"images of shape {tuple(images.shape)} cannot be used; legal is (B, 3, H, W) or (3, H, W) in [-1, 1]")
+            if not images.numel():
+                return []
+            _check_range(images)
+            rows = (images if images.ndim == 4 else images[None]).float()
+            return self.scaled(to_pil(rows), size) if size else list(rows)
+        if isinstance(images, str | os.PathLike | bytes | Image.Image):
+            return [to_tensor(fit(open_image(images), self.size if size is None else size or None))]
+        if isinstance(images, Sequence | Iterator):
+            pictures: list[Any] = list(images)
+            return [row for picture in pictures for row in self.scaled(picture, size)]
+        raise ValueError(f"a {type(images).__name__} is no picture; legal are PIL pictures, paths, tensors in [-1, 1] and lists of them")
+
+    def prepare(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
+        """Anything -> (B, 3, H, W) in [-1, 1]: scaled as `scaled` does, padded at the bottom and right to multiples of 16.
+
+        Raises:
+            ValueError: pictures that end at unlike grids (use `pad_to`), or none at all; and what `scaled` raises.
+        """
+        rows = [pad(row, pad_to) for row in self.scaled(images, size)]
+        if not rows:
+            raise ValueError("no pictures given")
+        shapes = {tuple(row.shape[-2:]) for row in rows}
+        if len(shapes) > 1:
+            seen = ", ".join(f"{h}x{w}" for h, w in sorted(shapes))
+            largest = max(h for h, _ in shapes), max(w for _, w in shapes)
+            raise ValueError(f"these pictures end at unlike sizes ({seen}), so they cannot be one batch; take them one by one, or with pad_to={largest}")
+        return torch.stack([row.to(self.device) for row in rows])
+
+    @torch.no_grad()
+    def encode(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
+        """Pictures (PIL, path, list of them, or tensor in [-1, 1]) -> tokens (B, N, D)."""
+        with self._autocast():
+            return self.model.encode(self.prepare(images, size, pad_to)).float()
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """tokens (B, N, D) -> images (B, 3, H, W) in [-1, 1]; `size` is the unpadded (H, W), a square if not given.
+
+        Raises:
+            ValueError: a size whose grid does not hold N tokens, or tokens of another width.
+        """
+        if tokens.ndim != 3 or tokens.shape[2] != self.encoder.size.width:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this model's; legal is (B, N, {self.encoder.size.width})")
+        if size is None:
+            side = round(tokens.shape[1] ** 0.5) * PATCH
+            if (side // PATCH) ** 2 != tokens.shape[1]:
+                raise ValueError(f"{tokens.shape[1]} tokens are no square; pass size=(H, W) of the picture they came from")
+            size = (side, side)
+        grid = padded(size[0]) // PATCH, padded(size[1]) // PATCH
+        if min(grid) < 1 or grid[0] * grid[1] != tokens.shape[1]:
+            raise ValueError(f"a picture of {size[0]}x{size[1]} has {grid[0]}x{grid[1]} tokens, not {tokens.shape[1]}; pass the (H, W) they came from")
+        with self._autocast():
+            images = self.model.decode(tokens.to(self.device, torch.float32), grid)
+        return images.float().clamp(-1, 1)[..., : size[0], : size[1]]
+
+    def reconstruct(self, image: Images, size: int | None = None) -> Tensor:
+        """One picture -> (1, 3, H, W), through the encoder and back, at its scaled, unpadded size."""
+        row = _only(self.scaled(image, size), "reconstruct")
+        return self.decode(self.encode(row), (row.shape[1], row.shape[2]))
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed_images(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
+        """Pictures -> unit vectors (B, E)."""
+        with self._autocast():
+            return self.model.embed_images(self.prepare(images, size, pad_to))
+
+    @torch.no_grad()
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Texts -> unit vectors (B, E)."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("no texts given")
+        ids = self.tokenizer.text_ids(texts, self.model.text_encoder.config.positions).to(self.device)
+        with self._autocast():
+            return self.model.embed_texts(ids)
+
+    @torch.no_grad()
+    def caption(
+        self,
+        images: Images,
+        *,
+        max_length: int | None = None,
+        beams: int = 1,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        size: int | None = None,
+        pad_to: tuple[int, int] | None = None,
+    ) -> list[str]:
+        """Pictures -> one caption each: greedy, by beam search (`beams` > 1), or sampled from the top-p nucleus.
+
+        Raises:
+            ValueError: settings that are out of range or exclude each other.
+        """
+        if beams < 1 or (beams > 1 and top_p is not None):
+            raise ValueError(f"beams {beams} with top_p {top_p}: legal is one beam or more, and either beams or top_p")
+        prepared = self.prepare(images, size, pad_to)
+        captioner, marks = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
+        longest = captioner.config.positions - 1
+        length = longest if max_length is None else min(max_length, longest)
+        with self._autocast():
+            tokens = self.model.encode(prepared)
+            if beams > 1:
+                ids = captioner.write_beam(tokens, *marks, max_length=length, beams=beams)
+            else:
+                generator = torch.Generator(self.device).manual_seed(seed)
+                ids = captioner.write(tokens, *marks, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
+        return [self.tokenizer.text(row) for row in ids]
+
+    def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
+        """One picture among `labels` -> [(label, probability)], most likely first."""
+        if isinstance(labels, str) or not labels:
+            raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
+        embedding = self.embed_images(_only(self.scaled(image), "classify"))
+        scores = (self.model.temperature * embedding @ self.embed_texts(labels).T).softmax(-1)[0].tolist()
+        return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
+
+    # -- the folder ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, card: str = "", with_vae: bool | None = None) -> None:
+        """Write a model folder that `load` reads: config.json, model.safetensors, tokenizer.json, README.md (and the VAE, where
+        it is the embedded one). `dtype` torch.bfloat16 halves it.
+        """
+        hub.save_model(folder, self.model, self.tokenizer, self.size, training=self.training, dtype=dtype, card=card, with_vae=with_vae)
+
+
+def load(name: str | Path = "mini", *, device: str = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
+    """A shipped name, a model folder or a run folder -> a Pipeline.
+
+    `device` auto takes CUDA where there is one; `precision` bf16 is faster on processors and GPUs made for it; `vae` names
+    the folder of the VAE where the model's own is not at hand.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or wrong, in one line.
+    """
+    device = choose_device(device)
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype, vae=vae)
+    return Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
+
+
+def _check_range(images: Tensor) -> None:
+    low, high = images.aminmax()
+    if not (bool(low >= -1.01) and bool(high <= 1.01)):
+        raise ValueError(f"images run from {float(low):.3g} to {float(high):.3g}; legal is [-1, 1] (for 0..255: images / 127.5 - 1)")
+
+
+def _only(rows: list[Tensor], verb: str) -> Tensor:
+    if len(rows) != 1:
+        raise ValueError(f"{verb} takes one picture at a time; seen {len(rows)}")
+    return rows[0]
+
+
+def expand_pictures(patterns: Sequence[str]) -> list[str]:
+    """Files, folders and globs -> picture files, in order, each once.
+
+    Raises:
+        ImageError: a pattern that names nothing.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            matches = sorted(str(p) for p in Path(pattern).iterdir() if p.suffix.lower() in EXTENSIONS and not p.is_dir())
+            if not matches:
+                raise ImageError("missing", f"{pattern} holds no pictures; legal are files ending in {', '.join(EXTENSIONS)}")
+        elif os.path.exists(pattern):
+            matches = [pattern]
+        else:
+            matches = sorted(p for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p))
+            if not matches:
+                raise ImageError("missing", f"no such picture: {pattern}")
+        for match in matches:
+            found.setdefault(os.path.abspath(match), match)
+    return list(found.values())

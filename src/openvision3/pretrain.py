@@ -1,0 +1,298 @@
+"""A RunConfig becomes a run: data, text tokenizer, model and optimiser put together and handed to the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvision3 import hub
+from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
+from openvision3.config import RunConfig, flat, load_config, to_dict
+from openvision3.data import samples
+from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
+from openvision3.data.images import to_pil
+from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
+from openvision3.data.text import TextTokenizer
+from openvision3.doctor import choose_device, choose_precision
+from openvision3.evaluate.openmoji import Functions
+from openvision3.evaluate.reconstruction import psnr
+from openvision3.evaluate.report import grid
+from openvision3.evaluate.zeroshot import evaluate_retrieval
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.vae import VAE
+from openvision3.optimizer import Optimizers
+from openvision3.pipeline import Pipeline
+from openvision3.progress import RunFolder, console, duration, environment, read_skipped
+from openvision3.train import Loop, autocast, fit
+
+EVALUATED = 256
+"""pictures an evaluation during training looks at"""
+
+
+FREE = ("workers", "log_every", "eval_every", "save_every", "keep", "out", "resume")
+"""fields that a run which goes on may set anew"""
+
+
+@dataclass
+class Outcome:
+    """A run that has ended: `status` is finished or stopped."""
+
+    status: str
+    folder: Path
+    pipeline: Pipeline
+    steps: int
+    precision: str
+
+
+def functions(pipeline: Pipeline) -> Functions:
+    """The pipeline as what the evaluators ask for."""
+    return Functions(
+        reconstruct=lambda images: pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(),
+        vae_reconstruct=lambda images: vae_only(pipeline, images),
+        embed_images=lambda images: pipeline.embed_images(images).cpu(),
+        embed_texts=lambda texts: pipeline.embed_texts(texts).cpu(),
+        caption=pipeline.caption,
+    )
+
+
+@torch.no_grad()
+def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
+    """Through the frozen VAE alone: the ceiling of what the tokens can rebuild."""
+    return pipeline.vae.decode(pipeline.vae.encode(images.to(pipeline.device))).cpu()
+
+
+def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
+    """Train as `config` says; with `config.resume` go on from the run folder's last checkpoint.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input, before anything is written.
+    """
+    out = Path(config.out or f"runs/{recipe}")
+    RunFolder.check(out, config.resume)
+    config = _resumed(config, out) if config.resume else copy.deepcopy(config)
+    device = choose_device(config.device)
+    precision, why = choose_precision(config.precision, device)
+    source = open_source(config.data, caption_keys=config.caption_keys, only=config.only_values, area=config.crop_area, aliases=config.aliases)
+    held_out = _evaluation_source(config)
+    source.problems += held_out.problems
+    checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
+    state = read_state(checkpoint) if checkpoint else RunState()
+    if checkpoint:
+        source.problems[:] = read_skipped(out, state.problems)
+    tokenizer = _tokenizer(config, source, out)
+    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    if checkpoint:
+        _check_same(checkpoint, out, vae, len(source))
+    torch.manual_seed(config.seed)
+    model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
+    if config.init and not config.resume:
+        hub.load_weights(model, hub.find_folder(config.init))
+    model = model.to(device)
+    shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions)
+    batches = TrainingBatches(
+        source,
+        tokenizer,
+        shape,
+        size=config.size,
+        batch=config.batch,
+        seed=config.seed,
+        pixel_share=config.pixel_share,
+        workers=config.workers,
+        families=config.families,
+    )
+    batches.sample(0)  # raises where no sample can be used, before anything is written
+    optimizers = Optimizers(model, config.optimizer)
+    if checkpoint:
+        load_checkpoint(checkpoint, model, optimizers)
+    elif config.minutes and not config.resume:
+        console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")
+        config.steps, rate = steps_for(config.minutes, model, batches, config, device, precision)
+        why += f"; {rate:.2f} steps/s: {config.steps} steps fill {config.minutes:g} minutes"
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
+
+    run = RunFolder(out, resume=config.resume)
+    try:
+        config.precision = precision
+        run.describe(to_dict(config), environment())
+        if config.resume:
+            run.forget_after(state.step, state.problems)
+        tokenizer.save(out / "tokenizer.json")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
+        run.say(f"device {device}, precision {precision} ({why})")
+        for name, dropped in samples_dropped(config.data).items():
+            run.say(f"openmoji: {dropped} emoji left out: {name}")
+        if run.list_skipped(batches.problems):
+            run.say(f"{len(batches.problems)} problems found in the data, listed in {out}/skipped.jsonl: {_counts(batches.problems)}")
+        if config.optimizer.warmup_steps >= config.steps:
+            run.say(f"the warm-up of {config.optimizer.warmup_steps} steps is as long as the run: the rate never falls; see --optimizer.warmup-steps")
+        if config.resume:
+            run.say(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting over")
+
+        loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, device, precision, state)
+        pipeline = Pipeline(model, tokenizer, config.size, precision=precision)
+
+        def export(folder: Path) -> None:
+            training = _training_record(recipe, config, loop, len(source), precision)
+            hub.save_model(folder, model, tokenizer, config.size, training=training)
+
+        def evaluate(step: int) -> dict[str, float]:
+            return quick_evaluation(pipeline, held_out, batches, run.path / "samples" / f"step-{step:08d}.png")
+
+        status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate)
+        counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
+        steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
+        run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
+        pipeline.training = _training_record(recipe, config, loop, len(source), precision)
+        model.eval()
+        return Outcome(status, out, pipeline, loop.state.step, precision)
+    finally:
+        run.close()
+
+
+def _resumed(config: RunConfig, out: Path) -> RunConfig:
+    """The config that the run was started with; only the FREE fields, which do not change its numbers, may be set anew.
+
+    Raises:
+        ValueError: another field has another value now.
+    """
+    old = load_config(RunConfig, out / "config.json")
+    before, asked = flat(to_dict(old)), flat(to_dict(config))
+    measured = ("steps", "optimizer.warmup_steps") if old.minutes else ()  # the run itself set these
+    for name, value in asked.items():
+        settled = name in measured or (name, value) == ("precision", "auto")
+        if name not in FREE and not settled and value != before[name]:
+            raise ValueError(f"{name} was {before[name]!r} when {out} was started and cannot become {value!r}; start a new run with --init {out}")
+    for name in FREE:
+        setattr(old, name, getattr(config, name))
+    old.resume = True
+    return old
+
+
+def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int) -> None:
+    """Raises ValueError where the VAE or the data are no longer those that the run was started with."""
+    saved = hub.read_config(checkpoint)
+    digest, before = saved.vae["sha256"], saved.training["training_samples"]
+    if digest != vae.sha256:
+        raise ValueError(f"{out} was started with a VAE of sha256 {digest[:12]}..., but {vae.name} has {vae.sha256[:12]}... now; put the old one back")
+    if before != count:
+        raise ValueError(f"{out} was started on {before} samples, but its data hold {count} now; put the old data back, or start a new run with --init {out}")
+
+
+def _tokenizer(config: RunConfig, source: Source, out: Path) -> TextTokenizer:
+    if config.resume and (out / "tokenizer.json").is_file():
+        return TextTokenizer.load(out / "tokenizer.json")
+    if config.tokenizer:
+        return TextTokenizer.load(config.tokenizer)
+    if config.init:  # its word embeddings belong to its own words
+        return TextTokenizer.load(hub.find_folder(config.init) / "tokenizer.json")
+    return TextTokenizer.train((caption for i in range(len(source)) for caption in source.captions(i)), config.vocabulary)
+
+
+def _evaluation_source(config: RunConfig) -> Source:
+    """What is evaluated during training: 256 held-out emoji, or the first pictures of `val`.
+
+    Raises:
+        ValueError: nothing to evaluate on, or the training data themselves.
+    """
+    if config.val == ("openmoji",):
+        return EmojiSource(samples.load_emoji().evaluation(EVALUATED))
+    if not config.val:
+        raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
+    if set(config.val) & set(config.data) - {"openmoji"}:
+        raise ValueError(f"val and data share {', '.join(set(config.val) & set(config.data) - {'openmoji'})}: evaluate on pictures that are not trained on")
+    source = open_source(config.val, held_out=True, caption_keys=config.caption_keys, only=config.only_values)
+    problems: list[dict[str, str]] = []
+    if next(evaluation_batches(source, config.size, 1, problems), None) is None:
+        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {_counts(problems)}")
+    return source
+
+
+def samples_dropped(data: Sequence[str]) -> dict[str, int]:
+    return samples.load_emoji().dropped if "openmoji" in data else {}
+
+
+def steps_for(minutes: float, model: OpenVision3, batches: TrainingBatches, config: RunConfig, device: str, precision: str) -> tuple[int, float]:
+    """Time a few real steps on a copy of the model -> (steps that fill the minutes, steps a second)."""
+    trial = copy.deepcopy(model).train()
+    optimizers = Optimizers(trial, config.optimizer)
+    warm, timed = 2, 6
+    start = time.perf_counter()
+    with contextlib.closing(batches.from_step(0)) as source:  # type: ignore[type-var]
+        for count in range(warm + timed):
+            if count == warm:
+                start = time.perf_counter()
+            batch = {name: value.to(device) for name, value in next(source).items()}
+            with autocast(device, precision):
+                loss, _ = trial(batch)
+            loss.backward()
+            optimizers.step()
+            optimizers.zero_grad()
+            loss.item()
+        rate = timed / (time.perf_counter() - start)
+    return max(1, round(minutes * 60 * rate)), rate
+
+
+@torch.no_grad()
+def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, picture: Path) -> dict[str, float]:
+    """Loss, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`.
+
+    Pictures that cannot be used are counted, and join the problems of the run.
+    """
+    run = functions(pipeline)
+    losses, values, vae_values, embeddings, captions = [], [], [], [], []
+    problems: list[dict[str, str]] = []
+    rows: list[tuple] = []
+    pipeline.model.eval()
+    for keys, images, texts in evaluation_batches(source, batches.size, 32, problems):
+        images_hat, vae_hat = run.reconstruct(images), run.vae_reconstruct(images)
+        values.append(psnr(images, images_hat))
+        vae_values.append(psnr(images, vae_hat))
+        told = [i for i, t in enumerate(texts) if t]
+        if told:
+            batch, _ = batches.collate([(keys[i], images[i], texts[i], []) for i in told])
+            loss, _ = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
+            losses.append(loss.item())
+            embeddings.append(run.embed_images(images[told]))
+            captions += [texts[i][0] for i in told]
+        if not rows:
+            rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
+        if sum(map(len, values)) >= EVALUATED:
+            break
+    batches.problems += [problem for problem in problems if problem not in batches.problems]
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, ("original", "VAE", "rebuilt")).save(picture)
+    found = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
+    if problems:
+        found["skipped"] = len(problems)
+    if captions:
+        retrieval = evaluate_retrieval(torch.cat(embeddings), run.embed_texts(captions), captions)
+        found |= {"loss": sum(losses) / len(losses)}
+        found |= {name: float(value) for name, value in retrieval.items() if "_r@" in name}
+    return found
+
+
+def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, precision: str) -> dict[str, Any]:
+    return {
+        "recipe": recipe,
+        "steps": loop.state.step,
+        "samples_seen": loop.state.samples,
+        "data": list(config.data),
+        "only": list(config.only),
+        "training_samples": count,
+        "seconds": round(loop.state.seconds),
+        "precision": precision,
+        "seed": config.seed,
+    }
+
+
+def _counts(problems: list[dict[str, str]]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(problems).items())

@@ -1,0 +1,193 @@
+"""What a person sees while something runs, and what a run writes down.
+
+On a terminal a rich bar with the last line above it, elsewhere plain lines; `metrics.jsonl`, `log.txt` and tensorboard
+always. A run folder also holds the resolved config, the environment and the exact command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def console() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Go through `items` with a bar on a terminal, and silently elsewhere."""
+    screen = console()
+    if not screen.is_terminal:
+        yield from items
+        return
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True) as bar:
+        yield from bar.track(items, total=total)
+
+
+class RunFolder:
+    """The folder of one run: opened anew, or to go on.
+
+    Raises:
+        ValueError: a new run would write over an old one, or there is nothing to go on from.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False):
+        self.path = Path(path)
+        self.check(self.path, resume)
+        for name in ("checkpoints", "samples"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self._log = open(self.path / "log.txt", "a", encoding="utf-8")
+        self._metrics = open(self.path / "metrics.jsonl", "a" if resume else "w", encoding="utf-8")
+        self._listed = 0
+        self._first_step = 0
+        self._board: Any = None
+        self.bar: Progress | None = None
+        self._task: Any = None
+
+    @staticmethod
+    def check(path: Path, resume: bool) -> None:
+        """Raises ValueError, and writes nothing."""
+        used = (path / "config.json").exists()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; name a folder with --out")
+        if used and not resume:
+            raise ValueError(f"{path} already holds a run; go on with --resume, or name another folder with --out")
+        if resume and not used:
+            raise ValueError(f"{path} holds no run to go on with; start without --resume")
+
+    def describe(self, config: dict, environment: dict) -> None:
+        """Write the resolved config, where it ran, and the exact command (appended on every start)."""
+        _replace(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        with open(self.path / "command.txt", "a", encoding="utf-8") as file:
+            file.write(shlex.join(sys.argv) + "\n")
+        _replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")  # last: it makes the folder a run
+
+    def forget_after(self, step: int, problems: int = 0) -> None:
+        """Drop what was written down after `step` and its `problems`: a run that goes on from a checkpoint writes it again."""
+        self._metrics.close()
+        kept = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        _replace(self.path / "metrics.jsonl", "".join(kept))
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+        known = read_skipped(self.path, problems)
+        if (self.path / "skipped.jsonl").is_file():
+            _replace(self.path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in known))
+        self._listed, self._first_step = len(known), step + 1
+
+    def say(self, line: str) -> None:
+        """One line for the person and for log.txt."""
+        self._log.write(f"{datetime.now():%H:%M:%S} {line}\n")
+        self._log.flush()
+        (self.bar.console if self.bar else console()).print(line, markup=False, soft_wrap=True)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """One row of metrics.jsonl; numbers go to tensorboard too."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._board is None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step or None)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def list_skipped(self, problems: list[dict[str, str]]) -> int:
+        """Append to skipped.jsonl those of the run's `problems` that are not in it yet; returns how many are."""
+        if problems[self._listed :]:
+            with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(p) + "\n" for p in problems[self._listed :])
+        self._listed = len(problems)
+        return self._listed
+
+    @contextlib.contextmanager
+    def showing(self, steps: int, done: int) -> Iterator[None]:
+        """The live bar, while the loop runs and there is a terminal."""
+        if not console().is_terminal:
+            yield
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=console()) as self.bar:
+            self._task = self.bar.add_task("train", total=steps, completed=done)
+            try:
+                yield
+            finally:
+                self.bar.stop()
+                self.bar = None
+
+    def advance(self, done: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self._task, completed=done)
+
+    def close(self) -> None:
+        for file in (self._log, self._metrics, self._board):
+            if file is not None:
+                with contextlib.suppress(OSError):  # a full disk has been told of already
+                    file.close()
+
+
+def read_skipped(run: Path, count: int) -> list[dict[str, str]]:
+    """The first `count` unusable samples that a run has listed."""
+    if not count:
+        return []
+    with open(run / "skipped.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    making = path.with_name(f".{path.name}.making")
+    making.write_text(text, encoding="utf-8")
+    os.replace(making, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the run folder and `doctor`."""
+    import torch
+
+    from openvision3 import __version__
+
+    return {
+        "openvision3": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1m30s, 7260 -> 2h01m."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

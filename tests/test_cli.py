@@ -1,0 +1,308 @@
+"""The command line: every verb on files, folders and globs; bad input is one line on stderr, exit code 2, nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from tiny_pipeline import pipeline, write_photo
+
+import openvision3 as ov3
+from openvision3 import cli, pretrain
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipeline().save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A working folder with pictures: pics/a.png, pics/b.jpg, more/a.png, and more/notes.txt."""
+    for seed, name in enumerate(("pics/a.png", "pics/b.jpg", "more/a.png")):
+        write_photo(tmp_path / name, 60, 40, seed)
+    (tmp_path / "more" / "notes.txt").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run a command that must be refused; returns its one line."""
+    before = tree(Path.cwd())
+    assert cli.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("openvision3: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert tree(Path.cwd()) == before, "nothing is written"
+    return err
+
+
+# -- every verb -----------------------------------------------------------------------------------------------------
+
+VERBS = {
+    "reconstruct": ([], {"picture", "file", "width", "height", "psnr", "vae_psnr"}),
+    "caption": ([], {"picture", "caption"}),
+    "classify": (["--labels", "red heart", "black cat", "--top", "2"], {"picture", "labels"}),
+    "encode": ([], {"picture", "file", "tokens", "embedding", "height", "width"}),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_files_folders_and_globs_and_json_is_pure(verb, work, model, capsys):
+    options, fields = VERBS[verb]
+    argv = [verb, "more/a.png", "pics", "pics/*.jpg", "--model", model, *options]
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(" -> ")[0] for line in lines] == ["more/a.png", "pics/a.png", "pics/b.jpg"]
+    assert cli.main([*argv, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["picture"] for row in found] == ["more/a.png", "pics/a.png", "pics/b.jpg"] and all(set(row) == fields for row in found)
+    assert err == ""
+
+
+def test_reconstruct_writes_the_rebuilt_picture_and_how_close_it_is(work, model, capsys):
+    assert cli.main(["reconstruct", "pics/a.png", "more", "--model", model, "--out", "new/rebuilt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in found] == ["new/rebuilt/a.png", "new/rebuilt/a-2.png"], "pictures of one name do not overwrite each other"
+    assert tree(work / "new") == {"rebuilt", "rebuilt/a.png", "rebuilt/a-2.png"}
+    own = ov3.load(model)
+    rebuilt = ov3.to_pil(own.reconstruct("pics/a.png"))[0]
+    written = Image.open(found[0]["file"])
+    assert np.array_equal(np.asarray(written), np.asarray(rebuilt)) and written.size == (64, 43)
+    original = np.asarray(ov3.to_pil(own.scaled("pics/a.png")[0]), np.float64)
+    expected = 10 * np.log10(255**2 / np.mean((original - np.asarray(written, np.float64)) ** 2))
+    assert found[0]["psnr"] == pytest.approx(expected, abs=0.01)
+
+
+def test_reconstruct_keeps_the_own_size_on_request_and_shows_three_side_by_side(work, model, capsys):
+    assert cli.main(["reconstruct", "pics/a.png", "--model", model, "--size", "0", "--beside"]) == 0
+    assert "60x40" in capsys.readouterr().out
+    width, height = Image.open("reconstructed/a.png").size
+    assert width > 3 * 60 and height > 40
+
+
+def test_encode_writes_what_the_python_face_gives(work, model):
+    assert cli.main(["encode", "pics/a.png", "--model", model]) == 0
+    own = ov3.load(model)
+    with safe_open("tokens/a.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("tokens"), own.encode("pics/a.png")[0])
+        assert torch.equal(file.get_tensor("embedding"), own.embed_images("pics/a.png")[0])
+        metadata = file.metadata()
+    assert own.decode(own.encode("pics/a.png"), size=(int(metadata["height"]), int(metadata["width"]))).shape == (1, 3, 43, 64)
+
+
+def test_caption_and_classify_say_what_the_python_face_says(work, model, capsys):
+    own = ov3.load(model)
+    assert cli.main(["caption", "pics/a.png", "--model", model, "--beams", "2", "--max-length", "5"]) == 0
+    assert capsys.readouterr().out == f"pics/a.png: {own.caption('pics/a.png', beams=2, max_length=5)[0]}\n"
+    labels = ["red heart", "black cat", "dog face"]
+    assert cli.main(["classify", "pics/a.png", "--labels", *labels, "--top", "2", "--model", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["labels"]
+    assert [(row["label"], row["probability"]) for row in found] == [(label, round(p, 4)) for label, p in own.classify("pics/a.png", labels)[:2]]
+
+
+def test_info_names_parts_vae_and_training(model, capsys):
+    assert cli.main(["info", model]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("encoder", "latent_decoder", "text_encoder", "captioner", "16 tokens of 64", "embedded", "steps: 3"))
+    assert cli.main(["info", model, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["grid"] == [4, 4] and found["parameters"]["encoder"] == sum(p.numel() for p in pipeline().encoder.parameters())
+
+
+def test_doctor_reports_this_machine(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__ and found["precision"] in ("bf16", "fp32") and isinstance(found["problems"], list)
+    assert cli.main(["doctor"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_train_saves_a_model_that_the_other_verbs_use(work, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "EVALUATED", 8)
+    assert cli.main(["train", "tiny", "--steps", "2", "--batch", "4", "--precision", "fp32", "--out", "run", "--log-every", "1"]) == 0
+    assert cli.main(["caption", "pics/a.png", "--model", "run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)) == 1 and "step 2/2" in err, "progress is on stderr, results on stdout"
+
+
+# -- pictures that cannot be read -----------------------------------------------------------------------------------
+
+
+def test_unreadable_pictures_among_many_are_named_and_counted_and_the_others_done(work, model, capsys):
+    (work / "pics" / "bad.png").write_bytes(b"no picture")
+    (work / "pics" / "cut.jpg").write_bytes((work / "pics" / "b.jpg").read_bytes()[:300])
+    for options in ([], ["--json"]):
+        assert cli.main(["caption", "pics", "--model", model, *options]) == 2
+        out, err = capsys.readouterr()
+        done = [row["picture"] for row in json.loads(out)] if options else [line.split(":")[0] for line in out.splitlines()]
+        assert done == ["pics/a.png", "pics/b.jpg"]
+        lines = err.splitlines()
+        assert len(lines) == 3 and "bad.png" in lines[0] and "cut.jpg" in lines[1] and lines[2] == "openvision3: 2 of 4 pictures skipped"
+
+
+def test_one_unreadable_picture_alone_is_one_line_and_no_folder(work, model, capsys):
+    assert "notes.txt is not a picture" in refused(capsys, "reconstruct", "more/notes.txt", "--model", model)
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "unknown command": (["recontsruct", "a.png"], r"unknown command recontsruct; legal are demo, train, .*; nearest is reconstruct"),
+    "unknown option": (["caption", "pics", "--beems", "2"], r"--beems.*nearest is --beams"),
+    "option of another type": (["caption", "pics", "--beams", "two"], r"--beams: .*'two'"),
+    "option without value": (["caption", "pics", "--beams"], r"--beams"),
+    "no pictures named": (["caption"], "no pictures given; name files, folders or globs"),
+    "missing file": (["caption", "nowhere.png"], r"no such picture: nowhere\.png"),
+    "missing among others": (["caption", "pics", "nowhere.png"], r"no such picture: nowhere\.png"),
+    "folder without pictures": (["encode", "empty"], r"empty holds no pictures; legal are files ending in \.jpg"),
+    "glob without matches": (["encode", "pics/*.tif"], r"no such picture: pics/\*\.tif"),
+    "labels missing": (["classify", "pics"], "labels"),
+    "labels empty": (["classify", "pics", "--labels"], "0 labels"),
+    "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal is one or more"),
+    "unknown model": (["caption", "pics", "--model", "nowhere"], "no such model: nowhere; legal are"),
+    "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
+    "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*legal are auto, cpu and cuda"),
+    "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),
+    "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics is where the pictures are.*another folder with --out"),
+    "unknown recipe": (["train", "tyni"], r"unknown recipe tyni; legal are mini, .*; nearest is tiny"),
+    "unknown field": (["train", "tiny", "--batsh", "4"], r"--batsh.*nearest is --batch"),
+    "unknown nested field": (["train", "tiny", "--optimizer.learning-rat", "4"], r"nearest is --optimizer\.learning-rate"),
+    "field of another type": (["train", "tiny", "--steps", "many"], r"--steps: .*'many'"),
+    "field out of range": (["train", "tiny", "--size", "50"], "50"),
+    "demo of no minutes": (["demo", "--minutes", "0"], r"minutes 0\.0 must be a positive number"),
+    "demo without end": (["demo", "--minutes", "inf"], "minutes inf must be a positive number"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(case, work, capsys):
+    (work / "empty").mkdir()
+    argv, message = REFUSED[case]
+    line = refused(capsys, *argv)
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(("option", "value"), [("--beams", "0"), ("--top-p", "2"), ("--temperature", "0"), ("--max-length", "0")])
+def test_settings_that_the_model_refuses_are_one_line(option, value, work, model, capsys):
+    extra = ["--top-p", "0.5"] if option == "--temperature" else []
+    assert option.strip("-").replace("-", "_") in refused(capsys, "caption", "pics/a.png", "--model", model, option, value, *extra)
+
+
+def test_a_negative_size_is_refused(work, model, capsys):
+    for verb in ("reconstruct", "encode"):
+        assert "size -3 is negative" in refused(capsys, verb, "pics", "--model", model, "--size", "-3")
+
+
+def test_a_damaged_model_is_one_line(work, model, capsys):
+    shutil.copytree(model, "broken")
+    data = Path("broken/model.safetensors").read_bytes()
+    Path("broken/model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "broken/model.safetensors is damaged" in refused(capsys, "caption", "pics", "--model", "broken")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(work, model, capsys, monkeypatch):
+    def full(self, file, *args, **named):
+        file.write(b"half of it")
+        raise OSError(28, os.strerror(28), "reconstructed/a.png")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert cli.main(["reconstruct", "pics/a.png", "--model", model]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == "openvision3: reconstructed/a.png: No space left on device; make room\n"
+    assert not any(p.is_file() for p in (work / "reconstructed").rglob("*"))
+
+
+def test_no_permission_to_write_is_one_line(work, model, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "no permission to write into" in refused(capsys, "encode", "pics/a.png", "--model", model)
+
+
+# -- names of output files ------------------------------------------------------------------------------------------
+
+
+def test_output_names_never_collide_whatever_the_pictures_are_called():
+    names: dict[str, int] = {}
+    stems = ["a", "a-2", "a", "a", "a-2", "a-3", "a-2-2", "a"]
+    assert len({cli._unused(stem, names) for stem in stems}) == len(stems)
+
+
+def test_output_stays_in_its_folder_for_strange_names(work, model, capsys):
+    strange = ["..png", "...png", "-a.png", "a b.png", "ä\n.png", "x.y.png", os.fsdecode(b"\xff.png")]
+    for name in strange:
+        shutil.copy("pics/a.png", work / "more" / name)
+    assert cli.main(["encode", "more", "--model", model, "--out", "deep/tokens", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len({row["file"] for row in found}) == len(strange) + 1
+    assert tree(work) - tree(work / "pics") >= {"deep/tokens"}
+    assert len(list((work / "deep" / "tokens").iterdir())) == len(strange) + 1
+    assert {p.name for p in work.iterdir()} == {"pics", "more", "deep"}
+
+
+# -- the program ----------------------------------------------------------------------------------------------------
+
+
+def run(*argv: str, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "openvision3", *argv], capture_output=True, text=True, **settings)
+
+
+def test_python_dash_m_runs_the_command_line_and_returns_its_exit_code(tmp_path):
+    assert run("--version").stdout == f"{ov3.__version__}\n"
+    found = run("caption", "nowhere.png", cwd=tmp_path)
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", "openvision3: no such picture: nowhere.png\n")
+    assert run(cwd=tmp_path).returncode == 2
+
+
+def test_skipped_pictures_are_named_on_a_real_stderr(work, model):
+    (work / "pics" / "bad.png").write_bytes(b"no picture")
+    found = run("caption", "pics", "--model", model, "--json", cwd=work)
+    assert found.returncode == 2 and len(json.loads(found.stdout)) == 2
+    assert found.stderr.splitlines()[-1] == "openvision3: 1 of 3 pictures skipped"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["caption", "--help"], ["train"], ["nonsense"]], ids=" ".join)
+def test_help_and_early_errors_do_not_wait_for_torch(argv):
+    code = (
+        "import sys, contextlib\nfrom openvision3.cli import main\n"
+        f"with contextlib.suppress(SystemExit):\n    main({argv!r})\n"
+        "print('SEEN', *[m for m in ('diffusers', 'transformers', 'matplotlib', 'torch') if m in sys.modules])"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.rpartition("SEEN")[2].split()
+    assert seen == (["torch"] if argv == ["train"] else [])
+
+
+def test_help_lists_every_verb_and_each_has_help_of_its_own(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for verb in cli.VERBS:
+        assert f"\n  {verb} " in text
+        if verb == "train":
+            assert cli.main(["train", "--help"]) == 0
+        else:
+            with pytest.raises(SystemExit) as stop:
+                cli.main([verb, "--help"])
+            assert not stop.value.code
+        assert f"openvision3 {verb}" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_one_line(work, model, capsys, monkeypatch):
+    def interrupted(*args, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ov3.Pipeline, "caption", interrupted)
+    assert cli.main(["caption", "pics", "--model", model]) == 130
+    assert capsys.readouterr().err == "openvision3: interrupted\n"

@@ -1,0 +1,58 @@
+"""What the machine is found to have, and what is chosen from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import features
+
+from openvision3 import doctor
+from openvision3.doctor import choose_device, choose_precision, examine, measure_precision
+
+
+def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == "cuda"
+    assert choose_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == "cpu"
+
+
+@pytest.mark.parametrize("asked", ["cuda", "mps", "tpu"])
+def test_a_device_that_cannot_be_used_is_refused_with_what_to_do(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"device '?{asked}.*cpu"):
+        choose_device(asked)
+
+
+def test_both_precisions_are_measured():
+    speed = measure_precision("cpu", seconds=0.0)
+    assert speed.keys() == {"fp32", "bf16"}
+    assert all(0 < value < float("inf") for value in speed.values())
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(10.0, 25.0, "bf16"), (25.0, 10.0, "fp32")])
+def test_auto_takes_the_faster_and_says_by_how_much(monkeypatch, fp32, bf16, chosen):
+    monkeypatch.setattr(doctor, "measure_precision", lambda device: {"fp32": fp32, "bf16": bf16})
+    precision, why = choose_precision("auto", "cpu")
+    assert precision == chosen
+    assert f"{bf16 / fp32:.1f}x" in why
+
+
+def test_a_precision_that_is_asked_for_is_not_measured(monkeypatch):
+    monkeypatch.setattr(doctor, "measure_precision", None)
+    assert choose_precision("fp32", "cpu")[0] == "fp32"
+    assert choose_precision("bf16", "cpu")[0] == "bf16"
+
+
+def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "measure_precision", lambda device: {"fp32": 2.0, "bf16": 3.0})
+    found = examine()
+    assert found["torch"] == torch.__version__ and found["bf16_over_fp32"] == 1.5 and found["precision"] == "bf16"
+    assert not any("VAE" in problem for problem in found["problems"])
+    monkeypatch.setattr(features, "check", lambda name: False)
+    monkeypatch.setattr("openvision3.model.vae.EMBEDDED", tmp_path)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    problems = examine()["problems"]
+    for what, remedy in (("RAQM", "wheel"), ("EfficientNet", "pip install"), ("VAE", "install")):
+        assert any(what in problem and remedy in problem for problem in problems), what

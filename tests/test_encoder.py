@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import PAPER
+
+from openvision3.model.encoder import SIZES, Encoder, EncoderConfig
+from openvision3.model.transformer import sincos_positions
+
+
+def make(channels=4, **changes) -> Encoder:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(**{"size": "tiny", "embed_dim": 24, **changes}), channels)
+    encoder.init_weights()
+    return encoder
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_size_of_the_papers_table_has_its_shapes(name):
+    width, depth, mlp, heads = PAPER[name]
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig(size=name), latent_channels=16)
+    shapes = {key: tuple(value.shape) for key, value in encoder.named_parameters()}
+    assert shapes["patchify.weight"] == (width, 16, 2, 2)
+    assert shapes["pool_projection.weight"] == (768, width)
+    assert len(encoder.blocks) == depth
+    for i in range(depth):
+        assert shapes[f"blocks.{i}.attention.qkv.weight"] == (3 * width, width)
+        assert shapes[f"blocks.{i}.mlp.fc_in.weight"] == (mlp, width)
+        assert encoder.blocks[i].attention.heads == heads
+    assert len(shapes) == 5 + 12 * depth  # the released files hold one more: the position table
+
+
+def test_only_our_own_sizes_are_beside_the_papers():
+    assert set(SIZES) - set(PAPER) == {"tiny", "micro", "mini"}
+
+
+@pytest.mark.parametrize("token_norm", ["layernorm", "none"])
+def test_forward_equals_the_released_structure_written_out(token_norm):
+    encoder, latents = make(token_norm=token_norm), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(encoder.pool_norm.weight)
+    weights = encoder.state_dict()
+    rows = []
+    for i in range(3):
+        for j in range(2):
+            square = latents[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            rows.append(torch.einsum("bcij,dcij->bd", square, weights["patchify.weight"]))
+    x = torch.stack(rows, 1) + sincos_positions(3, 2, 64)
+    x = torch.cat([weights["class_token"].expand(2, 1, 64), x], 1)
+
+    def norm(x, name, i):
+        return F.layer_norm(x, (64,), weights[f"blocks.{i}.{name}.weight"], weights[f"blocks.{i}.{name}.bias"], 1e-6)
+
+    for i in range(2):
+        q, k, v = (norm(x, "norm_attention", i) @ weights[f"blocks.{i}.attention.qkv.weight"].T).chunk(3, -1)
+        heads = []
+        for part in range(2):
+            channels = slice(32 * part, 32 * part + 32)
+            attention = (q[..., channels] @ k[..., channels].transpose(1, 2) / 32**0.5).softmax(-1)
+            heads.append(attention @ v[..., channels])
+        x = x + torch.cat(heads, -1) @ weights[f"blocks.{i}.attention.out.weight"].T
+        hidden = norm(x, "norm_mlp", i) @ weights[f"blocks.{i}.mlp.fc_in.weight"].T
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        x = x + hidden @ weights[f"blocks.{i}.mlp.fc_out.weight"].T
+    tokens = x[:, 1:]  # biases are zero at the start
+    if token_norm == "layernorm":
+        tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    pooled = F.layer_norm(tokens.mean(1), (64,), weights["pool_norm.weight"], None, 1e-6) @ weights["pool_projection.weight"].T
+
+    ours_tokens, ours_pooled = encoder(latents)
+    torch.testing.assert_close(ours_tokens, tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours_pooled, pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_have_zero_mean_and_unit_variance():
+    tokens, _ = make()(torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1)) * 5)
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(tokens.var(-1, unbiased=False), torch.ones(2, 6), rtol=1e-3, atol=1e-3)
+
+
+def test_the_class_token_takes_part():
+    encoder, latents = make(), torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    before = encoder(latents)[0]
+    torch.nn.init.normal_(encoder.class_token, std=3.0)
+    assert (encoder(latents)[0] - before).abs().max() > 1e-3
+
+
+def test_init_weights_reaches_every_parameter():
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig(size="tiny"), 4)
+    encoder.to_empty(device="cpu")
+    for parameter in encoder.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    encoder.init_weights()
+    assert not any(p.isnan().any() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: EncoderConfig(size="XL"), "'XL' is unknown; legal are .*So400m"),
+        (lambda: EncoderConfig(token_norm="rms"), "'rms' is unknown"),
+        (lambda: EncoderConfig(patch=0), "patch 0"),
+        (lambda: make()(torch.zeros(1, 16, 4, 4)), "16 channels, this encoder was built for 4"),
+        (lambda: make()(torch.zeros(1, 4, 4, 5)), "4 x 5 .* multiples of 16"),
+    ],
+)
+def test_what_is_wrong_gets_one_clear_line(call, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)

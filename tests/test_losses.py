@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openvision3.model.losses import caption_loss, contrastive_loss, latent_loss, pixel_loss
+
+T = torch.tensor([math.log(1 / 0.07)])
+
+
+def embeddings(count=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (F.normalize(torch.randn(count, 8, generator=generator), dim=-1) for _ in range(2))
+
+
+def by_two_loops(images, texts, temperature, present):
+    rows = [i for i in range(len(images)) if present[i]]
+    total = 0.0
+    for i in rows:
+        for one, other in ((images, texts), (texts, images)):
+            scores = {j: temperature * sum(a * b for a, b in zip(one[i].tolist(), other[j].tolist(), strict=True)) for j in rows}
+            total += math.log(sum(math.exp(s) for s in scores.values())) - scores[i]
+    return total / (2 * len(rows))
+
+
+@pytest.mark.parametrize("present", [[True] * 5, [True, False, True, True, False], [False, True, False, False, False]])
+def test_contrastive_loss_equals_two_plain_loops(present):
+    images, texts = embeddings()
+    loss = contrastive_loss(images, texts, T, torch.tensor(present))
+    assert loss.item() == pytest.approx(by_two_loops(images, texts, 1 / 0.07, present), rel=1e-5, abs=1e-6)
+    if all(present):
+        assert contrastive_loss(images, texts, T).item() == loss.item()
+
+
+def test_absent_captions_get_no_gradient_and_give_none():
+    images, texts = (e.requires_grad_() for e in embeddings())
+    present = torch.tensor([True, False, True, True, False])
+    contrastive_loss(images, texts, T, present).backward()
+    for gradient in (images.grad, texts.grad):
+        assert not gradient[~present].any() and gradient[present].abs().min() > 0
+
+
+def test_contrastive_loss_without_any_caption_is_zero_with_zero_gradient():
+    images, texts = (e.requires_grad_() for e in embeddings())
+    temperature = T.clone().requires_grad_()
+    loss = contrastive_loss(images, texts, temperature, torch.zeros(5, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert not images.grad.any() and not texts.grad.any() and not temperature.grad.any()
+
+
+def test_temperature_is_clamped_at_100():
+    images, texts = embeddings()
+    hot, limit = contrastive_loss(images, texts, torch.tensor([9.0])), contrastive_loss(images, texts, torch.tensor([math.log(100)]))
+    torch.testing.assert_close(hot, limit)
+    assert contrastive_loss(images, texts, torch.tensor([math.log(99)])).item() != pytest.approx(limit.item(), rel=1e-4)
+
+
+def test_contrastive_loss_keeps_fp32_under_autocast():
+    images, texts = embeddings(16)
+    plain = contrastive_loss(images, texts, T)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(images, texts, T), plain)
+
+
+def random_captions(padding=3, pad_id=0):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 9, (3, 6 + padding), generator=generator)
+    for row, length in enumerate((6, 3, 5)):
+        ids[row, length:] = pad_id
+    return ids, torch.randn(3, 6 + padding, 9, generator=generator)
+
+
+def test_caption_loss_equals_a_hand_loop():
+    ids, logits = random_captions()
+    terms = []
+    for row, length in enumerate((6, 3, 5)):
+        for i in range(length - 1):  # the last scored word is the end mark
+            scores = logits[row, i].double().exp()
+            terms.append(-math.log(scores[ids[row, i + 1]] / scores.sum()))
+    assert len(terms) == 11
+    assert caption_loss(logits, ids).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_caption_loss_ignores_length_and_logits_of_padding():
+    ids, logits = random_captions()
+    loss = caption_loss(logits, ids)
+    shorter = caption_loss(logits[:, :6], ids[:, :6])
+    changed = logits.clone()
+    changed[1, 3:] = 50 * torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
+    assert shorter.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert caption_loss(changed, ids).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_caption_loss_follows_the_padding_mark():
+    ids, logits = random_captions()
+    other = torch.where(ids == 0, 10, ids)  # another tokenizer's padding
+    wide = F.pad(logits, (0, 2), value=-1e9)
+    torch.testing.assert_close(caption_loss(wide, other, pad_id=10), caption_loss(logits, ids, pad_id=0))
+    assert caption_loss(wide, other, pad_id=0).item() > 1e6
+
+
+def test_caption_loss_of_nothing_is_zero():
+    loss = caption_loss(torch.randn(2, 4, 9, requires_grad=True), torch.zeros(2, 4, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("loss", [pixel_loss, latent_loss])
+def test_l1_is_a_mean_over_all_values(loss):
+    a, b = torch.tensor([[[[1.0, -1.0], [0.5, 0.0]]]]), torch.tensor([[[[0.0, -1.0], [-0.5, 0.25]]]])
+    assert loss(a, b).item() == pytest.approx((1 + 0 + 1 + 0.25) / 4)
+    fine = torch.full((2, 3, 64, 64), 0.1)
+    assert loss(fine, (fine * 1.01).bfloat16()).dtype == torch.float32

@@ -1,0 +1,368 @@
+"""The Python face: pictures of every kind and shape in, tokens, pictures, vectors and words out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_pipeline import NAMES, SIZE, make_pipeline, photo, pipeline, write_photo
+
+import openvision3 as ov3
+from openvision3.data.images import ImageError, pad, to_pil, to_tensor
+from openvision3.pipeline import expand_pictures
+
+
+def tensor(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return to_tensor(photo(width, height, seed))
+
+
+# -- pictures in ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(16, 96))
+def test_any_picture_keeps_its_aspect_and_is_padded_to_multiples_of_16(width, height, size):
+    scaled = pipeline().scaled(photo(width, height), size)[0]
+    prepared = pipeline().prepare(photo(width, height), size)
+    _, h, w = scaled.shape
+    assert max(h, w) == size
+    assert abs(h - size * height / max(width, height)) <= 0.5 or h == 1
+    assert abs(w - size * width / max(width, height)) <= 0.5 or w == 1
+    assert prepared.shape == (1, 3, -(-h // 16) * 16, -(-w // 16) * 16)
+    assert torch.equal(prepared[0, :, :h, :w], scaled), "padding is at the bottom and right"
+
+
+def test_the_long_side_is_the_training_size_unless_told():
+    assert pipeline().prepare(photo(200, 100)).shape == (1, 3, SIZE // 2, SIZE)
+    assert pipeline().prepare(photo(200, 100), size=96).shape == (1, 3, 48, 96)
+    assert pipeline().prepare(photo(200, 100), size=0).shape == (1, 3, 112, 208)
+
+
+def test_path_string_pil_and_bytes_of_one_picture_give_the_same_tokens(tmp_path):
+    path = write_photo(tmp_path / "a.png")
+    picture = Image.open(path)
+    expected = pipeline().encode(picture)
+    for source in (path, str(path), path.read_bytes(), [path], (picture,), iter([str(path)])):
+        assert torch.equal(pipeline().encode(source), expected)
+
+
+def test_a_list_may_mix_paths_pictures_and_tensors(tmp_path):
+    path = write_photo(tmp_path / "a.png", 64, 48)
+    picture = Image.open(path).convert("RGB")
+    tokens = pipeline().encode([path, picture, to_tensor(picture)])
+    assert tokens.shape == (3, 4 * 3, 64)
+    assert torch.allclose(tokens[0], tokens[1]) and torch.allclose(tokens[0], tokens[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "HSV"])
+def test_a_picture_of_any_mode_is_taken(mode):
+    picture = photo(64, 48)
+    picture = picture.convert("L").convert(mode) if mode in ("I", "F", "1", "LA") else picture.convert(mode)
+    assert pipeline().prepare(picture).shape == (1, 3, 48, 64)
+
+
+def test_a_tensor_is_taken_at_its_own_size_alone_or_in_a_list():
+    image = tensor(40, 72)
+    expected = pad(image)[None]
+    assert torch.equal(pipeline().prepare(image), expected)
+    assert torch.equal(pipeline().prepare(image[None]), expected)
+    assert torch.equal(pipeline().prepare([image]), expected)
+    assert pipeline().prepare(image, size=32).shape == (1, 3, 32, 32)
+
+
+def test_pictures_of_unlike_grids_are_refused_in_one_line_that_says_what_to_do():
+    with pytest.raises(ValueError, match=r"unlike sizes \(32x64, 64x32\).*pad_to=\(64, 64\)") as error:
+        pipeline().encode([photo(64, 32), photo(32, 64)])
+    assert "\n" not in str(error.value)
+
+
+def test_pad_to_brings_unlike_pictures_to_one_grid():
+    images = [photo(64, 32), photo(32, 64)]
+    tokens = pipeline().encode(images, pad_to=(64, 64))
+    assert tokens.shape == (2, 16, 64)
+    assert torch.allclose(tokens[1:], pipeline().encode(images[1], pad_to=(64, 64)), atol=1e-5)
+    assert len(pipeline().embed_images(images, pad_to=(64, 64))) == len(pipeline().caption(images, pad_to=(64, 64), max_length=2)) == 2
+
+
+@pytest.mark.parametrize("wrong", [(48, 64), (64, 72), (0, 0)])
+def test_pad_to_must_be_multiples_of_16_that_hold_the_picture(wrong):
+    with pytest.raises(ValueError, match=r"legal are multiples of 16 that are at least \(64, 64\)"):
+        pipeline().encode(photo(64, 64), pad_to=wrong)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((3, 16, 16), 255.0), r"run from 255 to 255; legal is \[-1, 1\]"),
+        (torch.full((3, 16, 16), 200, dtype=torch.uint8), r"legal is \[-1, 1\]"),
+        (torch.full((3, 16, 16), float("nan")), r"legal is \[-1, 1\]"),
+        (torch.zeros(16, 16), "cannot be used"),
+        (torch.zeros(1, 4, 16, 16), "cannot be used"),
+        (torch.zeros(0, 3, 16, 16), "no pictures given"),
+        ([], "no pictures given"),
+        (np.zeros((16, 16, 3), np.uint8), "a ndarray is no picture"),
+        ([None], "a NoneType is no picture"),
+        (7, "a int is no picture"),
+    ],
+    ids=range(10),
+)
+def test_what_is_no_picture_is_refused_by_name(images, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline().encode(images)
+
+
+def test_a_negative_size_is_refused():
+    with pytest.raises(ValueError, match="size -1 is negative"):
+        pipeline().encode(photo(20, 20), size=-1)
+
+
+def test_an_unreadable_picture_is_an_image_error(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"bad\.png is not a picture"):
+        pipeline().encode(tmp_path / "bad.png")
+    with pytest.raises(ImageError, match="no such picture"):
+        pipeline().encode("nowhere.png")
+
+
+# -- tokens and back ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_encoded_and_decoded_as_one_by_one():
+    images = [photo(64, 48, seed) for seed in range(3)]
+    tokens = pipeline().encode(images)
+    for row, image in enumerate(images):
+        assert torch.allclose(tokens[row : row + 1], pipeline().encode(image), atol=1e-5)
+    decoded = pipeline().decode(tokens, size=(48, 64))
+    for row in range(3):
+        assert torch.allclose(decoded[row : row + 1], pipeline().decode(tokens[row : row + 1], size=(48, 64)), atol=1e-4)
+
+
+def test_encode_is_the_bare_vit_on_the_vaes_latents():
+    model, image = pipeline(), tensor(64, 64)[None]
+    with torch.no_grad():
+        tokens, pooled = model.encoder(model.vae.encode(image))
+    assert torch.equal(model.encode(image), tokens)
+    assert torch.allclose(model.embed_images(image), torch.nn.functional.normalize(pooled, dim=-1))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_decode_returns_the_unpadded_size(height, width):
+    tokens = pipeline().encode(tensor(height, width))
+    assert tokens.shape[1] == -(-height // 16) * -(-width // 16)
+    images = pipeline().decode(tokens, size=(height, width))
+    assert images.shape == (1, 3, height, width) and images.min() >= -1 and images.max() <= 1
+
+
+def test_the_unpadded_size_is_the_corner_of_the_whole_grid():
+    tokens = pipeline().encode(tensor(33, 50))
+    assert torch.equal(pipeline().decode(tokens, size=(33, 50)), pipeline().decode(tokens, size=(48, 64))[..., :33, :50])
+
+
+def test_decode_without_a_size_takes_a_square():
+    assert pipeline().decode(pipeline().encode(tensor(48, 48))).shape == (1, 3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "message"),
+    [
+        ((1, 6, 64), None, "6 tokens are no square; pass size"),
+        ((1, 6, 64), (64, 64), "64x64 has 4x4 tokens, not 6"),
+        ((1, 6, 64), (0, 0), "0x0 has 0x0 tokens, not 6"),
+        ((1, 6, 64), (-20, -40), "tokens, not 6"),
+        ((1, 4, 32), None, r"legal is \(B, N, 64\)"),
+        ((4, 64), None, r"legal is \(B, N, 64\)"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(shape, size, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline().decode(torch.zeros(shape), size=size)
+
+
+def test_reconstruct_is_encode_and_decode_at_the_scaled_size():
+    picture = photo(90, 50)
+    scaled = pipeline().scaled(picture)[0]
+    expected = pipeline().decode(pipeline().encode(scaled), size=tuple(scaled.shape[1:]))
+    assert torch.equal(pipeline().reconstruct(picture), expected)
+    assert pipeline().reconstruct(picture, size=0).shape == (1, 3, 50, 90)
+    assert isinstance(ov3.to_pil(expected)[0], Image.Image)
+
+
+def test_verbs_for_one_picture_refuse_several():
+    for verb in (pipeline().reconstruct, lambda images: pipeline().classify(images, ["a", "b"])):
+        with pytest.raises(ValueError, match="one picture at a time; seen 2"):
+            verb([photo(20, 20), photo(20, 20)])
+
+
+def test_inference_is_without_noise_and_without_gradient():
+    image = tensor(32, 32)
+    first, second = pipeline().encode(image), pipeline().encode(image)
+    assert torch.equal(first, second) and not first.requires_grad
+    assert torch.equal(pipeline().decode(first), pipeline().decode(second)) and not pipeline().decode(first).requires_grad
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_unit_vectors():
+    images = pipeline().embed_images([photo(64, 64, seed) for seed in range(3)])
+    texts = pipeline().embed_texts(["red heart", "cat face", "", "words it never saw " * 40])
+    assert images.shape == (3, 64) and texts.shape == (4, 64)
+    assert torch.allclose(torch.cat([images, texts]).norm(dim=1), torch.ones(7), atol=1e-5)
+
+
+def test_a_text_embedding_does_not_depend_on_its_neighbours():
+    together = pipeline().embed_texts(list(NAMES))
+    for row, name in enumerate(NAMES):
+        assert torch.allclose(together[row : row + 1], pipeline().embed_texts(name), atol=1e-5)
+
+
+def test_no_texts_are_refused():
+    with pytest.raises(ValueError, match="no texts given"):
+        pipeline().embed_texts([])
+
+
+def test_classify_gives_sorted_probabilities_that_sum_to_one():
+    found = pipeline().classify(photo(64, 64), NAMES)
+    assert sorted(label for label, _ in found) == sorted(NAMES)
+    probabilities = [p for _, p in found]
+    assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_classify_is_the_softmax_of_scaled_cosines():
+    image = photo(64, 64)
+    with torch.no_grad():
+        cosines = pipeline().embed_images(image) @ pipeline().embed_texts(NAMES).T
+        expected = (cosines[0] * pipeline().model.temperature).softmax(0)
+    found = dict(pipeline().classify(image, list(NAMES)))
+    assert [found[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", ["cat", [], ()])
+def test_labels_must_be_a_list_of_texts(labels):
+    with pytest.raises(ValueError, match="labels must be a list of texts"):
+        pipeline().classify(photo(20, 20), labels)
+
+
+def test_a_caption_stops_at_the_end_mark():
+    model = make_pipeline()
+    image, words = photo(64, 64), model.tokenizer
+    cat = words.ids("cat")[0]
+    captioner = model.model.captioner
+    with torch.no_grad():  # the next word depends on the position alone: cat, cat, end, cat, cat ...
+        for block in captioner.blocks:
+            for parameter in block.parameters():
+                parameter.zero_()
+        captioner.embedding.weight.zero_()
+        captioner.embedding.weight[cat, 0] = captioner.embedding.weight[words.end_id, 1] = 1.0
+        captioner.positions.zero_()
+        captioner.positions[:, 0] = 100.0
+        captioner.positions[2] = torch.roll(captioner.positions[2], 1)
+    assert model.caption(image) == ["cat cat"]
+    assert model.caption([image, image], beams=3) == ["cat cat"] * 2
+    assert model.caption(image, max_length=1) == ["cat"]
+
+
+def test_a_sampled_caption_follows_its_seed():
+    image = photo(64, 64)
+    draw = [pipeline().caption(image, top_p=1.0, temperature=2.0, max_length=12, seed=seed)[0] for seed in (0, 0, 1, 2)]
+    assert draw[0] == draw[1] and len(set(draw)) == 3
+
+
+def test_greedy_captions_of_a_batch_are_those_of_each_picture():
+    images = [photo(64, 64, seed) for seed in range(3)]
+    assert pipeline().caption(images, max_length=6) == [pipeline().caption(image, max_length=6)[0] for image in images]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"beams": 0}, {"beams": 2, "top_p": 0.5}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}, {"max_length": 0}, {"max_length": -1}]
+)
+def test_caption_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        pipeline().caption(photo(20, 20), **setting)
+
+
+# -- files, folders, globs ------------------------------------------------------------------------------------------
+
+
+def test_files_folders_and_globs_expand_in_order_each_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/b.png", "d/a.JPG", "d/deep/c.png", "x[1].png"):
+        write_photo(tmp_path / name)
+    (tmp_path / "d" / "notes.txt").write_text("no picture")
+    assert expand_pictures(["d"]) == ["d/a.JPG", "d/b.png"]
+    assert expand_pictures(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG"]
+    assert expand_pictures(["d/**/*.png"]) == ["d/b.png", "d/deep/c.png"]
+    assert expand_pictures(["x[1].png"]) == ["x[1].png"]
+
+
+def test_a_pattern_that_names_nothing_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for pattern, message in ((tmp_path / "empty", "holds no pictures; legal are"), (tmp_path / "*.png", "no such picture"), (tmp_path / "a.png", "no such")):
+        with pytest.raises(ImageError, match=message):
+            expand_pictures([str(pattern)])
+
+
+# -- the package ----------------------------------------------------------------------------------------------------
+
+
+def loaded_after(code: str) -> set[str]:
+    names = ("torch", "torchvision", "diffusers", "transformers", "matplotlib", "tyro")
+    code += f"\nimport sys; print(*[m for m in {names} if m in sys.modules])"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_package_imports_no_torch():
+    assert loaded_after("import openvision3") == set()
+
+
+def test_load_needs_torch_alone_and_diffusers_only_for_a_vae():
+    assert loaded_after("import openvision3; openvision3.load") == {"torch"}
+    assert loaded_after("from openvision3.model.vae import VAE; VAE.load('embedded')") == {"torch", "diffusers"}
+
+
+def test_all_names_of_the_package_are_there():
+    assert {name: getattr(ov3, name) is not None for name in ov3.__all__} == dict.fromkeys(ov3.__all__, True)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        ov3.laod  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"device": "tpu"}, "device 'tpu' is not supported"), ({"precision": "fp16"}, "precision 'fp16' is unknown")]
+)
+def test_load_refuses_unknown_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ov3.load("anything", **settings)
+
+
+# -- the model that ships -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return ov3.load("mini")
+
+
+def test_the_shipped_mini_rebuilds_names_and_describes_a_held_out_emoji(mini):
+    from openvision3.data import samples
+    from openvision3.evaluate.reconstruction import psnr
+
+    emoji = samples.load_emoji().evaluation(8)
+    pictures = [samples.draw(e.character, 128) for e in emoji]
+    images = mini.prepare(pictures)
+    assert psnr(images, mini.decode(mini.encode(images))).mean() > 15
+    assert all(mini.caption(images))
+    found = [max(mini.classify(picture, [e.name for e in emoji]), key=lambda pair: pair[1])[0] for picture in pictures]
+    assert sum(a == e.name for a, e in zip(found, emoji, strict=True)) >= 4
+    assert isinstance(to_pil(mini.reconstruct(pictures[0]))[0], Image.Image)
+
+
+def test_the_shipped_mini_is_small_and_has_a_card(mini):
+    folder = Path(ov3.__file__).parent / "assets" / "mini"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 31e6
+    assert "CC BY-SA 4.0" in (folder / "README.md").read_text(encoding="utf-8")

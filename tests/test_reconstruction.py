@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import PAPER
+
+from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
+
+
+def make(channels=4, patch=2) -> LatentDecoder:
+    torch.manual_seed(0)
+    network = LatentDecoder(LatentDecoderConfig(size="tiny"), 48, channels, patch)
+    network.init_weights()
+    return network
+
+
+def tokens(rows=3, count=6) -> torch.Tensor:
+    return torch.randn(rows, count, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_size_of_the_papers_table_has_its_shapes(name):
+    width, depth, mlp, heads = PAPER[name]
+    with torch.device("meta"):
+        network = LatentDecoder(LatentDecoderConfig(size=name), 768, 16, 2)
+    shapes = {key: tuple(value.shape) for key, value in network.named_parameters()}
+    assert shapes["embed.weight"] == (width, 768)
+    assert shapes["linear.weight"] == (64, width)  # 4C values a token
+    assert len(network.blocks) == depth
+    assert shapes[f"blocks.{depth - 1}.mlp.fc_out.weight"] == (width, mlp)
+    assert network.blocks[0].attention.heads == heads
+
+
+def test_each_token_gives_its_own_square_of_latents():
+    network = make()
+    seen = []
+    network.linear.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    latents = network(tokens(), (2, 3))
+    assert latents.shape == (3, 4, 4, 6)
+    for row in range(2):
+        for column in range(3):
+            square = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert torch.equal(square.flatten(1), seen[0][:, row * 3 + column])
+
+
+def test_rows_and_columns_of_the_grid_are_not_mixed_up():
+    network = make()
+    assert network(tokens(), (2, 3)).shape == (3, 4, 4, 6)
+    tall, wide = network(tokens(), (3, 2)), network(tokens(), (2, 3))
+    assert (F.pixel_unshuffle(tall, 2).flatten(2) - F.pixel_unshuffle(wide, 2).flatten(2)).abs().max() > 1e-3  # positions differ too
+
+
+def test_init_weights_reaches_every_parameter():
+    network = make()
+    for parameter in network.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    network.init_weights()
+    assert not any(p.isnan().any() for p in network.parameters())
+
+
+def test_noise_of_a_row_depends_on_its_key_alone():
+    u, keys = tokens(4), torch.tensor([7, 2**62 + 5, 9, 7])
+    noise = add_noise(u, 0.8, keys) - u
+    order = [2, 0, 1]
+    torch.testing.assert_close(add_noise(u[order], 0.8, keys[order]) - u[order], noise[order])
+    alone = add_noise(u[1:2], 0.8, keys[1:2]) - u[1:2]
+    torch.testing.assert_close(alone, noise[1:2])
+    torch.testing.assert_close(noise[0], noise[3])
+    assert (noise[0] - noise[2]).abs().max() > 1e-2
+
+
+def test_noise_leaves_torchs_own_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    add_noise(tokens(), 0.8, torch.arange(3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_noise_strength_is_uniform_up_to_tau():
+    zeros, tau = torch.zeros(2000, 16, 16), 0.8
+    noise = add_noise(zeros, tau, torch.arange(2000))
+    sigma = noise.flatten(1).std(1) / tau  # 256 draws a row: within about 4 % of the strength
+    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert abs(sigma.quantile(quantile).item() - quantile) < 0.05
+    unit = noise / noise.flatten(1).std(1)[:, None, None]
+    assert abs(unit.mean().item()) < 0.01 and abs(unit.pow(4).mean().item() - 3) < 0.1  # normal: kurtosis 3
+
+
+def test_tau_zero_is_no_noise():
+    u = tokens()
+    assert torch.equal(add_noise(u, 0.0, torch.arange(3)), u)
+
+
+def test_noise_passes_the_gradient_whole():
+    u = tokens().requires_grad_()
+    add_noise(u, 0.8, torch.arange(3)).sum().backward()
+    assert torch.equal(u.grad, torch.ones_like(u))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: LatentDecoderConfig(size="b"), "'b' is unknown"),
+        (lambda: make()(tokens(), (2, 2)), "6 tokens do not fill a grid of 2 x 2"),
+        (lambda: make()(torch.zeros(1, 6, 32), (2, 3)), "tokens are 32 wide, this latent decoder was built for 48"),
+    ],
+)
+def test_what_is_wrong_gets_one_clear_line(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,222 @@
+"""A run that dies and goes on is, bit for bit, the run that never died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
+
+from openvision3.checkpoint import complete_checkpoints
+from openvision3.pretrain import pretrain
+
+
+def go_on(config):
+    config.resume = True
+    return pretrain(config, "tiny")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_crash_between_two_checkpoints_leaves_no_trace(tmp_path, monkeypatch, kind):
+    runs = [small(tmp_path, name) for name in ("whole", "broken")]
+    for config in runs:
+        config.optimizer.kind = kind
+    pretrain(runs[0], "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 5)
+        pretrain(runs[1], "tiny")
+    assert complete_checkpoints(runs[1].out)[-1].name == "step-00000003"  # in the middle of a line's window: logged every 2
+    assert go_on(runs[1]).status == "finished"
+    assert_same_run(runs[0].out, runs[1].out)
+
+
+def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
+    whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken")
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 3)
+        pretrain(broken, "tiny")
+    assert metrics(broken.out)
+    go_on(broken)
+    assert_same_run(whole.out, broken.out)
+
+
+def test_unusable_samples_are_counted_and_listed_once_however_often_a_run_goes_on(tmp_path, monkeypatch):
+    for folder in ("train", "held"):
+        pictures(tmp_path / folder, 3)
+        (tmp_path / folder / "99.png").write_bytes(b"no picture")
+        (tmp_path / folder / "99.txt").write_text("a word")
+    whole, broken = small(tmp_path, "whole", eval_every=2), small(tmp_path, "broken", eval_every=2)
+    pretrain(whole, "tiny")
+    for step in (2, 4, 5, 7):
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            crash_at(patched, step)
+            pretrain(broken, "tiny")
+        broken.resume = True
+    go_on(broken)
+    assert_same_run(whole.out, broken.out)
+    listed = (tmp_path / "broken" / "skipped.jsonl").read_text().splitlines()
+    assert len(listed) == len(set(listed)) == 2
+    assert metrics(broken.out)[-2]["skipped_samples"] == 2
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
+    config = small(tmp_path, "run", log_every=1, save_every=2)
+    for step in (4, 6):
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            crash_at(patched, step)
+            pretrain(config, "tiny")
+        config.resume = True
+    go_on(config)
+    assert [row["step"] for row in metrics(config.out) if "train/loss" in row] == list(range(1, config.steps + 1))
+
+
+def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
+    config = small(tmp_path, "run")
+    pretrain(config, "tiny")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]
+    assert go_on(config).steps == config.steps
+    assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]) == before
+
+
+# -- real processes ------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import os, signal, sys
+from openvision3 import checkpoint, cli, progress
+what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+sys.argv = ["openvision3", *argv]
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+advance, replace, rmtree = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree
+def at_step(self, done):
+    if done == step:
+        os.kill(os.getpid(), getattr(signal, what))
+    advance(self, done)
+def at_rename(source, target):
+    if str(target).endswith(f"step-{step:08d}"):
+        die()
+    replace(source, target)
+def in_deletion(path, **how):
+    if ".old-" in str(path) and os.path.exists(path):
+        os.unlink(os.path.join(path, "state", "__0_0.distcp"))
+        die()
+    rmtree(path, **how)
+if what.startswith("SIG"):
+    progress.RunFolder.advance = at_step
+elif what == "nan":
+    import torch
+    from openvision3.train import Optimizers
+    stepped, steps = Optimizers.step, [0]
+    def spoil(self):
+        stepped(self)
+        steps[0] += 1
+        if steps[0] == step:  # from here on every loss is NaN
+            torch.nn.Conv2d.forward = lambda self, x: torch.nn.functional.conv2d(x, self.weight * float("nan"), self.bias, self.stride, self.padding)
+    Optimizers.step = spoil
+elif what == "rename":
+    os.replace = at_rename
+elif what == "deletion":
+    checkpoint.shutil.rmtree = in_deletion
+sys.exit(cli.main(argv))
+"""
+
+
+def start(root: Path, out: str, *more: str, fault: str = "none", step: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-c", DRIVER, fault, str(step), "train", "tiny", "--data", str(root / "train"), "--val", str(root / "held")]
+    command += ["--size", "32", "--batch", "4", "--precision", "fp32", "--keep", "1", "--save-every", "3", "--log-every", "2", "--out", str(root / out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    said = process.communicate(timeout=300)[1]
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run of 8 steps that nothing disturbed, in `whole`."""
+    root = tmp_path_factory.mktemp("processes")
+    pictures(root / "train", 10)
+    pictures(root / "held", 3, seed=1)
+    code, said = finish(start(root, "whole", "--steps", "8"))
+    assert code == 0, said
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "step", "code"),
+    [
+        ("SIGKILL", 5, -signal.SIGKILL),
+        ("SIGTERM", 4, 75),
+        ("SIGINT", 5, 75),
+        ("rename", 6, -signal.SIGKILL),
+        ("deletion", 6, -signal.SIGKILL),
+    ],
+)
+def test_a_killed_process_that_goes_on_equals_the_one_that_was_not(whole, fault, step, code):
+    out = f"{fault}-{step}"
+    seen, said = finish(start(whole, out, "--steps", "8", fault=fault, step=step))
+    assert seen == code, said
+    checkpoints = complete_checkpoints(whole / out)
+    assert len(checkpoints) == 1
+    assert checkpoints[0].name == {"SIGKILL": "step-00000003", "rename": "step-00000003", "deletion": "step-00000006"}.get(fault, f"step-{step:08d}")
+    assert ("saved at step" in said) == (code == 75)
+    seen, said = finish(start(whole, out, "--steps", "8", "--resume"))
+    assert seen == 0, said
+    assert_same_run(whole / "whole", whole / out)
+    assert [p.name for p in (whole / out / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_signal_from_outside_saves_and_exits_with_75(whole, workers):
+    process = start(whole, f"outside-{workers}", "--steps", "1000000", "--workers", workers)
+    metrics_file = whole / f"outside-{workers}" / "metrics.jsonl"
+    while process.poll() is None and not (metrics_file.exists() and metrics_file.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 75, said
+    saved = complete_checkpoints(whole / f"outside-{workers}")[-1]
+    assert f"SIGTERM: saved at step {int(saved.name.removeprefix('step-'))} of 1000000" in said
+
+
+@pytest.mark.slow
+def test_losses_that_stay_nan_end_with_1_the_module_and_the_last_good_checkpoint(whole):
+    code, said = finish(start(whole, "nan", "--steps", "50", fault="nan", step=4))
+    assert code == 1, said
+    last = complete_checkpoints(whole / "nan")[-1]
+    assert said.count("the step is skipped") == 5 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("openvision3: step 9: the loss ") and f"the last good checkpoint is {last};" in said.splitlines()[-1]
+    for name, value in saved_state(last).items():
+        assert not isinstance(value, torch.Tensor) or bool(torch.isfinite(value).all()), name
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_with_2_and_with_room_the_run_goes_on_as_if_nothing_had_been(whole):
+    disk = whole / "disk"
+    disk.mkdir()
+    size = sum(p.stat().st_size for p in complete_checkpoints(whole / "whole")[-1].rglob("*"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(disk)]  # one checkpoint and a half
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk of its own cannot be mounted here (needs root on Linux)")
+    try:
+        code, said = finish(start(whole, "disk/run", "--steps", "8"))
+        assert code == 2 and "Traceback" not in said, said
+        kept = complete_checkpoints(disk / "run")
+        assert [p.name for p in kept] == ["step-00000003"]
+        assert f"no space left on the disk at step 6; the last good checkpoint is {kept[0]}; make room and go on with --resume" in said.splitlines()[-1]
+        subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
+        code, said = finish(start(whole, "disk/run", "--steps", "8", "--resume"))
+        assert code == 0, said
+        assert_same_run(whole / "whole", disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

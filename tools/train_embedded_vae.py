@@ -1,0 +1,319 @@
+"""Train the small VAE that ships with the package (AutoencoderTiny, 16 channels, 8x).
+
+    python tools/train_embedded_vae.py --data openmoji ../shared/data/pictures --only source=clipart --out runs/vae
+
+L1 + squared error + a perceptual feature distance (EfficientNet-Lite0) + a penalty that holds every latent channel near
+zero mean and unit variance; a little noise on the latents, so that the decoder forgives what a ViT predicts. The rate is
+constant after a warm-up and falls to zero over the last `--cooldown` steps, so `--steps` may be changed when a run goes
+on: the same command resumes. `--out/ema` always holds the averaged weights in diffusers' format.
+
+Beside the data, a share of the training pictures is synthetic (coloured 1/f noise and dead leaves, drawn here from random
+numbers): flat drawings alone teach a VAE little about the textures of photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny as _AutoencoderTiny
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from PIL import Image
+
+from openvision3.data import samples
+from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor, to_uint8
+from openvision3.data.shards import Source, open_source
+from openvision3.model.perceptual import EfficientNetDistance
+from openvision3.progress import processor_name
+
+AutoencoderTiny: Any = _AutoencoderTiny  # diffusers' lazy module hides its types
+
+ARCHITECTURE = {
+    "latent_channels": 16,
+    "encoder_block_out_channels": (64, 64, 64, 64),
+    "decoder_block_out_channels": (64, 64, 64, 64),
+    "num_encoder_blocks": (0, 2, 3, 5),
+    "num_decoder_blocks": (6, 5, 3, 0),
+}
+
+
+def init_weights(vae: Any) -> None:
+    """Variance-preserving convolutions, residual branches that start at zero, an output that starts at mid grey.
+
+    PyTorch's default shrinks the signal in every layer, and these networks have no norms to bring it back.
+    """
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            torch.nn.init.zeros_(module.conv[-1].weight)
+    for network in (vae.encoder, vae.decoder):
+        for layer in network.layers:
+            if isinstance(layer, torch.nn.Conv2d) and layer.in_channels == layer.out_channels:
+                layer.weight.data.div_(math.sqrt(2.0))  # no ReLU follows a change of resolution
+        network.layers[-1].weight.data.mul_(0.5)
+    torch.nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)
+
+
+def make_optimizers(vae: Any, rate: float) -> tuple[list[torch.optim.Optimizer], list[tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
+    """Muon for the 3x3 convolutions between hidden layers, AdamW for the rest.
+
+    torch's Muon takes matrices: `flat` pairs each convolution's weight with a matrix on the same storage.
+    """
+    flat, others = [], []
+    for parameter in vae.parameters():
+        if parameter.ndim == 4 and min(parameter.shape[:2]) > 16:
+            rows = parameter.data.permute(0, 2, 3, 1)
+            flat.append((parameter, torch.nn.Parameter(rows.view(len(rows), -1))))
+        else:
+            others.append(parameter)
+    muon = torch.optim.Muon([matrix for _, matrix in flat], lr=rate, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)], flat
+
+
+def one_over_f(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Noise whose amplitude falls as f^-a, a in [0.7, 1.8], channels correlated as in natural pictures. (H, W, 3) in [0, 1]."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    frequency[0, 0] = 1 / size
+    spectrum = np.fft.rfft2(rng.standard_normal((3, size, size))) / frequency ** rng.uniform(0.7, 1.8)
+    noise = np.fft.irfft2(spectrum, (size, size))
+    noise -= noise.mean((1, 2), keepdims=True)
+    noise /= noise.std((1, 2), keepdims=True) + 1e-6
+    grey = rng.uniform(0, 0.9)
+    noise = grey * noise[:1] + (1 - grey) * noise
+    return (rng.uniform(0.2, 0.8, (3, 1, 1)) + noise * rng.uniform(0.05, 0.25)).clip(0, 1).transpose(1, 2, 0)
+
+
+def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Overlapping discs and boxes of power-law size, some with 1/f texture. (H, W, 3) in [0, 1]."""
+    canvas = one_over_f(rng, size)
+    y, x = np.mgrid[:size, :size]
+    texture = one_over_f(rng, size) - 0.5
+    for _ in range(int(rng.integers(20, 90))):
+        radius = 3 * (1 - rng.uniform(0, 0.999)) ** -0.6
+        cx, cy = rng.uniform(0, size, 2)
+        angle = rng.uniform(0, math.pi)
+        u = (x - cx) * math.cos(angle) + (y - cy) * math.sin(angle)
+        v = ((y - cy) * math.cos(angle) - (x - cx) * math.sin(angle)) * rng.uniform(0.4, 2.5)
+        inside = (np.maximum(abs(u), abs(v)) if rng.random() < 0.4 else np.hypot(u, v)) < radius
+        canvas[inside] = (rng.uniform(0, 1, 3) + texture[inside] * rng.uniform(0, 1.5)).clip(0, 1)
+    return canvas
+
+
+class TrainingPictures(torch.utils.data.Dataset):
+    """Endless random training pictures, each a function of (seed, position)."""
+
+    def __init__(self, source: Source, size: int, seed: int, synthetic: float, textures: int = 384):
+        self.source, self.size, self.seed, self.synthetic = source, size, seed, synthetic
+        rng = np.random.default_rng(seed)
+        make = [one_over_f, dead_leaves]
+        self.textures = [Image.fromarray((make[i % 2](rng, 192) * 255).astype(np.uint8)) for i in range(textures)]
+
+    def __len__(self) -> int:
+        return 1 << 60
+
+    def texture(self, generator: torch.Generator) -> Image.Image:
+        texture = self.textures[int(torch.randint(len(self.textures), (1,), generator=generator))]
+        return crop_resized(texture, random_crop_box(192, 192, generator, (0.3, 1.0)), self.size)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, position)) & 0x7FFFFFFF)
+        kind, flip, jitter, invert = torch.rand(4, generator=generator).tolist()
+        picture = self.texture(generator) if kind < self.synthetic else self.drawn(generator)
+        pixels = to_tensor(picture)
+        if flip < 0.5:
+            pixels = pixels.flip(2)
+        if jitter < 0.3:  # other colours, same shapes
+            pixels = pixels[torch.randperm(3, generator=generator)]
+            if invert < 0.3:
+                pixels = -pixels
+        elif jitter < 0.5:
+            gain, lift = torch.rand(2, 3, 1, 1, generator=generator)
+            pixels = (pixels * (0.5 + 0.5 * gain) + 0.5 * (lift - 0.5)).clamp(-1, 1)
+        return pixels
+
+    def drawn(self, generator: torch.Generator) -> Image.Image:
+        index = int(torch.randint(len(self.source), (1,), generator=generator))
+        try:
+            picture = self.source.picture(index, self.size, generator)
+        except ImageError:
+            return self.texture(generator)
+        if self.source.key(index).startswith("openmoji/") and torch.rand(1, generator=generator).item() < 0.2:
+            scale, x, y = torch.rand(3, generator=generator).tolist()
+            emoji = samples.load_emoji().train
+            character = emoji[int(torch.randint(len(emoji), (1,), generator=generator))].character
+            picture = samples.draw(character, self.size, scale=0.6 + scale, shift=(0.4 * x - 0.2, 0.4 * y - 0.2), background=self.texture(generator))
+        return picture
+
+
+def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
+    """The evaluation pictures: 256 held-out OpenMoji, and the `val` shards beside the training data if there are any."""
+    emoji = samples.load_emoji().evaluation()
+    sets = {"openmoji": torch.stack([to_tensor(samples.draw(e.character, size)) for e in emoji])}
+    for name in ("pictures", "photos"):
+        shards = sorted(str(p) for p in (folder / name).glob("val-*.tar")) if folder else []
+        if shards:
+            source = open_source(tuple(shards))
+            sets[name] = torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])
+    return sets
+
+
+@torch.no_grad()
+def psnr(vae: Any, images: torch.Tensor) -> float:
+    """Mean over pictures of the PSNR of uint8 reconstructions, dB."""
+    values = []
+    for batch in images.split(64):
+        with torch.autocast("cpu" if not batch.is_cuda else "cuda", torch.bfloat16):
+            images_hat = vae.decoder(vae.encoder(batch.contiguous(memory_format=torch.channels_last)))
+        error = (to_uint8(images_hat).float() - to_uint8(batch).float()).div(255).pow(2).mean((1, 2, 3))
+        values.append(-10 * torch.log10(error.clamp_min(1e-10)))
+    return torch.cat(values).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["openmoji"])
+    parser.add_argument("--only", default="", help="keep shard samples with this JSON value, as in source=clipart")
+    parser.add_argument("--held-out", type=Path, default=None, help="folder with pictures/val-*.tar and photos/val-*.tar to measure on")
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--cooldown", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--squared", type=float, default=1.0, help="weight of the squared error")
+    parser.add_argument("--perceptual", type=float, default=0.1)
+    parser.add_argument("--latent-noise", type=float, default=0.05)
+    parser.add_argument("--synthetic", type=float, default=0.15)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", default="{}", help="JSON that overrides AutoencoderTiny's settings")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = ARCHITECTURE | json.loads(args.architecture)
+    vae = AutoencoderTiny(**architecture).to(device, memory_format=torch.channels_last)
+    init_weights(vae)
+    ema = copy.deepcopy(vae).requires_grad_(False)
+    distance = EfficientNetDistance(stages=4).to(device)
+    optimizers, flat = make_optimizers(vae, args.learning_rate)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file = args.out / "state.pt"
+    step, seconds = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=device)
+        vae.load_state_dict(state["vae"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, seconds = state["step"], state["seconds"]
+        print(f"going on from step {step}", flush=True)
+
+    only = dict([args.only.split("=", 1)]) if args.only else None
+    source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
+    print(f"{len(source)} training pictures; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
+    sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
+    dataset = TrainingPictures(source, args.size, args.seed, args.synthetic)
+    order = range(step * args.batch, args.steps * args.batch)
+    loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=order, num_workers=args.workers, prefetch_factor=4 if args.workers else None)
+
+    def save() -> None:
+        state = {
+            "vae": vae.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+            "seconds": seconds,
+        }
+        torch.save(state, state_file.with_suffix(".tmp"))
+        os.replace(state_file.with_suffix(".tmp"), state_file)
+        copy.deepcopy(ema).to(torch.bfloat16).save_pretrained(args.out / "ema")
+        card = {"command": shlex.join(["python", *sys.argv]), "steps": step, "batch": args.batch, "minutes": seconds / 60, "seed": args.seed}
+        card["machine"] = f"{processor_name()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+        (args.out / "ema" / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+
+    stop = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
+
+    sums, count, mark = torch.zeros(4), 0, time.perf_counter()
+    for images in loader:
+        left = args.steps - step
+        rate = args.learning_rate * min(1.0, (step + 1) / 100, left / max(1, args.cooldown))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            latents = vae.encoder(images)
+            images_hat = vae.decoder(latents + args.latent_noise * torch.randn_like(latents)).float()
+            some = slice(0, args.batch // 2)
+            perceptual = distance(images[some], images_hat[some]) if args.perceptual else images_hat.new_zeros(())
+        difference = images_hat - images
+        absolute, squared = difference.abs().mean(), difference.pow(2).mean()
+        by_channel = latents.float().transpose(0, 1).flatten(1)
+        penalty = by_channel.mean(1).pow(2).mean() + (by_channel.std(1) - 1).pow(2).mean()
+        loss = absolute + args.squared * squared + args.perceptual * perceptual + 0.1 * penalty
+        vae.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
+        for parameter, matrix in flat:
+            assert parameter.grad is not None
+            matrix.grad = parameter.grad.permute(0, 2, 3, 1).reshape(matrix.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        for average, value in zip(ema.parameters(), vae.parameters(), strict=True):
+            average.lerp_(value.detach(), 1 - decay)
+        step += 1
+        sums += torch.stack([absolute, squared, perceptual, penalty]).detach().cpu()
+        count += 1
+        if step % 50 == 0:
+            now = time.perf_counter()
+            seconds, speed, mark = seconds + now - mark, count * args.batch / (now - mark), now
+            l1, l2, feature, hold = (sums / count).tolist()
+            print(
+                f"step {step:6d}  l1 {l1:.4f}  l2 {l2:.4f}  feature {feature:.4f}  penalty {hold:.4f}  {speed:.1f} images/s  {seconds / 60:.1f} min", flush=True
+            )
+            sums, count = torch.zeros(4), 0
+        if step % args.save_every == 0 or stop or step == args.steps:
+            save()
+            row = {"step": step, "minutes": round(seconds / 60, 1), **{name: round(psnr(ema, images), 2) for name, images in sets.items()}}
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+            mark = time.perf_counter()
+        if stop:
+            raise SystemExit(75)
+
+    with torch.no_grad():  # latents leave with unit variance: the scale is measured, on training pictures
+        latents = torch.cat([ema.encoder(torch.stack([dataset[i + j] for j in range(32)]).to(device)) for i in range(0, 512, 32)])
+    ema.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    save()
+    print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f}; scaling_factor {ema.config.scaling_factor}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
