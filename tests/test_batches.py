@@ -166,7 +166,7 @@ def test_a_good_neighbour_is_the_same_beside_a_broken_sample(broken, words):
             key, image, *_ = after.sample(position)
             if key in before:
                 assert torch.equal(image, before[key])
-    assert any(p["reason"] == "empty" for position in range(12) for p in after.sample(position)[3])
+    assert any(p["reason"] == "empty" for position in range(12) for p in after.sample(position)[4])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -213,10 +213,10 @@ def test_problems_found_when_the_data_was_opened_are_there_from_the_start(emoji,
 def test_the_first_caption_is_predicted_and_contrasted_and_others_are_drawn(words):
     source = EmojiSource((samples.Emoji("\U0001f600", "grinning face", ("grin", "smile", "happy"), None),), aliases=True)
     made = batches(source, words, captions=2)
-    drawn = [made.sample(position)[2] for position in range(40)]
+    drawn = [made.sample(position)[3] for position in range(40)]
     assert {first for first, _ in drawn} == {"grinning face"}
     assert {second for _, second in drawn} == {"grin", "smile", "happy"}
-    assert made.sample(0)[2] == made.sample(0)[2]
+    assert made.sample(0)[3] == made.sample(0)[3]
 
 
 def test_captions_that_are_not_there_are_marked_absent(words):
@@ -228,6 +228,22 @@ def test_captions_that_are_not_there_are_marked_absent(words):
         assert batch["text_present"][row].tolist() == ([True, False] if one else [True, True])
         second = words.ids("" if one else "second")
         assert batch["text_ids"][row, 1, : len(second) + 1].tolist() == [*second, words.class_id]
+
+
+def test_one_random_sentence_is_contrasted_and_the_whole_caption_fills_in_and_is_predicted(words, broken):
+    for text in broken.folder.glob("*.txt"):
+        text.write_text("red heart. blue car, sign")
+    for count, expected in ((1, {("red heart",), ("blue car, sign",)}), (2, {(part, "red heart. blue car, sign") for part in ("red heart", "blue car, sign")})):
+        made = TrainingBatches(broken, words, TextShape(8, 10, count, sentences=True), size=16, batch=5, seed=0)
+        samples_made = [made.sample(position) for position in range(30)]
+        assert {contrasted for _, _, _, contrasted, _ in samples_made} == expected
+        assert {caption for _, _, caption, _, _ in samples_made} == {"red heart. blue car, sign"}
+
+
+def test_other_captions_stand_beside_the_random_sentence(words):
+    source = EmojiSource((samples.Emoji("\U0001f600", "grinning face", ("grin",), None),), aliases=True)
+    made = TrainingBatches(source, words, TextShape(8, 10, 2, sentences=True), size=16, batch=1, seed=0)
+    assert made.sample(0)[3] == ("grinning face", "grin")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from openvision3.optimizer import OptimizerConfig, Optimizers, parameter_groups, rate_at
+from openvision3.optimizer import Muon, OptimizerConfig, Optimizers, orthogonal, parameter_groups, rate_at
 
 
 def names_of(model: nn.Module, parameters) -> set[str]:
@@ -127,3 +127,38 @@ def test_the_rate_is_never_negative_nor_above_its_peak(step, warmup, steps):
 def test_an_illegal_setting_is_refused_by_name_with_the_value_seen(field, value):
     with pytest.raises(ValueError, match=rf"{field.removeprefix('beta')}.*{value}"):
         OptimizerConfig(**{field: value})
+
+
+def test_muon_is_torchs_muon_but_for_the_precision_it_computes_in():
+    generator = torch.Generator().manual_seed(0)
+    shapes_taken = ((8, 24), (24, 8), (8, 8), (8, 24))
+    starts = [torch.randn(shape, generator=generator) for shape in shapes_taken]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    own = Muon(ours, learning_rate=0.02, weight_decay=0.1, dtype=torch.bfloat16)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        own.step()
+        other.step()
+    for one, two, start in zip(ours, theirs, starts, strict=True):
+        torch.testing.assert_close(one.data, two.data, atol=0.02 * float((two.data - start).abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 20, 20)])
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonal(matrices)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.3 and values.max() < 1.3 and values.mean() == pytest.approx(1, abs=0.2)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    turned = u.transpose(1, 2) @ found @ v.transpose(1, 2)
+    torch.testing.assert_close(turned, torch.diag_embed(torch.diagonal(turned, dim1=1, dim2=2)), atol=1e-3, rtol=0)
+
+
+def test_a_gradient_of_zeros_moves_nothing_but_the_decay():
+    weight = nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.zeros(3, 4)
+    Muon([weight], learning_rate=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.data, torch.full((3, 4), 0.95))

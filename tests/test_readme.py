@@ -31,6 +31,8 @@ class Piece:
     language: str
     line: int
     text: str
+    output: str = ""
+    """what an ```output block right behind it says that it prints"""
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.text.splitlines()[0]}"
@@ -48,6 +50,8 @@ def pieces(text: str) -> list[Piece]:
         else:
             if fence == "python":
                 found.append(Piece("python", start + 1, "\n".join(lines)))
+            if fence == "output":
+                found[-1].output = "\n".join(lines)
             if fence == "bash":
                 found += bash_lines(lines, start + 1)
             fence = None
@@ -73,7 +77,7 @@ README = pieces((ROOT / "README.md").read_text(encoding="utf-8"))
 
 def test_pieces_are_found_in_their_order():
     text = "a\n```bash\n# why\n$ one --x \\\n  2\ntwo\n```\n```text\nthree\n```\n```python\nimport four\nfour()\n```\n```output\nfive\n```\n"
-    assert pieces(text) == [Piece("bash", 4, "one --x \\\n  2"), Piece("bash", 6, "two"), Piece("python", 12, "import four\nfour()")]
+    assert pieces(text) == [Piece("bash", 4, "one --x \\\n  2"), Piece("bash", 6, "two"), Piece("python", 12, "import four\nfour()", "five")]
 
 
 def test_the_readme_shows_commands_and_python():
@@ -116,3 +120,21 @@ def test_the_readmes_pieces_run(piece, checkout):
     argv = ["bash", "-c", command(piece.text)] if piece.language == "bash" else [sys.executable, "-c", piece.text]
     found = subprocess.run(argv, cwd=checkout, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert found.returncode == 0, f"{piece}\n{found.stdout[-2000:]}\n{found.stderr[-2000:]}"
+    if piece.output:
+        assert_says_the_same(found.stdout.strip(), piece.output)
+
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def assert_says_the_same(found: str, written: str) -> None:
+    """Equal but for the last digits of numbers, which processors do not agree on."""
+    assert NUMBER.sub("#", found) == NUMBER.sub("#", written)
+    assert [float(n) for n in NUMBER.findall(found)] == pytest.approx([float(n) for n in NUMBER.findall(written)], abs=0.02)
+
+
+def test_an_output_that_has_drifted_is_noticed():
+    assert_says_the_same("cat: 0.31", "cat: 0.32")
+    for other in ("dog: 0.31", "cat: 0.41", "cat: 0.31\ndog: 0.2"):
+        with pytest.raises(AssertionError):
+            assert_says_the_same(other, "cat: 0.32")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from openvision3.data import samples
-from openvision3.data.text import TextTokenizer
+from openvision3.data.text import TextTokenizer, sentences
 
 CAPTIONS = ["a red heart", "a blue heart", "red panda with a blue hat", "hat", "panda", "two red hats"] * 3
 
@@ -151,3 +151,18 @@ def test_marks_within_a_word_come_back_without_spaces():
     names = ["medium-dark skin tone", "women’s room", "computer/icons", "left - right"]
     tokenizer = TextTokenizer.train(names * 3, 200)
     assert [tokenizer.text(tokenizer.ids(n)) for n in names] == [*names[:3], "left-right"]
+
+
+@pytest.mark.parametrize(
+    "caption, parts",
+    [
+        ("lithuania. europe, flag, sign", ["lithuania", "europe, flag, sign"]),
+        ("A dog runs. It is wet.", ["A dog runs", "It is wet"]),
+        ("flag of St. Lucia", ["flag of St. Lucia"]),
+        ("a U.S. flag v1.2.png", ["a U.S. flag v1.2.png"]),
+        ("UP! button", ["UP! button"]),
+        ("...", ["..."]),
+    ],
+)
+def test_sentences_end_at_full_stops_and_not_at_abbreviations(caption, parts):
+    assert sentences(caption) == parts

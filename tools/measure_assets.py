@@ -125,6 +125,7 @@ embedded VAE. A first version; drawings and icons are its world, photographs are
 
 ```python
 import openvision3 as ov3
+
 model = ov3.load("mini")
 ```
 

@@ -32,6 +32,8 @@ class RunConfig:
     """JSON fields of shards that hold captions, the first is the one to predict; none: the .txt member"""
     captions: int = 1
     """captions a picture to contrast, each as a set of its own"""
+    sentences: bool = False
+    """contrast one random sentence of the caption to predict in its place; the whole caption joins where `captions` wants more"""
     aliases: bool = False
     """openmoji: other names of an emoji are captions to contrast too (with captions 2)"""
     families: bool = False

@@ -306,6 +306,7 @@ One encoder for rebuilding, naming and describing pictures (OpenVision 3, arXiv 
 
 ```python
 import openvision3 as ov3
+
 model = ov3.load("THIS FOLDER")
 tokens = model.encode("picture.jpg")
 ```

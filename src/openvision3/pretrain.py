@@ -88,7 +88,8 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     if checkpoint:
         source.problems[:] = read_skipped(out, state.problems)
     tokenizer = _tokenizer(config, source, out)
-    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype)
     if checkpoint:
         _check_same(checkpoint, out, vae, len(source))
     torch.manual_seed(config.seed)
@@ -96,7 +97,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     if config.init and not config.resume:
         hub.load_weights(model, hub.find_folder(config.init))
     model = model.to(device)
-    shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions)
+    shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
     batches = TrainingBatches(
         source,
         tokenizer,
@@ -109,7 +110,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
         families=config.families,
     )
     batches.sample(0)  # raises where no sample can be used, before anything is written
-    optimizers = Optimizers(model, config.optimizer)
+    optimizers = Optimizers(model, config.optimizer, dtype)
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizers)
     elif config.minutes and not config.resume:
@@ -223,7 +224,7 @@ def samples_dropped(data: Sequence[str]) -> dict[str, int]:
 def steps_for(minutes: float, model: OpenVision3, batches: TrainingBatches, config: RunConfig, device: str, precision: str) -> tuple[int, float]:
     """Time a few real steps on a copy of the model -> (steps that fill the minutes, steps a second)."""
     trial = copy.deepcopy(model).train()
-    optimizers = Optimizers(trial, config.optimizer)
+    optimizers = Optimizers(trial, config.optimizer, torch.bfloat16 if precision == "bf16" else torch.float32)
     warm, timed = 2, 6
     start = time.perf_counter()
     with contextlib.closing(batches.from_step(0)) as source:  # type: ignore[type-var]
@@ -258,7 +259,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         vae_values.append(psnr(images, vae_hat))
         told = [i for i, t in enumerate(texts) if t]
         if told:
-            batch, _ = batches.collate([(keys[i], images[i], texts[i], []) for i in told])
+            batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in told])
             loss, _ = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
             losses.append(loss.item())
             embeddings.append(run.embed_images(images[told]))

@@ -34,6 +34,9 @@ def mini() -> RunConfig:
     return RunConfig(
         model=small_model(),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=50, weight_decay=0.1),
+        captions=2,
+        sentences=True,
+        aliases=True,
         families=True,
         vocabulary=3072,
         steps=1400,
@@ -85,7 +88,7 @@ def base_low_res() -> RunConfig:
     The whole run is 4000 epochs of 1.28 M samples, about 1,900 H200-hours; expected after both phases (paper v2): PSNR 30.33,
     rFID 0.187 on ImageNet 256.
     """
-    config = RunConfig(data=(), val=(), captions=2, caption_keys=("re_caption", "org_caption"))
+    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"))
     config.model.vae.name = "black-forest-labs/FLUX.1-schnell"
     config.batch, config.pixel_share = 8192, 1.0
     config.steps = 4000 * 1_280_000 // config.batch

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.shards import Source
-from openvision3.data.text import TextTokenizer
+from openvision3.data.text import TextTokenizer, sentences
 
 FAMILY = 16
 TRIES = 256
 """Samples tried for one place in a batch: a run survives nine broken samples in ten, and stops with the reason where all are broken."""
 
-Sample = tuple[str, Tensor, tuple[str, ...], list[dict[str, str]]]
-"""key, image, captions to use, problems met on the way"""
+Sample = tuple[str, Tensor, str, tuple[str, ...], list[dict[str, str]]]
+"""key, image, caption to predict, texts to contrast, problems met on the way"""
 Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
 
@@ -48,6 +48,8 @@ class TextShape:
     caption_positions: int
     captions: int = 1
     """K, how many captions a picture are contrasted"""
+    sentences: bool = False
+    """the caption to predict is contrasted as one random sentence of it"""
 
 
 class TrainingBatches:
@@ -131,29 +133,38 @@ class TrainingBatches:
             except ImageError as error:
                 problems.append({"key": key, "reason": error.reason, "detail": str(error)})
                 continue
-            return key, image, self._choose(captions, generator), problems
+            return key, image, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
     def _choose(self, captions: tuple[str, ...], generator: torch.Generator) -> tuple[str, ...]:
-        """The caption to predict is the first; those to contrast are it and K - 1 others, drawn where there are more."""
-        others = captions[1:]
+        """What is contrasted: the first caption and K - 1 others, drawn where there are more.
+
+        With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and the whole of it
+        fills in for others that the sample lacks.
+        """
+        first, *rest = captions
+        others = tuple(rest)
         if len(others) >= self.shape.captions:
             picked = torch.randperm(len(others), generator=generator)[: self.shape.captions - 1].tolist()
             others = tuple(others[i] for i in picked)
-        return (captions[0], *others)[: self.shape.captions]
+        if not self.shape.sentences:
+            return (first, *others)[: self.shape.captions]
+        parts = sentences(first)
+        part = parts[int(torch.randint(len(parts), (1,), generator=generator))]
+        return (part, *others, *[first] * self.shape.captions)[: self.shape.captions]
 
     def collate(self, rows: list[Sample]) -> Made:
         count = self.shape.captions
-        texts = [(*captions, *[""] * (count - len(captions))) for _, _, captions, _ in rows]
+        texts = [(*contrasted, *[""] * (count - len(contrasted))) for _, _, _, contrasted, _ in rows]
         flat = self.tokenizer.text_ids([t for row in texts for t in row], self.shape.text_positions)
         batch = {
-            "images": torch.stack([image for _, image, _, _ in rows]),
+            "images": torch.stack([image for _, image, *_ in rows]),
             "text_ids": flat.unflatten(0, (len(rows), count)),
-            "text_present": torch.tensor([[k < len(captions) for k in range(count)] for _, _, captions, _ in rows]),
-            "caption_ids": self.tokenizer.caption_ids([captions[0] for _, _, captions, _ in rows], self.shape.caption_positions),
-            "sample_key": torch.tensor([draw_seed(key) for key, _, _, _ in rows]),
+            "text_present": torch.tensor([[k < len(contrasted) for k in range(count)] for _, _, _, contrasted, _ in rows]),
+            "caption_ids": self.tokenizer.caption_ids([caption for _, _, caption, _, _ in rows], self.shape.caption_positions),
+            "sample_key": torch.tensor([draw_seed(key) for key, *_ in rows]),
         }
-        return batch, [problem for _, _, _, problems in rows for problem in problems]
+        return batch, [problem for *_, problems in rows for problem in problems]
 
     def __getitem__(self, step: int) -> Made | Exception:
         """Batch `step`; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""

@@ -109,3 +109,9 @@ class TextTokenizer:
         """Ids without marks -> words; marks within a word, as in medium-dark, lose the spaces that a WordPiece puts around them."""
         words = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return re.sub(r"(?<=\w) ([-'’_/]) (?=\w)", r"\1", words)
+
+
+def sentences(caption: str) -> list[str]:
+    """The sentences of a caption without their full stops; abbreviations such as "St. Lucia" and "U.S. flag" stay whole."""
+    parts = [part.rstrip(". ") for part in re.split(r"(?<=\w\w\w\.)\s+", caption)]
+    return [part for part in parts if part] or [caption]
