@@ -241,6 +241,16 @@ def test_a_new_run_can_start_from_the_weights_of_another(finished, tmp_path, mon
     assert (Path(new.out) / "tokenizer.json").read_text() == (outcome.folder / "tokenizer.json").read_text()
 
 
+def test_a_run_from_other_weights_keeps_the_record_of_their_training_when_it_goes_on_too(finished, tmp_path):
+    first = finished[1]
+    before = {"name": str(first.folder), **first.pipeline.training}
+    new = small(tmp_path, "new", init=str(first.folder), steps=3)
+    assert pretrain(new, "tiny").pipeline.training["started_from"] == before
+    new.resume = True
+    assert pretrain(new, "tiny").pipeline.training["started_from"] == before
+    assert f"started_from.steps: {before['steps']}" in (complete_checkpoints(new.out)[-1] / "README.md").read_text()
+
+
 def test_minutes_fix_the_steps_from_a_measured_rate_and_the_same_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "steps_for", lambda minutes, *_: (round(4 * minutes), 4 / 60))
     config = small(tmp_path, "run", minutes=1.5)

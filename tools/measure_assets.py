@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from openvision3 import hub
+from openvision3.config import flat
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.shards import open_source
 from openvision3.evaluate.openmoji import evaluate_openmoji
@@ -109,7 +110,7 @@ def main() -> None:
     parameters = sum(p.numel() for name, p in pipeline.model.named_parameters() if not name.startswith("vae.")) / 1e6
 
     config = hub.read_config(MINI)
-    training = "\n".join(f"- {name}: {value}" for name, value in config.training.items())
+    training = "\n".join(f"- {name}: {value}" for name, value in flat(config.training).items())
     (MINI / "README.md").write_text(
         f"""---
 library_name: openvision3

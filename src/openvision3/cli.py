@@ -212,7 +212,7 @@ def encode(
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     """Say what a model folder or a shipped model holds: parts, sizes, VAE, licence, training."""
-    from openvision3.config import to_dict
+    from openvision3.config import flat, to_dict
     from openvision3.hub import find_folder, load_model
 
     folder = find_folder(model)
@@ -236,7 +236,7 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     print(f"  VAE: {vae.name}, {vae.latent_channels} channels, stride {vae.stride}, latents x {vae.scale:g}, sha256 {vae.sha256[:12] or 'none'}")
     print(f"  licence: {config.training.get('licence') or config.vae.get('licence')}")
     print(f"  vocabulary: {len(tokenizer)} word pieces")
-    for name, value in config.training.items():
+    for name, value in flat(config.training).items():
         if name != "licence":
             print(f"  {name}: {value}")
     return 0

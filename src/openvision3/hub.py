@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from openvision3.config import from_dict, nearest, to_dict
+from openvision3.config import flat, from_dict, nearest, to_dict
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
 from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
@@ -293,7 +293,7 @@ def load_weights(model: OpenVision3, folder: Path) -> None:
 
 def model_card(config: FolderConfig, scores: str = "") -> str:
     """A hub model card: what it is, from what, under which terms."""
-    training = "\n".join(f"- {name}: {value}" for name, value in config.training.items()) or "- not recorded"
+    training = "\n".join(f"- {name}: {value}" for name, value in flat(config.training).items()) or "- not recorded"
     licence = config.vae.get("licence", "unknown")
     return f"""---
 library_name: openvision3

@@ -96,6 +96,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
     if config.init and not config.resume:
         hub.load_weights(model, hub.find_folder(config.init))
+    started_from = _started_from(config, checkpoint)
     model = model.to(device)
     shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
     batches = TrainingBatches(
@@ -142,7 +143,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
         pipeline = Pipeline(model, tokenizer, config.size, precision=precision)
 
         def export(folder: Path) -> None:
-            training = _training_record(recipe, config, loop, len(source), precision)
+            training = _training_record(recipe, config, loop, len(source), precision, started_from)
             hub.save_model(folder, model, tokenizer, config.size, training=training)
 
         def evaluate(step: int) -> dict[str, float]:
@@ -152,7 +153,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
         counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
-        pipeline.training = _training_record(recipe, config, loop, len(source), precision)
+        pipeline.training = _training_record(recipe, config, loop, len(source), precision, started_from)
         model.eval()
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
@@ -281,7 +282,15 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     return found
 
 
-def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, precision: str) -> dict[str, Any]:
+def _started_from(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """How the weights that --init names were trained, kept in the record of the run that goes on from them."""
+    if not config.init:
+        return {}
+    kept = hub.read_config(checkpoint).training.get("started_from") if checkpoint else None
+    return kept or {"name": config.init, **hub.read_config(hub.find_folder(config.init)).training}
+
+
+def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, precision: str, started_from: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "steps": loop.state.step,
@@ -292,6 +301,7 @@ def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, pre
         "seconds": round(loop.state.seconds),
         "precision": precision,
         "seed": config.seed,
+        **({"started_from": started_from} if started_from else {}),
     }
 
 
