@@ -32,10 +32,14 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from PIL import Image
 
 from openvision3.data import samples
-from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor, to_uint8
+from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
 from openvision3.data.shards import Source, open_source
+from openvision3.doctor import choose_device, choose_precision
+from openvision3.evaluate.reconstruction import psnr
 from openvision3.model.perceptual import EfficientNetDistance
+from openvision3.optimizer import Muon
 from openvision3.progress import processor_name
+from openvision3.train import autocast
 
 AutoencoderTiny: Any = _AutoencoderTiny  # diffusers' lazy module hides its types
 
@@ -69,10 +73,10 @@ def init_weights(vae: Any) -> None:
     torch.nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)
 
 
-def make_optimizers(vae: Any, rate: float) -> tuple[list[torch.optim.Optimizer], list[tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
+def make_optimizers(vae: Any, rate: float, dtype: torch.dtype) -> tuple[list[torch.optim.Optimizer], list[tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
     """Muon for the 3x3 convolutions between hidden layers, AdamW for the rest.
 
-    torch's Muon takes matrices: `flat` pairs each convolution's weight with a matrix on the same storage.
+    Muon takes matrices: `flat` pairs each convolution's weight with a matrix on the same storage.
     """
     flat, others = [], []
     for parameter in vae.parameters():
@@ -81,7 +85,7 @@ def make_optimizers(vae: Any, rate: float) -> tuple[list[torch.optim.Optimizer],
             flat.append((parameter, torch.nn.Parameter(rows.view(len(rows), -1))))
         else:
             others.append(parameter)
-    muon = torch.optim.Muon([matrix for _, matrix in flat], lr=rate, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([matrix for _, matrix in flat], learning_rate=rate, weight_decay=0.0, dtype=dtype)
     return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)], flat
 
 
@@ -173,14 +177,13 @@ def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def psnr(vae: Any, images: torch.Tensor) -> float:
+def mean_psnr(vae: Any, images: torch.Tensor, precision: str) -> float:
     """Mean over pictures of the PSNR of uint8 reconstructions, dB."""
     values = []
     for batch in images.split(64):
-        with torch.autocast("cpu" if not batch.is_cuda else "cuda", torch.bfloat16):
+        with autocast(batch.device.type, precision):
             images_hat = vae.decoder(vae.encoder(batch.contiguous(memory_format=torch.channels_last)))
-        error = (to_uint8(images_hat).float() - to_uint8(batch).float()).div(255).pow(2).mean((1, 2, 3))
-        values.append(-10 * torch.log10(error.clamp_min(1e-10)))
+        values.append(psnr(batch, images_hat))
     return torch.cat(values).mean().item()
 
 
@@ -201,18 +204,21 @@ def main() -> None:
     parser.add_argument("--synthetic", type=float, default=0.15)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", default="{}", help="JSON that overrides AutoencoderTiny's settings")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
+    precision, why = choose_precision(args.precision, device)
+    print(f"device {device}, precision {precision} ({why})", flush=True)
     architecture = ARCHITECTURE | json.loads(args.architecture)
     vae = AutoencoderTiny(**architecture).to(device, memory_format=torch.channels_last)
     init_weights(vae)
     ema = copy.deepcopy(vae).requires_grad_(False)
     distance = EfficientNetDistance(stages=4).to(device)
-    optimizers, flat = make_optimizers(vae, args.learning_rate)
+    optimizers, flat = make_optimizers(vae, args.learning_rate, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "state.pt"
@@ -244,7 +250,8 @@ def main() -> None:
         }
         torch.save(state, state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
-        copy.deepcopy(ema).to(torch.bfloat16).save_pretrained(args.out / "ema")
+        halved: Any = torch.nn.Module.to(copy.deepcopy(ema), torch.bfloat16)  # diffusers' own warns of an empty list
+        halved.save_pretrained(args.out / "ema")
         card = {"command": shlex.join(["python", *sys.argv]), "steps": step, "batch": args.batch, "minutes": seconds / 60, "seed": args.seed}
         card["machine"] = f"{processor_name()}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
         (args.out / "ema" / "training.json").write_text(json.dumps(card, indent=2) + "\n")
@@ -266,7 +273,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device, precision):
             latents = vae.encoder(images)
             images_hat = vae.decoder(latents + args.latent_noise * torch.randn_like(latents)).float()
             some = slice(0, args.batch // 2)
@@ -300,7 +307,7 @@ def main() -> None:
             sums, count = torch.zeros(4), 0
         if step % args.save_every == 0 or stop or step == args.steps:
             save()
-            row = {"step": step, "minutes": round(seconds / 60, 1), **{name: round(psnr(ema, images), 2) for name, images in sets.items()}}
+            row = {"step": step, "minutes": round(seconds / 60, 1), **{name: round(mean_psnr(ema, images, precision), 2) for name, images in sets.items()}}
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
