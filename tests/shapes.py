@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig, OpenVision3
 from openvision3.model.reconstruction import LatentDecoderConfig
+from openvision3.model.transformer import Block
 from openvision3.model.understanding import CaptionerConfig, TextEncoderConfig
 from openvision3.model.vae import VAE
 
@@ -124,3 +125,29 @@ def fitted_network(images: Tensor, steps: int = 200) -> diffusers.AutoencoderTin
     with torch.no_grad():
         network.register_to_config(scaling_factor=1 / network.encode(images).latents.std().item())
     return network
+
+
+def torchs_layer(block: Block, gelu: str = "exact") -> nn.TransformerEncoderLayer:
+    """torch's own pre-norm layer with the weights of our block: the independent implementation that ours is held against."""
+    width, hidden, heads = block.attention.out.in_features, block.mlp.fc_in.out_features, block.attention.heads
+    activation = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+    layer = nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.0, activation=activation, layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    pairs = {
+        layer.self_attn.in_proj_weight: block.attention.qkv.weight,
+        layer.self_attn.in_proj_bias: block.attention.qkv.bias,
+        layer.self_attn.out_proj.weight: block.attention.out.weight,
+        layer.self_attn.out_proj.bias: block.attention.out.bias,
+        layer.norm1.weight: block.norm_attention.weight,
+        layer.norm1.bias: block.norm_attention.bias,
+        layer.norm2.weight: block.norm_mlp.weight,
+        layer.norm2.bias: block.norm_mlp.bias,
+        layer.linear1.weight: block.mlp.fc_in.weight,
+        layer.linear1.bias: block.mlp.fc_in.bias,
+        layer.linear2.weight: block.mlp.fc_out.weight,
+        layer.linear2.bias: block.mlp.fc_out.bias,
+    }
+    assert len(pairs) == len(list(block.parameters())) == len(list(layer.parameters()))
+    with torch.no_grad():
+        for to, source in pairs.items():
+            to.copy_(source)
+    return layer

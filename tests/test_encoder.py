@@ -34,10 +34,12 @@ def test_only_our_own_sizes_are_beside_the_papers():
     assert set(SIZES) - set(PAPER) == {"tiny", "micro", "mini"}
 
 
-@pytest.mark.parametrize("token_norm", ["layernorm", "none"])
-def test_forward_equals_the_released_structure_written_out(token_norm):
-    encoder, latents = make(token_norm=token_norm), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("token_norm", "gelu"), [("layernorm", "exact"), ("none", "exact"), ("layernorm", "tanh")])
+def test_forward_equals_the_released_structure_written_out(token_norm, gelu):
+    encoder, latents = make(token_norm=token_norm, gelu=gelu), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(encoder.pool_norm.weight)
+    for block in encoder.blocks:
+        torch.nn.init.normal_(block.mlp.fc_in.weight, std=0.3)
     weights = encoder.state_dict()
     rows = []
     for i in range(3):
@@ -59,7 +61,8 @@ def test_forward_equals_the_released_structure_written_out(token_norm):
             heads.append(attention @ v[..., channels])
         x = x + torch.cat(heads, -1) @ weights[f"blocks.{i}.attention.out.weight"].T
         hidden = norm(x, "norm_mlp", i) @ weights[f"blocks.{i}.mlp.fc_in.weight"].T
-        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        curve = torch.erf(hidden / 2**0.5) if gelu == "exact" else torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3))
+        hidden = hidden * 0.5 * (1 + curve)
         x = x + hidden @ weights[f"blocks.{i}.mlp.fc_out.weight"].T
     tokens = x[:, 1:]  # biases are zero at the start
     if token_norm == "layernorm":
@@ -75,6 +78,17 @@ def test_tokens_have_zero_mean_and_unit_variance():
     tokens, _ = make()(torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1)) * 5)
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 6), rtol=0, atol=1e-5)
     torch.testing.assert_close(tokens.var(-1, unbiased=False), torch.ones(2, 6), rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_blocks_add_to_stays_in_fp32_under_autocast():
+    encoder, latents = make(), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+    seen = []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = encoder(latents)
+    assert tokens.dtype == torch.float32 and set(seen) == {torch.float32} and len(seen) == 2 * 6
 
 
 def test_the_class_token_takes_part():
@@ -100,6 +114,9 @@ def test_init_weights_reaches_every_parameter():
         (lambda: EncoderConfig(size="XL"), "'XL' is unknown; legal are .*So400m"),
         (lambda: EncoderConfig(token_norm="rms"), "'rms' is unknown"),
         (lambda: EncoderConfig(patch=0), "patch 0"),
+        (lambda: EncoderConfig(patch=2.5), "patch 2.5"),
+        (lambda: EncoderConfig(gelu="relu"), "'relu' is unknown; legal are exact and tanh"),
+        (lambda: make()(torch.zeros(4, 4, 4)), r"\(4, 4, 4\) .* legal is \(B, 4, h, w\)"),
         (lambda: make()(torch.zeros(1, 16, 4, 4)), "16 channels, this encoder was built for 4"),
         (lambda: make()(torch.zeros(1, 4, 4, 5)), "4 x 5 .* multiples of 16"),
     ],

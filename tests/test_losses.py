@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openvision3.model.losses import caption_loss, contrastive_loss, latent_loss, pixel_loss
+from openvision3.model.losses import caption_loss, contrastive_loss, latent_loss, pixel_loss, temperature
 
 T = torch.tensor([math.log(1 / 0.07)])
 
@@ -54,7 +54,19 @@ def test_temperature_is_clamped_at_100():
     images, texts = embeddings()
     hot, limit = contrastive_loss(images, texts, torch.tensor([9.0])), contrastive_loss(images, texts, torch.tensor([math.log(100)]))
     torch.testing.assert_close(hot, limit)
+    assert temperature(torch.tensor([9.0])).item() == pytest.approx(100)
     assert contrastive_loss(images, texts, torch.tensor([math.log(99)])).item() != pytest.approx(limit.item(), rel=1e-4)
+
+
+def test_a_temperature_beyond_its_limit_comes_back():
+    images, texts = embeddings()
+    log_temperature = torch.nn.Parameter(torch.tensor([math.log(101.0)]))
+    optimizer = torch.optim.AdamW([log_temperature], lr=1e-2, weight_decay=0.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        contrastive_loss(images, texts, log_temperature).backward()
+        optimizer.step()
+    assert temperature(log_temperature).item() < 99
 
 
 def test_contrastive_loss_keeps_fp32_under_autocast():

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import PAPER
+from shapes import PAPER, torchs_layer
 
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
+from openvision3.model.transformer import sincos_positions
 
 
 def make(channels=4, patch=2) -> LatentDecoder:
@@ -40,6 +41,20 @@ def test_each_token_gives_its_own_square_of_latents():
         for column in range(3):
             square = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             assert torch.equal(square.flatten(1), seen[0][:, row * 3 + column])
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_latents_are_those_of_torchs_layers_on_the_same_weights(gelu):
+    torch.manual_seed(0)
+    network = LatentDecoder(LatentDecoderConfig(size="tiny", gelu=gelu), 48, 4, 2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    x = tokens() @ network.embed.weight.T + network.embed.bias + sincos_positions(2, 3, 64)
+    for block in network.blocks:
+        x = torchs_layer(block, gelu)(x)
+    x = F.layer_norm(x, (64,), network.norm.weight, network.norm.bias, 1e-6) @ network.linear.weight.T + network.linear.bias
+    found = network(tokens(), (2, 3))
+    torch.testing.assert_close(F.pixel_unshuffle(found, 2).flatten(2).transpose(1, 2), x, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_and_columns_of_the_grid_are_not_mixed_up():

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from shapes import torchs_layer
 
-from openvision3.model.transformer import Attention, Block, KeyValueCache, TransformerSize, blocks, init_weights, sincos_positions
+from openvision3.model.transformer import PLAIN_TOKENS, Attention, Block, KeyValueCache, TransformerSize, blocks, init_weights, sincos_positions
 
 SIZE = TransformerSize(48, 2, 3, 80)
 
@@ -19,28 +20,8 @@ def random_block(gelu="exact") -> Block:
 @pytest.mark.parametrize("gelu", ["exact", "tanh"])
 def test_block_equals_torchs_encoder_layer_on_the_same_weights(gelu):
     ours = random_block(gelu)
-    activation = torch.nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
-    theirs = torch.nn.TransformerEncoderLayer(48, 3, 80, dropout=0.0, activation=activation, layer_norm_eps=1e-6, batch_first=True, norm_first=True)
-    pairs = {
-        theirs.self_attn.in_proj_weight: ours.attention.qkv.weight,
-        theirs.self_attn.in_proj_bias: ours.attention.qkv.bias,
-        theirs.self_attn.out_proj.weight: ours.attention.out.weight,
-        theirs.self_attn.out_proj.bias: ours.attention.out.bias,
-        theirs.norm1.weight: ours.norm_attention.weight,
-        theirs.norm1.bias: ours.norm_attention.bias,
-        theirs.norm2.weight: ours.norm_mlp.weight,
-        theirs.norm2.bias: ours.norm_mlp.bias,
-        theirs.linear1.weight: ours.mlp.fc_in.weight,
-        theirs.linear1.bias: ours.mlp.fc_in.bias,
-        theirs.linear2.weight: ours.mlp.fc_out.weight,
-        theirs.linear2.bias: ours.mlp.fc_out.bias,
-    }
-    assert len(pairs) == len(list(ours.parameters())) == len(list(theirs.parameters()))
-    with torch.no_grad():
-        for to, source in pairs.items():
-            to.copy_(source)
     x = torch.randn(2, 7, 48)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x), torchs_layer(ours, gelu)(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_two_gelus_differ():
@@ -55,6 +36,15 @@ def test_a_masked_key_has_no_influence():
     changed = torch.cat([x[:, :4], x[:, 4:] + 10], 1)
     assert torch.equal(block(x, mask)[:, :4], block(changed, mask)[:, :4])
     assert not torch.equal(block(x)[:, :4], block(changed)[:, :4])
+
+
+@pytest.mark.parametrize("count", [PLAIN_TOKENS - 1, PLAIN_TOKENS + 1])
+def test_masked_attention_is_that_of_torch_whichever_way_it_is_computed(count):
+    block, generator = random_block(), torch.Generator().manual_seed(1)
+    x = torch.randn(1, count, 48, generator=generator)
+    mask = torch.rand(count, count, generator=generator) < 0.5
+    mask.fill_diagonal_(True)
+    torch.testing.assert_close(block(x, mask), torchs_layer(block)(x, src_mask=~mask), rtol=1e-4, atol=1e-4)
 
 
 def test_cached_attention_equals_causal_attention():

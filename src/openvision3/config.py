@@ -98,6 +98,11 @@ class RunConfig:
             raise ValueError(f"pixel_share {self.pixel_share} must be 0 or one over a whole number, such as 1, 0.5, 0.25")
         if 0 < self.pixel_share * self.batch < 1 - 1e-6:
             raise ValueError(f"pixel_share {self.pixel_share} of a batch of {self.batch} is less than one picture; use at least {1 / self.batch:g}")
+        if not self.pixel_share and self.model.loss.lambda_perceptual:
+            raise ValueError(
+                f"lambda_perceptual {self.model.loss.lambda_perceptual} needs pictures to compare, and pixel_share 0 decodes none; "
+                "set --pixel-share, or --model.loss.lambda-perceptual 0"
+            )
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
         if self.device not in ("auto", "cpu", "cuda"):

@@ -96,6 +96,8 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
     if config.init and not config.resume:
         hub.load_weights(model, hub.find_folder(config.init))
+    if config.model.loss.lambda_perceptual:
+        model.perceptual_distance()  # raises where its files are not at hand, before anything is written
     started_from = _started_from(config, checkpoint)
     model = model.to(device)
     shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)

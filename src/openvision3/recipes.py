@@ -82,11 +82,12 @@ def folder() -> RunConfig:
 
 
 def base_low_res() -> RunConfig:
-    """The paper's pre-training at its own size, one device: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
+    """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
 
     openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
     The whole run is 4000 epochs of 1.28 M samples, about 1,900 H200-hours; expected after both phases (paper v2): PSNR 30.33,
-    rFID 0.187 on ImageNet 256.
+    rFID 0.187 on ImageNet 256. Several devices and accumulation are not there yet: one device holds a smaller --batch only,
+    and then --optimizer.learning-rate is 8e-6 x batch / 256.
     """
     config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"))
     config.model.vae.name = "black-forest-labs/FLUX.1-schnell"

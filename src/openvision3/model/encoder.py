@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openvision3.model.transformer import Gelu, TransformerSize, blocks, init_weights, sincos_positions
+from openvision3.model.transformer import Gelu, TransformerSize, blocks, check_gelu, init_weights, sincos_positions
 
 SIZES = {
     "tiny": TransformerSize(64, 2, 2, 256),
@@ -22,7 +22,7 @@ SIZES = {
     "So400m": TransformerSize(1152, 27, 16, 4304),
     "H": TransformerSize(1280, 32, 16, 5120),
 }
-"""Encoder and latent decoder sizes: the paper's table, a `mini` of ours for two cores, a `tiny` for tests."""
+"""Encoder and latent decoder sizes: the paper's table, `mini` and its decoder `micro` of ours for two cores, `tiny` for tests."""
 
 
 @dataclass
@@ -42,15 +42,16 @@ class EncoderConfig:
 
     def __post_init__(self):
         named_size(self.size)
+        check_gelu(self.gelu)
         if self.token_norm not in ("layernorm", "none"):
             raise ValueError(f"token_norm {self.token_norm!r} is unknown; legal are layernorm and none")
-        if self.patch < 1 or self.embed_dim < 1:
-            raise ValueError(f"patch {self.patch} and embed_dim {self.embed_dim} must be positive")
+        if not (isinstance(self.patch, int) and isinstance(self.embed_dim, int) and self.patch > 0 and self.embed_dim > 0):
+            raise ValueError(f"patch {self.patch!r} and embed_dim {self.embed_dim!r} must be positive whole numbers")
 
 
 def named_size(name: str, sizes: dict[str, TransformerSize] = SIZES) -> TransformerSize:
     """Raises ValueError for a name that is not in the table."""
-    if name not in sizes:
+    if not isinstance(name, str) or name not in sizes:
         raise ValueError(f"size {name!r} is unknown; legal are {', '.join(sizes)}")
     return sizes[name]
 
@@ -81,6 +82,8 @@ class Encoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Raises ValueError where the latents have other channels, or sides that are not multiples of the patch."""
+        if latents.ndim != 4:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} cannot be encoded; legal is (B, {self.patchify.in_channels}, h, w)")
         _, channels, height, width = latents.shape
         patch = self.config.patch
         if channels != self.patchify.in_channels:
@@ -89,8 +92,9 @@ class Encoder(nn.Module):
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}; pictures must be multiples of 16 pixels")
         x = self.patchify(latents)  # (B, D, h', w')
         positions = sincos_positions(x.shape[2], x.shape[3], x.shape[1], x.device)
-        x = x.flatten(2).transpose(1, 2) + positions.to(x.dtype)  # (B, N, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        # In the weights' precision, as all that the blocks add to: under autocast x is bf16 here, and sums and norms stay in fp32.
+        x = x.flatten(2).transpose(1, 2) + positions.to(self.class_token.dtype)  # (B, N, D)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         tokens = self.token_norm(x[:, 1:])

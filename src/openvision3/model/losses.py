@@ -5,11 +5,22 @@ The perceptual term is a network and lives in `perceptual.py`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TEMPERATURE = 100.0
+
+
+def temperature(log_temperature: Tensor) -> Tensor:
+    """What cosines are multiplied by before a softmax: at most 100 (Radford et al. 2021), in fp32.
+
+    The clamp passes the gradient on: with a plain one, a temperature that once went over its limit would never come back.
+    """
+    log = log_temperature.float()
+    return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 def pixel_loss(images: Tensor, images_hat: Tensor) -> Tensor:
@@ -31,8 +42,7 @@ def contrastive_loss(image_embedding: Tensor, text_embedding: Tensor, log_temper
     pairs = torch.arange(len(image_embedding), device=image_embedding.device)
     absent = torch.zeros_like(pairs, dtype=torch.bool) if present is None else ~present
     with torch.autocast(image_embedding.device.type, enabled=False):  # bf16 would round logits of up to 100 to quarters
-        scale = log_temperature.float().exp().clamp(max=MAX_TEMPERATURE)
-        logits = scale * image_embedding.float() @ text_embedding.float().T  # (B, B)
+        logits = temperature(log_temperature) * image_embedding.float() @ text_embedding.float().T  # (B, B)
     pairs = pairs.masked_fill(absent, -100)  # cross_entropy's ignore_index
     both = [F.cross_entropy(way.masked_fill(absent, -torch.inf), pairs, reduction="sum") for way in (logits, logits.T)]
     return (both[0] + both[1]) / (2 * (~absent).sum().clamp_min(1))

@@ -123,7 +123,7 @@ class OpenVision3(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """What cosines are multiplied by before a softmax."""
-        return self.log_temperature.exp().clamp(max=losses.MAX_TEMPERATURE)
+        return losses.temperature(self.log_temperature)
 
     # -- one training step -----------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class OpenVision3(nn.Module):
             parts["pixel"] = losses.pixel_loss(target, images_hat)
             reconstruction = reconstruction + parts["pixel"]
             if weights.lambda_perceptual:
-                parts["perceptual"] = self._perceptual_distance(images)(target, images_hat).float()
+                parts["perceptual"] = self.perceptual_distance().to(images.device)(target, images_hat).float()
                 reconstruction = reconstruction + weights.lambda_perceptual * parts["perceptual"]
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
@@ -169,7 +169,8 @@ class OpenVision3(nn.Module):
         sets = [losses.contrastive_loss(image_embedding, texts[:, k], self.log_temperature, present[:, k]) for k in range(text_ids.shape[1])]
         return torch.stack(sets).sum() / present.any(0).sum().clamp_min(1)  # an empty set's loss is zero
 
-    def _perceptual_distance(self, images: Tensor) -> nn.Module:
+    def perceptual_distance(self) -> nn.Module:
+        """The network of the perceptual term, read from its files at the first call. Raises FileNotFoundError, ValueError."""
         if not self._perceptual:
             weights = self.config.loss
             if weights.perceptual == "efficientnet":
@@ -177,4 +178,4 @@ class OpenVision3(nn.Module):
             else:
                 distance = Lpips(weights.perceptual.removeprefix("lpips-"), weights.lpips_backbone, weights.lpips_linear)
             self._perceptual.append(distance)
-        return self._perceptual[0].to(images.device)
+        return self._perceptual[0]

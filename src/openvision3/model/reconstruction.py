@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openvision3.model.encoder import named_size
-from openvision3.model.transformer import Gelu, blocks, init_weights, sincos_positions
+from openvision3.model.transformer import Gelu, blocks, check_gelu, init_weights, sincos_positions
 
 
 @dataclass
@@ -23,6 +23,7 @@ class LatentDecoderConfig:
 
     def __post_init__(self):
         named_size(self.size)
+        check_gelu(self.gelu)
 
 
 class LatentDecoder(nn.Module):
@@ -44,12 +45,14 @@ class LatentDecoder(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`grid` is (rows, columns) of tokens. Raises ValueError where it does not hold N tokens, or they have another width."""
         rows, columns = grid
+        if tokens.ndim != 3:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} cannot be decoded; legal is (B, N, {self.embed.in_features})")
         if tokens.shape[2] != self.embed.in_features:
             raise ValueError(f"tokens are {tokens.shape[2]} wide, this latent decoder was built for {self.embed.in_features}: are they of another encoder?")
         if rows * columns != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; pass the size of the picture they came from")
         x = self.embed(tokens)
-        x = x + sincos_positions(rows, columns, x.shape[-1], x.device).to(x.dtype)
+        x = x + sincos_positions(rows, columns, x.shape[-1], x.device).to(self.linear.weight.dtype)  # see Encoder: sums and norms in fp32
         for block in self.blocks:
             x = block(x)
         x = self.linear(self.norm(x))  # (B, N, C * patch^2)

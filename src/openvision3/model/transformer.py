@@ -110,6 +110,12 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
+def check_gelu(gelu: str) -> None:
+    """Raises ValueError for a GELU that is neither of the two."""
+    if gelu not in ("exact", "tanh"):
+        raise ValueError(f"gelu {gelu!r} is unknown; legal are exact and tanh")
+
+
 def blocks(size: TransformerSize, gelu: Gelu = "exact") -> nn.ModuleList:
     return nn.ModuleList(Block(size, gelu) for _ in range(size.depth))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from openvision3.model.transformer import KeyValueCache, TransformerSize, blocks
 
 TEXT_SIZES = {
     "tiny": TransformerSize(64, 2, 2, 256),
+    "micro": TransformerSize(256, 2, 4, 1024),
     "mini": TransformerSize(256, 3, 4, 1024),
     "Ti": TransformerSize(192, 12, 3, 768),
     "S": TransformerSize(384, 12, 6, 1536),
@@ -22,7 +24,7 @@ TEXT_SIZES = {
     "So400m": TransformerSize(1152, 27, 16, 4304),
     "H": TransformerSize(1024, 24, 16, 4096),
 }
-"""Sizes of the text encoder and the captioner that go with an encoder of that name."""
+"""Sizes of the text encoder and the captioner that go with an encoder of that name: the paper's, and three of ours."""
 
 
 @dataclass
@@ -30,7 +32,7 @@ class TextEncoderConfig:
     """Captions -> embeddings to contrast with pictures."""
 
     size: str = "B"
-    """tiny, mini, Ti, S, M, B, L, So400m or H"""
+    """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     positions: int = 80
     """longest caption in word pieces, the class mark at its end included"""
 
@@ -45,7 +47,7 @@ class CaptionerConfig:
     """Tokens -> captions, word by word."""
 
     size: str = "B"
-    """tiny, mini, Ti, S, M, B, L, So400m or H"""
+    """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     positions: int = 128
     """longest caption in word pieces, begin and end marks included"""
 
@@ -76,6 +78,8 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, text_ids: Tensor) -> Tensor:
+        if text_ids.ndim != 2 or not text_ids.shape[1]:
+            raise ValueError(f"text_ids of shape {tuple(text_ids.shape)} cannot be read; legal is (B, T) with a piece at least")
         length = text_ids.shape[1]
         if length > self.config.positions:
             raise ValueError(f"texts of {length} pieces are longer than this text encoder's {self.config.positions} positions")
@@ -117,12 +121,17 @@ class Captioner(nn.Module):
         count, length = tokens.shape[1], caption_ids.shape[1]
         self._check(length)
         words = self.embedding(caption_ids) + self.positions[:length]
-        x = torch.cat([self.embed_tokens(tokens).to(words.dtype), words], dim=1)
+        x = torch.cat([self._embed(tokens).to(words.dtype), words], dim=1)
         mask = torch.ones(count + length, count + length, dtype=torch.bool, device=x.device).tril()
         mask[:count, :count] = True
         for block in self.blocks:
             x = block(x, mask)
         return self._logits(x[:, count:])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 3 or tokens.shape[2] != self.embed_tokens.in_features:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this captioner's; legal is (B, N, {self.embed_tokens.in_features})")
+        return self.embed_tokens(tokens)
 
     def _check(self, length: int) -> None:
         if length > self.config.positions:
@@ -138,9 +147,11 @@ class Captioner(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
 
     def read(self, tokens: Tensor) -> list[KeyValueCache]:
-        """The prefix pass: keys and values of the tokens in every block."""
+        """The prefix pass: keys and values of the tokens in every block. Raises ValueError for tokens that hold NaN or infinity."""
+        if not bool(tokens.isfinite().all()):
+            raise ValueError("the tokens hold NaN or infinity: no caption can be written; were the weights trained to the end?")
         caches = [KeyValueCache() for _ in self.blocks]
-        x = self.embed_tokens(tokens)
+        x = self._embed(tokens).to(self.positions.dtype)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, None, cache)
         return caches
@@ -169,8 +180,8 @@ class Captioner(nn.Module):
         A caption stops at its end mark; the call returns when all have, or at `max_length` words.
         """
         self._check_writing(max_length)
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature} must be positive; leave top_p unset for greedy captions")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature {temperature} must be a positive number; leave top_p unset for greedy captions")
         caches = self.read(tokens)
         words = torch.full((len(tokens),), begin, device=tokens.device)
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -140,7 +140,7 @@ class VAE(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype} cannot be encoded; legal are floats (B, 3, H, W) in [-1, 1]")
-        if images.shape[2] % self.stride or images.shape[3] % self.stride:
+        if images.shape[2] % self.stride or images.shape[3] % self.stride or not images.shape[2] * images.shape[3]:
             raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} cannot be encoded; sides must be multiples of {self.stride}")
         if self.network is None:
             return images.detach().float()
@@ -153,7 +153,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: latents of another VAE (wrong number of channels).
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels or not latents.shape[2] * latents.shape[3]:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are not this VAE's; legal is (B, {self.latent_channels}, h, w)")
         if self.network is None:
             return latents.float()
