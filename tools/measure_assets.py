@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -57,8 +58,10 @@ def ship(run: Path) -> None:
     pipeline = load(run)
     pipeline.training["data"] = [f"DATA/{Path(name).name}" if name.endswith(".tar") else name for name in pipeline.training["data"]]
     pipeline.training["licence"] = "CC BY-SA 4.0 (trained on OpenMoji, CC BY-SA 4.0, and Open Clip Art, public domain)"
-    shutil.rmtree(MINI, ignore_errors=True)  # it holds scores too, which a plain save would not throw away
-    pipeline.save(MINI, dtype=torch.bfloat16, with_vae=False)
+    with tempfile.TemporaryDirectory(dir=MINI.parent) as made:  # whole, before the old one gives way
+        pipeline.save(Path(made) / "mini", dtype=torch.bfloat16, with_vae=False)
+        shutil.rmtree(MINI, ignore_errors=True)
+        (Path(made) / "mini").rename(MINI)
     command = re.sub(r"\S*/([^/ ]+\.tar)", r"DATA/\1", (run / "command.txt").read_text().splitlines()[0]).split()
     (MINI / "command.txt").write_text(" ".join(["openvision3", *command[1:]]) + "\n")
 

@@ -1,6 +1,6 @@
 """Train the small VAE that ships with the package (AutoencoderTiny, 16 channels, 8x).
 
-    python tools/train_embedded_vae.py --data openmoji ../shared/data/pictures --only source=clipart --out runs/vae
+    python tools/train_embedded_vae.py --data openmoji DATA/pictures/train-*.tar --only source=clipart --held-out DATA --out runs/vae
 
 L1 + squared error + a perceptual feature distance (EfficientNet-Lite0) + a penalty that holds every latent channel near
 zero mean and unit variance; a little noise on the latents, so that the decoder forgives what a ViT predicts. The rate is
@@ -32,8 +32,9 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from PIL import Image
 
 from openvision3.data import samples
+from openvision3.data.batches import outlive_signals
 from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
-from openvision3.data.shards import Source, open_source
+from openvision3.data.shards import Source, expand, open_source
 from openvision3.doctor import choose_device, choose_precision
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.model.perceptual import EfficientNetDistance
@@ -208,12 +209,33 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", default="{}", help="JSON that overrides AutoencoderTiny's settings")
     args = parser.parse_args()
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        print(f"train_embedded_vae: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(args: argparse.Namespace) -> None:
+    """Raises ValueError, OSError: data or settings that cannot be used."""
+    if min(args.steps, args.batch, args.save_every) < 1 or args.size % 8 or args.size < 8:
+        raise ValueError(f"steps {args.steps}, batch {args.batch} and save-every {args.save_every} must be positive, size {args.size} a multiple of 8")
+    if args.only and "=" not in args.only:
+        raise ValueError(f"only {args.only!r} must look like name=value, such as source=clipart")
+    try:
+        architecture = ARCHITECTURE | json.loads(args.architecture)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"architecture {args.architecture!r} is not a JSON object of AutoencoderTiny's settings: {error}") from error
+    held_out = {path.resolve() for name in ("pictures", "photos") for path in (args.held_out / name).glob("val-*.tar")} if args.held_out else set()
+    trained_on = {Path(path).resolve() for name in args.data for path in ([*Path(name).glob("*.tar")] if Path(name).is_dir() else expand(name))}
+    if held_out & trained_on:
+        raise ValueError(f"{min(held_out & trained_on)} is held out and cannot be trained on; name the training shards, such as train-*.tar")    only = dict([args.only.split("=", 1)]) if args.only else None
+    source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
 
     torch.manual_seed(args.seed)
     device = choose_device()
     precision, why = choose_precision(args.precision, device)
     print(f"device {device}, precision {precision} ({why})", flush=True)
-    architecture = ARCHITECTURE | json.loads(args.architecture)
     vae = AutoencoderTiny(**architecture).to(device, memory_format=torch.channels_last)
     init_weights(vae)
     ema = copy.deepcopy(vae).requires_grad_(False)
@@ -232,13 +254,12 @@ def main() -> None:
         step, seconds = state["step"], state["seconds"]
         print(f"going on from step {step}", flush=True)
 
-    only = dict([args.only.split("=", 1)]) if args.only else None
-    source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
     print(f"{len(source)} training pictures; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
     dataset = TrainingPictures(source, args.size, args.seed, args.synthetic)
     order = range(step * args.batch, args.steps * args.batch)
-    loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=order, num_workers=args.workers, prefetch_factor=4 if args.workers else None)
+    ahead = 4 if args.workers else None
+    loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=order, num_workers=args.workers, prefetch_factor=ahead, worker_init_fn=outlive_signals)
 
     def save() -> None:
         state = {
@@ -250,6 +271,9 @@ def main() -> None:
         }
         torch.save(state, state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
+        with torch.no_grad():  # latents leave with unit variance: the scale is measured, on training pictures
+            spread = torch.cat([ema.encoder(torch.stack([dataset[i + j] for j in range(32)]).to(device)) for i in range(0, 256, 32)]).std().item()
+        ema.register_to_config(scaling_factor=round(1 / spread, 4))
         halved: Any = torch.nn.Module.to(copy.deepcopy(ema), torch.bfloat16)  # diffusers' own warns of an empty list
         halved.save_pretrained(args.out / "ema")
         card = {"command": shlex.join(["python", *sys.argv]), "steps": step, "batch": args.batch, "minutes": seconds / 60, "seed": args.seed}
@@ -276,7 +300,7 @@ def main() -> None:
         with autocast(device, precision):
             latents = vae.encoder(images)
             images_hat = vae.decoder(latents + args.latent_noise * torch.randn_like(latents)).float()
-            some = slice(0, args.batch // 2)
+            some = slice(0, max(1, args.batch // 2))
             perceptual = distance(images[some], images_hat[some]) if args.perceptual else images_hat.new_zeros(())
         difference = images_hat - images
         absolute, squared = difference.abs().mean(), difference.pow(2).mean()
@@ -315,11 +339,7 @@ def main() -> None:
         if stop:
             raise SystemExit(75)
 
-    with torch.no_grad():  # latents leave with unit variance: the scale is measured, on training pictures
-        latents = torch.cat([ema.encoder(torch.stack([dataset[i + j] for j in range(32)]).to(device)) for i in range(0, 512, 32)])
-    ema.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    save()
-    print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f}; scaling_factor {ema.config.scaling_factor}", flush=True)
+    print(f"the averaged weights are in {args.out / 'ema'}, scaling_factor {ema.config.scaling_factor}", flush=True)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class TrainingBatches:
             batch_size=None,
             sampler=itertools.count(first_step),
             num_workers=self.workers,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # or the loader would draw from the global stream, which no workers leave alone
         )
 
@@ -236,7 +236,7 @@ class TrainingBatches:
             thread.join()
 
 
-def _outlive_signals(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
