@@ -229,7 +229,8 @@ def train(args: argparse.Namespace) -> None:
     held_out = {path.resolve() for name in ("pictures", "photos") for path in (args.held_out / name).glob("val-*.tar")} if args.held_out else set()
     trained_on = {Path(path).resolve() for name in args.data for path in ([*Path(name).glob("*.tar")] if Path(name).is_dir() else expand(name))}
     if held_out & trained_on:
-        raise ValueError(f"{min(held_out & trained_on)} is held out and cannot be trained on; name the training shards, such as train-*.tar")    only = dict([args.only.split("=", 1)]) if args.only else None
+        raise ValueError(f"{min(held_out & trained_on)} is held out and cannot be trained on; name the training shards, such as train-*.tar")
+    only = dict([args.only.split("=", 1)]) if args.only else None
     source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
 
     torch.manual_seed(args.seed)
