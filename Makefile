@@ -13,7 +13,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "openvision3 needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch (first and alone) ..."
-	$(PIP) install torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip --disable-pip-version-check install torch==2.13.0 -c constraints.txt
 	@echo "installing openvision3 and its tools ..."
 	$(PIP) install -e '.[dev]' -c constraints.txt
 	@touch $@
@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	$(MAKE) check
 
-check:
+check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

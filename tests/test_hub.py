@@ -318,3 +318,16 @@ def test_a_save_without_permission_names_the_place(tmp_path):
         pytest.skip("this user may write everywhere")
     with pytest.raises(PermissionError, match="closed"):
         pipeline().save(closed / "model")
+
+
+def test_a_model_is_not_saved_under_a_name_that_loads_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"mini is the name of a shipped model.*\./mini"):
+        pipeline().save("mini")
+    assert not list(tmp_path.iterdir())
+    pipeline().save("./mini-of-mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, so that no folder can be made in it"):
+        pipeline().save("file/model")
+    modes = {path.stat().st_mode for path in (tmp_path / "mini-of-mine").iterdir() if path.is_file()}
+    assert len(modes) == 1

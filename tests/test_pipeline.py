@@ -116,9 +116,18 @@ def test_what_is_no_picture_is_refused_by_name(images, message):
         pipeline().encode(images)
 
 
-def test_a_negative_size_is_refused():
-    with pytest.raises(ValueError, match="size -1 is negative"):
-        pipeline().encode(photo(20, 20), size=-1)
+@pytest.mark.parametrize("size", [-1, "64", (64, 64), 3_000_000_000, 60_000])
+def test_a_size_that_is_none_is_refused_before_anything_is_scaled(size):
+    with pytest.raises(ValueError, match="legal is a long side of 1 to 9433 pixels, or 0"):
+        pipeline().encode(photo(20, 20), size=size)
+
+
+@pytest.mark.parametrize("pair", [128, (1, 2, 3), (128.0, 128.0), "ab"])
+def test_what_is_no_height_and_width_is_refused(pair):
+    with pytest.raises(ValueError, match=r"pad_to=.* legal is a pair of whole numbers \(H, W\)"):
+        pipeline().encode(photo(20, 20), pad_to=pair)
+    with pytest.raises(ValueError, match=r"size=.* legal is a pair of whole numbers \(H, W\)"):
+        pipeline().decode(torch.zeros(1, 64, 64), size=pair)
 
 
 def test_an_unreadable_picture_is_an_image_error(tmp_path):
@@ -175,6 +184,7 @@ def test_decode_without_a_size_takes_a_square():
         ((1, 6, 64), (64, 64), "64x64 has 4x4 tokens, not 6"),
         ((1, 6, 64), (0, 0), "0x0 has 0x0 tokens, not 6"),
         ((1, 6, 64), (-20, -40), "tokens, not 6"),
+        ((1, 16, 64), (90, 300), r"tokens, not 16; pass the scaled size they came from"),
         ((1, 4, 32), None, r"legal is \(B, N, 64\)"),
         ((4, 64), None, r"legal is \(B, N, 64\)"),
     ],
@@ -223,8 +233,9 @@ def test_a_text_embedding_does_not_depend_on_its_neighbours():
 
 
 def test_no_texts_are_refused():
-    with pytest.raises(ValueError, match="no texts given"):
-        pipeline().embed_texts([])
+    for texts in ([], [3], ["a", None]):
+        with pytest.raises(ValueError, match=r"texts .* cannot be embedded; legal is one text or a list of texts"):
+            pipeline().embed_texts(texts)
 
 
 def test_classify_gives_sorted_probabilities_that_sum_to_one():
@@ -241,6 +252,11 @@ def test_classify_is_the_softmax_of_scaled_cosines():
         expected = (cosines[0] * pipeline().model.temperature).softmax(0)
     found = dict(pipeline().classify(image, list(NAMES)))
     assert [found[name] for name in NAMES] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_labels_may_come_one_by_one():
+    image = photo(64, 64)
+    assert pipeline().classify(image, (name for name in NAMES)) == pipeline().classify(image, NAMES)
 
 
 @pytest.mark.parametrize("labels", ["cat", [], ()])
@@ -280,7 +296,18 @@ def test_greedy_captions_of_a_batch_are_those_of_each_picture():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"beams": 0}, {"beams": 2, "top_p": 0.5}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": 0.0}, {"max_length": 0}, {"max_length": -1}]
+    "setting",
+    [
+        {"beams": 0},
+        {"beams": 2, "top_p": 0.5},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": 0.0},
+        {"seed": -1},
+        {"beams": 2.5},
+        {"max_length": 0},
+        {"max_length": -1},
+    ],
 )
 def test_caption_settings_out_of_range_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

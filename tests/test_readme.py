@@ -138,3 +138,18 @@ def test_an_output_that_has_drifted_is_noticed():
     for other in ("dog: 0.31", "cat: 0.41", "cat: 0.31\ndog: 0.2"):
         with pytest.raises(AssertionError):
             assert_says_the_same(other, "cat: 0.32")
+
+
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("assets/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_have_no_gap_to_be_filled_and_link_to_what_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@|TODO|THIS FOLDER", text)
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_assets_have_their_cards():
+    assert {path.parent.name for path in PAGES if "assets" in path.parts} == {"mini", "vae"}

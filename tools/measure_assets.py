@@ -1,8 +1,8 @@
 """Measure the shipped VAE and mini on held-out pictures and write their model cards; `--ship RUN` first puts a run there.
 
-    python tools/measure_assets.py --ship runs/mini --held-out ../shared/data
-    python tools/measure_assets.py --held-out ../shared/data            # every set
-    python tools/measure_assets.py                                      # OpenMoji only, anywhere
+    python tools/measure_assets.py --ship runs/mini --held-out DATA
+    python tools/measure_assets.py --held-out DATA            # every set
+    python tools/measure_assets.py                            # OpenMoji only, anywhere
 
 `--demo RUN` adds the captions of a demo model beside those of the shipped mini. Cards and `scores.json` go into the assets.
 """
@@ -56,14 +56,16 @@ def measure_pictures(pipeline: Pipeline, shards: list[str]) -> dict[str, Result]
 def ship(run: Path) -> None:
     """The run's newest checkpoint as assets/mini: bf16, without the VAE, which has a folder of its own."""
     pipeline = load(run)
-    pipeline.training["data"] = [f"DATA/{Path(name).name}" if name.endswith(".tar") else name for name in pipeline.training["data"]]
+    earlier = (MINI / "command.txt").read_text() if pipeline.training.get("started_from", {}).get("name") == "mini" else ""
+    for record in (pipeline.training, pipeline.training.get("started_from", {})):
+        record["data"] = [f"DATA/pictures/{Path(name).name}" if name.endswith(".tar") else name for name in record.get("data", [])]
     pipeline.training["licence"] = "CC BY-SA 4.0 (trained on OpenMoji, CC BY-SA 4.0, and Open Clip Art, public domain)"
     with tempfile.TemporaryDirectory(dir=MINI.parent) as made:  # whole, before the old one gives way
         pipeline.save(Path(made) / "mini", dtype=torch.bfloat16, with_vae=False)
         shutil.rmtree(MINI, ignore_errors=True)
         (Path(made) / "mini").rename(MINI)
-    command = re.sub(r"\S*/([^/ ]+\.tar)", r"DATA/\1", (run / "command.txt").read_text().splitlines()[0]).split()
-    (MINI / "command.txt").write_text(" ".join(["openvision3", *command[1:]]) + "\n")
+    command = re.sub(r"\S*/([^/ ]+\.tar)", r"DATA/pictures/\1", (run / "command.txt").read_text().splitlines()[0]).split()
+    (MINI / "command.txt").write_text(earlier + " ".join(["openvision3", *command[1:]]) + "\n")
 
 
 def percent(value: float | int | str) -> str:

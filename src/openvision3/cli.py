@@ -125,7 +125,8 @@ def reconstruct(
         }
 
     def line(r: dict[str, Any]) -> str:
-        return f"{r['picture']} -> {r['file']}  {r['width']}x{r['height']}  PSNR {r['psnr']:.2f} dB (its VAE alone {r['vae_psnr']:.2f})"
+        alone = f" (its VAE alone {r['vae_psnr']:.2f})" if pipeline.vae.network is not None else ""
+        return f"{r['picture']} -> {r['file']}  {r['width']}x{r['height']}  PSNR {r['psnr']:.2f} dB{alone}"
 
     return _each(paths, one, json, line)
 
@@ -154,7 +155,12 @@ def caption(
     paths = _paths(pictures)
     pipeline = _load(model, device, vae)
     settings: dict[str, Any] = {"beams": beams, "top_p": top_p, "temperature": temperature, "max_length": max_length, "seed": seed}
-    return _each(paths, lambda path: {"picture": path, "caption": pipeline.caption(path, **settings)[0]}, json, lambda r: f"{r['picture']}: {r['caption']}")
+    return _each(
+        paths,
+        lambda path: {"picture": path, "caption": pipeline.caption(path, **settings)[0]},
+        json,
+        lambda r: f"{r['picture']}: {r['caption'] or '(nothing)'}",
+    )
 
 
 def classify(
@@ -167,8 +173,10 @@ def classify(
         top: how many to show.
     """
     paths = _paths(pictures)
-    if not labels or top < 1:
-        raise ValueError(f"{len(labels)} labels and top {top}: legal is one or more of each, such as --labels 'a cat' 'a dog' --top 1")
+    if not all(map(str.strip, labels)) or not labels or top < 1:
+        raise ValueError(
+            f"labels {', '.join(map(repr, labels)) or 'none'} and top {top}: legal are one or more of each, such as --labels 'a cat' 'a dog' --top 1"
+        )
     pipeline = _load(model, device, vae)
 
     def one(path: str) -> dict[str, Any]:
@@ -234,7 +242,7 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     for name, count in parts.items():
         print(f"  {name:15s} {count / 1e6:7.2f} M parameters" + ("  (frozen)" if name == "vae" else ""))
     print(f"  VAE: {vae.name}, {vae.latent_channels} channels, stride {vae.stride}, latents x {vae.scale:g}, sha256 {vae.sha256[:12] or 'none'}")
-    print(f"  licence: {config.training.get('licence') or config.vae.get('licence')}")
+    print(f"  licence of what it was trained on: {config.training.get('licence', 'not recorded')}; of its VAE: {config.vae.get('licence', 'not recorded')}")
     print(f"  vocabulary: {len(tokenizer)} word pieces")
     for name, value in flat(config.training).items():
         if name != "licence":
@@ -276,7 +284,7 @@ def _paths(patterns: Sequence[str]) -> list[str]:
     from openvision3.pipeline import expand_pictures
 
     if not patterns:
-        raise ValueError("no pictures given; name files, folders or globs")
+        raise ValueError("no pictures given; name files, folders or globs, and put them before options that take several values, such as --labels")
     return expand_pictures(patterns)
 
 
@@ -330,6 +338,8 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
         with open(making, "wb") as file:
             write(file)
         os.replace(making, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         making.unlink(missing_ok=True)
 
@@ -404,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = argv[0]
     try:
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1, cutoff=0.3)
+            near = difflib.get_close_matches(verb, VERBS, 1, cutoff=0.5)
             raise ValueError(f"unknown command {verb}; legal are {', '.join(VERBS)}" + (f"; nearest is {near[0]}" if near else ""))
         if verb == "train":
             return train(argv[1:])
@@ -415,11 +425,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except MemoryError:
+        print("openvision3: not enough memory for pictures of this size; use a smaller --size, or fewer at once", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _out_of_memory(error):
+            print(f"openvision3: not enough memory ({_message(error)[:120]}); use a smaller --size or --batch", file=sys.stderr)
+            return 2
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
         print(f"openvision3: {_message(error)}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotFinite" else 2
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _message(error: BaseException) -> str:

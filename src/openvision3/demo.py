@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         f"{100 * float(r['zeroshot']['accuracy']):.0f}%, captions F1 {100 * float(r['captions']['token_f1']):.0f}%",
         markup=False,
     )
-    print(f"report: {page.resolve()}\nyour turn: openvision3 caption PICTURE --model {outcome.folder}")
+    print(f"report: {page.resolve()}\nyour turn: {sys.argv[0]} caption PICTURE --model {outcome.folder}")
     return 0
 
 
@@ -89,7 +90,9 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
         ("picture to name, R@5", percent("retrieval", "image_to_text_r@5")),
         ("name to picture, R@1", percent("retrieval", "text_to_image_r@1")),
         ("name to picture, R@5", percent("retrieval", "text_to_image_r@5")),
+        ("R@1 by chance", f"{100 / len(findings.emoji):.1f}%"),
         ("zero-shot, 9 groups", percent("zeroshot", "accuracy")),
+        ("always the largest group", percent("zeroshot", "largest_class_share")),
         ("captions exactly right", percent("captions", "exact_match")),
         ("captions, word F1", percent("captions", "token_f1")),
     ]

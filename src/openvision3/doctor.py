@@ -56,7 +56,7 @@ def choose_precision(asked: Literal["auto", "bf16", "fp32"], device: str) -> tup
     if asked != "auto":
         return asked, "as asked"
     speed = measure_precision(device)
-    return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.1f}x the speed of fp32"
+    return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.2g}x the speed of fp32"
 
 
 def examine() -> dict[str, Any]:

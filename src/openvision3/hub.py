@@ -75,9 +75,14 @@ def save_model(
     Raises:
         ValueError: the target exists and is not a model folder, or holds more than a model.
     """
+    if str(folder) in shipped():
+        raise ValueError(f"{folder} is the name of a shipped model, which load would take instead; save to ./{folder} or another name")
     folder = Path(os.path.abspath(folder))
     _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{folder.parent} is a file, so that no folder can be made in it; name another place") from error
     making, old = folder.with_name(f".{folder.name}.making"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
@@ -92,6 +97,7 @@ def save_model(
         tokenizer.save(making / "tokenizer.json")
         state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.trained_state().items()}
         save_file(state, making / "model.safetensors", metadata={"format": "pt"})
+        (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors' own is for the owner alone
         (making / "README.md").write_text(card or model_card(config), encoding="utf-8")
         _take_place(making, folder, old)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3 import hub
-from openvision3.data.images import EXTENSIONS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
+from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_device
 from openvision3.model.encoder import Encoder
@@ -46,6 +47,12 @@ class Pipeline:
     def device(self) -> torch.device:
         return self.model.log_temperature.device
 
+    def __repr__(self) -> str:
+        width, embedding = self.encoder.size.width, self.encoder.config.embed_dim
+        return (
+            f"Pipeline({self.encoder.config.size} encoder, {self.size} px, tokens of {width}, embeddings of {embedding}, VAE {self.vae.name}, on {self.device})"
+        )
+
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -59,8 +66,8 @@ class Pipeline:
         Raises:
             ImageError: an unreadable picture. ValueError: something that is no picture, or a tensor out of range.
         """
-        if size is not None and size < 0:
-            raise ValueError(f"size {size} is negative; legal is a long side in pixels, or 0 for the picture's own")
+        if size is not None and (not isinstance(size, int) or not 0 <= size <= MAX_PIXELS**0.5):
+            raise ValueError(f"size {size!r} cannot be used; legal is a long side of 1 to {int(MAX_PIXELS**0.5)} pixels, or 0 for the picture's own")
         if isinstance(images, Tensor):
             if images.ndim not in (3, 4) or images.shape[-3] != 3:
                 raise ValueError(f"images of shape {tuple(images.shape)} cannot be used; legal is (B, 3, H, W) or (3, H, W) in [-1, 1]")
@@ -82,6 +89,8 @@ class Pipeline:
         Raises:
             ValueError: pictures that end at unlike grids (use `pad_to`), or none at all; and what `scaled` raises.
         """
+        if pad_to is not None:
+            pad_to = _two(pad_to, "pad_to")
         rows = [pad(row, pad_to) for row in self.scaled(images, size)]
         if not rows:
             raise ValueError("no pictures given")
@@ -94,7 +103,11 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
-        """Pictures (PIL, path, list of them, or tensor in [-1, 1]) -> tokens (B, N, D)."""
+        """Pictures (PIL, path, list of them, or tensor in [-1, 1]) -> tokens (B, N, D).
+
+        Padding is part of what the encoder sees: more of it (`pad_to`) gives other tokens. To decode, name the scaled size,
+        `scaled(picture)[0].shape[1:]`, or with `pad_to` that size.
+        """
         with self._autocast():
             return self.model.encode(self.prepare(images, size, pad_to)).float()
 
@@ -105,6 +118,8 @@ class Pipeline:
         Raises:
             ValueError: a size whose grid does not hold N tokens, or tokens of another width.
         """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"a {type(tokens).__name__} cannot be decoded; legal is a tensor (B, N, {self.encoder.size.width})")
         if tokens.ndim != 3 or tokens.shape[2] != self.encoder.size.width:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this model's; legal is (B, N, {self.encoder.size.width})")
         if size is None:
@@ -112,9 +127,13 @@ class Pipeline:
             if (side // PATCH) ** 2 != tokens.shape[1]:
                 raise ValueError(f"{tokens.shape[1]} tokens are no square; pass size=(H, W) of the picture they came from")
             size = (side, side)
+        size = _two(size, "size")
         grid = padded(size[0]) // PATCH, padded(size[1]) // PATCH
         if min(grid) < 1 or grid[0] * grid[1] != tokens.shape[1]:
-            raise ValueError(f"a picture of {size[0]}x{size[1]} has {grid[0]}x{grid[1]} tokens, not {tokens.shape[1]}; pass the (H, W) they came from")
+            raise ValueError(
+                f"a picture of {size[0]}x{size[1]} has {grid[0]}x{grid[1]} tokens, not {tokens.shape[1]}; "
+                "pass the scaled size they came from, model.scaled(picture)[0].shape[1:], or what pad_to was"
+            )
         with self._autocast():
             images = self.model.decode(tokens.to(self.device, torch.float32), grid)
         return images.float().clamp(-1, 1)[..., : size[0], : size[1]]
@@ -136,8 +155,8 @@ class Pipeline:
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> unit vectors (B, E)."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("no texts given")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"texts {texts!r:.80} cannot be embedded; legal is one text or a list of texts, such as ['a red heart']")
         ids = self.tokenizer.text_ids(texts, self.model.text_encoder.config.positions).to(self.device)
         with self._autocast():
             return self.model.embed_texts(ids)
@@ -160,8 +179,10 @@ class Pipeline:
         Raises:
             ValueError: settings that are out of range or exclude each other.
         """
-        if beams < 1 or (beams > 1 and top_p is not None):
+        if not isinstance(beams, int) or beams < 1 or (beams > 1 and top_p is not None):
             raise ValueError(f"beams {beams} with top_p {top_p}: legal is one beam or more, and either beams or top_p")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
         prepared = self.prepare(images, size, pad_to)
         captioner, marks = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
         longest = captioner.config.positions - 1
@@ -177,6 +198,7 @@ class Pipeline:
 
     def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
         """One picture among `labels` -> [(label, probability)], most likely first."""
+        labels = labels if isinstance(labels, str) else [*labels]
         if isinstance(labels, str) or not labels:
             raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
@@ -192,7 +214,7 @@ class Pipeline:
         hub.save_model(folder, self.model, self.tokenizer, self.size, training=self.training, dtype=dtype, card=card, with_vae=with_vae)
 
 
-def load(name: str | Path = "mini", *, device: str = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
+def load(name: str | Path = "mini", *, device: str | torch.device = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
     """A shipped name, a model folder or a run folder -> a Pipeline.
 
     `device` auto takes CUDA where there is one; `precision` bf16 is faster on processors and GPUs made for it; `vae` names
@@ -201,12 +223,21 @@ def load(name: str | Path = "mini", *, device: str = "auto", precision: str = "f
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, in one line.
     """
-    device = choose_device(device)
+    device = choose_device(str(device))
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype, vae=vae)
     return Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
+
+
+def _two(size: Any, name: str) -> tuple[int, int]:
+    """(H, W) as whole numbers. Raises ValueError."""
+    try:
+        height, width = size
+        return index(height), index(width)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={size!r} cannot be used; legal is a pair of whole numbers (H, W)") from None
 
 
 def _check_range(images: Tensor) -> None:

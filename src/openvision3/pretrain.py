@@ -198,7 +198,12 @@ def _tokenizer(config: RunConfig, source: Source, out: Path) -> TextTokenizer:
         return TextTokenizer.load(config.tokenizer)
     if config.init:  # its word embeddings belong to its own words
         return TextTokenizer.load(hub.find_folder(config.init) / "tokenizer.json")
-    return TextTokenizer.train((caption for i in range(len(source)) for caption in source.captions(i)), config.vocabulary)
+    captions = [caption for i in range(len(source)) for caption in source.captions(i)]
+    if not captions:
+        raise ValueError(
+            f"none of the {len(source)} pictures in {', '.join(config.data)} has a caption; put x.txt beside x.jpg, or a captions.csv into the folder"
+        )
+    return TextTokenizer.train(captions, config.vocabulary)
 
 
 def _evaluation_source(config: RunConfig) -> Source:
@@ -303,6 +308,7 @@ def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, pre
         "seconds": round(loop.state.seconds),
         "precision": precision,
         "seed": config.seed,
+        "licence": "; ".join(f"{name}: {'CC BY-SA 4.0' if name == 'openmoji' else 'unknown'}" for name in config.data),
         **({"started_from": started_from} if started_from else {}),
     }
 

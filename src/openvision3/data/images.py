@@ -70,7 +70,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, draft: int 
     except UnidentifiedImageError as error:
         raise ImageError("not an image", f"{name} is not a picture that can be read; legal are {', '.join(EXTENSIONS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too large", f"{name}: {error}; at most {max_pixels:,} pixels are decoded, scale it down first") from error
+        raise ImageError("too large", f"{name} has too many pixels; at most {max_pixels:,} are decoded, scale it down first") from error
     except Exception as error:  # Pillow's readers of damaged files let through KeyError, IndexError, struct.error and more
         raise ImageError("undecodable", f"{name} cannot be decoded: {error or type(error).__name__}") from error
 
