@@ -94,6 +94,19 @@ def _no_pictures(root: Path) -> str:
     return str(folder)
 
 
+def _no_captions(root: Path) -> str:
+    folder = pictures(root / "silent", 3)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    return str(folder)
+
+
+LPIPS = [
+    *("--model.loss.lambda-perceptual", "0.5", "--model.loss.perceptual", "lpips-vgg"),
+    *("--model.loss.lpips-backbone", "none.pth", "--model.loss.lpips-linear", "none.pth"),
+]
+
+
 BAD = {
     "unknown data": (lambda root: ["--data", "nowhere"], "no such data: nowhere"),
     "no data": (lambda root: ["--data", str(pictures(root / "empty", 0))], "holds no pictures"),
@@ -107,6 +120,9 @@ BAD = {
     "no init": (lambda root: ["--init", "none"], "no such model: none"),
     "unfitting init": (lambda root: ["--init", "SMALL", "--model.encoder.embed-dim", "32"], "pool_projection"),
     "no shards match": (lambda root: ["--only", "source"], "must look like name=value"),
+    "no captions": (lambda root: ["--data", _no_captions(root)], "none of the 3 pictures in"),
+    "no LPIPS files": (lambda root: LPIPS, "no such weights file: none.pth"),
+    "no pixels to compare": (lambda root: ["--model.loss.lambda-perceptual", "0.5", "--pixel-share", "0"], "pixel_share 0 decodes none"),
     "wrong size": (lambda root: ["--size", "100"], "size 100 must be a multiple of 16"),
     "nothing to resume": (lambda root: ["--resume"], "holds no run to go on with"),
 }

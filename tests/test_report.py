@@ -102,10 +102,15 @@ def test_curves_draw_what_is_in_the_metrics(tmp_path):
 
 
 def test_a_grid_holds_every_picture_where_it_belongs():
-    pictures = [[photo(20, 10, seed=3 * row + column) for column in range(3)] for row in range(2)]
+    pictures = [[photo(40, 10, seed=3 * row + column) for column in range(3)] for row in range(2)]
     sheet = report.grid(pictures, ("one", "two", "three"), gap=6)
     for row in range(2):
         for column in range(3):
-            left, top = 6 + column * 26, 16 + 6 + row * 16
-            assert sheet.crop((left, top, left + 20, top + 10)).tobytes() == pictures[row][column].tobytes()
-    assert sheet.size == (3 * 26 + 6, 16 + 2 * 16 + 6)
+            left, top = 6 + column * 46, 16 + 6 + row * 16
+            assert sheet.crop((left, top, left + 40, top + 10)).tobytes() == pictures[row][column].tobytes()
+    assert sheet.size == (3 * 46 + 6, 16 + 2 * 16 + 6)
+
+
+def test_titles_over_narrow_pictures_do_not_run_into_each_other():
+    narrow, wide = (report.grid([[photo(width, 30, seed) for seed in range(2)]], ("original", "rebuilt")) for width in (5, 60))
+    assert 2 * 40 < narrow.width < wide.width

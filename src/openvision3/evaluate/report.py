@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int 
     """Rows of equally large pictures side by side under column titles, as one picture."""
     width, height = rows[0][0].size
     header = 16
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = max(width, *(math.ceil(ruler.textlength(title)) for title in titles), 0)  # titles do not run into each other
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, header + len(rows) * (height + gap) + gap), (225, 225, 225))
     pen = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
@@ -113,7 +116,12 @@ def caption_cards(items: Sequence[tuple[Image.Image, str, str]]) -> str:
 
 def triple_rows(items: Sequence[tuple[Sequence[Image.Image], str]]) -> str:
     """((original, VAE, rebuilt), what they are) -> figures of three pictures."""
-    figures = [f"<figure><div>{''.join(picture(i) for i in images)}</div><figcaption>{html.escape(what)}</figcaption></figure>" for images, what in items]
+    columns = ("original", "VAE alone", "rebuilt")
+    figures = [
+        f"<figure><div>{''.join(picture(i, f'{name}: {what}') for i, name in zip(images, columns, strict=True))}</div>"
+        f"<figcaption>{html.escape(what)}</figcaption></figure>"
+        for images, what in items
+    ]
     return f'<div class="rows">{"".join(figures)}</div>'
 
 
