@@ -172,8 +172,8 @@ REFUSED = {
     "folder without pictures": (["encode", "empty"], r"empty holds no pictures; legal are files ending in \.jpg"),
     "glob without matches": (["encode", "pics/*.tif"], r"no such picture: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
-    "labels empty": (["classify", "pics", "--labels"], "0 labels"),
-    "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal is one or more"),
+    "labels empty": (["classify", "pics", "--labels"], "labels none"),
+    "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal are one or more"),
     "unknown model": (["caption", "pics", "--model", "nowhere"], "no such model: nowhere; legal are"),
     "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
     "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*legal are auto, cpu and cuda"),
@@ -203,9 +203,32 @@ def test_settings_that_the_model_refuses_are_one_line(option, value, work, model
     assert option.strip("-").replace("-", "_") in refused(capsys, "caption", "pics/a.png", "--model", model, option, value, *extra)
 
 
-def test_a_negative_size_is_refused(work, model, capsys):
+def test_a_size_that_is_none_is_refused(work, model, capsys):
     for verb in ("reconstruct", "encode"):
-        assert "size -3 is negative" in refused(capsys, verb, "pics", "--model", model, "--size", "-3")
+        assert "size -3 cannot be used; legal is" in refused(capsys, verb, "pics", "--model", model, "--size", "-3")
+
+
+def test_a_label_without_words_is_refused(work, model, capsys):
+    assert "labels 'cat', ' '" in refused(capsys, "classify", "pics", "--model", model, "--labels", "cat", " ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(work, model, capsys, error, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("openvision3.pipeline.Pipeline.caption", full)
+    assert "not enough memory" in refused(capsys, "caption", "pics", "--model", model)
+
+
+def test_a_disk_without_room_names_the_file_and_what_to_do(work, model, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    Path("new").mkdir()
+    said = refused(capsys, "reconstruct", "pics", "--model", model, "--out", "new")
+    assert "new/" in said and said.rstrip().endswith("No space left on device; make room")
 
 
 def test_a_damaged_model_is_one_line(work, model, capsys):
