@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: setup demo test check format test-slow bench clean
 
@@ -13,16 +13,15 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "openvision3 needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch (first and alone) ..."
-	$(BIN)/python -m pip --disable-pip-version-check install torch==2.13.0 -c constraints.txt
+	$(PIP) install torch==2.13.0 -c constraints.txt
 	@echo "installing openvision3 and its tools ..."
-	$(PIP) install -e '.[dev]' -c constraints.txt
+	$(PIP) install -q -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: setup
 	$(BIN)/openvision3 demo $(FLAGS)
 
-test: setup
-	$(MAKE) check
+test: check
 
 check: setup
 	$(BIN)/ruff format --check .

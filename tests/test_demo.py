@@ -41,6 +41,7 @@ def test_the_demo_ends_in_a_page_with_all_that_it_promises(tmp_path):
     assert found.returncode == 0, found.stderr
     out = tmp_path / "demo"
     assert found.stdout.splitlines()[0] == f"report: {out / 'report.html'}"
+    assert found.stdout.splitlines()[1] == f"your turn: {sys.executable} -m openvision3 caption PICTURE --model demo/run"
     assert "steps/s" in found.stderr and re.search(r"step \d+/\d+ .*loss", found.stderr), "progress is shown as it trains"
 
     page = (out / "report.html").read_text(encoding="utf-8")

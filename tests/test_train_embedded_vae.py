@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from openvision3.data import samples
 from openvision3.data.images import to_tensor
@@ -47,6 +49,20 @@ def test_a_vae_that_was_stopped_goes_on_and_ends_with_latents_of_unit_variance(t
     assert rows[-1]["step"] == done + 20 and rows[-1]["openmoji"] > rows[0]["openmoji"]
     drawings = torch.stack([to_tensor(samples.draw(e.character, 32)) for e in samples.load_emoji().train[::60]])
     assert vae.encode(drawings).std().item() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.slow
+def test_a_held_out_shard_is_not_trained_on_whichever_way_it_is_named(tmp_path):
+    (tmp_path / "held" / "pictures").mkdir(parents=True)
+    shard = tmp_path / "held" / "pictures" / "val-0000.tar"
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "0.jpg")
+    with tarfile.open(shard, "w") as tar:
+        tar.add(tmp_path / "0.jpg", "0.jpg")
+    for data in (["openmoji", str(shard)], [str(shard.parent)]):
+        process = start(tmp_path / "out", "--data", *data, "--held-out", str(tmp_path / "held"))
+        said, _ = process.communicate()
+        assert process.returncode == 2 and "val-0000.tar is held out and cannot be trained on" in said.splitlines()[-1], said
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

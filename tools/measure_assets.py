@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from train_embedded_vae import held_out_shards
 
 from openvision3 import hub
 from openvision3.config import flat
@@ -85,10 +86,8 @@ def main() -> None:
     pipeline = load("mini", precision=args.precision)
     findings = evaluate_openmoji(functions(pipeline))
     scores: dict[str, dict[str, Result]] = {"openmoji": findings.results}
-    for name in ("pictures", "photos"):
-        shards = sorted(str(p) for p in (args.held_out / name).glob("val-*.tar")) if args.held_out else []
-        if shards:
-            scores[name] = measure_pictures(pipeline, shards)
+    for name, shards in held_out_shards(args.held_out).items():
+        scores[name] = measure_pictures(pipeline, shards)
     demo = evaluate_openmoji(functions(load(args.demo, precision=args.precision))) if args.demo else None
     if demo is not None:
         scores["demo model on openmoji"] = demo.results

@@ -31,11 +31,12 @@ from diffusers import AutoencoderTiny as _AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from PIL import Image
 
+from openvision3.config import RunConfig
 from openvision3.data import samples
 from openvision3.data.batches import outlive_signals
 from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
-from openvision3.data.shards import Source, expand, open_source
-from openvision3.doctor import choose_device, choose_precision
+from openvision3.data.shards import MixedSource, ShardSource, Source, open_source
+from openvision3.doctor import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.model.perceptual import EfficientNetDistance
 from openvision3.optimizer import Muon
@@ -165,15 +166,19 @@ class TrainingPictures(torch.utils.data.Dataset):
         return picture
 
 
+def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
+    """The `val` shards of pictures and photos in that folder, where there are any."""
+    found = {name: sorted(map(str, (folder / name).glob("val-*.tar"))) for name in ("pictures", "photos")} if folder else {}
+    return {name: shards for name, shards in found.items() if shards}
+
+
 def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
     """The evaluation pictures: 256 held-out OpenMoji, and the `val` shards beside the training data if there are any."""
     emoji = samples.load_emoji().evaluation()
     sets = {"openmoji": torch.stack([to_tensor(samples.draw(e.character, size)) for e in emoji])}
-    for name in ("pictures", "photos"):
-        shards = sorted(str(p) for p in (folder / name).glob("val-*.tar")) if folder else []
-        if shards:
-            source = open_source(tuple(shards))
-            sets[name] = torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])
+    for name, shards in held_out_shards(folder).items():
+        source = open_source(tuple(shards))
+        sets[name] = torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])
     return sets
 
 
@@ -220,18 +225,17 @@ def train(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError: data or settings that cannot be used."""
     if min(args.steps, args.batch, args.save_every) < 1 or args.size % 8 or args.size < 8:
         raise ValueError(f"steps {args.steps}, batch {args.batch} and save-every {args.save_every} must be positive, size {args.size} a multiple of 8")
-    if args.only and "=" not in args.only:
-        raise ValueError(f"only {args.only!r} must look like name=value, such as source=clipart")
+    only = RunConfig(only=(args.only,) if args.only else ()).only_values
     try:
         architecture = ARCHITECTURE | json.loads(args.architecture)
     except (ValueError, TypeError) as error:
         raise ValueError(f"architecture {args.architecture!r} is not a JSON object of AutoencoderTiny's settings: {error}") from error
-    held_out = {path.resolve() for name in ("pictures", "photos") for path in (args.held_out / name).glob("val-*.tar")} if args.held_out else set()
-    trained_on = {Path(path).resolve() for name in args.data for path in ([*Path(name).glob("*.tar")] if Path(name).is_dir() else expand(name))}
-    if held_out & trained_on:
-        raise ValueError(f"{min(held_out & trained_on)} is held out and cannot be trained on; name the training shards, such as train-*.tar")
-    only = dict([args.only.split("=", 1)]) if args.only else None
     source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
+    parts = source.sources if isinstance(source, MixedSource) else [source]
+    trained_on = {Path(path).resolve() for part in parts if isinstance(part, ShardSource) for path in part.paths}
+    both = trained_on & {Path(path).resolve() for shards in held_out_shards(args.held_out).values() for path in shards}
+    if both:
+        raise ValueError(f"{min(both)} is held out and cannot be trained on; name the training shards, such as train-*.tar")
 
     torch.manual_seed(args.seed)
     device = choose_device()
@@ -241,7 +245,7 @@ def train(args: argparse.Namespace) -> None:
     init_weights(vae)
     ema = copy.deepcopy(vae).requires_grad_(False)
     distance = EfficientNetDistance(stages=4).to(device)
-    optimizers, flat = make_optimizers(vae, args.learning_rate, torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimizers, flat = make_optimizers(vae, args.learning_rate, dtype_of(precision))
 
     args.out.mkdir(parents=True, exist_ok=True)
     state_file = args.out / "state.pt"
@@ -258,6 +262,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(source)} training pictures; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
     dataset = TrainingPictures(source, args.size, args.seed, args.synthetic)
+    probe = torch.stack([dataset[i] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
     order = range(step * args.batch, args.steps * args.batch)
     ahead = 4 if args.workers else None
     loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=order, num_workers=args.workers, prefetch_factor=ahead, worker_init_fn=outlive_signals)
@@ -272,8 +277,8 @@ def train(args: argparse.Namespace) -> None:
         }
         torch.save(state, state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
-        with torch.no_grad():  # latents leave with unit variance: the scale is measured, on training pictures
-            spread = torch.cat([ema.encoder(torch.stack([dataset[i + j] for j in range(32)]).to(device)) for i in range(0, 256, 32)]).std().item()
+        with torch.no_grad():
+            spread = torch.cat([ema.encoder(images.to(device)) for images in probe.split(32)]).std().item()
         ema.register_to_config(scaling_factor=round(1 / spread, 4))
         halved: Any = torch.nn.Module.to(copy.deepcopy(ema), torch.bfloat16)  # diffusers' own warns of an empty list
         halved.save_pretrained(args.out / "ema")

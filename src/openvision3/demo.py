@@ -51,8 +51,13 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         f"{100 * float(r['zeroshot']['accuracy']):.0f}%, captions F1 {100 * float(r['captions']['token_f1']):.0f}%",
         markup=False,
     )
-    print(f"report: {page.resolve()}\nyour turn: {sys.argv[0]} caption PICTURE --model {outcome.folder}")
+    print(f"report: {page.resolve()}\nyour turn: {_program()} caption PICTURE --model {outcome.folder}")
     return 0
+
+
+def _program() -> str:
+    """How this was started, to be typed again: no environment needs to be active for it."""
+    return f"{sys.executable} -m openvision3" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
 
 
 def _clear(out: Path) -> None:

@@ -59,6 +59,11 @@ def choose_precision(asked: Literal["auto", "bf16", "fp32"], device: str) -> tup
     return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.2g}x the speed of fp32"
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What the parts that autocast leaves alone (the VAE, Muon) compute in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def examine() -> dict[str, Any]:
     """Everything `openvision3 doctor` shows; `problems` lists what is missing, each with what to do."""
     import shutil

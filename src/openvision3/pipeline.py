@@ -16,7 +16,7 @@ from torch import Tensor
 from openvision3 import hub
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
 from openvision3.data.text import TextTokenizer
-from openvision3.doctor import choose_device
+from openvision3.doctor import choose_device, dtype_of
 from openvision3.model.encoder import Encoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
@@ -198,8 +198,7 @@ class Pipeline:
 
     def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
         """One picture among `labels` -> [(label, probability)], most likely first."""
-        labels = labels if isinstance(labels, str) else [*labels]
-        if isinstance(labels, str) or not labels:
+        if isinstance(labels, str) or not (labels := [*labels]):
             raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
         scores = (self.model.temperature * embedding @ self.embed_texts(labels).T).softmax(-1)[0].tolist()
@@ -226,8 +225,7 @@ def load(name: str | Path = "mini", *, device: str | torch.device = "auto", prec
     device = choose_device(str(device))
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype, vae=vae)
+    model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype_of(precision), vae=vae)
     return Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
 
 

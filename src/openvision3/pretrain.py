@@ -21,7 +21,7 @@ from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batc
 from openvision3.data.images import to_pil
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
 from openvision3.data.text import TextTokenizer
-from openvision3.doctor import choose_device, choose_precision
+from openvision3.doctor import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.openmoji import Functions
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
@@ -88,8 +88,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     if checkpoint:
         source.problems[:] = read_skipped(out, state.problems)
     tokenizer = _tokenizer(config, source, out)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype)
+    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
     if checkpoint:
         _check_same(checkpoint, out, vae, len(source))
     torch.manual_seed(config.seed)
@@ -113,7 +112,7 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
         families=config.families,
     )
     batches.sample(0)  # raises where no sample can be used, before anything is written
-    optimizers = Optimizers(model, config.optimizer, dtype)
+    optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     if checkpoint:
         load_checkpoint(checkpoint, model, optimizers)
     elif config.minutes and not config.resume:
@@ -232,7 +231,7 @@ def samples_dropped(data: Sequence[str]) -> dict[str, int]:
 def steps_for(minutes: float, model: OpenVision3, batches: TrainingBatches, config: RunConfig, device: str, precision: str) -> tuple[int, float]:
     """Time a few real steps on a copy of the model -> (steps that fill the minutes, steps a second)."""
     trial = copy.deepcopy(model).train()
-    optimizers = Optimizers(trial, config.optimizer, torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimizers = Optimizers(trial, config.optimizer, dtype_of(precision))
     warm, timed = 2, 6
     start = time.perf_counter()
     with contextlib.closing(batches.from_step(0)) as source:  # type: ignore[type-var]

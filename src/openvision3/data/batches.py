@@ -142,8 +142,7 @@ class TrainingBatches:
         With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and the whole of it
         fills in for others that the sample lacks.
         """
-        first, *rest = captions
-        others = tuple(rest)
+        first, others = captions[0], captions[1:]
         if len(others) >= self.shape.captions:
             picked = torch.randperm(len(others), generator=generator)[: self.shape.captions - 1].tolist()
             others = tuple(others[i] for i in picked)

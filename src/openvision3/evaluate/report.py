@@ -82,7 +82,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int 
     width, height = rows[0][0].size
     header = 16
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    width = max(width, *(math.ceil(ruler.textlength(title)) for title in titles), 0)  # titles do not run into each other
+    width = max([width, *(math.ceil(ruler.textlength(title)) for title in titles)])  # titles do not run into each other
     sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, header + len(rows) * (height + gap) + gap), (225, 225, 225))
     pen = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):

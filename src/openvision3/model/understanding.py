@@ -121,7 +121,7 @@ class Captioner(nn.Module):
         count, length = tokens.shape[1], caption_ids.shape[1]
         self._check(length)
         words = self.embedding(caption_ids) + self.positions[:length]
-        x = torch.cat([self._embed(tokens).to(words.dtype), words], dim=1)
+        x = torch.cat([self._embed(tokens), words], dim=1)
         mask = torch.ones(count + length, count + length, dtype=torch.bool, device=x.device).tril()
         mask[:count, :count] = True
         for block in self.blocks:
@@ -131,7 +131,7 @@ class Captioner(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.embed_tokens.in_features:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this captioner's; legal is (B, N, {self.embed_tokens.in_features})")
-        return self.embed_tokens(tokens)
+        return self.embed_tokens(tokens).to(self.positions.dtype)  # see Encoder: sums and norms in fp32
 
     def _check(self, length: int) -> None:
         if length > self.config.positions:
@@ -151,7 +151,7 @@ class Captioner(nn.Module):
         if not bool(tokens.isfinite().all()):
             raise ValueError("the tokens hold NaN or infinity: no caption can be written; were the weights trained to the end?")
         caches = [KeyValueCache() for _ in self.blocks]
-        x = self._embed(tokens).to(self.positions.dtype)
+        x = self._embed(tokens)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, None, cache)
         return caches
