@@ -27,6 +27,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 # No EPS among them: Pillow would run Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels of the upright picture"""
+
 ImageSource = str | os.PathLike | bytes | Image.Image
 
 
@@ -153,7 +156,7 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
 
 def random_crop_box(
     width: int, height: int, generator: torch.Generator, area: tuple[float, float], aspect: tuple[float, float] = (3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
+) -> Box:
     """A box (left, top, right, bottom) covering a random share `area` of the picture at a random aspect ratio.
 
     Ten tries, then the largest centred box of a legal aspect, as random resized crop is usually defined.
@@ -172,7 +175,7 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def crop_resized(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
+def crop_resized(image: Image.Image, box: Box, size: int) -> Image.Image:
     """Cut `box` and scale it to size x size with antialias."""
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 

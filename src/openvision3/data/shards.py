@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from openvision3.data import samples
-from openvision3.data.images import EXTENSIONS, ImageError, center_square, crop_resized, open_image, random_crop_box
+from openvision3.data.images import EXTENSIONS, Box, ImageError, center_square, crop_resized, open_image, random_crop_box
 
 
 class Source(Protocol):
@@ -43,6 +43,10 @@ class Source(Protocol):
     def captions(self, index: int) -> tuple[str, ...]: ...
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image: ...
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
+        """A training view, and which part of the upright picture it shows; the same generator state gives the same view."""
+        ...
 
 
 @dataclass
@@ -67,8 +71,10 @@ class EmojiSource:
         return (sample.name, *sample.aliases) if self.aliases else (sample.name,)
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
-        character = self.emoji[index].character
-        return samples.draw(character, size) if generator is None else samples.draw_random(character, size, generator)
+        return samples.draw(self.emoji[index].character, size) if generator is None else self.crop(index, size, generator)[0]
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
+        return samples.draw_random(self.emoji[index].character, size, generator), (0, 0, size, size)
 
 
 MIN_SIDE = 8
@@ -94,10 +100,14 @@ class _PictureSource(ABC):
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         if generator is None:
             return center_square(open_image(self.data(index)), size)
+        return self.crop(index, size, generator)[0]
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
         image = open_image(self.data(index), draft=2 * size)
         if min(image.size) < MIN_SIDE:
             raise ImageError("too small", f"{image.width} x {image.height} pixels; at least {MIN_SIDE} on each side are needed to train")
-        return crop_resized(image, random_crop_box(image.width, image.height, generator, self.area), size)
+        box = random_crop_box(image.width, image.height, generator, self.area)
+        return crop_resized(image, box, size), box
 
 
 class FolderSource(_PictureSource):
@@ -332,6 +342,10 @@ class MixedSource:
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         source, local = self._find(index)
         return source.picture(local, size, generator)
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
+        source, local = self._find(index)
+        return source.crop(local, size, generator)
 
 
 def open_source(
