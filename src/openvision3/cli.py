@@ -77,6 +77,13 @@ def _train(name: str, config: RunConfig) -> int:
     return STOPPED if pretrain(config, name).status == "stopped" else 0
 
 
+def data(argv: Sequence[str]) -> int:
+    """Prepare pictures with words for training: openvision3 data COMMAND ..."""
+    from openvision3 import cli_data
+
+    return _run(argv, cli_data.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
+
+
 def reconstruct(
     pictures: Pictures,
     model: Model = "mini",
@@ -268,7 +275,7 @@ def doctor(json: Json = False) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, reconstruct, caption, classify, encode, info, doctor)}
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, data, reconstruct, caption, classify, encode, info, doctor)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
@@ -391,12 +398,23 @@ def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
     return message.rstrip(".") + (f"; nearest is {near}" if near else "") + f"; see {program} --help"
 
 
+def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str, head: str) -> int:
+    """Run the verb that `argv` begins with, or show what there is."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:12s} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in verbs.items()]
+        print(head + "\n\ncommands:\n" + "\n".join(lines) + f"\n\nhelp on one: {program} COMMAND --help")
+        return 0 if argv else 2
+    verb = argv[0]
+    if verb not in verbs:
+        near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
+        raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
+    if verbs[verb] in (train, data):  # recipes and verbs have help of their own
+        return verbs[verb](argv[1:])
+    return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
+
+
 def help_text() -> str:
-    lines = [f"  {name:12s} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in VERBS.items()]
-    return (
-        f"openvision3 {__version__}: one visual encoder for rebuilding, naming and describing pictures\n\n"
-        "usage: openvision3 COMMAND [ARGUMENTS]\n\ncommands:\n" + "\n".join(lines) + "\n\nhelp on one: openvision3 COMMAND --help"
-    )
+    return f"openvision3 {__version__}: one visual encoder for rebuilding, naming and describing pictures\n\nusage: openvision3 COMMAND [ARGUMENTS]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -405,20 +423,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
-    if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if argv else 2
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         print(__version__)
         return 0
-    verb = argv[0]
     try:
-        if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1, cutoff=0.5)
-            raise ValueError(f"unknown command {verb}; legal are {', '.join(VERBS)}" + (f"; nearest is {near[0]}" if near else ""))
-        if verb == "train":
-            return train(argv[1:])
-        return parse(deferred(VERBS[verb]), argv[1:], f"openvision3 {verb}")()
+        return _run(argv, VERBS, "openvision3", help_text())
     except KeyboardInterrupt:
         print("openvision3: interrupted", file=sys.stderr)
         return 130

@@ -154,9 +154,7 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
     return resize(image.crop((left, top, left + side, top + side)), size, size)
 
 
-def random_crop_box(
-    width: int, height: int, generator: torch.Generator, area: tuple[float, float], aspect: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Box:
+def random_crop_box(width: int, height: int, generator: torch.Generator, area: tuple[float, float], aspect: tuple[float, float] = (3 / 4, 4 / 3)) -> Box:
     """A box (left, top, right, bottom) covering a random share `area` of the picture at a random aspect ratio.
 
     Ten tries, then the largest centred box of a legal aspect, as random resized crop is usually defined.
