@@ -249,7 +249,8 @@ def test_other_captions_stand_beside_the_random_sentence(words):
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 1 / 3, 0.5, 0.6, 0.75, 1.0])
 def test_pixel_rows_are_the_share_asked_for_and_reach_every_row(emoji, words, share):
     made = batches(emoji, words, batch=8, pixel_share=share)
-    rows = [made.add_draws({}, step).get("pixel_rows", torch.arange(8)).tolist() for step in range(120)]
+    none = torch.empty(0) if share == 0 else torch.arange(8)
+    rows = [made.add_draws({}, step, range(8)).get("pixel_rows", none).tolist() for step in range(120)]
     assert abs(sum(map(len, rows)) / (120 * 8) - share) < 0.01
     assert {row for step in rows for row in step} == (set(range(8)) if share else set())
     assert all(step == sorted(set(step)) for step in rows)
@@ -257,7 +258,7 @@ def test_pixel_rows_are_the_share_asked_for_and_reach_every_row(emoji, words, sh
 
 def test_draw_keys_are_unlike_for_every_row_and_step(emoji, words):
     made = batches(emoji, words)
-    keys = torch.cat([made.add_draws({}, step)["draw_key"] for step in range(50)])
+    keys = torch.cat([made.add_draws({}, step, range(5))["draw_key"] for step in range(50)])
     assert len(keys.unique()) == 250
 
 
@@ -267,7 +268,7 @@ def test_a_batch_larger_than_the_data_is_filled_from_further_epochs(words):
     assert sorted(torch.unique(batch["sample_key"], return_counts=True)[1].tolist()) == [2, 2, 3]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch 0 must be"), ({"pixel_share": 1.5}, "between 0 and 1")])
+@pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch 0 cannot be divided"), ({"pixel_share": 1.5}, "between 0 and 1")])
 def test_illegal_sizes_are_named(emoji, words, options, message):
     with pytest.raises(ValueError, match=message):
         batches(emoji, words, **options)

@@ -49,7 +49,7 @@ def step(model: Net, optimizers: Optimizers, steps: int) -> None:
         optimizers.zero_grad()
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, weights: dict, state: RunState) -> None:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"a model")
 
@@ -254,8 +254,8 @@ def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path):
 
 
 def test_an_error_that_is_not_the_disks_comes_through_and_leaves_nothing(tmp_path):
-    def wrong(folder: Path) -> None:
-        export(folder)
+    def wrong(folder: Path, *more) -> None:
+        export(folder, *more)
         raise ValueError("a mistake of ours")
 
     with pytest.raises(ValueError, match="a mistake of ours"):

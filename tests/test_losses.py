@@ -3,10 +3,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from openvision3.model.losses import caption_loss, contrastive_loss, latent_loss, pixel_loss, temperature
+from openvision3.model import losses
+from openvision3.model.losses import latent_loss, pixel_loss, temperature
 
 T = torch.tensor([math.log(1 / 0.07)])
+
+
+def contrastive_loss(images, texts, log_temperature, present=None):
+    """One set of captions."""
+    present = torch.ones(len(images), dtype=torch.bool) if present is None else present
+    return losses.contrastive_loss(images, texts[:, None], log_temperature, present[:, None])
+
+
+def caption_loss(logits, ids, pad_id=0):
+    """The loss of logits that are given whole."""
+    scored = ids[:, 1:] != pad_id
+    words = logits.shape[-1]
+    return losses.caption_loss(logits[:, :-1][scored], torch.eye(words), torch.zeros(words), ids[:, 1:][scored], scored.sum())
 
 
 def embeddings(count=5, seed=0):
@@ -108,9 +123,9 @@ def test_caption_loss_ignores_length_and_logits_of_padding():
 def test_caption_loss_follows_the_padding_mark():
     ids, logits = random_captions()
     other = torch.where(ids == 0, 10, ids)  # another tokenizer's padding
-    wide = F.pad(logits, (0, 2), value=-1e9)
+    wide = F.pad(logits, (0, 2), value=-1e4)
     torch.testing.assert_close(caption_loss(wide, other, pad_id=10), caption_loss(logits, ids, pad_id=0))
-    assert caption_loss(wide, other, pad_id=0).item() > 1e6
+    assert caption_loss(wide, other, pad_id=0).item() > 1e3
 
 
 def test_caption_loss_of_nothing_is_zero():
@@ -120,8 +135,63 @@ def test_caption_loss_of_nothing_is_zero():
 
 
 @pytest.mark.parametrize("loss", [pixel_loss, latent_loss])
-def test_l1_is_a_mean_over_all_values(loss):
+def test_l1_is_a_mean_over_all_values_of_the_global_batch(loss):
     a, b = torch.tensor([[[[1.0, -1.0], [0.5, 0.0]]]]), torch.tensor([[[[0.0, -1.0], [-0.5, 0.25]]]])
-    assert loss(a, b).item() == pytest.approx((1 + 0 + 1 + 0.25) / 4)
+    assert loss(a, b, torch.tensor(1)).item() == pytest.approx((1 + 0 + 1 + 0.25) / 4)
+    assert loss(a, b, torch.tensor(3)).item() == pytest.approx((1 + 0 + 1 + 0.25) / 12)
     fine = torch.full((2, 3, 64, 64), 0.1)
-    assert loss(fine, (fine * 1.01).bfloat16()).dtype == torch.float32
+    assert loss(fine, (fine * 1.01).bfloat16(), torch.tensor(2)).dtype == torch.float32
+
+
+def test_captions_of_several_sets_are_averaged_over_the_sets_that_anyone_has():
+    images, texts = embeddings()
+    _, others = embeddings(seed=1)
+    present = torch.tensor([True, False, True, True, False])
+    first, second = contrastive_loss(images, texts, T), contrastive_loss(images, others, T, present)
+    every, none = torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
+    both = losses.contrastive_loss(images, torch.stack([texts, others], 1), T, torch.stack([every, present], 1))
+    torch.testing.assert_close(both, (first + second) / 2)
+    torch.testing.assert_close(losses.contrastive_loss(images, torch.stack([texts, others], 1), T, torch.stack([every, none], 1)), first)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result held."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple) else (out,):
+            self.numbers = max(self.numbers, value.numel() if isinstance(value, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "caption"])
+def test_in_chunks_losses_and_gradients_are_the_same_and_the_logits_never_exist_as_a_whole(monkeypatch, kind):
+    generator = torch.Generator().manual_seed(3)
+    if kind == "contrastive":
+        inputs = [F.normalize(torch.randn(64, 8, generator=generator), dim=-1), F.normalize(torch.randn(64, 2, 8, generator=generator), dim=-1), T.clone()]
+        present = torch.rand(64, 2, generator=generator) > 0.3
+
+        def loss(images, texts, log_temperature):
+            return losses.contrastive_loss(images, texts, log_temperature, present)
+    else:
+        inputs = [torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator), torch.randn(50, generator=generator)]
+        targets = torch.randint(50, (100,), generator=generator)
+
+        def loss(features, weight, bias):
+            return losses.caption_loss(features, weight, bias, targets, torch.tensor(100))
+
+    found = []
+    for chunk in (2**24, 320):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        values = [value.clone().requires_grad_() for value in inputs]
+        with Largest() as largest:
+            total = loss(*values)
+            gradients = torch.autograd.grad(total, values)
+        found.append((total, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert largest.numbers <= 1024 < (4096 if kind == "contrastive" else 5000)

@@ -4,6 +4,9 @@ A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.di
 `run_state.json` (progress, and the sha256 of every file in `state/`), and beside them a plain model folder that
 `openvision3.load` reads. It is written under a hidden name, flushed to disk, and renamed when it is whole, and renamed back
 before it is deleted: a checkpoint that can be seen is complete.
+
+Training waits for a copy of the tensors only: a thread of rank 0 writes it while the next steps run. Shards of several ranks are
+put together for that, so that any number of processes can go on.
 """
 
 from __future__ import annotations
@@ -13,16 +16,19 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from openvision3 import distributed
 from openvision3.optimizer import Optimizers
 
 FORMAT = 1
@@ -49,6 +55,8 @@ class RunState:
     window: dict[str, float] = field(default_factory=dict)
     """sums since the last log line, so that a run that goes on logs the same means"""
     window_steps: int = 0
+    val_loss: float | None = None
+    """val/loss at this very step, where it was measured"""
 
 
 def complete_checkpoints(run: str | Path) -> list[Path]:
@@ -62,29 +70,92 @@ def last_good(run: str | Path) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizers: Optimizers, state: RunState, export: Callable[[Path], None], keep: int) -> Path:
-    """Write the checkpoint of `state.step`, then drop all but the newest `keep`. `export` writes the plain model folder.
+Export = Callable[[Path, dict[str, Tensor], RunState], None]
+"""Writes the plain model folder of that state from whole weights."""
+
+
+class Saver:
+    """Saves a run while it goes on, one checkpoint at a time.
+
+    Raises:
+        CheckpointError: from any of its methods, once a save has failed; earlier checkpoints are untouched.
+    """
+
+    def __init__(self, run: Path, model: nn.Module, optimizers: Optimizers, export: Export, keep: int = 2, keep_best: int = 0):
+        self.run, self.model, self.optimizers, self.export, self.keep, self.keep_best = run, model, optimizers, export, keep, keep_best
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, state: RunState) -> None:
+        """Copy all tensors as they are now and begin to write them. All ranks take part in the copy; waits for the save before."""
+        self.wait()
+        tensors = _copied(_tensors(self.model, self.optimizers))
+        if distributed.rank() == 0:
+            record = RunState(**asdict(state))
+            self._thread = threading.Thread(target=self._write, args=(tensors, record), name="checkpoint")
+            self._thread.start()
+
+    def _write(self, tensors: dict[str, Any], state: RunState) -> None:
+        try:
+            write_checkpoint(self.run, tensors, state, self.export, self.keep, self.keep_best)
+        except BaseException as error:  # the training thread raises it
+            self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed, without waiting for it."""
+        return self._error is not None
+
+    def settle(self) -> None:
+        """Until the last save is on disk, or has failed; never raises, for a run that ends with another error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        self.settle()
+        if self._error is not None:
+            raise self._error
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizers: Optimizers, state: RunState, export: Export, keep: int = 2, keep_best: int = 0) -> Path:
+    """One save, waited for. Raises CheckpointError."""
+    saver = Saver(run, model, optimizers, export, keep, keep_best)
+    saver.save(state)
+    saver.wait()
+    return _folder(run, state.step)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export: Export, keep: int, keep_best: int) -> None:
+    """Write the checkpoint of `state.step`, then drop all but the newest `keep` and the `keep_best` of lowest val/loss.
+
+    `tensors` holds whole tensors on the CPU, as `Saver` copies them.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    folder = _folder(run, state.step)
     making = run / "checkpoints" / f".making-{state.step:08d}"
     if (folder / "run_state.json").is_file():
-        return folder
+        return
     try:
         _sweep(making.parent)
         making.parent.mkdir(parents=True, exist_ok=True)
-        export(making)
+        export(making, tensors["model"], state)
         with _alone():
-            dcp.save(_tensors(model, optimizers), checkpoint_id=str(making / "state"), no_dist=True)
+            dcp.save(tensors, checkpoint_id=str(making / "state"), no_dist=True)
         record = {"format": FORMAT, "files": _sums(making / "state"), **asdict(state)}
         (making / "run_state.json").write_text(json.dumps(record) + "\n")
         for path in (*making.rglob("*"), making):
             _flush(path)
         os.replace(making, folder)
         _flush(folder.parent)
-        for old in complete_checkpoints(run)[:-keep]:
+        for old in _superfluous(run, keep, keep_best):
             os.replace(old, old.with_name(f".old-{old.name}"))
         _sweep(making.parent)
     except (Exception, CheckpointException) as error:
@@ -93,7 +164,21 @@ def save_checkpoint(run: Path, model: nn.Module, optimizers: Optimizers, state: 
         if cause is None:
             raise
         raise not_written(cause, run, state.step) from error
-    return folder
+
+
+def _superfluous(run: Path, keep: int, keep_best: int) -> list[Path]:
+    """Neither among the newest nor among the best. A checkpoint whose loss cannot be read is not among the best."""
+    older = complete_checkpoints(run)[:-keep]
+    measured = [(loss, path) for path in complete_checkpoints(run) if (loss := _val_loss(path)) is not None]
+    best = {path for _, path in sorted(measured)[:keep_best]}
+    return [path for path in older if path not in best]
+
+
+def _val_loss(checkpoint: Path) -> float | None:
+    try:
+        return json.loads((checkpoint / "run_state.json").read_text()).get("val_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def not_written(error: OSError, run: Path, step: int) -> CheckpointError:
@@ -129,6 +214,8 @@ def read_state(folder: Path) -> RunState:
 def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> RunState:
     """Put the weights and the optimiser of a checkpoint in place, strictly: no tensor may be missing, foreign or of another shape.
 
+    Every rank reads what it needs, however many had written it.
+
     Raises:
         CheckpointError: it is damaged, of another version, or of another model.
     """
@@ -154,6 +241,18 @@ def _damaged(folder: Path, why: str) -> CheckpointError:
 def _tensors(model: nn.Module, optimizers: Optimizers) -> dict:
     weights, optimizer = get_state_dict(model, optimizers.all, options=_OPTIONS)
     return {"model": weights, "optimizer": optimizer}
+
+
+def _copied(value: Any) -> Any:
+    """Whole tensors on the CPU, apart from those that go on being trained; all ranks take part, rank 0 keeps them."""
+    if isinstance(value, dict):
+        return {name: _copied(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [_copied(inside) for inside in value]
+    if not isinstance(value, Tensor):
+        return value
+    together = distributed.full(value)
+    return together.detach().to("cpu", copy=True) if distributed.rank() == 0 else None
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -55,13 +55,21 @@ class RunConfig:
     minutes: float = 0.0
     """fix `steps` from a measured rate so that training takes this long; 0: take `steps`"""
     batch: int = 64
-    """pictures a step"""
+    """pictures a step, over all devices: the contrast is among all of them"""
+    micro_batch: int = 0
+    """pictures a device computes at a time; the numbers stay those of the whole batch, for one more forward of the two encoders; 0: all of its share"""
     pixel_share: float = 0.25
     """share of the batch that is decoded to pixels: 1, 1/2, 1/4 ... or 0"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto measures both for a moment and takes the faster"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
+    """of several processes each holds the whole model, a shard of it, or a shard within its machine; auto: by the model's size"""
+    checkpointing: bool = False
+    """keep no activations within blocks and compute them again in the backward pass: less memory, a third more work"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile each block; auto: on a GPU"""
     seed: int = 0
     """of the weights, the order and every random draw"""
     workers: int = 0
@@ -73,7 +81,9 @@ class RunConfig:
     save_every: int = 250
     """steps between checkpoints; 0: only at the end"""
     keep: int = 2
-    """checkpoints kept"""
+    """newest checkpoints kept"""
+    keep_best: int = 1
+    """checkpoints of lowest val/loss kept besides, where evaluation and saving fall on the same steps"""
     out: str = ""
     """the run folder; none: runs/RECIPE"""
     init: str = ""
@@ -87,13 +97,18 @@ class RunConfig:
         for name in ("steps", "batch", "captions", "vocabulary", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("eval_every", "save_every", "workers", "minutes"):
+        for name in ("eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be a number that is not negative")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision {self.precision!r} is unknown; legal are auto, bf16 and fp32")
+        for name, legal in (("parallel", ("auto", "replicate", "fsdp", "hsdp")), ("compile", ("auto", "on", "off"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; legal are {', '.join(legal)}")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide the batch of {self.batch}")
         if self.pixel_share and (not 0 < self.pixel_share <= 1 or abs(1 / self.pixel_share - round(1 / self.pixel_share)) > 1e-6):
             raise ValueError(f"pixel_share {self.pixel_share} must be 0 or one over a whole number, such as 1, 0.5, 0.25")
         if 0 < self.pixel_share * self.batch < 1 - 1e-6:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from openvision3.config import flat, from_dict, nearest, to_dict
 from openvision3.data.text import TextTokenizer
@@ -67,10 +68,12 @@ def save_model(
     card: str = "",
     dtype: torch.dtype | None = None,
     with_vae: bool | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all: it is made beside its place and then takes it; an old model gives way last.
 
     `dtype` None keeps the weights as they are. `with_vae` None puts the VAE in where it is the embedded one.
+    `weights` stand for the model's own, where these are sharded or have gone on.
 
     Raises:
         ValueError: the target exists and is not a model folder, or holds more than a model.
@@ -95,7 +98,7 @@ def save_model(
         _write_json(making / "config.json", to_dict(config))
         _write_json(making / "preprocessor_config.json", _preprocessor(size))
         tokenizer.save(making / "tokenizer.json")
-        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.trained_state().items()}
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (weights or model.trained_state()).items()}
         save_file(state, making / "model.safetensors", metadata={"format": "pt"})
         (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors' own is for the owner alone
         (making / "README.md").write_text(card or model_card(config), encoding="utf-8")

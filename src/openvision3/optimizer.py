@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from openvision3.distributed import full, like
+
 
 @dataclass
 class OptimizerConfig:
@@ -83,11 +85,12 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]), self.dtype)
+                # A shard says nothing of its matrix: every rank takes part in making it whole, and steps its own part.
+                updates = orthogonal(torch.stack([full(self._momentum(p, group["momentum"])) for p in parameters]), self.dtype)
                 scale = 0.2 * math.sqrt(max(shape))
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                    parameter.add_(like(update, parameter), alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's: the gradient, moved towards its running mean."""
@@ -128,7 +131,8 @@ class Optimizers:
             adam[0]["params"] = [p for p in groups["decayed"] if id(p) not in hidden]
             self.all.append(Muon(matrices, learning_rate=config.learning_rate, weight_decay=config.weight_decay, dtype=dtype))
         groups_used = [g for g in adam if g["params"]]
-        self.all.append(torch.optim.AdamW(groups_used, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps))
+        fused = True if any(p.is_cuda for p in groups["decayed"]) else None
+        self.all.append(torch.optim.AdamW(groups_used, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused))
 
     def set_rate(self, rate: float) -> None:
         for optimizer in self.all:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openvision3 import hub
+from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
@@ -31,13 +31,16 @@ from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
 from openvision3.progress import RunFolder, console, duration, environment, read_skipped
-from openvision3.train import Loop, autocast, fit
+from openvision3.train import Loop, backward, fit
 
 EVALUATED = 256
 """pictures an evaluation during training looks at"""
 
 
-FREE = ("workers", "log_every", "eval_every", "save_every", "keep", "out", "resume")
+FREE = (
+    *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "out", "resume"),
+    *("micro_batch", "parallel", "checkpointing", "compile"),
+)
 """fields that a run which goes on may set anew"""
 
 
@@ -72,65 +75,105 @@ def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
 def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
     """Train as `config` says; with `config.resume` go on from the run folder's last checkpoint.
 
+    Started by torchrun or srun, each process takes its share of every batch.
+
     Raises:
         ValueError, FileNotFoundError: bad input, before anything is written.
     """
-    out = Path(config.out or f"runs/{recipe}")
-    RunFolder.check(out, config.resume)
-    config = _resumed(config, out) if config.resume else copy.deepcopy(config)
     device = choose_device(config.device)
-    precision, why = choose_precision(config.precision, device)
-    source = open_source(config.data, caption_keys=config.caption_keys, only=config.only_values, area=config.crop_area, aliases=config.aliases)
-    held_out = _evaluation_source(config)
-    source.problems += held_out.problems
-    checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
-    state = read_state(checkpoint) if checkpoint else RunState()
-    if checkpoint:
-        source.problems[:] = read_skipped(out, state.problems)
-    tokenizer = _tokenizer(config, source, out)
-    vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
-    if checkpoint:
-        _check_same(checkpoint, out, vae, len(source))
-    torch.manual_seed(config.seed)
-    model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
-    if config.init and not config.resume:
-        hub.load_weights(model, hub.find_folder(config.init))
-    if config.model.loss.lambda_perceptual:
-        model.perceptual_distance()  # raises where its files are not at hand, before anything is written
-    started_from = _started_from(config, checkpoint)
-    model = model.to(device)
-    shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
-    batches = TrainingBatches(
-        source,
-        tokenizer,
-        shape,
-        size=config.size,
-        batch=config.batch,
-        seed=config.seed,
-        pixel_share=config.pixel_share,
-        workers=config.workers,
-        families=config.families,
-    )
-    batches.sample(0)  # raises where no sample can be used, before anything is written
+    with distributed.started(device) as ranks:
+        return _pretrain(config, recipe, device, ranks)
+
+
+def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
+    """One run after the other, each from the weights of the one before; ends with the first that a signal stops.
+
+    A run that is finished already is passed over.
+    """
+    outcome: Outcome | None = None
+    with distributed.started(choose_device(phases[0][1].device)):
+        for name, config in phases:
+            outcome = pretrain(config, name)
+            if outcome.status == "stopped":
+                break
+    assert outcome is not None
+    return outcome
+
+
+def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ranks) -> Outcome:
+    out = Path(config.out or f"runs/{recipe}")
+    with distributed.together():
+        RunFolder.check(out, config.resume)
+        config = _resumed(config, out) if config.resume else copy.deepcopy(config)
+        precision, why = distributed.from_first(choose_precision(config.precision, device) if ranks.rank == 0 else ("fp32", ""))
+    with distributed.together():
+        source = open_source(config.data, caption_keys=config.caption_keys, only=config.only_values, area=config.crop_area, aliases=config.aliases)
+        held_out = _evaluation_source(config)
+        source.problems += held_out.problems
+        checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
+        state = read_state(checkpoint) if checkpoint else RunState()
+        if checkpoint:
+            source.problems[:] = read_skipped(out, state.problems)
+        tokenizer = _tokenizer(config, source, out)
+        vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
+        if checkpoint:
+            _check_same(checkpoint, out, vae, len(source))
+        torch.manual_seed(config.seed)
+        model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
+        if config.init and not config.resume:
+            hub.load_weights(model, hub.find_folder(config.init))
+        if config.model.loss.lambda_perceptual:
+            model.perceptual_distance()  # raises where its files are not at hand, before anything is written
+        started_from = _started_from(config, checkpoint)
+        shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
+        batches = TrainingBatches(
+            source,
+            tokenizer,
+            shape,
+            size=config.size,
+            batch=config.batch,
+            seed=config.seed,
+            pixel_share=config.pixel_share,
+            workers=config.workers,
+            families=config.families,
+            rank=ranks.rank,
+            world=ranks.world,
+            micro_batch=config.micro_batch,
+        )
+        batches.sample(0)  # raises where no sample can be used, before anything is written
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parallel = distributed.choose_parallel(config.parallel, trained, ranks)
+        if parallel != "replicate" and config.minutes and not config.resume:
+            raise ValueError(f"minutes {config.minutes:g} are measured on a copy of the model, which a sharded one does not allow; set --steps")
+        model = model.to(device)
+    distributed.wrap_blocks(model, config.checkpointing, config.compile == "on" or (config.compile == "auto" and device == "cuda"))
+    distributed.spread(model, parallel, ranks, device, precision)
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
-    if checkpoint:
-        load_checkpoint(checkpoint, model, optimizers)
-    elif config.minutes and not config.resume:
-        console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")
-        config.steps, rate = steps_for(config.minutes, model, batches, config, device, precision)
+    with distributed.together():
+        if checkpoint:
+            load_checkpoint(checkpoint, model, optimizers)
+    if config.minutes and not config.resume:
+        if ranks.rank == 0:
+            console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")
+        config.steps, rate = distributed.from_first(steps_for(config.minutes, model, batches, config, device, precision))
         why += f"; {rate:.2f} steps/s: {config.steps} steps fill {config.minutes:g} minutes"
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
 
-    run = RunFolder(out, resume=config.resume)
+    with distributed.together():
+        run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
     try:
         config.precision = precision
         run.describe(to_dict(config), environment())
         if config.resume:
             run.forget_after(state.step, state.problems)
-        tokenizer.save(out / "tokenizer.json")
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if run.writes:
+            tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
         run.say(f"device {device}, precision {precision} ({why})")
+        if ranks.world > 1:
+            run.say(f"{ranks.world} processes, {parallel}: {config.batch // ranks.world} of {config.batch} pictures each")
+        if batches.pieces > 1:
+            run.say(f"each step is {batches.pieces} micro-batches of {config.micro_batch} a process, contrasted with all {config.batch}")
         for name, dropped in samples_dropped(config.data).items():
             run.say(f"openmoji: {dropped} emoji left out: {name}")
         if run.list_skipped(batches.problems):
@@ -140,21 +183,21 @@ def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
         if config.resume:
             run.say(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting over")
 
-        loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, device, precision, state)
+        loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, config.keep_best, device, precision, state)
         pipeline = Pipeline(model, tokenizer, config.size, precision=precision)
 
-        def export(folder: Path) -> None:
-            training = _training_record(recipe, config, loop, len(source), precision, started_from)
-            hub.save_model(folder, model, tokenizer, config.size, training=training)
+        def export(folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
+            training = _training_record(recipe, config, state, len(source), precision, started_from)
+            hub.save_model(folder, model, tokenizer, config.size, training=training, weights=weights)
 
         def evaluate(step: int) -> dict[str, float]:
-            return quick_evaluation(pipeline, held_out, batches, run.path / "samples" / f"step-{step:08d}.png")
+            return quick_evaluation(pipeline, held_out, batches, run.path / "samples" / f"step-{step:08d}.png" if run.writes else None)
 
         status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate)
         counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
-        pipeline.training = _training_record(recipe, config, loop, len(source), precision, started_from)
+        pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from)
         model.eval()
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
@@ -238,20 +281,18 @@ def steps_for(minutes: float, model: OpenVision3, batches: TrainingBatches, conf
         for count in range(warm + timed):
             if count == warm:
                 start = time.perf_counter()
-            batch = {name: value.to(device) for name, value in next(source).items()}
-            with autocast(device, precision):
-                loss, _ = trial(batch)
-            loss.backward()
+            pieces = ({name: value.to(device) for name, value in next(source).items()} for _ in range(batches.pieces))
+            _, losses = backward(trial, pieces, batches.pieces, device, precision)
             optimizers.step()
             optimizers.zero_grad()
-            loss.item()
+            losses["loss"].item()
         rate = timed / (time.perf_counter() - start)
     return max(1, round(minutes * 60 * rate)), rate
 
 
 @torch.no_grad()
-def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, picture: Path) -> dict[str, float]:
-    """Loss, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`.
+def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, picture: Path | None) -> dict[str, float]:
+    """Loss, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`, if any.
 
     Pictures that cannot be used are counted, and join the problems of the run.
     """
@@ -276,8 +317,9 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         if sum(map(len, values)) >= EVALUATED:
             break
     batches.problems += [problem for problem in problems if problem not in batches.problems]
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, ("original", "VAE", "rebuilt")).save(picture)
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        grid(rows, ("original", "VAE", "rebuilt")).save(picture)
     found = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
     if problems:
         found["skipped"] = len(problems)
@@ -296,15 +338,15 @@ def _started_from(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
     return kept or {"name": config.init, **hub.read_config(hub.find_folder(config.init)).training}
 
 
-def _training_record(recipe: str, config: RunConfig, loop: Loop, count: int, precision: str, started_from: dict[str, Any]) -> dict[str, Any]:
+def _training_record(recipe: str, config: RunConfig, state: RunState, count: int, precision: str, started_from: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": recipe,
-        "steps": loop.state.step,
-        "samples_seen": loop.state.samples,
+        "steps": state.step,
+        "samples_seen": state.samples,
         "data": list(config.data),
         "only": list(config.only),
         "training_samples": count,
-        "seconds": round(loop.state.seconds),
+        "seconds": round(state.seconds),
         "precision": precision,
         "seed": config.seed,
         "licence": "; ".join(f"{name}: {'CC BY-SA 4.0' if name == 'openmoji' else 'unknown'}" for name in config.data),

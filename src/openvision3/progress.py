@@ -23,6 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
+REQUEUE = "REQUEUE"
+"""The file in a run folder that says: stopped by a signal, saved, start again with --resume."""
+
 
 def console() -> Console:
     return Console(stderr=True, highlight=False)
@@ -39,24 +42,28 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 
 class RunFolder:
-    """The folder of one run: opened anew, or to go on.
+    """The folder of one run: opened anew, or to go on. Of several ranks one `writes`, and nothing is said or written by the others.
 
     Raises:
         ValueError: a new run would write over an old one, or there is nothing to go on from.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False):
-        self.path = Path(path)
-        self.check(self.path, resume)
-        for name in ("checkpoints", "samples"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
-        self._log = open(self.path / "log.txt", "a", encoding="utf-8")
-        self._metrics = open(self.path / "metrics.jsonl", "a" if resume else "w", encoding="utf-8")
+    def __init__(self, path: str | Path, *, resume: bool = False, writes: bool = True):
+        self.path, self.writes = Path(path), writes
         self._listed = 0
         self._first_step = 0
         self._board: Any = None
         self.bar: Progress | None = None
         self._task: Any = None
+        self._log = self._metrics = open(os.devnull, "w")
+        if not writes:
+            return
+        self.check(self.path, resume)
+        for name in ("checkpoints", "samples"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        self._log = open(self.path / "log.txt", "a", encoding="utf-8")
+        self._metrics = open(self.path / "metrics.jsonl", "a" if resume else "w", encoding="utf-8")
+        (self.path / REQUEUE).unlink(missing_ok=True)
 
     @staticmethod
     def check(path: Path, resume: bool) -> None:
@@ -71,6 +78,8 @@ class RunFolder:
 
     def describe(self, config: dict, environment: dict) -> None:
         """Write the resolved config, where it ran, and the exact command (appended on every start)."""
+        if not self.writes:
+            return
         _replace(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         with open(self.path / "command.txt", "a", encoding="utf-8") as file:
             file.write(shlex.join(sys.argv) + "\n")
@@ -78,6 +87,8 @@ class RunFolder:
 
     def forget_after(self, step: int, problems: int = 0) -> None:
         """Drop what was written down after `step` and its `problems`: a run that goes on from a checkpoint writes it again."""
+        if not self.writes:
+            return
         self._metrics.close()
         kept = []
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -93,12 +104,16 @@ class RunFolder:
 
     def say(self, line: str) -> None:
         """One line for the person and for log.txt."""
+        if not self.writes:
+            return
         self._log.write(f"{datetime.now():%H:%M:%S} {line}\n")
         self._log.flush()
         (self.bar.console if self.bar else console()).print(line, markup=False, soft_wrap=True)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """One row of metrics.jsonl; numbers go to tensorboard too."""
+        if not self.writes:
+            return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         if self._board is None:
@@ -111,7 +126,7 @@ class RunFolder:
 
     def list_skipped(self, problems: list[dict[str, str]]) -> int:
         """Append to skipped.jsonl those of the run's `problems` that are not in it yet; returns how many are."""
-        if problems[self._listed :]:
+        if self.writes and problems[self._listed :]:
             with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(p) + "\n" for p in problems[self._listed :])
         self._listed = len(problems)
@@ -120,7 +135,7 @@ class RunFolder:
     @contextlib.contextmanager
     def showing(self, steps: int, done: int) -> Iterator[None]:
         """The live bar, while the loop runs and there is a terminal."""
-        if not console().is_terminal:
+        if not (self.writes and console().is_terminal):
             yield
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -135,6 +150,11 @@ class RunFolder:
     def advance(self, done: int) -> None:
         if self.bar is not None:
             self.bar.update(self._task, completed=done)
+
+    def ask_for_requeue(self) -> None:
+        """Leave the mark by which a launch file knows that the run has saved and wants to go on."""
+        if self.writes:
+            _replace(self.path / REQUEUE, "saved after a signal; start the same command with --resume\n")
 
     def close(self) -> None:
         for file in (self._log, self._metrics, self._board):

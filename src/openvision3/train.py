@@ -1,8 +1,9 @@
 """The loop, for anything whose `forward(batch)` gives (loss, parts). It has not heard of OpenVision3.
 
-It sets the rate, steps, and every so often logs, evaluates and saves. SIGINT and SIGTERM let the step end, save, and come
-back as `stopped`. A loss or gradient that is not finite costs its step: the weights stay as they are, the step is counted
-and the module that first gave the bad number is named; after a few in a row the run ends with its last checkpoint in place.
+It sets the rate, steps, and every so often logs, evaluates and saves, on one device or many. SIGINT, SIGTERM and SIGUSR1 to any
+rank let the step end on all, save, and come back as `stopped`. A loss or gradient that is not finite costs its step: the weights
+stay as they are, the step is counted and the module that first gave the bad number is named; after a few in a row the run ends
+with its last checkpoint in place.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from openvision3.checkpoint import RunState, last_good, not_written, save_checkpoint
+from openvision3 import distributed
+from openvision3.checkpoint import Export, RunState, Saver, last_good, not_written
 from openvision3.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.progress import RunFolder, duration
 
 NOT_FINITE_LIMIT = 5
+
+NOWHERE = "the loss itself"
+"""No module's output is the first that is not finite."""
 
 
 class NotFinite(RuntimeError):
@@ -33,8 +37,11 @@ class NotFinite(RuntimeError):
 
 
 class Batches(Protocol):
+    """Where micro-batches come from, `pieces` of them a step; `batch` counts the rows of a step on all ranks."""
+
     problems: list[dict[str, str]]
     batch: int
+    pieces: int
 
     def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]: ...
 
@@ -48,6 +55,7 @@ class Loop:
     eval_every: int = 0
     save_every: int = 0
     keep: int = 2
+    keep_best: int = 0
     device: str = "cpu"
     precision: str = "fp32"
     state: RunState = field(default_factory=RunState)
@@ -65,76 +73,147 @@ def fit(
     loop: Loop,
     run: RunFolder,
     *,
-    export: Callable[[Path], None],
+    export: Export,
     evaluate: Callable[[int], dict[str, float]] | None = None,
 ) -> str:
     """Train from `loop.state` to `loop.steps`; returns `finished`, or `stopped` where a signal asked for it.
 
-    `export(folder)` writes the plain model; `evaluate(step)` gives named numbers.
+    `export(folder, weights)` writes the plain model; `evaluate(step)` gives named numbers, the same on all ranks.
 
     Raises:
         NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written.
+        OtherRankFailed: another rank could not go on.
     """
     state = loop.state
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
     clock = _Clock()
     source = batches.from_step(state.step)
+    known = len(batches.problems)
+    saver = Saver(run.path, model, optimizers, export, loop.keep, loop.keep_best)
 
-    with _full_disk(state, run), run.showing(loop.steps, state.step), _Signals() as signals, contextlib.closing(source):  # type: ignore[type-var]
+    with _ending(state, run, saver), run.showing(loop.steps, state.step), _Signals() as signals, contextlib.closing(source):  # type: ignore[type-var]
         while state.step < loop.steps:
             rate = rate_at(state.step, settings, loop.steps)
             optimizers.set_rate(rate)
-            with clock.waiting():
-                batch = {name: value.to(loop.device, non_blocking=True) for name, value in next(source).items()}
-            with autocast(loop.device, loop.precision):
-                loss, parts = model(batch)
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-            values = _numbers({"loss": loss, **parts, "grad_norm": norm})
+            pieces, losses = backward(model, _pieces(source, batches.pieces, loop.device, clock), batches.pieces, loop.device, loop.precision)
+            norm = distributed.full(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
+            values = _numbers(losses | {"grad_norm": norm, "stop": torch.tensor(float(bool(signals.asked))), "failed": torch.tensor(float(saver.failed))})
+            stop, failed = values.pop("stop") > 0, values.pop("failed") > 0
             state.step += 1
             state.samples += batches.batch
+            clock.steps += 1
             if all(map(math.isfinite, values.values())):
-                torch.nn.utils.clip_grads_with_norm_(trainable, settings.clip, norm)
+                if values["grad_norm"] > settings.clip:
+                    torch._foreach_mul_([p.grad for p in trainable if p.grad is not None], settings.clip / values["grad_norm"])
                 optimizers.step()
                 state.skipped_in_a_row = 0
                 _add(state, values)
             else:
-                _skip(model, batch, values, loop, run)
+                _skip(model, pieces, values, loop, run, saver)
             optimizers.zero_grad()
 
             run.advance(state.step)
             last_step = state.step == loop.steps
-            if state.step % loop.log_every == 0 or last_step:
+            evaluating = evaluate is not None and (last_step or (loop.eval_every > 0 and state.step % loop.eval_every == 0))
+            saving = last_step or stop or (loop.save_every > 0 and state.step % loop.save_every == 0)
+            logging = last_step or state.step % loop.log_every == 0
+            if logging or evaluating or saving:
+                known = _share_problems(batches, known)
+            if logging:
                 _log(run, loop, batches, state, rate, clock)
-            if evaluate is not None and (last_step or (loop.eval_every and state.step % loop.eval_every == 0)):
+            state.val_loss = None
+            if evaluating and evaluate is not None:
                 model.eval()
-                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision):
+                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), distributed.alone(), distributed.whole(model):
                     found = evaluate(state.step)
                 model.train()
+                known = len(batches.problems)
+                state.val_loss = found.get("loss")
                 run.record(state.step, {f"val/{name}": value for name, value in found.items()})
                 run.say(f"step {state.step}: " + "  ".join(f"val/{name} {value:.4g}" for name, value in found.items()))
-            if last_step or signals.asked or (loop.save_every and state.step % loop.save_every == 0):
+            if failed:
+                saver.wait()  # raises on the rank that could not save
+                raise distributed.OtherRankFailed("the rank that saves has failed")
+            if saving:
                 state.problems = run.list_skipped(batches.problems)
                 state.seconds += clock.lap()
-                save_checkpoint(run.path, model, optimizers, state, export, loop.keep)
-            if signals.asked and not last_step:
-                run.say(f"{signals.asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
+                with clock.apart():
+                    saver.save(state)
+            if stop and not last_step:
+                _wait(saver)
+                run.ask_for_requeue()
+                asked = next(filter(None, distributed.gather_objects(signals.asked)))
+                run.say(f"{asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
                 return "stopped"
+        _wait(saver)
     return "finished"
 
 
+def _wait(saver: Saver) -> None:
+    with distributed.together():
+        saver.wait()
+
+
+def backward(
+    model: nn.Module, pieces: Iterable[dict[str, Tensor]], count: int, device: str, precision: str
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """One step's gradient on every rank from `count` micro-batches -> (the micro-batches, this rank's share of the loss and its parts).
+
+    A model that is to take several has to have `prepare(micro_batches)`, which lets each know what it must of the others.
+    """
+    if count > 1:
+        with autocast(device, precision):
+            pieces = model.prepare(pieces)  # type: ignore[operator]
+    ready = list(pieces)
+    totals: dict[str, Tensor] = {}
+    for number, piece in enumerate(ready):
+        distributed.synchronise_last(model, number == len(ready) - 1)
+        with autocast(device, precision):
+            loss, parts = model(piece)
+        loss.backward()
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    distributed.average_gradients(model)
+    return ready, totals
+
+
+def _pieces(source: Iterator[dict[str, Tensor]], count: int, device: str, clock: _Clock) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of the next step on the device, one at a time."""
+    for _ in range(count):
+        with clock.waiting():
+            piece = next(source)
+        yield {name: value.to(device, non_blocking=True) for name, value in piece.items()}
+
+
+def _share_problems(batches: Batches, known: int) -> int:
+    """What each rank has found unusable since, on all ranks in one order; returns how many problems are known now."""
+    if distributed.world() > 1:
+        new = distributed.gather_objects(batches.problems[known:])
+        del batches.problems[known:]
+        listed = {(problem["key"], problem["reason"]) for problem in batches.problems}
+        merged = {(problem["key"], problem["reason"]): problem for found in new for problem in found}
+        batches.problems += [problem for name, problem in merged.items() if name not in listed]
+    return len(batches.problems)
+
+
 @contextlib.contextmanager
-def _full_disk(state: RunState, run: RunFolder) -> Iterator[None]:
-    """An error of the file system while the run writes lines, pictures or numbers."""
+def _ending(state: RunState, run: RunFolder, saver: Saver) -> Iterator[None]:
+    """No end before the last save is through; and an error of the file system, while lines or pictures are written, in one line."""
     try:
         yield
     except OSError as error:
+        saver.settle()
         raise not_written(error, run.path, state.step) from error
+    finally:
+        saver.settle()
 
 
 def _numbers(values: dict[str, Tensor]) -> dict[str, float]:
-    numbers = torch.stack([value.detach().float().reshape(()) for value in values.values()]).tolist()  # the step's one wait for the device
+    """The means over ranks, the same on all, so that all decide alike."""
+    device = values["loss"].device
+    stacked = torch.stack([value.detach().float().reshape(()).to(device, non_blocking=True) for value in values.values()])
+    numbers = (distributed.total(stacked) / distributed.world()).tolist()  # the step's one wait for the device
     return dict(zip(values, numbers, strict=True))
 
 
@@ -144,7 +223,7 @@ def _add(state: RunState, values: dict[str, float]) -> None:
     state.window_steps += 1
 
 
-def _skip(model: nn.Module, batch: dict[str, Tensor], values: dict[str, float], loop: Loop, run: RunFolder) -> None:
+def _skip(model: nn.Module, pieces: list[dict[str, Tensor]], values: dict[str, float], loop: Loop, run: RunFolder, saver: Saver) -> None:
     """Count a step whose numbers are not finite and name where they come from.
 
     Raises:
@@ -158,9 +237,10 @@ def _skip(model: nn.Module, batch: dict[str, Tensor], values: dict[str, float], 
         where = f"the gradient is not finite, first in {_bad_gradient(model)}"
     else:
         parts = [name for name in bad if name not in ("loss", "grad_norm")]
-        where = f"the loss{' ' + ', '.join(parts) if parts else ''} is not finite, first in {name_bad_module(model, batch, loop)}"
+        where = f"the loss{' ' + ', '.join(parts) if parts else ''} is not finite, first in {_first_bad(model, pieces, loop)}"
     run.say(f"step {state.step}: {where}; the step is skipped ({state.skipped_steps} so far)")
     if state.skipped_in_a_row >= NOT_FINITE_LIMIT:
+        saver.settle()
         raise NotFinite(
             f"step {state.step}: {where}, the {NOT_FINITE_LIMIT}th step in a row; {last_good(run.path)}; "
             f"start another run with --init {run.path} and a lower --optimizer.learning-rate or --precision fp32"
@@ -195,6 +275,12 @@ def _bad_gradient(model: nn.Module) -> str:
     return "no single parameter (the norm overflowed)"
 
 
+def _first_bad(model: nn.Module, pieces: list[dict[str, Tensor]], loop: Loop) -> str:
+    """Over all ranks and micro-batches; every rank takes part."""
+    named = [name_bad_module(model, piece, loop) for piece in pieces]
+    return next((name for found in distributed.gather_objects(named) for name in found if name != NOWHERE), NOWHERE)
+
+
 @torch.no_grad()
 def name_bad_module(model: nn.Module, batch: dict[str, Tensor], loop: Loop) -> str:
     """Run the batch once more and name the first module whose output is not finite though its input is."""
@@ -214,7 +300,7 @@ def name_bad_module(model: nn.Module, batch: dict[str, Tensor], loop: Loop) -> s
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss itself"
+    return found[0] if found else NOWHERE
 
 
 def _finite(value: Any) -> bool:
@@ -238,7 +324,6 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
-        self.steps += 1
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -260,13 +345,16 @@ class _Clock:
 
 
 class _Signals:
-    """SIGINT and SIGTERM as a wish to stop; a second Ctrl-C interrupts at once. Outside the main thread: no change."""
+    """SIGINT, SIGTERM and SIGUSR1 (sent by SLURM before the end) as a wish to stop; a second Ctrl-C interrupts at once.
+
+    Outside the main thread: no change.
+    """
 
     def __enter__(self) -> _Signals:
         self.asked = ""
         self._old: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._old[number] = signal.signal(number, self._ask)
         return self
 

@@ -1,8 +1,8 @@
 """A source -> batches, in an order and with random draws that are functions of (seed, epoch, sample) alone.
 
-Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`; batch `step` holds positions
-step x batch to (step + 1) x batch. So a run goes on from its step number alone, with any number of workers.
-A sample that cannot be used is replaced by another one of the epoch, and reported.
+Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`; the global batch of `step` holds
+positions step x batch to (step + 1) x batch, and rank r of W the r-th of W equal parts of it, cut into micro-batches. So a run goes
+on from its step number alone, with any number of workers and ranks. A sample that cannot be used is replaced by another one of the epoch, and reported.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ class TextShape:
 
 
 class TrainingBatches:
-    """Endless batches from `first_step` on; `problems` collects what was skipped, {key, reason, detail}, each sample once.
+    """Endless micro-batches from `first_step` on, `pieces` of them a step; `problems` collects what was skipped, {key, reason, detail}, each sample once.
 
     With `families`, every other epoch keeps samples of one family side by side, so that the contrast has to tell them apart:
     at random, two skin tones of one emoji hardly ever meet in a batch.
 
     `pixel_share` says which rows get the pixel loss: every 1/share-th row of the global batch, moved on by one a step.
+    `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
 
     Raises:
-        ValueError: an empty source or an illegal size; while iterating, when 256 samples in a row cannot be used.
+        ValueError: an empty source or a batch that cannot be divided so; while iterating, when 256 samples in a row cannot be used.
     """
 
     def __init__(
@@ -77,9 +78,18 @@ class TrainingBatches:
         workers: int = 0,
         augment: bool = True,
         families: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int = 0,
     ):
-        if batch < 1:
-            raise ValueError(f"batch {batch} must be at least 1")
+        if batch < 1 or batch % world:
+            raise ValueError(f"batch {batch} cannot be divided among {world} processes; legal are positive multiples of {world}, such as {_next(batch, world)}")
+        local = batch // world
+        if micro_batch < 0 or local % (micro_batch or local):
+            raise ValueError(
+                f"micro_batch {micro_batch} does not divide the {local} pictures of a process (batch {batch} / {world}); "
+                f"legal are 0 and {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
+            )
         if not 0 <= pixel_share <= 1:
             raise ValueError(f"pixel_share {pixel_share} must lie between 0 and 1")
         if not len(source):
@@ -87,6 +97,8 @@ class TrainingBatches:
         self.source, self.tokenizer, self.shape = source, tokenizer, shape
         self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
         self.workers, self.augment = workers, augment
+        self.rows = range(rank * local, (rank + 1) * local)
+        self.pieces = local // (micro_batch or local)
         self.problems: list[dict[str, str]] = list(source.problems)
         self._reported = {(p["key"], p["reason"]) for p in self.problems}
         self._order: tuple[int, np.ndarray] | None = None
@@ -165,32 +177,44 @@ class TrainingBatches:
         }
         return batch, [problem for *_, problems in rows for problem in problems]
 
-    def __getitem__(self, step: int) -> Made | Exception:
-        """Batch `step`; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
+    def __getitem__(self, number: int) -> Made | Exception:
+        """Micro-batch `number` of this rank; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
+        step, rows = self._place(number)
         try:
-            return self.collate([self.sample(position) for position in range(step * self.batch, (step + 1) * self.batch)])
+            return self.collate([self.sample(step * self.batch + row) for row in rows])
         except Exception as error:  # from_step raises it
             return error
 
-    def add_draws(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _place(self, number: int) -> tuple[int, range]:
+        """Micro-batch `number` -> its step, and its rows of the global batch."""
+        step, piece = divmod(number, self.pieces)
+        count = len(self.rows) // self.pieces
+        return step, self.rows[piece * count : (piece + 1) * count]
+
+    def add_draws(self, batch: dict[str, Tensor], step: int, rows: range) -> dict[str, Tensor]:
         """The random draws of the step: a noise seed for each row, and the rows whose pixels are compared."""
-        rows = range(self.batch)
         batch["draw_key"] = torch.tensor([draw_seed(self.seed, step, row) for row in rows])
-        if self.pixel_share < 1:
-            before = [math.floor((row + step - 1) * self.pixel_share) for row in range(self.batch + 1)]
-            batch["pixel_rows"] = torch.tensor([row for row in rows if before[row + 1] > before[row]], dtype=torch.long)
+        if not self.pixel_share:
+            batch["pixel_images"] = torch.empty(0, 3, self.size, self.size)
+        elif self.pixel_share < 1:
+            chosen = [place for place, row in enumerate(rows) if self._has_pixels(step, row)]
+            batch["pixel_rows"] = torch.tensor(chosen, dtype=torch.long)
         return batch
 
+    def _has_pixels(self, step: int, row: int) -> bool:
+        return math.floor((row + step) * self.pixel_share) > math.floor((row + step - 1) * self.pixel_share)
+
     def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
-        made = self._from_workers(first_step) if self.workers else self._from_thread(first_step)
+        """The micro-batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
+        first = first_step * self.pieces
+        made = self._from_workers(first) if self.workers else self._from_thread(first)
         with contextlib.closing(made):
-            for step, item in enumerate(made, first_step):
+            for number, item in enumerate(made, first):
                 if isinstance(item, Exception):
                     raise item
                 batch, problems = item
                 self._report(problems)
-                yield self.add_draws(batch, step)
+                yield self.add_draws(batch, *self._place(number))
 
     def _report(self, problems: list[dict[str, str]]) -> None:
         for problem in problems:
@@ -198,17 +222,17 @@ class TrainingBatches:
                 self._reported.add((problem["key"], problem["reason"]))
                 self.problems.append(problem)
 
-    def _from_workers(self, first_step: int) -> Generator[Made | Exception, None, None]:
+    def _from_workers(self, first: int) -> Generator[Made | Exception, None, None]:
         yield from torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=itertools.count(first_step),
+            sampler=itertools.count(first),
             num_workers=self.workers,
             worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # or the loader would draw from the global stream, which no workers leave alone
         )
 
-    def _from_thread(self, first_step: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
+    def _from_thread(self, first: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
         ready: queue.Queue = queue.Queue(ahead)
         stop = threading.Event()
 
@@ -220,10 +244,10 @@ class TrainingBatches:
                     continue
 
         def work() -> None:
-            for step in itertools.count(first_step):
+            for number in itertools.count(first):
                 if stop.is_set():
                     return
-                put(self[step])
+                put(self[number])
 
         thread = threading.Thread(target=work, name="batches", daemon=True)
         thread.start()
@@ -235,9 +259,14 @@ class TrainingBatches:
             thread.join()
 
 
+def _next(batch: int, world: int) -> int:
+    return max(1, math.ceil(batch / world)) * world
+
+
 def outlive_signals(worker: int) -> None:
     """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
 
 

@@ -1,6 +1,7 @@
 """The losses of the paper's section 3.4 as pure functions: pixel, latent | contrastive, caption. All in fp32.
 
-The perceptual term is a network and lives in `perceptual.py`.
+With several ranks each returns this rank's share: the mean of the shares over ranks is the loss of the global batch, and averaged
+gradients are its gradient. The perceptual term is a network and lives in `perceptual.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from openvision3 import distributed
 
 MAX_TEMPERATURE = 100.0
+
+CHUNK = 2**24
+"""Logits that exist at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held."""
 
 
 def temperature(log_temperature: Tensor) -> Tensor:
@@ -23,36 +30,66 @@ def temperature(log_temperature: Tensor) -> Tensor:
     return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
-def pixel_loss(images: Tensor, images_hat: Tensor) -> Tensor:
-    """Mean |x - x^| over pixels and channels, images in [-1, 1]."""
-    return (images.float() - images_hat.float()).abs().mean()
+def pixel_loss(images: Tensor, images_hat: Tensor, count: Tensor) -> Tensor:
+    """Mean |x - x^| over pixels and channels, images in [-1, 1]; `count` pictures of the global batch are compared."""
+    return _mean_absolute(images - images_hat.float(), count)
 
 
-def latent_loss(latents: Tensor, latents_hat: Tensor) -> Tensor:
-    """Mean |z - z^|."""
-    return (latents.float() - latents_hat.float()).abs().mean()
+def latent_loss(latents: Tensor, latents_hat: Tensor, count: Tensor) -> Tensor:
+    """Mean |z - z^|; `count` is the number of rows of the global batch."""
+    return _mean_absolute(latents - latents_hat.float(), count)
 
 
-def contrastive_loss(image_embedding: Tensor, text_embedding: Tensor, log_temperature: Tensor, present: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE over the batch (Radford et al. 2021), temperature clamped at 100.
+def _mean_absolute(difference: Tensor, count: Tensor) -> Tensor:
+    return distributed.share(difference.float().abs().flatten(1).mean(1).sum(), count)
 
-    Both embeddings (B, E) of unit length. Rows whose caption is not `present` (B,) take no part, neither as pairs nor
-    as negatives; with no pair left the loss is zero.
+
+def contrastive_loss(image_embedding: Tensor, text_embedding: Tensor, log_temperature: Tensor, present: Tensor) -> Tensor:
+    """Symmetric InfoNCE over the global batch (Radford et al. 2021), temperature clamped at 100; the mean over K sets of captions.
+
+    image_embedding (B, E) and text_embedding (B, K, E) of unit length, present (B, K). In set k, rows whose caption is not
+    present take no part, neither as pairs nor as negatives; a set that no row of any rank has is left out, and with no set left
+    the loss is zero. Each rank scores its own rows against the rows of all.
     """
-    pairs = torch.arange(len(image_embedding), device=image_embedding.device)
-    absent = torch.zeros_like(pairs, dtype=torch.bool) if present is None else ~present
     with torch.autocast(image_embedding.device.type, enabled=False):  # bf16 would round logits of up to 100 to quarters
-        logits = temperature(log_temperature) * image_embedding.float() @ text_embedding.float().T  # (B, B)
-    pairs = pairs.masked_fill(absent, -100)  # cross_entropy's ignore_index
-    both = [F.cross_entropy(way.masked_fill(absent, -torch.inf), pairs, reduction="sum") for way in (logits, logits.T)]
-    return (both[0] + both[1]) / (2 * (~absent).sum().clamp_min(1))
+        images, texts = image_embedding.float(), text_embedding.float()
+        scale = temperature(log_temperature)
+        own = distributed.rank() * len(images) if distributed.world() > 1 else 0
+        pairs = torch.arange(own, own + len(images), device=images.device)
+        all_images, all_texts, everywhere = distributed.gather(images), distributed.gather(texts), distributed.gather(present.byte()).bool()
+        loss = images.sum() * 0.0
+        for k in range(texts.shape[1]):
+            targets = pairs.masked_fill(~present[:, k], -100)  # cross_entropy's ignore_index
+            absent = ~everywhere[:, k]
+            both = _rows_against(images, all_texts[:, k], scale, targets, absent) + _rows_against(texts[:, k], all_images, scale, targets, absent)
+            loss = loss + distributed.share(both, 2 * everywhere[:, k].sum())
+        return loss / everywhere.any(0).sum().clamp_min(1)
 
 
-def caption_loss(logits: Tensor, caption_ids: Tensor, pad_id: int = 0) -> Tensor:
-    """Mean cross-entropy of the next word over all words that are not padding, the end mark included.
+def _rows_against(rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor, absent: Tensor) -> Tensor:
+    def score(some: Tensor, their_targets: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+        logits = (scale * some @ columns.T).masked_fill(absent, -torch.inf)
+        return F.cross_entropy(logits, their_targets, reduction="sum")
 
-    logits (B, L, V) at the positions of caption_ids (B, L): position i is scored against word i + 1.
+    return _in_chunks(score, rows, targets, len(columns), columns, scale)
+
+
+def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+    """Mean cross-entropy of the next word, given features (M, W) at the M words that are scored and targets (M,).
+
+    The logits are features x weight (V, W) + bias (V,). `count` is the number of words scored in the global batch.
     """
-    targets = caption_ids[:, 1:]
-    total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
-    return total / (targets != pad_id).sum().clamp_min(1)
+
+    def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(some, weight, bias).float(), their_targets, reduction="sum")
+
+    return distributed.share(_in_chunks(score, features, targets, len(weight), weight, bias), count)
+
+
+def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor) -> Tensor:
+    """The sum of score(rows, targets) over pieces with at most CHUNK logits, each made again when its gradient is asked for."""
+    size = max(1, CHUNK // max(1, columns))
+    if len(rows) <= size:
+        return score(rows, targets, *others)
+    pieces = zip(rows.split(size), targets.split(size), strict=True)
+    return torch.stack([checkpoint(score, *piece, *others, use_reentrant=False, preserve_rng_state=False) for piece in pieces]).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openvision3 import distributed
 from openvision3.model import losses
 from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.perceptual import EfficientNetDistance, Lpips
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE, VAEConfig
+
+ROWS, PIXEL_ROWS, WORDS = range(3)
+"""Places in `counts`."""
 
 
 @dataclass
@@ -128,46 +133,118 @@ class OpenVision3(nn.Module):
     # -- one training step -----------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One batch -> (loss, parts). The batch is flat:
+        """One batch -> (loss, parts), this rank's share of each: see `losses`. The batch is flat:
 
-        `images` (B, 3, H, W); `text_ids` (B, K, T) with `text_present` (B, K); `caption_ids` (B, L);
-        `draw_key` (B,) seeds the noise of each row (absent: no noise, as in evaluation); `pixel_rows` (P,) names the rows
-        whose picture is decoded for the pixel and perceptual terms (absent: all).
+        `images` (B, 3, H, W), or `latents` (B, C, h, w) with `pixel_images` (P, 3, H, W), what `pixel_rows` show; `text_ids`
+        (B, K, T) with `text_present` (B, K); `caption_ids` (B, L); `draw_key` (B,) seeds the noise of each row (absent: no noise,
+        as in evaluation); `pixel_rows` (P,) names the rows whose picture is decoded for the pixel and perceptual terms (absent:
+        all; absent with `pixel_images`: none of any step). A micro-batch holds what `prepare` has added besides.
         """
         weights = self.config.loss
-        images = batch["images"]
-        latents = self.vae.encode(images)  # (B, C, h, w)
+        latents = self._latents(batch)  # (B, C, h, w)
+        counts = batch["counts"] if "counts" in batch else distributed.total(self._counts(batch))
         tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
 
         noisy = add_noise(tokens, weights.tau, batch["draw_key"]) if "draw_key" in batch else tokens
         patch = self.config.encoder.patch
         latents_hat = self.latent_decoder(noisy, (latents.shape[2] // patch, latents.shape[3] // patch))  # (B, C, h, w)
-        parts = {"latent": losses.latent_loss(latents, latents_hat)}
+        parts = {"latent": losses.latent_loss(latents, latents_hat, counts[ROWS])}
         reconstruction = weights.beta * parts["latent"]
-        rows = batch.get("pixel_rows")
-        target, chosen = (images, latents_hat) if rows is None else (images[rows], latents_hat[rows])
-        if len(chosen):
-            images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
-            parts["pixel"] = losses.pixel_loss(target, images_hat)
-            reconstruction = reconstruction + parts["pixel"]
-            if weights.lambda_perceptual:
-                parts["perceptual"] = self.perceptual_distance().to(images.device)(target, images_hat).float()
-                reconstruction = reconstruction + weights.lambda_perceptual * parts["perceptual"]
+        if "pixel_rows" in batch or ("pixel_images" not in batch and "images" in batch):
+            reconstruction = reconstruction + self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
-        parts["caption"] = losses.caption_loss(self.captioner(tokens, batch["caption_ids"]), batch["caption_ids"], self.pad_id)
+        parts["caption"] = self._caption(tokens, batch["caption_ids"], counts[WORDS])
         understanding = parts["caption"] + weights.alpha * parts["contrastive"]
 
         loss = weights.omega_rec * reconstruction + weights.omega_und * understanding
         return loss, {name: value.detach() for name, value in parts.items()}
 
-    def _contrastive(self, image_embedding: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The mean over K captions a picture, each scored as a set of its own; a set that no row has is left out."""
+    def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """The pixel and the perceptual term, both put into `parts`; zero where none of these rows is compared."""
+        weights, target = self.config.loss, self._pixel_images(batch)
+        names = ("pixel", "perceptual") if weights.lambda_perceptual else ("pixel",)
+        parts |= dict.fromkeys(names, latents_hat.new_zeros(()))
+        if target is None:
+            return parts["pixel"]
+        chosen = latents_hat[batch["pixel_rows"]] if "pixel_rows" in batch else latents_hat
+        images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
+        parts["pixel"] = losses.pixel_loss(target, images_hat, count)
+        if not weights.lambda_perceptual:
+            return parts["pixel"]
+        distance = self.perceptual_distance().to(target.device)(target, images_hat).float()  # the mean over rows
+        parts["perceptual"] = distributed.share(distance * len(target), count)
+        return parts["pixel"] + weights.lambda_perceptual * parts["perceptual"]
+
+    def prepare(self, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The micro-batches of one step, each with what it has to know of the others, for one `forward` and backward each.
+
+        The losses and gradients of the micro-batches add up to those of the whole batch at once. A first pass embeds them all
+        without gradient; the contrastive loss over the global batch gives the gradient of each embedding, which the second
+        pass carries on (Gao et al. 2021). Pictures are kept as latents, but for those whose pixels are compared.
+        """
+        kept, images, texts = [], [], []
+        with torch.no_grad():
+            for batch in batches:
+                latents = self._latents(batch)
+                text_embedding, present = self._texts(batch)
+                small = {name: value for name, value in batch.items() if name != "images"} | {"latents": latents, "text_present": present}
+                target = self._pixel_images(batch)
+                if target is not None:
+                    small["pixel_images"] = target.clone()  # and not a view that would hold all the pictures
+                    small.setdefault("pixel_rows", torch.arange(len(target), device=target.device))
+                kept.append(small)
+                images.append(F.normalize(self.encoder(latents)[1].float(), dim=-1))
+                texts.append(text_embedding)
+            counts = distributed.total(torch.stack([self._counts(batch) for batch in kept]).sum(0))
+        image_embedding, text_embedding = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
+        log_temperature = distributed.full(self.log_temperature).detach().clone().requires_grad_()
+        with torch.enable_grad():
+            present = torch.cat([batch["text_present"] for batch in kept])
+            loss = losses.contrastive_loss(image_embedding, text_embedding, log_temperature, present)
+            gradients = torch.autograd.grad(loss, (image_embedding, text_embedding, log_temperature))
+        rows = [len(batch["latents"]) for batch in kept]
+        split = zip(kept, gradients[0].split(rows), gradients[1].split(rows), strict=True)
+        common = {"counts": counts, "temperature_gradient": gradients[2] / len(kept), "contrastive": loss.detach() / len(kept)}
+        return [batch | common | {"image_gradient": image, "text_gradient": text} for batch, image, text in split]
+
+    def _latents(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["latents"].float() if "latents" in batch else self.vae.encode(batch["images"])
+
+    @staticmethod
+    def _pixel_images(batch: dict[str, Tensor]) -> Tensor | None:
+        """The pictures that are compared, (P, 3, H, W); None where there is none."""
+        if "pixel_images" in batch or "images" not in batch:
+            target = batch.get("pixel_images")
+        else:
+            target = batch["images"][batch["pixel_rows"]] if "pixel_rows" in batch else batch["images"]
+        return target if target is not None and len(target) else None
+
+    def _counts(self, batch: dict[str, Tensor]) -> Tensor:
+        """(3,): pictures, pictures whose pixels are compared, words to predict."""
+        target = self._pixel_images(batch)
+        rows = batch["latents"] if "latents" in batch else batch["images"]
+        words = (batch["caption_ids"][:, 1:] != self.pad_id).sum()
+        return torch.stack([words.new_tensor(len(rows)), words.new_tensor(0 if target is None else len(target)), words])
+
+    def _texts(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """-> unit vectors (B, K, E) of the captions to contrast, and which of them there are (B, K)."""
         text_ids = batch["text_ids"]  # (B, K, T)
         present = batch.get("text_present", torch.ones(text_ids.shape[:2], dtype=torch.bool, device=text_ids.device))
-        texts = F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2])
-        sets = [losses.contrastive_loss(image_embedding, texts[:, k], self.log_temperature, present[:, k]) for k in range(text_ids.shape[1])]
-        return torch.stack(sets).sum() / present.any(0).sum().clamp_min(1)  # an empty set's loss is zero
+        return F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2]), present
+
+    def _contrastive(self, image_embedding: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        text_embedding, present = self._texts(batch)
+        if "image_gradient" not in batch:
+            return losses.contrastive_loss(image_embedding, text_embedding, self.log_temperature, present)
+        carried = (image_embedding * batch["image_gradient"]).sum() + (text_embedding * batch["text_gradient"]).sum()
+        carried = carried + (self.log_temperature * batch["temperature_gradient"]).sum()
+        return batch["contrastive"] + carried - carried.detach()
+
+    def _caption(self, tokens: Tensor, caption_ids: Tensor, count: Tensor) -> Tensor:
+        scored = caption_ids[:, 1:] != self.pad_id  # position i predicts word i + 1
+        features = self.captioner.features(tokens, caption_ids)[:, :-1][scored]  # (M, W): without padding
+        return losses.caption_loss(features, self.captioner.embedding.weight, self.captioner.output_bias, caption_ids[:, 1:][scored], count)
 
     def perceptual_distance(self) -> nn.Module:
         """The network of the perceptual term, read from its files at the first call. Raises FileNotFoundError, ValueError."""

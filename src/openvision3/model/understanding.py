@@ -118,6 +118,10 @@ class Captioner(nn.Module):
 
     def forward(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
         """tokens (B, N, D), caption_ids (B, L) from the begin mark on -> logits (B, L, V): position i predicts word i + 1."""
+        return self._logits(self.features(tokens, caption_ids))
+
+    def features(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
+        """As `forward`, but what the logits are made from: (B, L, W). In training the loss makes few of them at a time."""
         count, length = tokens.shape[1], caption_ids.shape[1]
         self._check(length)
         words = self.embedding(caption_ids) + self.positions[:length]
@@ -126,7 +130,7 @@ class Captioner(nn.Module):
         mask[:count, :count] = True
         for block in self.blocks:
             x = block(x, mask)
-        return self._logits(x[:, count:])
+        return self.norm(x[:, count:])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.embed_tokens.in_features:
@@ -144,7 +148,7 @@ class Captioner(nn.Module):
             )
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.embedding.weight, self.output_bias)
+        return F.linear(x, self.embedding.weight, self.output_bias)
 
     def read(self, tokens: Tensor) -> list[KeyValueCache]:
         """The prefix pass: keys and values of the tokens in every block. Raises ValueError for tokens that hold NaN or infinity."""
@@ -161,7 +165,7 @@ class Captioner(nn.Module):
         x = (self.embedding(words) + self.positions[position])[:, None]
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, None, cache)
-        return self._logits(x[:, 0])
+        return self._logits(self.norm(x[:, 0]))
 
     @torch.no_grad()
     def write(

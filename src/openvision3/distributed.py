@@ -1,0 +1,309 @@
+"""Several processes as one run: what torchrun or srun started, the few collectives, and sharding from outside the model.
+
+Everything here also works in a lone process, where a collective is nothing. Losses and logs ask this module how many ranks
+there are; nobody else calls `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+
+T = TypeVar("T")
+
+Parallel = Literal["replicate", "fsdp", "hsdp"]
+
+TIMEOUT = timedelta(minutes=20)
+"""How long a collective waits for the others before the run ends: longer than a save and an evaluation."""
+
+BUCKET = 2**26
+"""Numbers of the gradient that are averaged by one call."""
+
+
+class OtherRankFailed(RuntimeError):
+    """Another process of the run has failed and says why; this one has nothing to add."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process of how many this is; `local` counts within the machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As torchrun sets it (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE). Raises ValueError for half a set."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = {name: os.environ[name] for name in names if os.environ.get(name)}
+        if "WORLD_SIZE" not in given or given["WORLD_SIZE"] == "1":
+            return cls()
+        try:
+            rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+            local = int(given.get("LOCAL_RANK", rank)), int(given.get("LOCAL_WORLD_SIZE", world))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the environment has {given}; several processes need whole numbers in RANK and WORLD_SIZE, as torchrun sets them") from error
+        if not (0 <= rank < world and 0 <= local[0] < local[1] <= world):
+            raise ValueError(f"the environment has {given}: a rank lies between 0 and the number of processes")
+        return cls(rank, world, *local)
+
+
+@contextlib.contextmanager
+def started(device: str = "cpu") -> Iterator[Ranks]:
+    """The process group of this run, for as long as it lasts; nothing for a lone process.
+
+    Raises:
+        ValueError: the environment names half a group.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.world == 1 or dist.is_initialized():
+        yield ranks
+        return
+    if device == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+_alone = False
+
+
+def world() -> int:
+    """Processes that share a global batch; 1 within `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Every rank computes the same here, as if it were the only one: an evaluation, on the same pictures everywhere."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+# -- collectives ---------------------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        out = rows.new_empty(world() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        count = len(total) // world()
+        return total[rank() * count : (rank() + 1) * count]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all ranks in their order, (B, ...) -> (world x B, ...); gradient flows back to each rank's own."""
+    return rows if world() == 1 else _Gather.apply(rows)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    if world() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value
+
+
+def share(sum_of_rows: Tensor, count: Tensor) -> Tensor:
+    """A sum over this rank's rows and the number of rows on all ranks -> this rank's share of the mean.
+
+    The mean of the shares is the global mean, and what averaged gradients belong to.
+    """
+    return sum_of_rows * world() / count.clamp_min(1)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Small Python values of all ranks, in their order."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What may fail on one rank alone, such as a missing file: then all ranks fail here, and none waits for ever.
+
+    Raises:
+        OtherRankFailed: on all ranks but the first where it failed, which raises its error.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failed = gather_objects(error is not None)
+    if error is not None and (world() == 1 or failed.index(True) == rank()):
+        raise error
+    if any(failed):
+        raise OtherRankFailed("another rank has failed")
+
+
+# -- one model on many devices -------------------------------------------------------------------------------------
+
+
+def choose_parallel(asked: str, trainable: int, ranks: Ranks) -> Parallel:
+    """auto: copies of a small model (under 100 M parameters), shards of a larger one, on several machines shards within each."""
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    if ranks.world == 1 or trainable < 100e6:
+        return "replicate"
+    return "fsdp" if ranks.local_world == ranks.world else "hsdp"
+
+
+def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
+    """Make the trained blocks forget their activations, or compile each; their names and numbers stay."""
+    for parts in _block_lists(model):
+        for place, block in enumerate(parts):
+            if checkpointing:
+                parts[place] = checkpoint_wrapper(block)
+            if compiled:
+                parts[place].compile()
+
+
+def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of blocks that are trained; a frozen part has such lists too."""
+    return [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(p.requires_grad for p in m.parameters())]
+
+
+def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, precision: str) -> None:
+    """Give every rank the weights of rank 0; with fsdp and hsdp each keeps a shard of them, block by block, from outside the model.
+
+    Frozen parameters stay whole on every rank. In bf16 the weights of blocks are gathered and applied in bf16, gradients are
+    reduced in fp32, and all that stands outside of blocks (embeddings, positions, norms at the ends, temperature) stays in fp32.
+
+    Raises:
+        ValueError: hsdp on machines with unlike numbers of processes.
+    """
+    if ranks.world == 1:
+        return
+    for value in (*model.parameters(), *model.buffers()):
+        dist.broadcast(value.data, 0)
+    if parallel == "replicate":
+        return
+    shape, names = (ranks.world,), ("shard",)
+    if parallel == "hsdp":
+        if ranks.world % ranks.local_world:
+            raise ValueError(f"hsdp needs as many processes on every machine, and {ranks.world} in all are no multiple of {ranks.local_world} here; use fsdp")
+        shape, names = (ranks.world // ranks.local_world, ranks.local_world), ("replicate", "shard")  # type: ignore[assignment]
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    low = torch.bfloat16 if precision == "bf16" else None
+    blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in (block for parts in _block_lists(model) for block in parts):
+        fully_shard(block, mesh=mesh, mp_policy=blocks)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), ignored_params=frozen)
+    if hasattr(model, "prepare"):
+        register_fsdp_forward_method(model, "prepare")
+
+
+def sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def full(value: Tensor) -> Tensor:
+    """A shard's whole tensor (all ranks take part); any other tensor as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, shard: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks -> the part of it that `shard` is of its own whole."""
+    if not isinstance(shard, DTensor):
+        return value
+    copies = DTensor.from_local(value, shard.device_mesh, [Replicate()] * shard.device_mesh.ndim, run_check=False)
+    return copies.redistribute(placements=shard.placements)
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """A sharded model's parts can be called one by one here, by every rank alike; outside only its `forward` can."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def synchronise_last(model: nn.Module, last: bool) -> None:
+    """Of several backward passes of one step, the last sends the sum of gradients."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Copies of a model: the mean gradient over ranks, in few large messages. FSDP has done it already."""
+    if world() == 1 or isinstance(model, FSDPModule):
+        return
+    for bucket in _buckets(p for p in model.parameters() if p.requires_grad):
+        for parameter in bucket:
+            if parameter.grad is None:  # a part that this rank's rows did not use
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in bucket])  # type: ignore[union-attr]
+        dist.all_reduce(flat)
+        flat /= world()
+        for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad.copy_(mean.view_as(parameter))  # type: ignore[union-attr]
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
