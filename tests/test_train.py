@@ -296,7 +296,7 @@ def test_a_full_disk_under_the_log_names_the_last_good_checkpoint(tmp_path, monk
         return whole(self, *values)
 
     monkeypatch.setattr(RunFolder, place, full)
-    with pytest.raises(CheckpointError, match=r"no space left on the disk at step [4-8]; the last good checkpoint is .*step-00000003; make room"):
+    with pytest.raises(CheckpointError, match=r"no space left on the disk at step [4-8]; the last good checkpoint is .*step-0000000[36]; make room"):
         run(tmp_path, save_every=3)
 
 
