@@ -49,26 +49,64 @@ def demo(minutes: float = 5.0, out: str = "demo", seed: int = 0) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """Train from a recipe: openvision3 train RECIPE --field value ..."""
-    from openvision3.config import nearest
-    from openvision3.recipes import RECIPES
+    from openvision3.recipes import IN_TURN, RECIPES
 
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:14s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
+        lines = [f"  {name:16s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
+        lines += [f"  {name:16s} {' and then '.join(recipe.__name__ for recipe in recipes)}, in one command" for name, recipes in IN_TURN.items()]
         print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
         return 0 if argv else 2
     name, rest = argv[0], list(argv[1:])
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name}; legal are {', '.join(RECIPES)}; nearest is {nearest(name, RECIPES) or 'none'}")
-    from openvision3.config import RunConfig, load_config
-
-    def read(default: RunConfig) -> RunConfig:
-        return parse(RunConfig, rest, f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
-
-    config = read(RECIPES[name]())
-    started = Path(config.out or f"runs/{name}") / "config.json"
-    if config.resume and started.is_file():  # what is not set on the command line is as the run has it
-        config = read(load_config(RunConfig, started))
+    if name in IN_TURN:
+        return _train_in_turn(name, rest)
+    config = _configured(_recipe(argv), rest)
+    if config.resume:  # what is not set on the command line is as the run has it
+        config = _configured(name, rest, started=Path(config.out or f"runs/{name}"))
     return _train(name, config)
+
+
+def _train_in_turn(name: str, rest: Sequence[str]) -> int:
+    """Every phase takes the fields of the command line; the second starts from the weights of the first, in a folder beside it."""
+    from openvision3.pretrain import pretrain_in_turn
+    from openvision3.recipes import IN_TURN
+
+    phases: list[tuple[str, RunConfig]] = []
+    program = f"openvision3 train {name}"
+    for recipe in IN_TURN[name]:
+        config = _configured(recipe.__name__, rest, program)
+        for field in ("size", "init"):
+            if getattr(config, field) != getattr(recipe(), field):
+                raise ValueError(f"{name} sets {field} for each phase; run {' and then '.join(r.__name__ for r in IN_TURN[name])} by themselves to change it")
+        folder = Path(config.out or f"runs/{name}") / recipe.__name__
+        if config.resume and (folder / "config.json").is_file():
+            config = _configured(recipe.__name__, rest, program, started=folder)
+        elif config.resume:
+            config.resume = False
+        config.out = str(folder)
+        if phases:
+            config.init, config.tokenizer = phases[-1][1].out, ""
+        phases.append((recipe.__name__, config))
+    return STOPPED if pretrain_in_turn(phases).status == "stopped" else 0
+
+
+def _recipe(argv: Sequence[str]) -> str:
+    """Raises ValueError where the first argument names no recipe."""
+    from openvision3.config import nearest
+    from openvision3.recipes import IN_TURN, RECIPES
+
+    names = [*RECIPES, *IN_TURN]
+    if argv[0] not in RECIPES:
+        raise ValueError(f"unknown recipe {argv[0]}; legal are {', '.join(names)}; nearest is {nearest(argv[0], names) or 'none'}")
+    return argv[0]
+
+
+def _configured(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> RunConfig:
+    """The recipe, or the config of a run that was `started`, with what the command line sets anew."""
+    from openvision3.config import RunConfig, load_config
+    from openvision3.recipes import RECIPES
+
+    default = load_config(RunConfig, started / "config.json") if started and (started / "config.json").is_file() else RECIPES[name]()
+    return parse(RunConfig, rest, program or f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
 
 
 def _train(name: str, config: RunConfig) -> int:
@@ -443,6 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
+        if type(error).__name__ == "OtherRankFailed":
+            return 2  # that one says why
         print(f"openvision3: {_message(error)}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotFinite" else 2
 

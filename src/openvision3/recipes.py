@@ -81,20 +81,145 @@ def folder() -> RunConfig:
     return config
 
 
-def base_low_res() -> RunConfig:
-    """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
+def mini_low_res() -> RunConfig:
+    """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
 
-    openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
-    The whole run is 4000 epochs of 1.28 M samples, about 1,900 H200-hours; expected after both phases (paper v2): PSNR 30.33,
-    rFID 0.187 on ImageNet 256. Several devices and accumulation are not there yet: one device holds a smaller --batch only,
-    and then --optimizer.learning-rate is 8e-6 x batch / 256.
+    openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
+    Two CPU cores; expected: see docs/training.md, which draws both phases.
     """
-    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"))
-    config.model.vae.name = "black-forest-labs/FLUX.1-schnell"
-    config.batch, config.pixel_share = 8192, 1.0
-    config.steps = 4000 * 1_280_000 // config.batch
-    config.optimizer = OptimizerConfig(learning_rate=8e-6 * config.batch / 256, warmup_steps=40 * 1_280_000 // config.batch)
+    config = mini()
+    config.size = 64
     return config
 
 
-RECIPES = {f.__name__: f for f in (mini, demo, tiny, folder, base_low_res)}
+def mini_high_res() -> RunConfig:
+    """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
+
+    openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
+    """
+    config = mini_low_res()
+    config.size, config.steps = 128, config.steps // 10
+    config.optimizer.learning_rate /= 3
+    config.optimizer.warmup_steps = 10
+    config.eval_every = config.save_every = 50
+    return config
+
+
+EPOCH = 1_280_000
+"""Samples of what the paper calls an epoch."""
+
+BERT = "bert-base-uncased/tokenizer.json"
+"""The paper's vocabulary: a file that the user brings."""
+
+LPIPS = ("lpips/vgg16-397923af.pth", "lpips/vgg.pth")
+"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that the user brings."""
+
+
+def _paper(encoder: str, decoder: str) -> RunConfig:
+    """Table 1, low_res, for an encoder and latent decoder of these sizes."""
+    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=BERT)
+    config.model = ModelConfig(
+        encoder=EncoderConfig(encoder),
+        latent_decoder=LatentDecoderConfig(decoder),
+        text_encoder=TextEncoderConfig(encoder),
+        captioner=CaptionerConfig(encoder),
+    )
+    if encoder == "L":
+        config.model.encoder.embed_dim = 1024
+    config.model.vae.name = "black-forest-labs/FLUX.1-schnell"
+    config.batch, config.pixel_share, config.workers = 8192, 1.0, 8
+    config.steps, config.optimizer = _schedule(config.batch, 4000, 8e-6, 40)
+    config.log_every, config.eval_every, config.save_every, config.keep = 50, 5000, 1000, 3
+    return config
+
+
+def _schedule(batch: int, epochs: int, base_rate: float, warmup_epochs: int) -> tuple[int, OptimizerConfig]:
+    """Steps, and AdamW with the peak rate base x batch / 256 as in the authors' code base."""
+    return epochs * EPOCH // batch, OptimizerConfig(learning_rate=base_rate * batch / 256, warmup_steps=warmup_epochs * EPOCH // batch)
+
+
+def _high_res(config: RunConfig) -> RunConfig:
+    """Table 1: what high_res changes in low_res. Positions follow from the size, so that the weights fit as they are."""
+    config.size, config.batch, config.tokenizer = 256, 4096, ""  # the words are those of --init
+    config.steps, config.optimizer = _schedule(config.batch, 400, 4e-7, 20)
+    loss = config.model.loss
+    loss.lambda_perceptual, loss.perceptual = 0.5, "lpips-vgg"
+    loss.lpips_backbone, loss.lpips_linear = LPIPS
+    return config
+
+
+def base_low_res() -> RunConfig:
+    """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
+
+    torchrun --nproc-per-node 8 ... -m openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
+    4000 epochs of 1.28 M samples: about 1,900 H200-hours at 400 TFLOP/s (30 hours on 64), a third of it with cached latents and
+    --pixel-share 0.125. Another --batch wants --optimizer.learning-rate 8e-6 x batch / 256. Expected after both phases (paper v2):
+    PSNR 30.33, rFID 0.187 on ImageNet 256.
+    """
+    return _paper("B", "B")
+
+
+def base_high_res() -> RunConfig:
+    """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
+
+    torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
+    400 epochs: about 730 H200-hours. Needs the two LPIPS files, or --model.loss.perceptual efficientnet. Expected: see base_low_res.
+    """
+    return _high_res(base_low_res())
+
+
+def large_low_res() -> RunConfig:
+    """The paper's large model, L/2 encoder and B/1 latent decoder, at 128 px.
+
+    torchrun ... -m openvision3 train large_low_res --data ... (as base_low_res)
+    Hours: openvision3 estimate large_low_res --gpus 64xh100. Expected after both phases (paper v2): rFID 0.186, gFID 8.89.
+    """
+    return _paper("L", "B")
+
+
+def large_high_res() -> RunConfig:
+    """large_low_res at 256 px from its weights.
+
+    torchrun ... -m openvision3 train large_high_res --init runs/large_low_res --data ... (as base_low_res)
+    """
+    return _high_res(large_low_res())
+
+
+def one_gpu_low_res() -> RunConfig:
+    """base_low_res for one GPU of 80 GB and a day or two: the paper's batch in micro-batches, 100 epochs, an eighth of the pixels.
+
+    openvision3 train one_gpu_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER [--latents CACHE]
+    128 M samples; hours: openvision3 estimate one_gpu_low_res --gpus h100. Expected: below the paper's numbers, which took forty times the samples.
+    """
+    return _one_gpu(base_low_res(), 256, 100, 8e-6)
+
+
+def one_gpu_high_res() -> RunConfig:
+    """base_high_res for one GPU, from the weights of one_gpu_low_res: 10 epochs.
+
+    openvision3 train one_gpu_high_res --init runs/one_gpu_low_res --data ... (as one_gpu_low_res)
+    """
+    return _one_gpu(base_high_res(), 64, 10, 4e-7)
+
+
+def _one_gpu(config: RunConfig, micro_batch: int, epochs: int, base_rate: float) -> RunConfig:
+    config.micro_batch, config.pixel_share = micro_batch, 1 / 8
+    config.steps, config.optimizer = _schedule(config.batch, epochs, base_rate, max(1, epochs // 50))
+    return config
+
+
+RECIPES = {
+    f.__name__: f
+    for f in (
+        *(mini, demo, tiny, folder, mini_low_res, mini_high_res),
+        *(base_low_res, base_high_res, large_low_res, large_high_res, one_gpu_low_res, one_gpu_high_res),
+    )
+}
+
+IN_TURN = {
+    "paper_base": (base_low_res, base_high_res),
+    "paper_large": (large_low_res, large_high_res),
+    "paper_mini": (mini_low_res, mini_high_res),
+    "paper_one_gpu": (one_gpu_low_res, one_gpu_high_res),
+}
+"""Both phases, the second from the weights of the first: `openvision3 train paper_base`."""

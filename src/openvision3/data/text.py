@@ -75,7 +75,10 @@ class TextTokenizer:
     def load(cls, path: str | Path) -> TextTokenizer:
         """Read a `tokenizer.json`. Raises FileNotFoundError, ValueError."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no such tokenizer: {path}; a tokenizer.json is needed")
+            raise FileNotFoundError(
+                f"no such tokenizer: {path}; name a tokenizer.json with --tokenizer: the paper's is that of huggingface.co/google-bert/bert-base-uncased "
+                "(Apache-2.0); --tokenizer '' trains one on the captions"
+            )
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
