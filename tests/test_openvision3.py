@@ -205,6 +205,55 @@ def test_without_text_present_every_caption_is_there():
     assert model({name: value for name, value in rows.items() if name != "text_present"})[0].item() == model(rows)[0].item()
 
 
+# -- micro-batches -----------------------------------------------------------------------------------------------------------
+
+
+def split(rows: dict, count: int) -> list[dict]:
+    """A batch -> micro-batches, as the loader makes them."""
+    pieces = []
+    for start in range(0, len(rows["images"]), count):
+        piece = {name: value[start : start + count] for name, value in rows.items() if name not in ("pixel_rows", "pixel_images")}
+        if "pixel_rows" in rows:
+            piece["pixel_rows"] = torch.tensor([row - start for row in rows["pixel_rows"].tolist() if start <= row < start + count], dtype=torch.long)
+        pieces.append(piece)
+    return pieces
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("pixel_rows", [None, [0, 3], []])
+def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows):
+    rows = batch(sets=2)
+    rows["text_present"][1:, 1] = False
+    if pixel_rows is not None:
+        rows["pixel_rows"] = torch.tensor(pixel_rows, dtype=torch.long)
+    whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5) for _ in range(2))
+    loss, parts = whole(rows)
+    loss.backward()
+    prepared = parted.prepare(iter(split(rows, count)))
+    assert all("images" not in piece for piece in prepared)  # what a large batch could not hold
+    totals: dict = {}
+    for piece in prepared:
+        share, its_parts = parted(piece)
+        share.backward()
+        for name, value in {"loss": share.detach(), **its_parts}.items():
+            totals[name] = totals.get(name, 0) + value
+    torch.testing.assert_close(totals, {"loss": loss.detach(), **parts}, rtol=1e-5, atol=1e-6)
+    for (name, one), other in zip(whole.named_parameters(), parted.parameters(), strict=True):
+        if one.grad is None:
+            assert other.grad is None, name
+        else:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-5 * one.grad.abs().max().item(), msg=name)
+
+
+def test_latents_stand_for_the_pictures_that_nobody_looks_at():
+    model, rows = tiny_model(tau=0.8), batch()
+    rows["pixel_rows"] = torch.tensor([1, 2])
+    cached = {name: value for name, value in rows.items() if name != "images"}
+    cached |= {"latents": model.vae.encode(rows["images"]), "pixel_images": rows["images"][[1, 2]]}
+    for (name, one), other in zip(model(rows)[1].items(), model(cached)[1].values(), strict=True):
+        assert one.item() == other.item(), name
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +95,107 @@ def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.05) -> None
 def test_two_processes_train_what_one_does(data, alone, tmp_path, more):
     run(command(data, tmp_path / "two", *more), processes=2)
     assert_close(alone, tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_muon_on_shards_is_muon(data, tmp_path):
+    run(command(data, tmp_path / "one", "--optimizer.kind", "muon"))
+    run(command(data, tmp_path / "two", "--optimizer.kind", "muon", "--parallel", "fsdp"), processes=2)
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes_train_what_one_process_does(data, alone, tmp_path):
+    """hsdp: shards within a machine, copies between them. Each machine is a torchrun of its own."""
+    port = str(free_port())
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
+    arguments = ["-m", "openvision3", *command(data, tmp_path / "four", "--parallel", "hsdp")]
+    machines = [subprocess.Popen([*start, "--node-rank", str(node), *arguments], stderr=subprocess.PIPE, text=True, env=environment()) for node in range(2)]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=400)
+        assert machine.returncode == 0, errors[-3000:]
+    assert "4 processes, hsdp" in (tmp_path / "four" / "log.txt").read_text()
+    assert_close(alone, tmp_path / "four")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, before, after):
+    out = tmp_path / "run"
+    run(command(data, out, "--parallel", "fsdp"), before)
+    last = complete_checkpoints(out)[-1]
+    shutil.rmtree(last)  # as if it had died at step 9
+    run([*command(data, out, "--parallel", "fsdp"), "--resume"], after)
+    assert_close(alone, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "one by one"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_of_them_at_one_step_and_the_run_goes_on(data, alone, tmp_path, launcher, number):
+    out = tmp_path / "run"
+    arguments = [sys.executable, "-c", DRIVER, number.name, *command(data, out)]
+    if launcher == "torchrun":
+        script = tmp_path / "driver.py"
+        script.write_text(DRIVER)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), number.name, *command(data, out)]
+        done = subprocess.run(start, capture_output=True, text=True, env=environment(), timeout=300)
+        assert done.returncode == 1 and "exitcode  : 75" in done.stderr, done.stderr[-3000:]  # torchrun hides the codes of its ranks
+    else:  # as srun starts them: the environment alone says who is who
+        port = str(free_port())
+        ranks = [
+            subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(RANK=str(r), WORLD_SIZE="2", MASTER_PORT=port)) for r in range(2)
+        ]
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=300)
+            assert rank.returncode == 75, errors[-3000:]
+    assert (out / "REQUEUE").is_file()
+    assert [p.name for p in complete_checkpoints(out)] == ["step-00000004"]
+    assert f"{number.name}: saved at step 4 of 10" in (out / "log.txt").read_text()
+    run([*command(data, out), "--resume"], processes=2)
+    assert not (out / "REQUEUE").exists()
+    assert_close(alone, out)
+
+
+DRIVER = """
+import os, signal, sys
+from openvision3 import cli, data
+from openvision3.data import batches
+number, argv = sys.argv[1], sys.argv[2:]
+sys.argv = ["openvision3", *argv]
+add_draws = batches.TrainingBatches.add_draws
+def at_step(self, batch, step, rows):  # the micro-batch of step 4 reaches rank 1
+    if step == 3 and os.environ["RANK"] == "1" and "--resume" not in argv:
+        os.kill(os.getpid(), getattr(signal, number))
+    return add_draws(self, batch, step, rows)
+batches.TrainingBatches.add_draws = at_step
+sys.exit(cli.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(data, alone, tmp_path):
+    out = tmp_path / "run"
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.replace("step == 3", "step == 7"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "SIGKILL", *command(data, out)]
+    done = subprocess.run(start, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 1 and "SIGKILL" in done.stderr
+    assert [p.name for p in complete_checkpoints(out)] == ["step-00000005"]
+    run([*command(data, out), "--resume"], processes=2)
+    assert_close(alone, out)
+
+
+def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "openvision3"]
+    done = subprocess.run([*start, *command(data, tmp_path / "run", "--batch", "7")], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("openvision3:")]
+    assert lines == ["openvision3: batch 7 cannot be divided among 2 processes; legal are positive multiples of 2, such as 8"]
+    assert not (tmp_path / "run").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
