@@ -142,7 +142,8 @@ def fit(
                     saver.save(state)
             if stop and not last_step:
                 _wait(saver)
-                run.ask_for_requeue()
+                with distributed.together():  # no rank ends before the mark is there: a launcher may kill the others then
+                    run.ask_for_requeue()
                 asked = next(filter(None, distributed.gather_objects(signals.asked)))
                 run.say(f"{asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
                 return "stopped"
