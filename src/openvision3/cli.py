@@ -115,6 +115,44 @@ def _train(name: str, config: RunConfig) -> int:
     return STOPPED if pretrain(config, name).status == "stopped" else 0
 
 
+def estimate(argv: Sequence[str]) -> int:
+    """Say what a run will take before it runs: openvision3 estimate RECIPE [--gpus h100:8] [--field value ...]"""
+    program = "openvision3 estimate"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(ESTIMATE_HELP)
+        return 0 if argv else 2
+    from openvision3.estimate.plan import Options, estimate
+    from openvision3.estimate.show import show, to_json
+    from openvision3.recipes import RECIPES
+
+    name, rest = _recipe(argv), list(argv[1:])
+    if "-h" in rest or "--help" in rest:
+        parse(Options, ["--help"], f"{program} {name}", description=f"{RECIPES[name].__doc__}\nThe fields of the run, too: openvision3 train {name} --help")
+    options, rest = parse(Options, rest, f"{program} {name}", return_unknown_args=True)
+    config = _configured(name, rest, f"{program} {name}")
+    found = estimate(config, name, options)
+    if options.json:
+        print(to_json(found))
+    else:
+        show(found, options.explain)
+    return 0
+
+
+ESTIMATE_HELP = """usage: openvision3 estimate RECIPE [--gpus h100:8] [--field value ...]
+
+Operations, memory, hours, disk and network of a run, and what would make it cheaper; nothing is loaded, nothing runs.
+
+  --gpus h100:8             devices: h100, h200, a100, a100-40gb, b200, l40s, 4090, cpu, 64xh100; none: this machine's
+  --utilisation 0.40        share of the devices' peak that the run reaches
+  --price-per-hour 2.5      of one device
+  --cached                  latents come from a cache (openvision3 data latents)
+  --explain                 print each formula with its numbers
+  --json                    one JSON value
+  --field value             any field of the run: the same as for openvision3 train RECIPE
+
+all options: openvision3 estimate RECIPE --help; recipes: openvision3 train --help"""
+
+
 def data(argv: Sequence[str]) -> int:
     """Prepare pictures with words for training: openvision3 data COMMAND ..."""
     from openvision3 import cli_data
@@ -313,7 +351,7 @@ def doctor(json: Json = False) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, data, reconstruct, caption, classify, encode, info, doctor)}
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, estimate, data, reconstruct, caption, classify, encode, info, doctor)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
@@ -446,7 +484,7 @@ def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
         raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
-    if verbs[verb] in (train, data):  # recipes and verbs have help of their own
+    if verbs[verb] in (train, estimate, data):  # recipes and verbs have help of their own
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
 
