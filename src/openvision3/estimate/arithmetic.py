@@ -305,12 +305,12 @@ def _stack_layers(net: str, side: int) -> Iterator[tuple[float, float, float]]:
                 width = step
         return
     side = (side + 4 - 11) // 4 + 1
-    yield side * side, 121 * 3 * 64, 64
+    yield side * side, 121 * 3 * 64, 16 * 3 + 64  # of the stride of 4, the picture
     side = (side - 3) // 2 + 1
-    yield side * side, 25 * 64 * 192, 256
+    yield side * side, 25 * 64 * 192, 3 * 64 + 192  # a pooling keeps its choices, in eight bytes each
     side = (side - 3) // 2 + 1
-    for inputs, outputs in ((192, 384), (384, 256), (256, 256)):
-        yield side * side, 9 * inputs * outputs, inputs + outputs
+    for inputs, outputs, pooled in ((192, 384, 2 * 192), (384, 256, 0), (256, 256, 0)):
+        yield side * side, 9 * inputs * outputs, pooled + inputs + outputs
 
 
 # -- the optimiser -------------------------------------------------------------------------------------------------
