@@ -469,6 +469,7 @@ def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
             paragraphs[-1].append(line)
     filled = [p for p in paragraphs if p]
     message = " ".join(filled[0]) if filled else "wrong arguments"
+    message = re.sub(r"^Error parsing \w+: ", "", message)  # the name of a class means nothing to who typed this
     unknown = re.search(r"Unrecognized options: (--[^\s,]+)", message)
     near = next(iter(difflib.get_close_matches(unknown.group(1), options, 1, cutoff=0.3)), "") if unknown else ""
     return message.rstrip(".") + (f"; nearest is {near}" if near else "") + f"; see {program} --help"

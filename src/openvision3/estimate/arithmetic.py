@@ -237,7 +237,8 @@ def _tiny_block(down: int, width: int) -> Iterator[_Layer]:
 
 def _vae_cost(layers: Iterator[_Layer], side: int, width_bytes: int, backward: int) -> Cost:
     """`backward` 1: gradient to the input, weights frozen. Equal layers are one line."""
-    total, lines = NOTHING, {}
+    total = NOTHING
+    lines: dict[tuple[str, str], tuple[int, float]] = {}
     for layer in layers:
         here = side // layer.down
         positions = here * here
@@ -246,10 +247,9 @@ def _vae_cost(layers: Iterator[_Layer], side: int, width_bytes: int, backward: i
         if layer.attention:
             mixing = 4.0 * positions * positions * layer.attention
             forward, back, formula = forward + mixing, back + 2 * mixing, f"{formula} + 4 x {here}^4 x {layer.attention}"
-        count, _, _ = lines.get((layer.what, formula), (0, 0.0, ""))
-        lines[layer.what, formula] = count + 1, forward, formula
+        lines[layer.what, formula] = lines.get((layer.what, formula), (0, 0.0))[0] + 1, forward
         total = total + Cost(forward, back * backward, positions * layer.kept * width_bytes * backward, positions * layer.largest * width_bytes)
-    found = tuple((f"{here} x {what}: {formula}", here * each) for (what, formula), (here, each, _) in lines.items())
+    found = tuple((f"{here} x {what}: {formula}", here * each) for (what, formula), (here, each) in lines.items())
     return replace(total, lines=found)
 
 

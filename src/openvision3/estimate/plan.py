@@ -274,7 +274,7 @@ def estimate(config: RunConfig, recipe: str, options: Options, devices: Devices 
     optimiser = muon(run.matrices) if config.optimizer.kind == "muon" else 0.0
     found = Estimate(
         recipe, run.devices, run.parallel, run.precision, config.batch, run.local, run.micro, config.steps, run.parameters, run.vocabulary,
-        f"{config.model.vae.name}, {run.vae.parameters / 1e6:.1f} M parameters, frozen counted from {run.vae.source}",
+        f"{config.model.vae.name}, {run.vae.parameters / 1e6:.1f} M parameters, frozen; counted from {run.vae.source}",
         parts, total, optimiser, _memory(run, costs, run.micro), None, None, {}, None, None, None, None, None, {}, run.assumptions,
     )  # fmt: skip
     _fit(found, run, costs)
@@ -289,7 +289,7 @@ def estimate(config: RunConfig, recipe: str, options: Options, devices: Devices 
 def sample_costs(run: _Run) -> dict[str, Cost]:
     """Of one sample that goes through everything, whatever share of the batch does."""
     config, model, b = run.config, run.config.model, run.width_bytes
-    shared = {"width_bytes": b, "fused": run.devices.device.fused, "checkpointing": run.checkpointing}
+    shared: dict[str, Any] = {"width_bytes": b, "fused": run.devices.device.fused, "checkpointing": run.checkpointing}
     from openvision3.model.encoder import SIZES
     from openvision3.model.understanding import TEXT_SIZES
 
