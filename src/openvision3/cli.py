@@ -28,6 +28,7 @@ STOPPED = 75
 """Exit code of a run that a signal ended after it had saved: run the same command with --resume."""
 
 Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
+Runs = Positional[Annotated[tuple[str, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
 Model = Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda}", help="where to compute")]
 Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
@@ -158,6 +159,25 @@ def data(argv: Sequence[str]) -> int:
     from openvision3 import cli_data
 
     return _run(argv, cli_data.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
+
+
+def watch(runs: Runs, once: bool = False, png: str = "", metrics: tuple[str, ...] = (), every: float = 2.0) -> int:
+    """Draw the curves of runs in the terminal while they are written.
+
+    Args:
+        once: draw them as they are now, all of them, and end; so it is where there is no terminal, too.
+        png: draw them into this file instead, one panel a metric.
+        metrics: which, as in --metrics 'train/*' val/psnr; none: losses, val/..., rate, norm, samples/s, wait, memory.
+        every: seconds between looks.
+    """
+    from openvision3 import watch as watching
+
+    if png:
+        count = watching.draw(runs, png, metrics)
+        print(f"{png}: {count} panels")
+    else:
+        watching.watch(runs, once=once, metrics=metrics, every=every)
+    return 0
 
 
 def reconstruct(
@@ -351,7 +371,7 @@ def doctor(json: Json = False) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, estimate, data, reconstruct, caption, classify, encode, info, doctor)}
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, estimate, watch, data, reconstruct, caption, classify, encode, info, doctor)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
