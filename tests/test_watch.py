@@ -200,9 +200,9 @@ def test_it_looks_again_while_a_run_writes_and_ends_with_it(tmp_path):
 
 def test_a_real_run_can_be_watched(tmp_path):
     pictures(tmp_path / "train", 10), pictures(tmp_path / "held", 3, 1)
-    arguments = "--data train --val held --size 32 --batch 4 --steps 6 --log-every 2 --save-every 0 --precision fp32 --out run".split()
+    fields = "--data train --val held --size 32 --batch 4 --steps 6 --log-every 2 --save-every 0 --precision fp32 --out run"
     openvision3 = [sys.executable, "-m", "openvision3"]
-    subprocess.run([*openvision3, "train", "tiny", *arguments], cwd=tmp_path, capture_output=True, check=True)
+    subprocess.run([*openvision3, "train", "tiny", *fields.split()], cwd=tmp_path, capture_output=True, check=True)
     done = subprocess.run([*openvision3, "watch", "run", "--once"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "step 6 of 6" in done.stdout and "val/psnr" in done.stdout and "caption" in done.stdout
 

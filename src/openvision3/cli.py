@@ -122,8 +122,9 @@ def estimate(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(ESTIMATE_HELP)
         return 0 if argv else 2
-    from openvision3.estimate.plan import Options, estimate
+    from openvision3.estimate.plan import estimate
     from openvision3.estimate.show import show, to_json
+    from openvision3.estimate.sizes import Options
     from openvision3.recipes import RECIPES
 
     name, rest = _recipe(argv), list(argv[1:])

@@ -9,7 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from openvision3.estimate.plan import Estimate, flops, gigabytes, hours
+from openvision3.estimate.explain import flops, gigabytes, hours
+from openvision3.estimate.plan import Estimate
 
 BAR = 20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -131,7 +132,7 @@ def _totals(found: Estimate) -> Table:
     text += f"; a latent cache {(disk['latent cache, a sample'] or 0) / 1e3:.1f} kB a sample"
     if disk["latent cache"]:
         text += f", {gigabytes(disk['latent cache'])} in all"
-    text += f"; data {gigabytes(disk['data'])}" if disk["data"] is not None else "; data unknown: not at hand"
+    text += f"; data {gigabytes(disk['data'])}" if disk["data"] is not None else "; data unknown, not at hand"
     table.add_row("disk", text)
     table.add_row("speeds from", found.devices.device.source)
     return table
@@ -139,6 +140,7 @@ def _totals(found: Estimate) -> Table:
 
 def _advice(found: Estimate) -> Table:
     table = _table("what would change it", "change", "set", "a sample", "time", "memory", "")
+    table.columns[1].justify = "left"
     for row in found.advice:
         fits = {True: "fits", False: f"micro-batch {row['largest_micro_batch']} would fit" if row["largest_micro_batch"] else "does not fit", None: ""}[
             row["fits"]
