@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -448,6 +449,32 @@ def test_every_part_has_its_formula_with_numbers():
     sections = {section for section, *_ in found.formulas}
     assert sections >= {part.name for part in found.parts} | {"parameters", "memory", "time", "network", "disk"}
     assert ("encoder", "ViT: 12 blocks x (2 x 65 tokens x (4 x 768^2 + 2 x 768 x 3072) + 4 x 65^2 x 768)", "11.2 GFLOP") in found.formulas
+
+
+def value_of(formula: str) -> float:
+    """What a formula says, read as arithmetic: words are left out, x multiplies, ^ raises."""
+    text = re.sub(r"\b(?!x\b)[a-z][a-zA-Z-]*", " ", formula.rpartition(": ")[2].replace(",", "")).replace("x", "*").replace("^", "**")
+    return eval(text)
+
+
+@pytest.mark.parametrize("recipe", [base_low_res, tiny])
+@pytest.mark.parametrize("gpus", ["h100", "8xh100", "16xh100"])
+def test_formulas_say_what_the_numbers_are(recipe, gpus):
+    run = Sizes(recipe() if recipe is base_low_res else of_batch(recipe(), 64), Options(), parse_devices(gpus))
+    for cost in sample_costs(run).values():
+        for line, value in cost.lines:
+            times, _, rest = line.partition(" x ")
+            count = int(times) if times.isdigit() and ": " in rest else 1  # "2 x resnet conv 1: ..." is of one of two
+            assert count * value_of(line) == pytest.approx(value, rel=1e-6), line
+    found = estimate(run.config, "", Options(), run.devices)
+    told = {formula.partition(": ")[0]: formula for section, formula, _ in found.formulas if section == "network"}
+    for name, value in found.network.items():
+        assert value_of(told[name]) == pytest.approx(value), told[name]
+
+
+def of_batch(config, batch: int):
+    config.batch = batch
+    return config
 
 
 # -- devices -------------------------------------------------------------------------------------------------------

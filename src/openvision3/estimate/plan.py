@@ -94,7 +94,7 @@ def estimate(config: RunConfig, recipe: str, options: Options, devices: Devices 
     _fit(found, run, costs)
     _time(found, run)
     found.disk = _disk(run)
-    found.formulas = explain(found, run, costs, 1 - RESERVE)
+    found.formulas = explain(found, run, costs, 1 - RESERVE, _chunk())
     if advise:
         found.advice = _advice(found, config, options)
     return found
@@ -219,8 +219,7 @@ def _network(run: Sizes) -> tuple[dict[str, float], float | None]:
         collective("gradients", 2 * FP32 * trainable, n, nodes)
     else:
         shards, machines = run.shards, 1 if run.parallel == "hsdp" else nodes
-        passes = 2 * run.pieces + (1 if run.pieces > 1 else 0)
-        collective("weights", gathered * passes, shards, machines)
+        collective("weights", gathered * run.gathers, shards, machines)
         collective("gradients", FP32 * trainable, shards, machines)
         if run.parallel == "hsdp" and nodes > 1:  # each machine's shard meets its counterparts
             between["gradients"] = 2 * FP32 * trainable / shards * (nodes - 1) / nodes

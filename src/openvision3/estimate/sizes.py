@@ -154,6 +154,11 @@ class Sizes:
         return FP32 * (2 * self.trainable - (matrices if self.config.optimizer.kind == "muon" else 0))
 
     @property
+    def gathers(self) -> int:
+        """How often a step makes sharded weights whole: forward and backward of each piece, and the pass that embeds them all."""
+        return 2 * self.pieces + (1 if self.pieces > 1 else 0)
+
+    @property
     def pieces(self) -> int:
         return self.local // self.micro
 
