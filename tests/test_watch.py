@@ -234,3 +234,10 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     write(tmp_path / "a", [row(1)])
     assert cli.main(["watch", str(tmp_path / "a"), "--png", str(tmp_path / "none/x.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_watching_needs_no_torch(tmp_path):
+    write(tmp_path / "a", [row(1), row(2)])
+    code = "import sys; from openvision3 import cli; cli.main(['watch', sys.argv[1], '--once']); print({'torch', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
