@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from openvision3.estimate.plan import Estimate
 
 
-def explain(found: Estimate, run: Sizes, costs: dict[str, Cost], usable: float, chunk: int) -> list[tuple[str, str, str]]:
-    """(section, formula with numbers, result) of all that is known; `usable` is the share of a device's memory that counts as room, `chunk` the
-    number of logits that exist at a time."""
+def explain(found: Estimate, run: Sizes, costs: dict[str, Cost], usable: float) -> list[tuple[str, str, str]]:
+    """(section, formula with numbers, result) of all that is known; `usable` is the share of a device's memory that counts as room."""
     lines: list[tuple[str, str, str]] = []
 
     def note(section: str, formula: str, result: str) -> None:
@@ -39,7 +38,7 @@ def explain(found: Estimate, run: Sizes, costs: dict[str, Cost], usable: float, 
         if name.startswith("activations: "):
             one = costs[name.removeprefix("activations: ")].saved
             note("memory", f"{name}: {value / one:g} x {one / 1e6:.2f} MB kept, in a micro-batch of {run.micro:,}", gigabytes(value))
-    for name, formula in _memory_formulas(run, chunk).items():
+    for name, formula in _memory_formulas(run).items():
         if name in found.memory:
             note("memory", f"{name}: {formula}", gigabytes(found.memory[name]))
     if device.memory:
@@ -63,7 +62,7 @@ def explain(found: Estimate, run: Sizes, costs: dict[str, Cost], usable: float, 
         note("cost", f"{found.hours:.2f} h x {run.devices.count} x {run.options.price_per_hour:g}", f"{found.cost:,.0f}")
     kept = f"weights {run.trainable:,} x {FP32} x 2 (state and plain model) + optimiser {run.optimiser_bytes:,.0f}"
     note("disk", f"a checkpoint: {kept} bytes", gigabytes(found.disk["one checkpoint"] or 0))
-    note("disk", f"{config.keep} kept and one that is being written", gigabytes(found.disk["checkpoints"] or 0))
+    note("disk", f"{config.keep} newest, {config.keep_best} best and one that is being written", gigabytes(found.disk["checkpoints"] or 0))
     side = config.size // run.vae.stride
     note(
         "disk",
@@ -73,10 +72,12 @@ def explain(found: Estimate, run: Sizes, costs: dict[str, Cost], usable: float, 
     return lines
 
 
-def _memory_formulas(run: Sizes, chunk: int) -> dict[str, str]:
+def _memory_formulas(run: Sizes) -> dict[str, str]:
+    from openvision3.model.losses import CHUNK
+
     outside, b, model = run.trainable - run.in_blocks, run.width_bytes, run.config.model
     logits = (
-        f"min({chunk:,} at a time, {run.micro} x {run.caption_length} x {run.vocabulary:,}) x {3 * FP32 + (b if b != FP32 else 0)} bytes, and their features"
+        f"min({CHUNK:,} at a time, {run.micro} x {run.caption_length} x {run.vocabulary:,}) x {3 * FP32 + (b if b != FP32 else 0)} bytes, and their features"
     )
     return {
         "gathered weights and gradients": f"2 x {FP32} x {outside:,} outside of blocks + 2 blocks x {run.largest_block:,} x ({b} + {FP32})",

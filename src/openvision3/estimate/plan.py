@@ -94,14 +94,14 @@ def estimate(config: RunConfig, recipe: str, options: Options, devices: Devices 
     _fit(found, run, costs)
     _time(found, run)
     found.disk = _disk(run)
-    found.formulas = explain(found, run, costs, 1 - RESERVE, _chunk())
+    found.formulas = explain(found, run, costs, 1 - RESERVE)
     if advise:
         found.advice = _advice(found, config, options)
     return found
 
 
 def _parts(run: Sizes, costs: dict[str, Cost]) -> list[Part]:
-    CHUNK = _chunk()
+    from openvision3.model.losses import CHUNK
 
     counts = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions}
     parts = []
@@ -118,18 +118,12 @@ def _parts(run: Sizes, costs: dict[str, Cost]) -> list[Part]:
     return parts
 
 
-def _chunk() -> int:
-    from openvision3.model import losses
-
-    return getattr(losses, "CHUNK", 2**24)
-
-
 # -- memory of one device ------------------------------------------------------------------------------------------
 
 
 def _memory(run: Sizes, costs: dict[str, Cost], micro: int) -> dict[str, float]:
     """Bytes at the fullest moment, the start of the backward pass."""
-    CHUNK = _chunk()
+    from openvision3.model.losses import CHUNK
 
     config, shards, b = run.config, run.shards, run.width_bytes
     found = {
@@ -240,7 +234,7 @@ def _disk(run: Sizes) -> dict[str, float | None]:
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
     return {
         "one checkpoint": one,
-        "checkpoints": one * (config.keep + 1),
+        "checkpoints": one * (config.keep + config.keep_best + 1),
         "latent cache, a sample": sample,
         "latent cache": sample * run.options.samples if run.options.samples else None,
         "data": _data_bytes(config.data),
@@ -289,7 +283,7 @@ def _advice(found: Estimate, config: RunConfig, options: Options) -> list[dict[s
     if found.fits is False:
         if found.largest_micro_batch:
             consider("compute the batch in pieces that fit", f"--micro-batch {found.largest_micro_batch}", micro_batch=found.largest_micro_batch)
-        if not getattr(config, "checkpointing", False):
+        if not config.checkpointing:
             new = consider("make activations again instead of keeping them", "--checkpointing", checkpointing=True)
             if not new.fits and new.largest_micro_batch:
                 advice.pop()

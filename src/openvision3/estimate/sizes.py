@@ -98,11 +98,11 @@ class Sizes:
         self.caption_length = self._length("caption", options.caption_length, model.captioner.positions)
         self.precision = config.precision if config.precision != "auto" else self._precision()
         self.width_bytes = 2 if self.precision == "bf16" else FP32
-        self.checkpointing = bool(getattr(config, "checkpointing", False))
+        self.checkpointing = config.checkpointing
         if config.batch % devices.count:
             raise ValueError(f"batch {config.batch} cannot be divided among {devices.count} devices; legal are multiples of {devices.count}")
         self.local = config.batch // devices.count
-        self.micro = getattr(config, "micro_batch", 0) or self.local
+        self.micro = config.micro_batch or self.local
         if self.local % self.micro:
             legal = ", ".join(str(n) for n in divisors(self.local))
             raise ValueError(
@@ -135,12 +135,10 @@ class Sizes:
         return "bf16" if device.bf16 is None or device.bf16 > (device.fp32 or 0) else "fp32"
 
     def _parallel(self) -> str:
-        asked = getattr(self.config, "parallel", "auto")
-        if self.devices.count == 1:
-            return "one"
-        if asked != "auto":
-            return asked
-        return "replicate" if self.trainable < 100e6 else "fsdp" if self.devices.nodes == 1 else "hsdp"
+        from openvision3.distributed import Ranks, choose_parallel
+
+        count = self.devices.count
+        return "one" if count == 1 else choose_parallel(self.config.parallel, self.trainable, Ranks(0, count, 0, self.devices.in_node))
 
     @property
     def shards(self) -> int:
