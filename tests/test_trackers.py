@@ -141,13 +141,15 @@ def test_a_run_that_goes_on_continues_its_pages_and_sends_nothing_twice(tmp_path
             pretrain(small(tmp_path, "sweep/one", track=("wandb", "trackio"), log_every=1))
     before = json.loads((tmp_path / "sweep/one/trackers.json").read_text())
     run = pretrain(small(tmp_path, "sweep/one", track=("wandb", "trackio"), log_every=1, resume=True)).folder
+    log = (run / "log.txt").read_text()
+    assert "could not" not in log and "did not take" not in log, log
     assert json.loads((run / "trackers.json").read_text()) == before
     assert len(list(run.glob("wandb/offline-run-*"))) == 2
     assert {r.run.run_id for r in wandb_records(run) if r.WhichOneof("record_type") == "run"} == {before["wandb"]}
     rows = trackio_rows(trackio_folder / "sweep.db")
     assert {name for name, *_ in rows} == {f"one-{before['trackio']}"}
-    for sent in (numbers_by_step(wandb_rows(run)), numbers_by_step([(step, values) for _, step, values in rows])):
-        assert sent.keys() == expected(run).keys() == set(range(1, 8))
+    for name, sent in (("wandb", numbers_by_step(wandb_rows(run))), ("trackio", numbers_by_step([(step, values) for _, step, values in rows]))):
+        assert sent.keys() == expected(run).keys() == set(range(1, 8)), f"{name}: {log}"
         assert {s: v.get("train/loss") for s, v in sent.items()} == {s: v.get("train/loss") for s, v in expected(run).items()}
 
 
