@@ -30,7 +30,7 @@ from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Muon, OptimizerConfig, Optimizers
-from openvision3.recipes import base_low_res, mini, tiny
+from openvision3.recipes import RECIPES, base_high_res, base_low_res, folder, mini, tiny
 
 KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512],
@@ -577,9 +577,9 @@ def test_nothing_is_loaded(monkeypatch, capsys):
 
 
 def test_a_plain_terminal_gets_no_colour(capsys):
-    show(of(batch=64))
+    show([of(batch=64)])
     assert "\x1b" not in capsys.readouterr().out
-    assert json.loads(to_json(of(tiny, batch=8)))["recipe"] == "tiny"
+    assert json.loads(to_json([of(tiny, batch=8)]))["recipe"] == "tiny"
 
 
 def test_bars_and_units():
@@ -598,3 +598,20 @@ def test_the_vocabulary_is_read_where_it_is_at_hand(tmp_path):
     absent = of(batch=8)
     assert absent.vocabulary == BERT and any("bert-base-uncased" in line for line in absent.assumptions)
     assert of(mini).vocabulary == 3072
+    assert of(base_high_res, batch=8, data=("pictures",)).vocabulary == BERT
+    assert of(base_high_res, batch=8, init=str(tmp_path)).vocabulary == len(tokenizer)
+    assert of(folder).vocabulary == 3072
+
+
+def test_a_recipe_of_two_phases_is_estimated_phase_by_phase(capsys):
+    assert cli.main(["estimate", "paper_base", "--gpus", "64xh100", "--json"]) == 0
+    low, high = json.loads(capsys.readouterr().out)
+    assert (low["recipe"], high["recipe"]) == ("base_low_res", "base_high_res")
+    assert cli.main(["estimate", "paper_base", "--gpus", "64xh100"]) == 0
+    assert f"both in turn: {hours(low['hours'] + high['hours'])}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_can_be_estimated(recipe):
+    found = of(recipe, gpus="8xh100")
+    assert found.hours > 0 and found.largest_micro_batch > 0

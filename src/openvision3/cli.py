@@ -125,14 +125,14 @@ def estimate(argv: Sequence[str]) -> int:
     from openvision3.estimate.plan import estimate
     from openvision3.estimate.show import show, to_json
     from openvision3.estimate.sizes import Options
-    from openvision3.recipes import RECIPES
+    from openvision3.recipes import IN_TURN
 
-    name, rest = _recipe(argv), list(argv[1:])
+    phases = [recipe.__name__ for recipe in IN_TURN[argv[0]]] if argv[0] in IN_TURN else [_recipe(argv)]
+    program, rest = f"{program} {argv[0]}", list(argv[1:])
     if "-h" in rest or "--help" in rest:
-        parse(Options, ["--help"], f"{program} {name}", description=f"{RECIPES[name].__doc__}\nThe fields of the run, too: openvision3 train {name} --help")
-    options, rest = parse(Options, rest, f"{program} {name}", return_unknown_args=True)
-    config = _configured(name, rest, f"{program} {name}")
-    found = estimate(config, name, options)
+        parse(Options, ["--help"], program, description=f"The fields of the run, too: openvision3 train {phases[0]} --help")
+    options, rest = parse(Options, rest, program, return_unknown_args=True)
+    found = [estimate(_configured(name, rest, program), name, options) for name in phases]
     if options.json:
         print(to_json(found))
     else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -22,7 +24,13 @@ def bar(share: float, width: int = BAR) -> str:
     return (_EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
 
 
-def to_json(found: Estimate) -> str:
+def to_json(phases: Sequence[Estimate]) -> str:
+    """An object, or for several phases a list of them."""
+    found = [_values(phase) for phase in phases]
+    return json.dumps(found if len(found) > 1 else found[0], indent=2)
+
+
+def _values(found: Estimate) -> dict[str, Any]:
     values = asdict(found)
     values["devices"] = {
         "name": found.devices.device.name,
@@ -32,7 +40,7 @@ def to_json(found: Estimate) -> str:
     }
     values["memory_total"] = found.memory_total
     values["formulas"] = [{"section": section, "formula": formula, "result": result} for section, formula, result in found.formulas]
-    return json.dumps(values, indent=2)
+    return values
 
 
 def render(found: Estimate, explain: bool = False) -> RenderableType:
@@ -47,8 +55,15 @@ def render(found: Estimate, explain: bool = False) -> RenderableType:
     return Group(*spaced[:-1])
 
 
-def show(found: Estimate, explain: bool = False, screen: Console | None = None) -> None:
-    (screen or Console(highlight=False)).print(render(found, explain))
+def show(phases: Sequence[Estimate], explain: bool = False, screen: Console | None = None) -> None:
+    """One estimate after the other, and for several the sum of hours and cost."""
+    screen = screen or Console(highlight=False)
+    for i, found in enumerate(phases):
+        screen.print(*[""] * (i > 0), render(found, explain), sep="\n")
+    times, costs = [found.hours for found in phases if found.hours is not None], [found.cost for found in phases if found.cost is not None]
+    if len(phases) > 1 and len(times) == len(phases):
+        together = f", {sum(costs):,.0f} (in the unit of --price-per-hour)" if costs else ""
+        screen.print(Text(f"\nboth in turn: {hours(sum(times))}{together}", style="bold"))
 
 
 def _head(found: Estimate) -> Text:

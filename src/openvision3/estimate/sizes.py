@@ -113,12 +113,14 @@ class Sizes:
         self.cached = options.cached
 
     def _vocabulary(self) -> int:
+        """That of the tokenizer.json where it is at hand, of the run or the model that it starts from too; else bert's for the paper's captions."""
         config = self.config
-        if config.tokenizer and Path(config.tokenizer).is_file():
-            from openvision3.data.text import TextTokenizer
+        for path in (Path(config.tokenizer or " "), Path(config.init or " ") / "tokenizer.json"):
+            if path.is_file():
+                from openvision3.data.text import TextTokenizer
 
-            return len(TextTokenizer.load(config.tokenizer))
-        if config.tokenizer or (not config.data and not config.val):
+                return len(TextTokenizer.load(path))
+        if config.tokenizer or "re_caption" in config.caption_keys:
             self.assumptions.append(f"{config.tokenizer or 'the tokenizer'} is not at hand and counted as bert-base-uncased, {BERT:,} pieces")
             return BERT
         return config.vocabulary
