@@ -28,6 +28,7 @@ STOPPED = 75
 """Exit code of a run that a signal ended after it had saved: run the same command with --resume."""
 
 Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
+Runs = Positional[Annotated[tuple[str, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
 Model = Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda}", help="where to compute")]
 Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
@@ -115,11 +116,69 @@ def _train(name: str, config: RunConfig) -> int:
     return STOPPED if pretrain(config, name).status == "stopped" else 0
 
 
+def estimate(argv: Sequence[str]) -> int:
+    """Say what a run will take before it runs: openvision3 estimate RECIPE [--gpus h100:8] [--field value ...]"""
+    program = "openvision3 estimate"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(ESTIMATE_HELP)
+        return 0 if argv else 2
+    from openvision3.estimate.plan import estimate
+    from openvision3.estimate.show import show, to_json
+    from openvision3.estimate.sizes import Options
+    from openvision3.recipes import IN_TURN
+
+    phases = [recipe.__name__ for recipe in IN_TURN[argv[0]]] if argv[0] in IN_TURN else [_recipe(argv)]
+    program, rest = f"{program} {argv[0]}", list(argv[1:])
+    if "-h" in rest or "--help" in rest:
+        parse(Options, ["--help"], program, description=f"The fields of the run, too: openvision3 train {phases[0]} --help")
+    options, rest = parse(Options, rest, program, return_unknown_args=True)
+    found = [estimate(_configured(name, rest, program), name, options) for name in phases]
+    if options.json:
+        print(to_json(found))
+    else:
+        show(found, options.explain)
+    return 0
+
+
+ESTIMATE_HELP = """usage: openvision3 estimate RECIPE [--gpus h100:8] [--field value ...]
+
+Operations, memory, hours, disk and network of a run, and what would make it cheaper; nothing is loaded, nothing runs.
+
+  --gpus h100:8             devices: h100, h200, a100, a100-40gb, b200, l40s, 4090, cpu, 64xh100; none: this machine's
+  --utilisation 0.40        share of the devices' peak that the run reaches
+  --price-per-hour 2.5      of one device
+  --cached                  latents come from a cache (openvision3 data latents)
+  --explain                 print each formula with its numbers
+  --json                    one JSON value
+  --field value             any field of the run: the same as for openvision3 train RECIPE
+
+all options: openvision3 estimate RECIPE --help; recipes: openvision3 train --help"""
+
+
 def data(argv: Sequence[str]) -> int:
     """Prepare pictures with words for training: openvision3 data COMMAND ..."""
     from openvision3 import cli_data
 
     return _run(argv, cli_data.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
+
+
+def watch(runs: Runs, once: bool = False, png: str = "", metrics: tuple[str, ...] = (), every: float = 2.0) -> int:
+    """Draw the curves of runs in the terminal while they are written.
+
+    Args:
+        once: draw them as they are now, all of them, and end; so it is where there is no terminal, too.
+        png: draw them into this file instead, one panel a metric.
+        metrics: which, as in --metrics 'train/*' val/psnr; none: losses, val/..., rate, norm, samples/s, wait, memory.
+        every: seconds between looks.
+    """
+    from openvision3 import watch as watching
+
+    if png:
+        count = watching.draw(runs, png, metrics)
+        print(f"{png}: {count} panels")
+    else:
+        watching.watch(runs, once=once, metrics=metrics, every=every)
+    return 0
 
 
 def reconstruct(
@@ -313,7 +372,7 @@ def doctor(json: Json = False) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, data, reconstruct, caption, classify, encode, info, doctor)}
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, estimate, watch, data, reconstruct, caption, classify, encode, info, doctor)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
@@ -431,6 +490,7 @@ def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
             paragraphs[-1].append(line)
     filled = [p for p in paragraphs if p]
     message = " ".join(filled[0]) if filled else "wrong arguments"
+    message = re.sub(r"^Error parsing \w+: ", "", message)  # the name of a class means nothing to who typed this
     unknown = re.search(r"Unrecognized options: (--[^\s,]+)", message)
     near = next(iter(difflib.get_close_matches(unknown.group(1), options, 1, cutoff=0.3)), "") if unknown else ""
     return message.rstrip(".") + (f"; nearest is {near}" if near else "") + f"; see {program} --help"
@@ -446,7 +506,7 @@ def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
         raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
-    if verbs[verb] in (train, data):  # recipes and verbs have help of their own
+    if verbs[verb] in (train, estimate, data):  # recipes and verbs have help of their own
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
 

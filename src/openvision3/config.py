@@ -84,6 +84,8 @@ class RunConfig:
     """newest checkpoints kept"""
     keep_best: int = 1
     """checkpoints of lowest val/loss kept besides, where evaluation and saving fall on the same steps"""
+    track: tuple[str, ...] = ()
+    """wandb, trackio or both, beside metrics.jsonl and tensorboard"""
     out: str = ""
     """the run folder; none: runs/RECIPE"""
     init: str = ""

@@ -31,6 +31,7 @@ from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
 from openvision3.progress import RunFolder, console, duration, environment, read_skipped
+from openvision3.trackers import check_trackers
 from openvision3.train import Loop, backward, fit
 
 EVALUATED = 256
@@ -38,7 +39,7 @@ EVALUATED = 256
 
 
 FREE = (
-    *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "out", "resume"),
+    *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "out", "resume"),
     *("micro_batch", "parallel", "checkpointing", "compile"),
 )
 """fields that a run which goes on may set anew"""
@@ -104,6 +105,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     out = Path(config.out or f"runs/{recipe}")
     with distributed.together():
         RunFolder.check(out, config.resume)
+        check_trackers(config.track)
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
         precision, why = distributed.from_first(choose_precision(config.precision, device) if ranks.rank == 0 else ("fp32", ""))
     with distributed.together():
@@ -166,6 +168,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         run.describe(to_dict(config), environment())
         if config.resume:
             run.forget_after(state.step, state.problems)
+        run.track(config.track, to_dict(config))
         if run.writes:
             tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
@@ -191,7 +194,11 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             hub.save_model(folder, model, tokenizer, config.size, training=training, weights=weights)
 
         def evaluate(step: int) -> dict[str, float]:
-            return quick_evaluation(pipeline, held_out, batches, run.path / "samples" / f"step-{step:08d}.png" if run.writes else None)
+            sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
+            found = quick_evaluation(pipeline, held_out, batches, sheet)
+            if sheet is not None:
+                run.picture(step, "val/sheet", sheet)
+            return found
 
         status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate)
         counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""

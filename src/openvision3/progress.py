@@ -1,7 +1,7 @@
 """What a person sees while something runs, and what a run writes down.
 
 On a terminal a rich bar with the last line above it, elsewhere plain lines; `metrics.jsonl`, `log.txt` and tensorboard
-always. A run folder also holds the resolved config, the environment and the exact command.
+always, wandb and trackio where they are asked for. A run folder also holds the resolved config, the environment and the exact command.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from openvision3.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -53,6 +55,8 @@ class RunFolder:
         self._listed = 0
         self._first_step = 0
         self._board: Any = None
+        self._trackers: Trackers | None = None
+        self._told: set[tuple[int, str]] = set()
         self.bar: Progress | None = None
         self._task: Any = None
         self._log = self._metrics = open(os.devnull, "w")
@@ -93,14 +97,22 @@ class RunFolder:
         kept = []
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step:
                     kept.append(line + "\n")
+                else:
+                    self._told.add(_row_key(row["step"], row))
         _replace(self.path / "metrics.jsonl", "".join(kept))
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         known = read_skipped(self.path, problems)
         if (self.path / "skipped.jsonl").is_file():
             _replace(self.path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in known))
         self._listed, self._first_step = len(known), step + 1
+
+    def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
+        """From now on records and pictures go to these trackers too. Raises ValueError for one that is not installed."""
+        if names and self.writes:
+            self._trackers = Trackers(names, self.path, config, self.say)
 
     def say(self, line: str) -> None:
         """One line for the person and for log.txt."""
@@ -123,6 +135,13 @@ class RunFolder:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
+        if self._trackers is not None and _row_key(step, values) not in self._told:  # steps done again have the same numbers
+            self._trackers.log(step, values)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture that the run has written to the trackers."""
+        if self._trackers is not None:
+            self._trackers.picture(step, name, path)
 
     def list_skipped(self, problems: list[dict[str, str]]) -> int:
         """Append to skipped.jsonl those of the run's `problems` that are not in it yet; returns how many are."""
@@ -157,10 +176,17 @@ class RunFolder:
             _replace(self.path / REQUEUE, "saved after a signal; start the same command with --resume\n")
 
     def close(self) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
         for file in (self._log, self._metrics, self._board):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk has been told of already
                     file.close()
+
+
+def _row_key(step: int, row: dict[str, Any]) -> tuple[int, str]:
+    """Tells a training row of metrics.jsonl from an evaluation of the same step."""
+    return step, next((name.partition("/")[0] for name in row if name != "step"), "")
 
 
 def read_skipped(run: Path, count: int) -> list[dict[str, str]]:

@@ -1,0 +1,180 @@
+"""An estimate as a person reads it: bars in the terminal, plain text elsewhere, or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from openvision3.estimate.explain import flops, gigabytes, hours
+from openvision3.estimate.plan import Estimate
+
+BAR = 20
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def bar(share: float, width: int = BAR) -> str:
+    """A share of `width` characters, drawn to an eighth of one."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    return (_EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
+
+
+def to_json(phases: Sequence[Estimate]) -> str:
+    """An object, or for several phases a list of them."""
+    found = [_values(phase) for phase in phases]
+    return json.dumps(found if len(found) > 1 else found[0], indent=2)
+
+
+def _values(found: Estimate) -> dict[str, Any]:
+    values = asdict(found)
+    values["devices"] = {
+        "name": found.devices.device.name,
+        "count": found.devices.count,
+        "machines": found.devices.nodes,
+        "source": found.devices.device.source,
+    }
+    values["memory_total"] = found.memory_total
+    values["formulas"] = [{"section": section, "formula": formula, "result": result} for section, formula, result in found.formulas]
+    return values
+
+
+def render(found: Estimate, explain: bool = False) -> RenderableType:
+    blocks: list[RenderableType] = [_head(found), _work(found), _memory(found), _totals(found)]
+    if found.advice:
+        blocks.append(_advice(found))
+    if explain:
+        blocks.append(_formulas(found))
+    if found.assumptions:
+        blocks.append(Text("assumed: " + "; ".join(dict.fromkeys(found.assumptions)), style="dim"))
+    spaced = [block for pair in zip(blocks, [Text("")] * len(blocks), strict=True) for block in pair]
+    return Group(*spaced[:-1])
+
+
+def show(phases: Sequence[Estimate], explain: bool = False, screen: Console | None = None) -> None:
+    """One estimate after the other, and for several the sum of hours and cost."""
+    screen = screen or Console(highlight=False)
+    for i, found in enumerate(phases):
+        screen.print(*[""] * (i > 0), render(found, explain), sep="\n")
+    times, costs = [found.hours for found in phases if found.hours is not None], [found.cost for found in phases if found.cost is not None]
+    if len(phases) > 1 and len(times) == len(phases):
+        together = f", {sum(costs):,.0f} (in the unit of --price-per-hour)" if costs else ""
+        screen.print(Text(f"\nboth in turn: {hours(sum(times))}{together}", style="bold"))
+
+
+def _head(found: Estimate) -> Text:
+    how = {"one": "one device", "replicate": "a copy on each", "fsdp": "FSDP, weights in shards", "hsdp": "HSDP, shards within a machine"}[found.parallel]
+    pieces = f", in pieces of {found.micro_batch}" if found.micro_batch < found.local_batch else ""
+    trained = sum(found.parameters.values()) / 1e6
+    return Text.assemble(
+        (f"{found.recipe} on {found.devices}", "bold"),
+        f" ({how}), {found.precision}\n",
+        f"{found.steps:,} steps of {found.batch:,} pictures ({found.local_batch:,} a device{pieces})\n",
+        f"{trained:.1f} M parameters to train, vocabulary {found.vocabulary:,}\nVAE {found.vae}",
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 or not name else "right", overflow="fold")
+    return table
+
+
+def _work(found: Estimate) -> Table:
+    unit, size = next((u, s) for u, s in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)) if found.sample_flops >= 3 * s or s == 1e6)
+    table = _table(f"operations of one sample, in {unit}", "part", "forward", "backward", "again", "sum", "share", "")
+    largest = max(part.share for part in found.parts)
+    for part in found.parts:
+        numbers = [f"{n / size:,.1f}" if n else "-" for n in (part.forward, part.backward, part.again)]
+        table.add_row(part.name, *numbers, f"{part.flops / size:,.1f}", _percent(part.share), Text(bar(part.share / largest), style="cyan"))
+    table.add_row(Text("sum", style="bold"), "", "", "", Text(f"{found.sample_flops / size:,.1f}", style="bold"), "", "")
+    if found.optimiser_flops:
+        of = found.optimiser_flops / found.local_batch
+        table.add_row("optimiser", "", "", "", f"{of / size:,.1f}", "", f"{flops(found.optimiser_flops)} a step, for {found.local_batch:,} samples")
+    return table
+
+
+def _memory(found: Estimate) -> Table:
+    memory = found.devices.device.memory
+    table = _table("memory of one device, at the start of the backward pass", "what", "bytes", "share", "")
+    whole = max(memory or 0.0, found.memory_total)
+    for name, value in found.memory.items():
+        table.add_row(name, gigabytes(value), _percent(value / whole), Text(bar(value / whole), style="magenta"))
+    verdict = {True: ("fits", "green"), False: ("does not fit", "red"), None: ("", "")}[found.fits]
+    of = f" of {gigabytes(memory)}" if memory else ""
+    table.add_row(
+        Text("sum", style="bold"),
+        Text(gigabytes(found.memory_total), style="bold"),
+        _percent(found.memory_total / whole),
+        Text(f"{verdict[0]}{of}", style=verdict[1]),
+    )
+    return table
+
+
+def _totals(found: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    if found.largest_micro_batch is not None:
+        fit = "none, not even one sample fits" if not found.largest_micro_batch else f"{found.largest_micro_batch:,}"
+        at_once = " (the whole batch of a device)" if found.largest_micro_batch == found.local_batch else f" (of the divisors of {found.local_batch:,})"
+        table.add_row("largest micro-batch", fit + at_once * bool(found.largest_micro_batch))
+    if found.hours is not None and found.step_seconds:
+        total = found.batch / found.step_seconds
+        table.add_row(
+            "time", f"{hours(found.hours)} = {found.hours * found.devices.count:,.0f} device-hours; {found.step_seconds:.3g} s a step, {total:,.0f} samples/s"
+        )
+    else:
+        table.add_row("time", "unknown: see below")
+    if found.cost is not None:
+        table.add_row("cost", f"{found.cost:,.0f} (in the unit of --price-per-hour)")
+    if found.network:
+        sent = gigabytes(sum(v for k, v in found.network.items() if k.endswith("within a machine")))
+        outside = sum(v for k, v in found.network.items() if k.endswith("between machines"))
+        text = f"{sent} sent by each device a step within its machine" + (f", {gigabytes(outside)} to others" if outside else "")
+        if found.network_seconds is not None:
+            text += f"; {found.network_seconds:.3g} s were nothing overlapped"
+            if found.compute_seconds:
+                text += f", {_percent(found.network_seconds / found.compute_seconds)} of computing"
+        table.add_row("network", text)
+    disk = found.disk
+    text = f"checkpoints {gigabytes(disk['checkpoints'] or 0)} ({gigabytes(disk['one checkpoint'] or 0)} each)"
+    text += f"; a latent cache {(disk['latent cache, a sample'] or 0) / 1e3:.1f} kB a sample"
+    if disk["latent cache"]:
+        text += f", {gigabytes(disk['latent cache'])} in all"
+    text += f"; data {gigabytes(disk['data'])}" if disk["data"] is not None else "; data unknown, not at hand"
+    table.add_row("disk", text)
+    table.add_row("speeds from", found.devices.device.source)
+    return table
+
+
+def _advice(found: Estimate) -> Table:
+    table = _table("what would change it", "change", "set", "a sample", "time", "memory", "")
+    table.columns[1].justify = "left"
+    for row in found.advice:
+        fits = {True: "fits", False: f"micro-batch {row['largest_micro_batch']} would fit" if row["largest_micro_batch"] else "does not fit", None: ""}[
+            row["fits"]
+        ]
+        table.add_row(
+            row["what"], row["set"], flops(row["sample_flops"]), hours(row["hours"]) if row["hours"] is not None else "-", gigabytes(row["memory"]), fits
+        )
+    return table
+
+
+def _formulas(found: Estimate) -> Text:
+    text, before = Text("the arithmetic", style="bold"), ""
+    for section, formula, result in found.formulas:
+        if section != before:
+            text.append(f"\n{section}", style="bold")
+        text.append(f"\n  {formula}", style="not bold").append(f" = {result}", style="not bold cyan")
+        before = section
+    return text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 0.1 else f"{100 * share:.0f}%"
