@@ -165,9 +165,11 @@ def test_a_killed_process_that_goes_on_equals_the_one_that_was_not(whole, fault,
     out = f"{fault}-{step}"
     seen, said = finish(start(whole, out, "--steps", "8", fault=fault, step=step))
     assert seen == code, said
-    checkpoints = complete_checkpoints(whole / out)
-    assert len(checkpoints) == 1
-    assert checkpoints[0].name == {"SIGKILL": "step-00000003", "rename": "step-00000003", "deletion": "step-00000006"}.get(fault, f"step-{step:08d}")
+    names = [path.name for path in complete_checkpoints(whole / out)]
+    if fault == "SIGKILL":  # the save of step 3 may still be on its way
+        assert names in ([], ["step-00000003"])
+    else:  # a signal that comes when a step's end has been agreed on waits for the next
+        assert names == [{"rename": "step-00000003", "deletion": "step-00000006"}.get(fault, f"step-{step + 1:08d}")]
     assert ("saved at step" in said) == (code == 75)
     seen, said = finish(start(whole, out, "--steps", "8", "--resume"))
     assert seen == 0, said
