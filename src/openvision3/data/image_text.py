@@ -98,9 +98,13 @@ class ImageTextModel:
     def __init__(self, name: str, wording: Wording, *, revision: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False):
         self.wording, self.device, self.dtype = wording, device, dtype
         with _loading(name, download) as transformers:
-            self.processor = transformers.AutoProcessor.from_pretrained(name, **_where(revision, download))
-            self.model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **_where(revision, download)).to(device).eval()
-        self.words = getattr(self.processor, "tokenizer", None)
+            self.processor: Any = transformers.AutoProcessor.from_pretrained(name, **_where(revision, download))
+            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True, **_where(revision, download))
+        network, report = loaded
+        if report["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise ValueError(f"{name} lacks {len(report['missing_keys'])} of the model's weights, first {min(report['missing_keys'])}; get it anew")
+        self.model: Any = network.to(device).eval()
+        self.words: Any = getattr(self.processor, "tokenizer", None)
         if self.words is None:
             raise ValueError(f"{name} has no text tokenizer beside its weights; a model folder as save_pretrained of model and processor writes it is needed")
         self.encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
