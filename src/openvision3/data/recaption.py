@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -265,29 +266,36 @@ class _Journal:
     def __init__(self, target: Path, opening: dict[str, Any]):
         self.path = target.with_name(f".{target.name}.journal")
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b")
+        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
         if not _lock(self.file):
             self.file.close()
             raise ValueError(f"another process is at work on {target}; let it finish, or share the shards with --shard-split RANK/WORLD")
+        self.results: list[Result] = []
         self.file.seek(0)
-        lines = self.file.read().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        self.restarted = bool(whole) and _json_object(whole[0]) != opening
-        if self.restarted:
-            whole = []
-        self.results: list[Result] = [result for line in whole[1:] for result in json.loads(line)]
-        self.file.truncate(sum(map(len, whole)))  # a line that a kill has cut off
-        if not whole:
+        head, *lines = self.file.read().splitlines(keepends=True) or [b""]
+        self.restarted = head.endswith(b"\n") and _json_object(head) != opening
+        if not head.endswith(b"\n") or self.restarted:
+            self.file.truncate(0)
             self._write(opening)
+            return
+        length = len(head)
+        for line in lines:
+            try:
+                self.results += json.loads(line if line.endswith(b"\n") else b"")
+            except ValueError:  # cut off by a kill, or a crash of the machine: it is done again
+                break
+            length += len(line)
+        self.file.truncate(length)
 
     def append(self, results: list[Result]) -> None:
         self._write(results)
         self.results += results
 
     def _write(self, value: Any) -> None:
+        line = json.dumps(value).encode() + b"\n"
         with _named(self.path):
-            self.file.write(json.dumps(value).encode() + b"\n")
-            self.file.flush()
+            while line:
+                line = line[self.file.write(line) :]
             os.fsync(self.file.fileno())
 
     def close(self, *, done: bool) -> None:
@@ -296,7 +304,7 @@ class _Journal:
         self.file.close()
 
 
-def _lock(file: BinaryIO) -> bool:
+def _lock(file: FileIO) -> bool:
     if sys.platform == "win32":
         return True
     import fcntl
@@ -363,7 +371,7 @@ def recaption(
         raise ValueError(f"field {name!r} would write over the old caption; name another one, such as re_caption")
     out = Path(out)
     tally = Tally()
-    jobs = list(_jobs(data, out, tally))
+    jobs = list(_jobs(data, out))
     settings = {**settings, "field": name, "caption_key": caption_key}
     known = _agree(out, settings)
     if known is None and (there := [job.target for job in jobs if job.target.exists()]):
@@ -480,7 +488,7 @@ def _result(answer: Answer | ImageError, max_words: int) -> Result:
     return {"caption": " ".join(words[:max_words] if short else words), **({"cut": "length"} if answer.cut and not short else {})}
 
 
-def _jobs(data: Sequence[str], out: Path, tally: Tally) -> Iterator[_Shard | _Folder]:
+def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
     """The shards and the folder named, in order, each with the file that it becomes."""
     legal = "legal are a folder of pictures, or shards such as data/*.tar"
     tars: list[str] = []
@@ -551,7 +559,7 @@ def _told(part: str, values: Mapping[str, Any]) -> str:
 
 def examples(data: Sequence[str], out: str | Path, name: str = "re_caption", count: int = 12) -> list[tuple[Image.Image, str, str]]:
     """(picture, old caption, new caption), evenly spaced through what `recaption` has written of `data` under `out`."""
-    jobs = [job for job in _jobs(data, Path(out), Tally()) if job.target.exists()]
+    jobs = [job for job in _jobs(data, Path(out)) if job.target.exists()]
     jobs = jobs[:: max(1, len(jobs) // 4)][:4]
     found: list[tuple[Image.Image, str, str]] = []
     for job in jobs:
