@@ -179,6 +179,22 @@ def test_shards_of_one_name_from_two_folders_are_told_apart_and_folders_are_mirr
     assert sorted(tree(tmp_path / "out")) == ["a/00000.tar", "b/00000.tar", "recaption.json"] and tally.samples == 2
 
 
+def test_shards_of_recap_datacomp_as_img2dataset_writes_them_are_read_and_written_anew(tmp_path):
+    """No .txt, keys in the order of arrival, and siblings that a glob names too."""
+    columns = {"re_caption": "A long caption.", "org_caption": "alt text", "status": "success", "error_message": None, "exif": "{}", "sha256": "0" * 64}
+    content = {}
+    for key in ("000000001", "000000003", "000000002"):
+        content |= {f"{key}.jpg": drawing(int(key)), f"{key}.json": json.dumps(columns | {"key": key, "url": "http://example.org"}, indent=4).encode()}
+    shard = write_shard(tmp_path / "in" / "00000.tar", content)
+    for name in ("00000.parquet", "00000_stats.json"):
+        (tmp_path / "in" / name).write_bytes(b"{}")
+    source = ShardSource([str(shard)], ("re_caption", "org_caption"))
+    assert [source.captions(i) for i in range(3)] == [("A long caption.", "alt text")] * 3
+    recaption([str(tmp_path / "in" / "*")], tmp_path / "out", TOLD, says(lambda picture, key: Answer("mine")), name="own_caption")
+    source = ShardSource([str(tmp_path / "out" / "00000.tar")], ("own_caption", "re_caption", "org_caption"))
+    assert [(source.key(i), source.captions(i)) for i in range(3)] == [(f"00000/{k[:-4]}", ("mine", "A long caption.", "alt text")) for k in list(content)[::2]]
+
+
 name = st.text(st.characters(codec="utf-8", exclude_characters="/.\0"), min_size=1, max_size=120).filter(lambda text: text.strip() == text)
 
 

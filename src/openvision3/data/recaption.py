@@ -29,7 +29,7 @@ from PIL import Image
 
 from openvision3.data.image_text import Answer, Identity, Wording
 from openvision3.data.images import EXTENSIONS, ImageError, open_image
-from openvision3.data.shards import FolderSource, _clean, _json_object, _labels, expand
+from openvision3.data.shards import FolderSource, _clean, _json_object, expand
 
 SETTINGS = "recaption.json"
 """In the output folder: model, wording and decoding that all its captions share."""
@@ -37,6 +37,8 @@ SETTINGS = "recaption.json"
 ORIGINAL = "org_caption"
 """Where the old caption goes, as in Recap-DataComp-1B."""
 
+BESIDE = (".parquet", "_stats.json", ".index")
+"""What lies beside shards, so that a glob may name it."""
 
 Describe = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer | ImageError]]
 """pictures, the names of their samples -> what a model says to each, or why it was not asked; `ImageTextModel` is one"""
@@ -499,7 +501,9 @@ def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
             raise ValueError(f"no such data: {told}; {legal}")
         for path in found:
             inside = sorted(str(p) for p in Path(path).glob("*.tar") if not p.name.startswith(".")) if Path(path).is_dir() else []
-            if not inside and not Path(path).is_dir() and not path.endswith(".tar"):
+            if path.endswith(BESIDE) and len(found) > 1:
+                continue
+            if not Path(path).is_dir() and not path.endswith(".tar"):
                 raise ValueError(f"{path} is neither a folder nor a .tar shard; {legal}")
             tars += inside or ([] if Path(path).is_dir() else [path])
             folders += [path] if Path(path).is_dir() and not inside else []
@@ -509,9 +513,10 @@ def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
         raise ValueError(f"{len(folders)} folders of pictures ({folders[0]}, {folders[1]}): legal is one at a time, its captions go into one captions.jsonl")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder with --out")
-    tars = list(dict.fromkeys(tars))
-    for path, label in zip(tars, _labels(tars), strict=True):
-        target = out / label
+    tars = list(dict.fromkeys(map(os.path.abspath, tars)))
+    above = os.path.commonpath([os.path.dirname(path) for path in tars]) if tars else ""
+    for path in tars:
+        target = out / os.path.relpath(path, above)
         if target.resolve() == Path(path).resolve():
             raise ValueError(f"{out} is where the shards are, and would be written over; name another folder with --out")
         yield _Shard(path, target)
