@@ -304,7 +304,7 @@ def test_killed_and_begun_again_the_bytes_are_those_of_an_uninterrupted_run(tmp_
     again = process(tmp_path / "in", tmp_path / "out", model, "--batch", "2")
     said, err = again.communicate()
     assert again.returncode == 0, err
-    assert f"20 samples: 20 new captions, 0 kept theirs; {done} were done before" in said and "1 of 2 written" in said and "1 stood there" in said
+    assert f"20 samples: 20 new captions, 0 kept theirs; {done} were done before" in said and "1 of 2 files written" in said and "1 stood there" in said
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -440,7 +440,7 @@ def test_shards_that_cannot_be_read_are_reported_the_others_written_and_the_exit
     (tmp_path / "in" / "00002.tar").write_bytes(b"")
     assert run(tmp_path / "in", tmp_path / "out", model) == 2
     out, err = capsys.readouterr()
-    assert "2 samples" in out and "1 of 3 written" in out and "2 could not be read" in out and err.count("damaged shard") == 2
+    assert "2 samples" in out and "1 of 3 files written" in out and "2 could not be read" in out and err.count("damaged shard") == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00001.tar", "recaption.json"]
 
 

@@ -95,7 +95,7 @@ def recaption(
         + (f" ({', '.join(f'{count:,} {reason}' for reason, count in tally.kept.most_common())})" if kept else "")
         + (f"; {tally.resumed:,} were done before" if tally.resumed else "")
         + (f"; {tally.cut:,} end at --max-new-tokens {max_new_tokens}" if tally.cut else "")
-        + f"; {len(tally.written)} of {tally.jobs} written to {out}"
+        + f"; {len(tally.written)} of {tally.jobs} files written to {out}"
         + (f", {len(tally.standing)} stood there" if tally.standing else "")
         + (f", {tally.unwritten} could not be read" if tally.unwritten else "")
         + (f"; {tally.rate:.3g} samples/s, {duration(time.monotonic() - tally.began)}" if tally.began else "")
