@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from openvision3 import cli
-from openvision3.data.image_text import Answer, Wording
+from openvision3.data.image_text import Answer, ImageTextModel, Wording, clean
 from openvision3.data.images import ImageError
 from openvision3.data.recaption import examples, recaption, shard_split
 from openvision3.data.shards import FolderSource, ShardSource
@@ -280,6 +280,40 @@ def test_captions_end_at_so_many_words_and_an_empty_answer_keeps_the_old_caption
     assert captions(tmp_path / "out", "org_caption") == {f"{i:09d}": f"old {i}" for i in range(3)}
     assert values(tmp_path / "out" / "00000.tar")["000000001"]["re_caption_by"]["kept"] == "empty answer"
     assert (tally.samples, tally.kept, tally.cut) == (3, Counter({"empty answer": 1}), 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "prompt", "line"),
+    [
+        (" A cat.\n\nIt sits\ton a\u2003tree. ", "", "A cat. It sits on a tree."),
+        ("describe THIS picture: a cat", "Describe this picture", "a cat"),
+        ("Describe this pictureframe", "Describe this picture", "Describe this pictureframe"),
+        ("a cat", "a", "a cat"),
+        ("a cat", "<image> a cat", ""),
+        ("half a letter \ufffd", "", "half a letter"),
+        ("\ud83d and \x00more", "", "? and more"),
+        ("  \n ", "", ""),
+    ],
+)
+def test_an_answer_becomes_one_clean_line_without_the_prompt(said, prompt, line):
+    assert clean(said, prompt) == line
+
+
+def test_a_picture_that_the_processor_refuses_costs_only_itself(model, monkeypatch):
+    asked = ImageTextModel(model, Wording(max_new_tokens=6))
+    pictures = [Image.open(io.BytesIO(drawing(i))).convert("RGB") for i in range(4)]
+    alone = asked([pictures[0], pictures[2], pictures[3]], ["0", "2", "3"])
+    prepare = asked._prepare
+
+    def refuses(images):
+        if any(image.size == pictures[1].size for image in images):
+            raise ValueError("absolute aspect ratio must be smaller than 2")
+        return prepare(images)
+
+    monkeypatch.setattr(asked, "_prepare", refuses)
+    answers = asked(pictures, list("0123"))
+    assert isinstance(answers[1], ImageError) and answers[1].reason == "refused by the processor" and "aspect ratio" in str(answers[1])
+    assert [answers[0], answers[2], answers[3]] == alone
 
 
 # -- kills, processes ------------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ def settings_of(identity: Identity, wording: Wording, precision: str, max_words:
 # -- what is captioned -------------------------------------------------------------------------------------------------------
 
 
+Result = dict[str, str]
+"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
+
+
 @dataclass
 class Tally:
     """What a run of `recaption` has done so far."""
@@ -69,7 +73,7 @@ class Tally:
     kept: Counter[str] = field(default_factory=Counter)
     """of the samples: still with their old caption, by reason"""
     cut: int = 0
-    """captions of this run that end at the longest length, not by themselves"""
+    """of the samples: captions that end at the longest length, not by themselves"""
     problems: list[dict[str, str]] = field(default_factory=list)
     """{key, reason, detail}: shards that are damaged, and shards that were not written"""
     unwritten: int = 0
@@ -78,6 +82,11 @@ class Tally:
     working: str = ""
     began: float = 0.0
     began_share: float = 0.0
+
+    def count(self, results: Sequence[Result]) -> None:
+        self.samples += len(results)
+        self.kept.update(result["kept"] for result in results if "kept" in result)
+        self.cut += sum("cut" in result for result in results)
 
     @property
     def rate(self) -> float:
@@ -89,10 +98,6 @@ class Tally:
         """Seconds to go, by bytes; None before there is anything to judge by."""
         gained = self.share - self.began_share
         return (time.monotonic() - self.began) * (1 - self.share) / gained if self.began and gained > 0 else None
-
-
-Result = dict[str, str]
-"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
 
 
 @dataclass(frozen=True)
@@ -433,15 +438,12 @@ def _do(
             tally.problems.append({"key": job.path, "reason": "changed shard", "detail": "it is not what it was when it was begun, so it was begun anew"})
         first = len(journal.results)
         tally.resumed += first
-        tally.samples += first
-        tally.kept.update(result["kept"] for result in journal.results if "kept" in result)
+        tally.count(journal.results)
         if not tally.began:
             tally.began, tally.began_share = time.monotonic(), before + worth * first / max(1, len(job))
         for results in captions(first):
             journal.append(results)
-            tally.samples += len(results)
-            tally.kept.update(result["kept"] for result in results if "kept" in result)
-            tally.cut += sum("cut" in result for result in results)
+            tally.count(results)
             tally.share = before + worth * len(journal.results) / len(job)
             watch(tally)
         making = _hidden(job.target, "making")
