@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from openvision3.evaluate.captioning import words
 
@@ -91,6 +91,45 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int 
         for x, image in enumerate(row):
             sheet.paste(image, (gap + x * (width + gap), header + gap + y * (height + gap)))
     return sheet
+
+
+def caption_sheet(rows: Sequence[tuple[Image.Image, str, str]], side: int = 180, columns: int = 2) -> Image.Image:
+    """(picture, old caption, new caption) -> pictures with both texts beside them, as one picture to look at."""
+    import matplotlib
+
+    text = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 13)
+    gap, beside, line = 12, 330, 17
+    cell = (side + gap + beside, side)
+    lines = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * (cell[0] + gap) + gap, lines * (cell[1] + gap) + gap), (245, 245, 245))
+    pen = ImageDraw.Draw(sheet)
+    for number, (image, old, new) in enumerate(rows):
+        x, y = gap + number % columns * (cell[0] + gap), gap + number // columns * (cell[1] + gap)
+        small = image.copy()
+        small.thumbnail((side, side))
+        sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
+        place = y
+        for told, colour, most in ((new or "(kept)", (20, 20, 20), 7), (old or "(no old caption)", (120, 120, 120), 3)):
+            for piece in _wrapped(told, text, beside, most):
+                pen.text((x + side + gap, place), piece, fill=colour, font=text)
+                place += line
+            place += line // 2
+    return sheet
+
+
+def _wrapped(told: str, text: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """At most `most` lines that fit `width`; the last one says if there was more."""
+    lines = [""]
+    for word in told.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        while text.getlength(word) > width:
+            word = word[:-1]
+        lines.append(word)
+    lines = [line for line in lines if line]
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + " ..."]
 
 
 def numbers(pairs: Sequence[tuple[str, str]]) -> str:

@@ -1,0 +1,592 @@
+"""New captions for shards and folders, written by any picture-to-text model of transformers, and resumable.
+
+Every input shard becomes one output shard of the same name: all members as they were, byte for byte, but for the `.json`,
+which gains the new caption. A job can be killed at any moment: finished shards stand, and a journal beside the unfinished one
+holds every batch that was done. What is written for a sample depends on the model, the wording, the seed and the sample's
+name, never on the batch, the process or how often the job was started.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import functools
+import json
+import os
+import re
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from openvision3.data.image_text import Answer, Identity, Wording
+from openvision3.data.images import EXTENSIONS, ImageError, open_image
+from openvision3.data.shards import FolderSource, _clean, _json_object, expand
+
+SETTINGS = "recaption.json"
+"""In the output folder: model, wording and decoding that all its captions share."""
+
+ORIGINAL = "org_caption"
+"""Where the old caption goes, as in Recap-DataComp-1B."""
+
+BESIDE = (".parquet", "_stats.json", ".index")
+"""What lies beside shards, so that a glob may name it."""
+
+Describe = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer | ImageError]]
+"""pictures, the names of their samples -> what a model says to each, or why it was not asked; `ImageTextModel` is one"""
+
+
+def settings_of(identity: Identity, wording: Wording, precision: str, max_words: int = 0) -> dict[str, Any]:
+    """All that the written text depends on, beside the pictures. What is not drawn has no seed."""
+    drawn = {"top_p": wording.top_p, "temperature": wording.temperature, "seed": wording.seed} if wording.drawn else {}
+    length = {"max_new_tokens": wording.max_new_tokens, "max_words": max_words}
+    return {"model": identity.name, "revision": identity.revision, "prompt": wording.prompt, **length, **drawn, "precision": precision}
+
+
+# -- what is captioned -------------------------------------------------------------------------------------------------------
+
+
+Result = dict[str, str]
+"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
+
+
+@dataclass
+class Tally:
+    """What a run of `recaption` has done so far."""
+
+    jobs: int = 0
+    """shards and folders of this process"""
+    written: list[Path] = field(default_factory=list)
+    standing: list[Path] = field(default_factory=list)
+    """finished by an earlier run"""
+    samples: int = 0
+    resumed: int = 0
+    """of the samples: found finished in a journal"""
+    kept: Counter[str] = field(default_factory=Counter)
+    """of the samples: still with their old caption, by reason"""
+    cut: int = 0
+    """of the samples: captions that end at the longest length, not by themselves"""
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """{key, reason, detail}: shards that are damaged, and shards that were not written"""
+    unwritten: int = 0
+    share: float = 0.0
+    """of this process's bytes: done"""
+    working: str = ""
+    began: float = 0.0
+    began_share: float = 0.0
+
+    def count(self, results: Sequence[Result]) -> None:
+        self.samples += len(results)
+        self.kept.update(result["kept"] for result in results if "kept" in result)
+        self.cut += sum("cut" in result for result in results)
+
+    @property
+    def rate(self) -> float:
+        """Samples a second since the first batch."""
+        return (self.samples - self.resumed) / max(time.monotonic() - self.began, 1e-9) if self.began else 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go, by bytes; None before there is anything to judge by."""
+        gained = self.share - self.began_share
+        return (time.monotonic() - self.began) * (1 - self.share) / gained if self.began and gained > 0 else None
+
+
+@dataclass(frozen=True)
+class _Member:
+    info: tarfile.TarInfo
+    end: int
+    """where the next header begins"""
+    stem: str
+    extension: str
+
+
+class _Shard:
+    """One tar: its samples, and how it is written with new captions."""
+
+    def __init__(self, path: str, target: Path):
+        self.path, self.target = path, target
+        self.size = os.path.getsize(path)
+        self.damage = ""
+
+    def open(self, name: str, caption_key: str, replace: bool) -> None:
+        """Read the headers and the JSON. Raises ValueError: captions would be written over."""
+        self.members: list[_Member] = []
+        self.size = os.path.getsize(self.path)
+        try:
+            self._scan()
+        except tarfile.TarError as error:
+            self.damage = str(error)
+        found: dict[str, dict[str, _Member]] = {}
+        for member in self.members:
+            found.setdefault(member.stem, {})[member.extension] = member
+        self.samples = [(stem, parts) for stem, parts in found.items() if any(f".{extension}" in EXTENSIONS for extension in parts)]
+        self.name = name
+        self.values: list[dict | None] = []
+        with open(self.path, "rb") as file:
+            for stem, parts in self.samples:
+                text = self._data(file, parts["json"]) if "json" in parts else b"{}"
+                values = _json_object(text)
+                if name in values and not replace:
+                    raise ValueError(f"{self.path}: {stem} has a {name} already; name another with --field, or write over it with --replace")
+                broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
+                self.values.append(None if broken else values)
+                if ORIGINAL not in values:
+                    if caption_key or "txt" not in parts:
+                        told = values.get(caption_key or "caption")
+                    else:
+                        told = self._data(file, parts["txt"]).decode("utf-8", "replace")
+                    if old := _clean([told]):
+                        values[ORIGINAL] = old[0]
+
+    def _scan(self) -> None:
+        with tarfile.open(self.path, "r:") as tar:
+            for info in tar:
+                if info.offset_data + info.size > self.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                folder, slash, base = info.name.removeprefix("./").rpartition("/")
+                stem, _, extension = base.partition(".")
+                self.members.append(_Member(info, min(tar.offset, self.size), folder + slash + stem, extension.lower() if info.isfile() else ""))
+            with open(self.path, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
+
+    @staticmethod
+    def _data(file: BinaryIO, member: _Member) -> bytes:
+        file.seek(member.info.offset_data)
+        return file.read(member.info.size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def picture(self, index: int) -> Image.Image:
+        """Raises ImageError."""
+        if self.values[index] is None:
+            raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
+        member = next(m for extension, m in self.samples[index][1].items() if f".{extension}" in EXTENSIONS)
+        with _named(Path(self.path)), open(self.path, "rb") as file:
+            data = self._data(file, member)
+        return open_image(data)
+
+    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
+        """All members as they were, the JSON with its new fields; a sample without JSON gets one behind its last member."""
+        new: dict[int, bytes] = {}
+        behind: dict[int, tarfile.TarInfo] = {}
+        place = {id(member): number for number, member in enumerate(self.members)}
+        for (_, parts), values, result in zip(self.samples, self.values, results, strict=True):
+            if values is None:
+                continue
+            told = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
+            told |= {self.name: result["caption"]} if "caption" in result else {}
+            told[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
+            number = place[id(parts["json"])] if "json" in parts else max(place[id(m)] for m in parts.values())
+            new[number] = json.dumps(told).encode()
+            if "json" not in parts:
+                picture = next(m for extension, m in parts.items() if f".{extension}" in EXTENSIONS)
+                behind[number] = copy.copy(picture.info)
+                behind[number].name = picture.info.name[: -len(picture.extension)] + "json"
+        position = 0
+        with open(self.path, "rb") as source:
+            for number, member in enumerate(self.members):
+                if number in new and number not in behind:
+                    _copy(source, out, position, member.info.offset)
+                    _put(out, member.info, new[number])
+                else:
+                    _copy(source, out, position, member.end)
+                    if number in behind:
+                        _put(out, behind[number], new[number])
+                position = member.end
+        out.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
+        out.write(tarfile.NUL * (-out.tell() % tarfile.RECORDSIZE))
+
+
+def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+    source.seek(start)
+    while start < end:
+        piece = source.read(min(1 << 20, end - start))
+        if not piece:
+            raise OSError(errno.EIO, "it became shorter while it was read", source.name)
+        out.write(piece)
+        start += len(piece)
+    out.write(tarfile.NUL * (-end % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
+
+
+def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
+    info = copy.copy(info)
+    info.size = len(data)
+    info.pax_headers = {name: value for name, value in info.pax_headers.items() if name not in ("size", "path")}
+    out.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+    out.write(data)
+    out.write(tarfile.NUL * (-len(data) % tarfile.BLOCKSIZE))
+
+
+class _Folder:
+    """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
+
+    damage = ""
+
+    def __init__(self, folder: str, target: Path):
+        self.path, self.target = folder, target
+        self.source = FolderSource(folder)
+        self.size = sum(path.stat().st_size for path in self.source.files)
+
+    def open(self, name: str, caption_key: str, replace: bool) -> None:
+        if caption_key:
+            raise ValueError(f"--caption-key {caption_key} is for shards; the old captions of the folder {self.path} are its .txt files or table")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return str(self.source.files[index].relative_to(self.source.folder))
+
+    def picture(self, index: int) -> Image.Image:
+        return open_image(self.source.data(index))
+
+    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
+        for index, result in enumerate(results):
+            old = list(self.source.captions(index))
+            row = {
+                "file": self.key(index),
+                "caption": result.get("caption", old),
+                ORIGINAL: old,
+                "by": by | ({"kept": result["kept"]} if "kept" in result else {}),
+            }
+            out.write(json.dumps(row).encode() + b"\n")
+
+
+class _Journal:
+    """What is finished of one shard: a line for each batch, on the disk before the next batch begins. Held by one process."""
+
+    def __init__(self, target: Path, opening: dict[str, Any]):
+        self.path = target.with_name(f".{target.name}.journal")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
+        if not _lock(self.file):
+            self.file.close()
+            raise ValueError(f"another process is at work on {target}; let it finish, or share the shards with --shard-split RANK/WORLD")
+        self.results: list[Result] = []
+        self.file.seek(0)
+        head, *lines = self.file.read().splitlines(keepends=True) or [b""]
+        self.restarted = head.endswith(b"\n") and _json_object(head) != opening
+        if not head.endswith(b"\n") or self.restarted:
+            self.file.truncate(0)
+            self._write(opening)
+            return
+        length = len(head)
+        for line in lines:
+            try:
+                self.results += json.loads(line if line.endswith(b"\n") else b"")
+            except ValueError:  # cut off by a kill, or a crash of the machine: it is done again
+                break
+            length += len(line)
+        self.file.truncate(length)
+
+    def append(self, results: list[Result]) -> None:
+        self._write(results)
+        self.results += results
+
+    def _write(self, value: Any) -> None:
+        line = json.dumps(value).encode() + b"\n"
+        with _named(self.path):
+            while line:
+                line = line[self.file.write(line) :]
+            os.fsync(self.file.fileno())
+
+    def close(self, *, done: bool) -> None:
+        if done:
+            self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def _lock(file: FileIO) -> bool:
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class _named:
+    """Errors of writing name the file that was being written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+# -- the job -----------------------------------------------------------------------------------------------------------------
+
+
+def shard_split(text: str, environment: dict[str, str] | None = None) -> tuple[int, int]:
+    """`2/8` -> (2, 8); empty: RANK and WORLD_SIZE of the environment, else (0, 1). Raises ValueError."""
+    environment = dict(os.environ) if environment is None else environment
+    told = text or (f"{environment['RANK']}/{environment['WORLD_SIZE']}" if "RANK" in environment and "WORLD_SIZE" in environment else "0/1")
+    match = re.fullmatch(r"(\d+)/(\d+)", told)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"shard split {told!r}: legal is RANK/WORLD with RANK from 0 to WORLD - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def recaption(
+    data: Sequence[str],
+    out: str | Path,
+    settings: Mapping[str, Any],
+    load: Callable[[], Describe],
+    *,
+    name: str = "re_caption",
+    caption_key: str = "",
+    batch: int = 8,
+    split: tuple[int, int] = (0, 1),
+    replace: bool = False,
+    watch: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Write shards (folders, globs and braces of them) and a folder of pictures anew under `out`, with captions by the model that `load` gives.
+
+    `settings` (`settings_of`) is what all captions under `out` share; `load` is called when there is something to do. The new
+    caption is the JSON field `name`. The old one is kept as `org_caption`: the JSON field `caption_key` where given, else the
+    `.txt`, else the JSON's `caption`. This process does every WORLD-th shard from RANK on, `split` = (RANK, WORLD).
+    A shard that stands under `out` is done; one that is half done goes on. `watch` is called after every batch and shard.
+
+    Raises:
+        ValueError: nothing to do it with, `out` is in the way, holds captions of another model or wording, or other files.
+    """
+    if batch < 1 or int(settings.get("max_words", 0)) < 0:
+        raise ValueError(f"batch {batch}, max_words {settings.get('max_words', 0)}: legal are 1 or more, and 0 or more")
+    if name in (ORIGINAL, caption_key, "caption", "") or name.endswith("_by"):
+        raise ValueError(f"field {name!r} would write over the old caption; name another one, such as re_caption")
+    out = Path(out)
+    tally = Tally()
+    jobs = list(_jobs(data, out))
+    settings = {**settings, "field": name, "caption_key": caption_key}
+    known = _agree(out, settings)
+    if known is None and (there := [job.target for job in jobs if job.target.exists()]):
+        raise ValueError(f"{there[0]} is there already, and was not written by recaption; name another folder with --out")
+    by = {part: str((known or settings)[part]) for part in ("model", "revision", "prompt") if (known or settings).get(part)}
+    jobs = jobs[split[0] :: split[1]]
+    describe: Describe | None = None
+    tally.jobs = len(jobs)
+    total = max(1, sum(job.size for job in jobs))
+    done = 0
+    for job in jobs:
+        tally.working = job.target.name
+        if job.target.exists():
+            tally.standing.append(job.target)
+            _hidden(job.target, "journal").unlink(missing_ok=True)  # of a run that was killed between the shard and its journal
+        else:
+            try:
+                job.open(name, caption_key, replace)
+                if job.damage:
+                    tally.problems.append({"key": job.path, "reason": "damaged shard", "detail": f"{job.damage}; {len(job):,} samples before the damage"})
+                if job.damage and not len(job):
+                    tally.unwritten += 1
+                else:
+                    describe = describe or load()  # before anything is written
+                    _agree(out, settings, settle=True)
+                    captions = functools.partial(_captions, job, describe, batch, int(settings.get("max_words", 0)))
+                    _do(job, captions, by, tally, done / total, job.size / total, watch)
+            except OSError as error:
+                if error.filename != job.path:
+                    raise
+                tally.unwritten += 1
+                tally.problems.append({"key": job.path, "reason": "unreadable shard", "detail": error.strerror or str(error)})
+        done += job.size
+        tally.share = done / total
+        watch(tally)
+    return tally
+
+
+def _do(
+    job: _Shard | _Folder,
+    captions: Callable[[int], Iterator[list[Result]]],
+    by: dict[str, str],
+    tally: Tally,
+    before: float,
+    worth: float,
+    watch: Callable[[Tally], None],
+) -> None:
+    """One shard from where its journal ends, with `captions` from a sample on; `before` and `worth` are shares of this process's bytes."""
+    journal = _Journal(job.target, {"bytes": job.size, "samples": len(job)})
+    done = False
+    try:
+        if job.target.exists():  # another process was faster, and is gone with its journal
+            done = True
+            tally.standing.append(job.target)
+            return
+        if journal.restarted:
+            tally.problems.append({"key": job.path, "reason": "changed shard", "detail": "it is not what it was when it was begun, so it was begun anew"})
+        first = len(journal.results)
+        tally.resumed += first
+        tally.count(journal.results)
+        if not tally.began:
+            tally.began, tally.began_share = time.monotonic(), before + worth * first / max(1, len(job))
+        for results in captions(first):
+            journal.append(results)
+            tally.count(results)
+            tally.share = before + worth * len(journal.results) / len(job)
+            watch(tally)
+        making = _hidden(job.target, "making")
+        try:
+            with _named(job.target), open(making, "wb") as file:
+                job.write(journal.results, by, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(making, job.target)
+        finally:
+            making.unlink(missing_ok=True)
+        done = True
+        tally.written.append(job.target)
+    finally:
+        journal.close(done=done)
+
+
+def _captions(job: _Shard | _Folder, describe: Describe, batch: int, max_words: int, first: int) -> Iterator[list[Result]]:
+    """Results in the order of the samples, a batch at a time; the next batch is decoded while the model writes."""
+
+    def decode(index: int) -> Image.Image | ImageError:
+        try:
+            return job.picture(index)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(min(batch, 8, os.cpu_count() or 1), "decode") as pool:
+        batches = [range(start, min(start + batch, len(job))) for start in range(first, len(job), batch)]
+        waiting = pool.map(decode, batches[0]) if batches else iter(())
+        for number, indices in enumerate(batches):
+            decoded = list(waiting)
+            waiting = pool.map(decode, batches[number + 1]) if number + 1 < len(batches) else iter(())
+            images = [picture for picture in decoded if isinstance(picture, Image.Image)]
+            keys = [job.key(index) for index, picture in zip(indices, decoded, strict=True) if isinstance(picture, Image.Image)]
+            answers = iter(describe(images, keys) if images else [])
+            yield [_result(picture if isinstance(picture, ImageError) else next(answers), max_words) for picture in decoded]
+
+
+def _result(answer: Answer | ImageError, max_words: int) -> Result:
+    if isinstance(answer, ImageError):
+        return {"kept": answer.reason}
+    words = answer.text.split()
+    if not words:
+        return {"kept": "empty answer"}
+    short = bool(max_words) and len(words) > max_words
+    return {"caption": " ".join(words[:max_words] if short else words), **({"cut": "length"} if answer.cut and not short else {})}
+
+
+def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
+    """The shards and the folder named, in order, each with the file that it becomes."""
+    legal = "legal are a folder of pictures, or shards such as data/*.tar"
+    tars: list[str] = []
+    folders: list[str] = []
+    for told in data:
+        found = expand(told)
+        if not found:
+            raise ValueError(f"no such data: {told}; {legal}")
+        for path in found:
+            inside = sorted(str(p) for p in Path(path).glob("*.tar") if not p.name.startswith(".")) if Path(path).is_dir() else []
+            if path.endswith(BESIDE) and len(found) > 1:
+                continue
+            if not Path(path).is_dir() and not path.endswith(".tar"):
+                raise ValueError(f"{path} is neither a folder nor a .tar shard; {legal}")
+            tars += inside or ([] if Path(path).is_dir() else [path])
+            folders += [path] if Path(path).is_dir() and not inside else []
+    if not tars and not folders:
+        raise ValueError(f"no data named; {legal}")
+    if len(folders) > 1:
+        raise ValueError(f"{len(folders)} folders of pictures ({folders[0]}, {folders[1]}): legal is one at a time, its captions go into one captions.jsonl")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder with --out")
+    tars = list(dict.fromkeys(map(os.path.abspath, tars)))
+    above = os.path.commonpath([os.path.dirname(path) for path in tars]) if tars else ""
+    for path in tars:
+        target = out / os.path.relpath(path, above)
+        if target.resolve() == Path(path).resolve():
+            raise ValueError(f"{out} is where the shards are, and would be written over; name another folder with --out")
+        yield _Shard(path, target)
+    for folder in folders:
+        yield _Folder(folder, out / "captions.jsonl")
+
+
+def _hidden(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
+
+
+def _agree(out: Path, settings: dict[str, Any], *, settle: bool = False) -> dict[str, Any] | None:
+    """The settings that `out` was begun with, None where it was not; `settle` writes them down. Raises ValueError where they differ.
+
+    A model is known by its revision, or by what its files hold: it may have been moved.
+    """
+    path = out / SETTINGS
+    if settle and not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        making = out / f".{SETTINGS}.{os.getpid()}"
+        with _named(path):
+            making.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.link(making, path)  # one of several processes is first
+        except FileExistsError:
+            pass
+        finally:
+            making.unlink(missing_ok=True)
+    if not path.is_file():
+        return None
+    known = _json_object(path.read_text(encoding="utf-8"))
+    parts = dict.fromkeys([*settings, *known])
+    unlike = [part for part in parts if part != "model" and known.get(part) != settings.get(part)]
+    if unlike:
+        told, asked = ("; ".join(_told(part, values) for part in unlike) for values in (known, settings))
+        raise ValueError(f"{out} was begun with {told}, not {asked}; go on as it was begun, or name another folder with --out")
+    return known
+
+
+def _told(part: str, values: Mapping[str, Any]) -> str:
+    if part == "revision":
+        return f"model {values.get('model')} ({values.get('revision')})"
+    return f"{part} {values[part]!r}" if part in values else f"no {part}"
+
+
+def examples(data: Sequence[str], out: str | Path, name: str = "re_caption", count: int = 12) -> list[tuple[Image.Image, str, str]]:
+    """(picture, old caption, new caption), evenly spaced through what `recaption` has written of `data` under `out`."""
+    jobs = [job for job in _jobs(data, Path(out)) if job.target.exists()]
+    jobs = jobs[:: max(1, len(jobs) // 4)][:4]
+    found: list[tuple[Image.Image, str, str]] = []
+    for job in jobs:
+        each = -(-count // len(jobs))
+        for index, old, new in _spaced(job, name, each):
+            try:
+                found.append((job.picture(index), old, new))
+            except ImageError as error:
+                found.append((Image.new("RGB", (64, 64), "gray"), old, f"({error.reason})"))
+    return found[:count]
+
+
+def _spaced(job: _Shard | _Folder, name: str, count: int) -> Iterator[tuple[int, str, str]]:
+    if isinstance(job, _Folder):
+        rows = [_json_object(line) for line in job.target.read_text(encoding="utf-8").splitlines()]
+        told = [(" / ".join(_clean([row.get(ORIGINAL)])), "" if "kept" in row.get("by", {}) else str(row.get("caption"))) for row in rows]
+    else:
+        done = _Shard(str(job.target), job.target)
+        done.open(name, "", replace=True)
+        job.open(name, "", replace=True)
+        told = [(str((values or {}).get(ORIGINAL, "")), str((values or {}).get(name, ""))) for values in done.values]
+    for index in range(0, len(told), max(1, len(told) // count)):
+        yield index, *told[index]
