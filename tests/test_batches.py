@@ -202,7 +202,7 @@ def test_a_shard_that_vanishes_is_counted_not_fatal(tmp_path, emoji, words):
     (tmp_path / "s.tar").unlink()
     made = batches(source, words)
     take(made, 0, -(-len(source) // 5))
-    assert count_reasons(made.problems) == {"unreadable": 30}
+    assert count_reasons(made.problems) == {"vanished": 30}
 
 
 def test_problems_found_when_the_data_was_opened_are_there_from_the_start(emoji, words):
@@ -266,6 +266,13 @@ def test_a_batch_larger_than_the_data_is_filled_from_further_epochs(words):
     source = EmojiSource(samples.load_emoji().train[:3])
     batch = take(batches(source, words, batch=7), 0, 1)[0]
     assert sorted(torch.unique(batch["sample_key"], return_counts=True)[1].tolist()) == [2, 2, 3]
+
+
+@pytest.mark.parametrize(("samples", "batch", "times"), [(3, 7, "2 or 3 times"), (4, 8, "2 times"), (5, 6, "1 or 2 times")])
+def test_the_arithmetic_of_too_few_samples_is_shown(samples, batch, times):
+    from openvision3.data.batches import fewer_than_a_batch
+
+    assert f"{samples} samples are fewer than a batch of {batch}: every step shows each of them {times}" in fewer_than_a_batch(samples, batch)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"batch": 0}, "batch 0 cannot be divided"), ({"pixel_share": 1.5}, "between 0 and 1")])

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import pickle
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from openvision3.data import samples
+from openvision3.data import samples, tars
+from openvision3.data.batches import TextShape, TrainingBatches
 from openvision3.data.images import ImageError
+from openvision3.data.order import draw_seed
 from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, count_reasons, expand, open_source
+from openvision3.data.text import TextTokenizer
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -122,7 +127,8 @@ def test_a_broken_header_in_mid_shard_is_not_taken_for_the_end(tmp_path):
 def test_a_cut_anywhere_never_crashes_and_is_never_silent(tmp_path_factory, share):
     folder = tmp_path_factory.mktemp("cut")
     whole = write_shard(folder / "whole.tar", three())
-    members_end = ShardSource([whole]).samples[-1][1]["json"].offset + 512
+    with tarfile.open(whole) as tar:
+        members_end = tar.getmembers()[-1].offset_data + 512
     data = Path(whole).read_bytes()
     (folder / "cut.tar").write_bytes(data[: int(share * members_end)])
     source = ShardSource([whole, str(folder / "cut.tar")])
@@ -197,14 +203,17 @@ def test_a_shard_that_vanishes_during_the_run_is_an_image_error(tmp_path):
     for read in (source.captions, lambda i: source.picture(i, 8)):
         with pytest.raises(ImageError) as caught:
             read(0)
-        assert caught.value.reason == "unreadable"
+        assert caught.value.reason == "vanished"
 
 
-def test_reading_many_shards_keeps_no_file_open(tmp_path):
+def test_reading_many_shards_keeps_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "OPEN_TARS", 5)
     source = ShardSource([write_shard(tmp_path / f"{i}.tar", three()) for i in range(20)])
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else pytest.skip("no /proc here to count open files")
     for i in range(len(source)):
         source.picture(i, 8)
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    del source
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -358,3 +367,126 @@ def test_the_development_shards_are_read_without_a_problem():
     assert {source.picture(i, 128).size for i in range(0, 432, 40)} == {(128, 128)}
     clipart = open_source((f"{DATA}/pictures/val-*.tar",), only={"source": "clipart"})
     assert 0 < len(clipart) < 332
+
+
+# --- mixes by weight ------------------------------------------------------------------------------------------------------
+
+
+def mixed(tmp_path, **options):
+    for place, count in (("a", 4), ("b", 2)):
+        for i in range(count):
+            write_shard(tmp_path / place / f"{i}.tar", three(3 * i))
+    return open_source((f"{tmp_path}/a/*.tar", f"{tmp_path}/b"), **options)
+
+
+def test_weights_set_the_share_of_each_name_in_every_epoch(tmp_path):
+    source = mixed(tmp_path, weights=(1.0, 3.0))
+    assert len(source) == 18
+    assert len(set(keys(source))) == 18
+    for epoch in range(3):
+        order = source.order(0, epoch)
+        from_a = sum(source.key(order.place(i)[0]).startswith("a/") for i in range(18))
+        assert from_a in (4, 5), "a quarter of 18"
+
+
+def test_batches_of_a_mix_depend_on_the_step_alone(tmp_path):
+    words = TextTokenizer.train(["caption one two"], 50)
+
+    def made(**options):
+        return TrainingBatches(mixed(tmp_path, weights=(1.0, 3.0)), words, TextShape(8, 8), size=16, batch=6, seed=3, **options)
+
+    whole = take(made(), 0, 9)
+    for workers, first in ((0, 4), (2, 4)):
+        assert all(torch.equal(a["images"], b["images"]) for a, b in zip(whole[4:], take(made(workers=workers), first, 5), strict=True))
+    ranks = [take(made(rank=rank, world=2), 0, 9) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([ranks[0][step]["sample_key"], ranks[1][step]["sample_key"]]), batch["sample_key"])
+
+
+def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.Tensor]]:
+    iterator = made.from_step(first)
+    try:
+        return list(islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, 2.0, 3.0)])
+def test_weights_that_do_not_fit_the_names_are_refused(tmp_path, weights):
+    with pytest.raises(ValueError, match=r"weights"):
+        mixed(tmp_path, weights=weights)
+
+
+# --- Recap-DataComp: two captions -----------------------------------------------------------------------------------------
+
+
+def test_re_caption_is_predicted_and_a_sentence_of_it_and_org_caption_are_contrasted(tmp_path):
+    long = "A red heart lies on a table. Two people look at it."
+    values = [{"re_caption": long, "org_caption": "heart IMG_1.jpg"}, {"re_caption": long, "org_caption": None}, {"re_caption": long}]
+    members = {}
+    for i, value in enumerate(values):
+        members |= {f"{i}.jpg": jpeg(), f"{i}.json": json.dumps(value).encode()}
+    source = ShardSource([write_shard(tmp_path / "s.tar", members)], ("re_caption", "org_caption"))
+    words = TextTokenizer.train([long, "heart IMG_1.jpg"], 200)
+    shape = TextShape(64, 64, captions=2, sentences=True, whole=False)
+    made = TrainingBatches(source, words, shape, size=16, batch=3, seed=0)
+    order = {draw_seed(source.key(i)): i for i in range(3)}
+    seen = set()
+    for batch in take(made, 0, 12):
+        for row, key in enumerate(batch["sample_key"].tolist()):
+            first, second = (words.text(ids.tolist()) for ids in batch["text_ids"][row])
+            assert words.text(batch["caption_ids"][row].tolist()) == words.text(words.ids(long))
+            seen.add(first)
+            assert batch["text_present"][row].tolist() == [True, order[key] == 0]
+            assert (second == words.text(words.ids("heart IMG_1.jpg"))) == (order[key] == 0)
+    assert seen == {words.text(words.ids(text)) for text in ("A red heart lies on a table", "Two people look at it")}
+
+
+# --- faults in mid-run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("fault", "reason"), [("deleted", "vanished"), ("cut off", "changed"), ("written over", "changed")])
+def test_a_run_goes_on_without_a_shard_that_is_lost_under_it(tmp_path, workers, fault, reason):
+    paths = [write_shard(tmp_path / f"{i}.tar", three(3 * i)) for i in range(4)]
+    words = TextTokenizer.train(["caption one two"], 50)
+    made = TrainingBatches(ShardSource(paths), words, TextShape(8, 8), size=16, batch=4, seed=0, workers=workers)
+    iterator = made.from_step(0)
+    next(iterator)
+    match fault:
+        case "deleted":
+            Path(paths[1]).unlink()
+        case "cut off":
+            os.truncate(paths[1], 2000)
+        case "written over":
+            Path(paths[1]).write_bytes(b"x" * 20_000)
+    batches = list(islice(iterator, 30))
+    iterator.close()
+    assert all(len(batch["images"]) == 4 for batch in batches)
+    assert count_reasons(made.problems) == {reason: 3}
+    assert {p["key"].split("/")[0] for p in made.problems} == {"1"}
+    lost = {draw_seed(f"1/{i:09d}") for i in range(3, 6)}
+    assert not lost & {int(key) for batch in batches[-10:] for key in batch["sample_key"]}
+
+
+def test_when_all_shards_are_gone_the_run_stops_with_the_reason(tmp_path):
+    path = write_shard(tmp_path / "0.tar", three())
+    made = TrainingBatches(ShardSource([path]), TextTokenizer.train(["a caption"], 50), TextShape(8, 8), size=16, batch=2, seed=0)
+    Path(path).unlink()
+    with pytest.raises(ValueError, match=r"256 samples in a row cannot be used, the last because of: vanished \(.*0\.tar is no longer there\)"):
+        take(made, 0, 1)
+
+
+def test_a_glob_over_what_img2dataset_writes_takes_the_shards_alone(tmp_path):
+    write_shard(tmp_path / "00000.tar", three())
+    for name in ("00000.parquet", "00000_stats.json", "00000.tar.index"):
+        (tmp_path / name).write_bytes(b"")
+    assert captions(open_source((f"{tmp_path}/*",)))[0] == ("caption 0",)
+    with pytest.raises(ValueError, match="neither a folder nor a"):
+        open_source((f"{tmp_path}/00000.parquet",))
+
+
+def test_a_source_survives_the_way_into_a_spawned_worker(tmp_path):
+    source = ShardSource([write_shard(tmp_path / "0.tar", three())])
+    source.captions(0)
+    assert captions(pickle.loads(pickle.dumps(source))) == captions(source)

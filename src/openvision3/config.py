@@ -23,7 +23,15 @@ class RunConfig:
     """One training run, complete: the same config and seed give the same losses."""
 
     data: tuple[str, ...] = ("openmoji",)
-    """openmoji, folders of pictures, shards such as data/{00000..00009}.tar; several are mixed"""
+    """openmoji, folders of pictures, shards such as data/{00000..00009}.tar or s3://...; several are mixed"""
+    weights: tuple[float, ...] = ()
+    """shares of the names in `data` in an epoch, such as 3 1; none: every sample once"""
+    index: str = ""
+    """the folder where `data index` has put the indexes of shards; none: beside each shard"""
+    cache: str = ""
+    """the folder that remote shards are fetched into"""
+    cache_gb: float = 100.0
+    """most that the cache holds, in GB"""
     val: tuple[str, ...] = ("openmoji",)
     """what is evaluated on, never trained on; openmoji means its held-out tenth"""
     only: tuple[str, ...] = ()
@@ -124,6 +132,12 @@ class RunConfig:
             raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device {self.device!r} is not supported; legal are auto, cpu and cuda")
+        if self.weights and (len(self.weights) != len(self.data) or not all(0 < weight < math.inf for weight in self.weights)):
+            raise ValueError(f"weights {' '.join(f'{w:g}' for w in self.weights)}: give one positive number for each of the {len(self.data)} names in data")
+        if self.weights and self.families:
+            raise ValueError("weights and families both order an epoch; set --no-families, or leave out --weights")
+        if not 0 < self.cache_gb < math.inf:
+            raise ValueError(f"cache_gb {self.cache_gb} must be a positive number")
         for rule in self.only:
             if "=" not in rule:
                 raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")

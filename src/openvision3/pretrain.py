@@ -17,8 +17,8 @@ from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
-from openvision3.data.images import to_pil
+from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch
+from openvision3.data.images import ImageError, to_pil
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_device, choose_precision, dtype_of
@@ -30,16 +30,19 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
-from openvision3.progress import RunFolder, console, duration, environment, read_skipped
+from openvision3.progress import RunFolder, console, duration, environment, read_skipped, track
 from openvision3.trackers import check_trackers
 from openvision3.train import Loop, backward, fit
 
 EVALUATED = 256
 """pictures an evaluation during training looks at"""
+LEARNT_FROM = 500_000
+"""samples whose captions a vocabulary is learnt from, at most"""
 
 
 FREE = (
     *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "out", "resume"),
+    *("index", "cache", "cache_gb"),
     *("micro_batch", "parallel", "checkpointing", "compile"),
 )
 """fields that a run which goes on may set anew"""
@@ -109,7 +112,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
         precision, why = distributed.from_first(choose_precision(config.precision, device) if ranks.rank == 0 else ("fp32", ""))
     with distributed.together():
-        source = open_source(config.data, caption_keys=config.caption_keys, only=config.only_values, area=config.crop_area, aliases=config.aliases)
+        source = open_source(config.data, area=config.crop_area, aliases=config.aliases, weights=config.weights, **_places(config))
         held_out = _evaluation_source(config)
         source.problems += held_out.problems
         checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
@@ -127,7 +130,9 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         if config.model.loss.lambda_perceptual:
             model.perceptual_distance()  # raises where its files are not at hand, before anything is written
         started_from = _started_from(config, checkpoint)
-        shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
+        shape = TextShape(
+            config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences, whole=len(config.caption_keys) < 2
+        )
         batches = TrainingBatches(
             source,
             tokenizer,
@@ -181,6 +186,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             run.say(f"openmoji: {dropped} emoji left out: {name}")
         if run.list_skipped(batches.problems):
             run.say(f"{len(batches.problems)} problems found in the data, listed in {out}/skipped.jsonl: {_counts(batches.problems)}")
+        if len(source) < config.batch:
+            run.say(fewer_than_a_batch(len(source), config.batch))
         if config.optimizer.warmup_steps >= config.steps:
             run.say(f"the warm-up of {config.optimizer.warmup_steps} steps is as long as the run: the rate never falls; see --optimizer.warmup-steps")
         if config.resume:
@@ -247,12 +254,40 @@ def _tokenizer(config: RunConfig, source: Source, out: Path) -> TextTokenizer:
         return TextTokenizer.load(config.tokenizer)
     if config.init:  # its word embeddings belong to its own words
         return TextTokenizer.load(hub.find_folder(config.init) / "tokenizer.json")
-    captions = [caption for i in range(len(source)) for caption in source.captions(i)]
+    captions = _some_captions(source)
     if not captions:
         raise ValueError(
             f"none of the {len(source)} pictures in {', '.join(config.data)} has a caption; put x.txt beside x.jpg, or a captions.csv into the folder"
         )
     return TextTokenizer.train(captions, config.vocabulary)
+
+
+def _some_captions(source: Source) -> list[str]:
+    """All captions; of more than LEARNT_FROM samples, those that an epoch begins with (of remote shards only the first are fetched).
+
+    Samples that cannot be read join the problems of the source.
+    """
+    order = source.order(0, 0)
+    found: list[str] = []
+    for position in track(range(len(source))[:LEARNT_FROM], "reading captions"):
+        index = order.place(position)[0]
+        try:
+            found += source.captions(index)
+        except ImageError as error:
+            source.problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+    return found
+
+
+def _places(config: RunConfig) -> dict[str, Any]:
+    """What `data` and `val` are opened with alike."""
+    return {
+        "caption_keys": config.caption_keys,
+        "only": config.only_values,
+        "index": config.index,
+        "cache": config.cache,
+        "cache_gb": config.cache_gb,
+        "watch": track,
+    }
 
 
 def _evaluation_source(config: RunConfig) -> Source:
@@ -267,7 +302,7 @@ def _evaluation_source(config: RunConfig) -> Source:
         raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
     if set(config.val) & set(config.data) - {"openmoji"}:
         raise ValueError(f"val and data share {', '.join(set(config.val) & set(config.data) - {'openmoji'})}: evaluate on pictures that are not trained on")
-    source = open_source(config.val, held_out=True, caption_keys=config.caption_keys, only=config.only_values)
+    source = open_source(config.val, held_out=True, **_places(config))
     problems: list[dict[str, str]] = []
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
         raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {_counts(problems)}")

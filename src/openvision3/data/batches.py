@@ -8,7 +8,6 @@ on from its step number alone, with any number of workers and ranks. A sample th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 import queue
@@ -22,22 +21,20 @@ import torch
 from torch import Tensor
 
 from openvision3.data.images import ImageError, to_tensor
+from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
 
 FAMILY = 16
 TRIES = 256
 """Samples tried for one place in a batch: a run survives nine broken samples in ten, and stops with the reason where all are broken."""
+NEAR = 65_536
+"""Positions among which a replacement is sought at first."""
 
 Sample = tuple[str, Tensor, str, tuple[str, ...], list[dict[str, str]]]
 """key, image, caption to predict, texts to contrast, problems met on the way"""
 Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
-
-
-def draw_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but `parts`."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass
@@ -50,6 +47,8 @@ class TextShape:
     """K, how many captions a picture are contrasted"""
     sentences: bool = False
     """the caption to predict is contrasted as one random sentence of it"""
+    whole: bool = True
+    """with `sentences`, the whole of it fills in for other captions that a sample lacks; False: they are marked absent"""
 
 
 class TrainingBatches:
@@ -101,7 +100,7 @@ class TrainingBatches:
         self.pieces = local // (micro_batch or local)
         self.problems: list[dict[str, str]] = list(source.problems)
         self._reported = {(p["key"], p["reason"]) for p in self.problems}
-        self._order: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, Order | np.ndarray] | None = None
         self._families: list[list[int]] = []
         if families:
             found: dict[str, list[int]] = {}
@@ -110,13 +109,18 @@ class TrainingBatches:
             self._families = list(found.values())
 
     def index(self, position: int) -> int:
+        return self.place(position)[0]
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The sample at `position` of the run, and which time through its source that is: what its random view is drawn from."""
         epoch, within = divmod(position, len(self.source))
-        order = self._order
-        if order is None or order[0] != epoch:
-            rng = np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch)))
-            shuffled = self._by_family(rng) if self._families and epoch % 2 else rng.permutation(len(self.source))
-            order = self._order = (epoch, shuffled)
-        return int(order[1][within])
+        if self._order is None or self._order[0] != epoch:
+            if self._families and epoch % 2:
+                self._order = (epoch, self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch)))))
+            else:
+                self._order = (epoch, self.source.order(self.seed, epoch))
+        order = self._order[1]
+        return (int(order[within]), epoch) if isinstance(order, np.ndarray) else order.place(within)
 
     def _by_family(self, rng: np.random.Generator) -> np.ndarray:
         """A shuffle that keeps families together, in pieces of at most FAMILY."""
@@ -128,12 +132,9 @@ class TrainingBatches:
 
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run, or where it cannot be used the first usable of those drawn instead."""
-        epoch = position // len(self.source)
         problems: list[dict[str, str]] = []
         for attempt in range(TRIES):
-            index = self.index(position)
-            if attempt:
-                index = draw_seed(self.seed, "instead", position, attempt) % len(self.source)
+            index, epoch = self.place(self._instead(position, attempt) if attempt else position)
             key = self.source.key(index)
             generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
             try:
@@ -141,18 +142,28 @@ class TrainingBatches:
                 if not captions:
                     problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})
                     continue
-                image = to_tensor(self.source.picture(index, self.size, generator if self.augment else None))
+                image = to_tensor(self.source.view(index, self.size, generator) if self.augment else self.source.picture(index, self.size))
             except ImageError as error:
                 problems.append({"key": key, "reason": error.reason, "detail": str(error)})
                 continue
             return key, image, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
+    def _instead(self, position: int, attempt: int) -> int:
+        """Another position of the same epoch: near by at first, where remote shards are at hand, then anywhere."""
+        count = len(self.source)
+        epoch, within = divmod(position, count)
+        first, last = 0, count
+        if attempt < TRIES // 2:
+            first = within // NEAR * NEAR
+            last = min(first + NEAR, count)
+        return epoch * count + first + draw_seed(self.seed, "instead", position, attempt) % (last - first)
+
     def _choose(self, captions: tuple[str, ...], generator: torch.Generator) -> tuple[str, ...]:
         """What is contrasted: the first caption and K - 1 others, drawn where there are more.
 
-        With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and the whole of it
-        fills in for others that the sample lacks.
+        With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and with `whole` the
+        whole of it fills in for others that the sample lacks.
         """
         first, others = captions[0], captions[1:]
         if len(others) >= self.shape.captions:
@@ -162,7 +173,7 @@ class TrainingBatches:
             return (first, *others)[: self.shape.captions]
         parts = sentences(first)
         part = parts[int(torch.randint(len(parts), (1,), generator=generator))]
-        return (part, *others, *[first] * self.shape.captions)[: self.shape.captions]
+        return (part, *others, *[first] * (self.shape.captions if self.shape.whole else 0))[: self.shape.captions]
 
     def collate(self, rows: list[Sample]) -> Made:
         count = self.shape.captions
@@ -261,6 +272,13 @@ class TrainingBatches:
 
 def _next(batch: int, world: int) -> int:
     return max(1, math.ceil(batch / world)) * world
+
+
+def fewer_than_a_batch(samples: int, batch: int) -> str:
+    """What a step looks like where the data hold fewer samples than a batch has rows: it is filled from further epochs."""
+    least, rest = divmod(batch, samples)
+    times = f"{least} or {least + 1} times" if rest else f"{least} times"
+    return f"{samples} samples are fewer than a batch of {batch}: every step shows each of them {times} and contrasts it with its copies; see --batch"
 
 
 def outlive_signals(worker: int) -> None:

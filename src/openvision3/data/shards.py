@@ -7,23 +7,31 @@ them: `00000.tar` with members `000000000.jpg`, `.txt`, `.json`.
 
 from __future__ import annotations
 
+import bisect
 import csv
+import functools
 import glob
 import json
+import math
 import os
 import re
-import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from openvision3.data import samples
-from openvision3.data.images import EXTENSIONS, Box, ImageError, center_square, crop_resized, open_image, random_crop_box
+from openvision3.data.images import EXTENSIONS, Box, ImageError, center_square, from_uint8, open_image, random_view, uint8_tensor
+from openvision3.data.index import is_remote
+from openvision3.data.order import Mix, Order, ShardShuffle, Shuffle, draw_seed
+from openvision3.data.remote import ShardCache, expand_remote
+from openvision3.data.tars import WINDOW, Tars, Watch, labels, plain
 
 
 class Source(Protocol):
@@ -46,6 +54,14 @@ class Source(Protocol):
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
         """A training view, and which part of the upright picture it shows; the same generator state gives the same view."""
+        ...
+
+    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
+        """The picture of `crop` as uint8 (3, size, size)."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """In which order an epoch goes through the samples."""
         ...
 
 
@@ -76,6 +92,12 @@ class EmojiSource:
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
         return samples.draw_random(self.emoji[index].character, size, generator), (0, 0, size, size)
 
+    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
+        return uint8_tensor(self.crop(index, size, generator)[0])
+
+    def order(self, seed: int, epoch: int) -> Order:
+        return Shuffle(len(self), seed, epoch)
+
 
 MIN_SIDE = 8
 """Pixels on each side that a picture must have to be trained on."""
@@ -87,6 +109,9 @@ class _PictureSource(ABC):
     def __init__(self, area: tuple[float, float] = (0.4, 1.0)):
         self.area = area
         self.problems: list[dict[str, str]] = []
+
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @abstractmethod
     def key(self, index: int) -> str: ...
@@ -103,11 +128,14 @@ class _PictureSource(ABC):
         return self.crop(index, size, generator)[0]
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
-        image = open_image(self.data(index), draft=2 * size)
-        if min(image.size) < MIN_SIDE:
-            raise ImageError("too small", f"{image.width} x {image.height} pixels; at least {MIN_SIDE} on each side are needed to train")
-        box = random_crop_box(image.width, image.height, generator, self.area)
-        return crop_resized(image, box, size), box
+        pixels, box = random_view(self.data(index), size, generator, self.area, MIN_SIDE)
+        return from_uint8(pixels), box
+
+    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
+        return random_view(self.data(index), size, generator, self.area, MIN_SIDE)[0]
+
+    def order(self, seed: int, epoch: int) -> Order:
+        return Shuffle(len(self), seed, epoch)
 
 
 class FolderSource(_PictureSource):
@@ -175,15 +203,8 @@ class FolderSource(_PictureSource):
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
 
-@dataclass(frozen=True)
-class _Member:
-    tar: int
-    offset: int
-    size: int
-
-
 class ShardSource(_PictureSource):
-    """Webdataset shards by random access: one scan of the tar headers, then reads at offsets.
+    """Webdataset shards by random access, through their indexes.
 
     `caption_keys` names JSON fields to take captions from, in order (Recap-DataComp: `re_caption`, `org_caption`); empty:
     the `.txt` member. `only` keeps samples whose JSON has these values. A tar that is cut off gives what is whole in it,
@@ -195,89 +216,71 @@ class ShardSource(_PictureSource):
 
     def __init__(
         self,
-        paths: list[str],
+        shards: Tars | list[str],
         caption_keys: tuple[str, ...] = (),
         only: dict[str, str] | None = None,
         area: tuple[float, float] = (0.4, 1.0),
+        watch: Watch = plain,
     ):
         super().__init__(area)
-        self.paths = paths
+        self.tars = shards if isinstance(shards, Tars) else Tars(shards)
+        self.problems = self.tars.problems
         self.caption_keys = caption_keys
-        self.samples: list[tuple[str, dict[str, _Member]]] = []
-        for number, (path, label) in enumerate(zip(paths, _labels(paths), strict=True)):
-            self._scan(number, path, label.removesuffix(".tar"))
+        self.kept: np.ndarray | None = None
+        """the samples that `only` leaves, where there is a rule"""
         if only:
-            self.samples = [s for s in self.samples if self._matches(*s, only)]
-        if not self.samples:
+            matching = (i for i in watch(range(len(self.tars)), "reading JSON") if self._matches(i, only))
+            self.kept = np.fromiter(matching, dtype=np.int64)
+        if not len(self):
             wanted = f" with {only}" if only else ""
             why = f" ({self.problems[0]['reason']}: {self.problems[0]['detail']})" if self.problems else ""
             raise ValueError(
-                f"no samples{wanted} in {len(paths)} shard(s), first {paths[0]}{why}; a sample is a picture member NAME.jpg beside NAME.txt or NAME.json"
+                f"no samples{wanted} in {len(self.paths)} shard(s), first {self.paths[0]}{why}; "
+                "a sample is a picture member NAME.jpg beside NAME.txt or NAME.json"
             )
 
-    def _scan(self, number: int, path: str, label: str) -> None:
-        found: dict[str, dict[str, _Member]] = {}
-        try:
-            size = os.path.getsize(path)
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    if member.offset_data + member.size > size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    found.setdefault(folder + slash + stem, {})[extension.lower()] = _Member(number, member.offset_data, member.size)
-                # tarfile ends quietly at a header that is cut off or broken; a whole archive ends in a block of zeros.
-                with open(path, "rb") as file:
-                    file.seek(tar.offset)
-                    if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                        raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
-        except (tarfile.TarError, OSError) as error:
-            self.problems.append({"key": path, "reason": "damaged shard", "detail": f"{error}; {len(found)} samples before the damage"})
-        else:
-            if not found:
-                self.problems.append({"key": path, "reason": "empty shard", "detail": "no members"})
-        for stem, members in found.items():
-            if any(f".{extension}" in EXTENSIONS for extension in members):
-                self.samples.append((f"{label}/{stem}", members))
-            else:
-                self.problems.append({"key": f"{label}/{stem}", "reason": "no picture", "detail": f"only {', '.join(members)}"})
+    @property
+    def paths(self) -> list[str]:
+        return self.tars.paths
 
-    def _read(self, member: _Member) -> bytes:
-        # Opened anew each time: thousands of shards would exhaust the descriptors of a process, and workers must not share a position.
-        try:
-            with open(self.paths[member.tar], "rb") as file:
-                file.seek(member.offset)
-                return file.read(member.size)
-        except OSError as error:
-            raise ImageError("unreadable", f"{self.paths[member.tar]} cannot be read: {error}") from error
+    def _place(self, index: int) -> int:
+        return index if self.kept is None else int(self.kept[index])
 
-    def _json(self, members: dict[str, _Member]) -> dict:
-        return _json_object(self._read(members["json"])) if "json" in members else {}
+    def _json(self, place: int) -> dict:
+        return _json_object(self.tars.read(place, "json") or b"")
 
-    def _matches(self, key: str, members: dict[str, _Member], only: dict[str, str]) -> bool:
-        values = self._json(members)
+    def broken_json(self, index: int) -> bool:
+        """Whether there is a JSON member that is no object."""
+        data = self.tars.read(self._place(index), "json")
+        return data is not None and not _json_object(data) and data.strip() != b"{}"
+
+    def _matches(self, place: int, only: dict[str, str]) -> bool:
+        values = self._json(place)
         if not values:
-            self.problems.append({"key": key, "reason": "broken JSON", "detail": f"missing, empty or not an object; {', '.join(only)} cannot be looked up"})
+            detail = f"missing, empty or not an object; {', '.join(only)} cannot be looked up"
+            self.problems.append({"key": self.tars.key(place), "reason": "broken JSON", "detail": detail})
         return all(str(values.get(name)) == value for name, value in only.items())
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.tars) if self.kept is None else len(self.kept)
 
     def key(self, index: int) -> str:
-        return self.samples[index][0]
+        return self.tars.key(self._place(index))
 
     def data(self, index: int) -> bytes:
-        members = self.samples[index][1]
-        return self._read(next(m for extension, m in members.items() if f".{extension}" in EXTENSIONS))
+        return self.tars.read(self._place(index), "picture") or b""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        members = self.samples[index][1]
         if self.caption_keys:
-            values = self._json(members)
+            values = self._json(self._place(index))
             return _clean([values.get(name) for name in self.caption_keys])
-        return _clean([self._read(members["txt"]).decode("utf-8", "replace")]) if "txt" in members else ()
+        return _clean([(self.tars.read(self._place(index), "txt") or b"").decode("utf-8", "replace")])
+
+    def order(self, seed: int, epoch: int) -> Order:
+        if not self.tars.remote:
+            return Shuffle(len(self), seed, epoch)
+        starts = self.tars.starts if self.kept is None else np.searchsorted(self.kept, self.tars.starts).tolist()
+        return ShardShuffle(starts, WINDOW, seed, epoch)
 
 
 def _json_object(text: str | bytes) -> dict:
@@ -297,32 +300,27 @@ def _clean(captions: list) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
-def _labels(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell unlike paths apart, for keys that do not depend on where the data lies."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    labels: list[str] = []
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        labels = ["/".join(p[-length:]) for p in parts]
-        if len(set(labels)) == len(set(parts)):
-            break
-    return labels
-
-
 class MixedSource:
-    """Several sources one after the other, as one."""
+    """Several sources one after the other, as one. With `weights` an epoch holds them in these shares, see `order.Mix`.
 
-    def __init__(self, sources: list[Source]):
-        self.sources = sources
+    Raises:
+        ValueError: weights that are not one positive number for each source.
+    """
+
+    def __init__(self, sources: list[Source], weights: tuple[float, ...] = ()):
+        if weights and (len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights)):
+            raise ValueError(f"weights {' '.join(f'{w:g}' for w in weights)}: one positive number for each of the {len(sources)} sources is needed")
+        self.sources, self.weights = sources, weights
         self.starts = [0]
         for source in sources:
             self.starts.append(self.starts[-1] + len(source))
         self.problems = [p for source in sources for p in source.problems]
 
     def _find(self, index: int) -> tuple[Source, int]:
-        for number, start in enumerate(self.starts[1:]):
-            if index < start:
-                return self.sources[number], index - self.starts[number]
-        raise IndexError(index)
+        if not 0 <= index < self.starts[-1]:
+            raise IndexError(index)
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.sources[number], index - self.starts[number]
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -347,6 +345,22 @@ class MixedSource:
         source, local = self._find(index)
         return source.crop(local, size, generator)
 
+    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
+        source, local = self._find(index)
+        return source.view(local, size, generator)
+
+    def order(self, seed: int, epoch: int) -> Order:
+        if not self.weights and not any(_fetched(source) for source in self.sources):
+            return Shuffle(len(self), seed, epoch)
+        counts = [len(source) for source in self.sources]
+        parts = [functools.partial(source.order, draw_seed(seed, "source", number)) for number, source in enumerate(self.sources)]
+        return Mix(counts, self.weights or counts, parts, seed, epoch)
+
+
+def _fetched(source: Source) -> bool:
+    """Whether the order of a source has to spare its place."""
+    return any(map(_fetched, source.sources)) if isinstance(source, MixedSource) else isinstance(source, ShardSource) and source.tars.remote
+
 
 def open_source(
     names: tuple[str, ...],
@@ -356,46 +370,87 @@ def open_source(
     only: dict[str, str] | None = None,
     area: tuple[float, float] = (0.4, 1.0),
     aliases: bool = False,
+    weights: tuple[float, ...] = (),
+    index: str = "",
+    cache: str = "",
+    cache_gb: float = 0.0,
+    watch: Watch = plain,
 ) -> Source:
-    """Open `openmoji`, folders of pictures, folders or globs of shards, or several of them, as one source.
+    """Open `openmoji`, folders of pictures, folders, globs or URLs of shards, or several of them, as one source.
 
     Braces are understood as img2dataset users write them: `data/{00000..00009}.tar`. `held_out` picks the held-out side
-    of OpenMoji; folders and shards are taken as they are.
+    of OpenMoji; folders and shards are taken as they are. `weights` mixes the names in these shares, `index` is the folder of
+    the shards' indexes (none: beside each), `cache` and `cache_gb` are where remote shards are kept, `watch` shows progress.
 
     Raises:
         ValueError: a name that is none of these, with what was looked for.
     """
-    legal = "legal are openmoji, a folder of pictures, or shards such as data/*.tar"
     if not names:
-        raise ValueError(f"no data named; {legal}")
-    sources: list[Source] = []
-    folders: list[str] = []
-    tars: list[str] = []
-    missing: list[str] = []
-    for name in names:
-        if name == "openmoji":
+        raise ValueError(f"no data named; {LEGAL}")
+    if weights and len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights for {len(names)} sources; give one for each of: {' '.join(names)}")
+    found = [find(name) for name in names]
+    folders = [path for each in found for path in each.folders]
+    tars = [path for each in found for path in each.tars]
+    folder_labels, tar_labels = dict(zip(folders, labels(folders), strict=True)), dict(zip(tars, labels(tars), strict=True))
+    # Labels are given to all at once, so that keys differ between the sources of a mix too.
+    kept = ShardCache(cache, cache_gb) if cache else None
+    groups: list[list[Source]] = []
+    for each in found if weights else [Found(any(f.openmoji for f in found), folders, tars, [])]:
+        group: list[Source] = []
+        if each.openmoji:
             emoji = samples.load_emoji()
-            sources.append(EmojiSource(emoji.held_out if held_out else emoji.train, aliases and not held_out))
-            continue
-        found = expand(name)
-        if not found:
-            raise ValueError(f"no such data: {name}; {legal}")
-        missing += [part for part in _braces(name) if not expand(part)] if not os.path.exists(name) else []
-        for path in found:
-            if Path(path).is_dir():
-                inside = sorted(str(p) for p in Path(path).glob("*.tar"))
-                tars += inside
-                folders += [] if inside else [path]
-            elif path.endswith(".tar"):
-                tars.append(path)
-            else:
-                raise ValueError(f"{path} is neither a folder nor a .tar shard; {legal}")
-    sources += [FolderSource(folder, area, label) for folder, label in zip(folders, _labels(folders), strict=True)]
-    if tars:
-        sources.append(ShardSource(tars, caption_keys, only, area))
-    source = sources[0] if len(sources) == 1 else MixedSource(sources)
-    source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for path in missing]
+            group.append(EmojiSource(emoji.held_out if held_out else emoji.train, aliases and not held_out))
+        group += [FolderSource(folder, area, folder_labels[folder]) for folder in each.folders]
+        if each.tars:
+            shards = Tars(each.tars, [tar_labels[path] for path in each.tars], index=index, cache=kept, watch=watch)
+            group.append(ShardSource(shards, caption_keys, only, area, watch))
+        groups.append(group)
+    sources = [group[0] if len(group) == 1 else MixedSource(group) for group in groups]
+    source = sources[0] if len(sources) == 1 else MixedSource(sources, weights)
+    source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for each in found for path in each.missing]
     return source
+
+
+SIBLINGS = (".parquet", "_stats.json", ".index")
+"""What img2dataset and `data index` put beside shards: a glob may name it."""
+
+LEGAL = "legal are openmoji, a folder of pictures, or shards such as data/*.tar"
+
+
+@dataclass
+class Found:
+    """What one name of data stands for."""
+
+    openmoji: bool
+    folders: list[str]
+    tars: list[str]
+    missing: list[str]
+
+
+def find(name: str) -> Found:
+    """Look up a name of data. Raises ValueError where there is nothing of that name."""
+    if name == "openmoji":
+        return Found(True, [], [], [])
+    if is_remote(name):
+        urls = list(dict.fromkeys(url for part in _braces(name) for url in expand_remote(part)))
+        if not urls:
+            raise ValueError(f"no shards at {name}; {LEGAL}")
+        return Found(False, [], urls, [])
+    paths = expand(name)
+    if not paths:
+        raise ValueError(f"no such data: {name}; {LEGAL}")
+    found = Found(False, [], [], [part for part in _braces(name) if not expand(part)] if not os.path.exists(name) else [])
+    for path in paths:
+        if Path(path).is_dir():
+            inside = sorted(str(p) for p in Path(path).glob("*.tar"))
+            found.tars += inside
+            found.folders += [] if inside else [path]
+        elif path.endswith(".tar"):
+            found.tars.append(path)
+        elif len(paths) == 1 or not path.endswith(SIBLINGS):
+            raise ValueError(f"{path} is neither a folder nor a .tar shard; {LEGAL}")
+    return found
 
 
 def expand(pattern: str) -> list[str]:

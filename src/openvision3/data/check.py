@@ -1,0 +1,119 @@
+"""Shards one at a time, each by a function that a process of its own can run: write the index, or look at every sample."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from openvision3.data.images import ImageError, open_image
+from openvision3.data.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
+from openvision3.data.remote import fetch, remote_stamp
+from openvision3.data.shards import ShardSource
+from openvision3.data.tars import Tars
+
+
+@dataclass
+class Indexed:
+    """What `write_index` did with one shard; `error` where it could not."""
+
+    shard: str
+    samples: int = 0
+    bytes: int = 0
+    written: bool = False
+    problems: tuple[Problem, ...] = ()
+    error: str = ""
+
+
+def write_index(shard: str, folder: str = "", again: bool = False) -> Indexed:
+    """Write the index of a shard, unless there is one that fits; of a remote shard into `folder`, from a copy that is deleted."""
+    try:
+        now = remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
+        place = index_path(shard, folder)
+        head, _ = (None, "") if again else fresh_index(place, now)
+        if head is not None:
+            return Indexed(shard, head.count, now.size, False, _named(head.problems, shard))
+        with local_copy(shard, now) as path:
+            found = scan(path, now)
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        found.save(place)
+        return Indexed(shard, len(found), now.size, True, _named(found.problems, shard))
+    except Exception as error:  # of one shard among thousands; remote places raise what they like
+        return Indexed(shard, error=_line(error))
+
+
+def _named(problems: list[Problem], shard: str) -> tuple[Problem, ...]:
+    return tuple({**p, "key": f"{shard} {p['key']}".rstrip()} for p in problems)
+
+
+@dataclass
+class Checked:
+    """What `check_shard` found: samples, how many of them can be trained on, and every problem."""
+
+    shard: str
+    samples: int = 0
+    usable: int = 0
+    bytes: int = 0
+    problems: tuple[Problem, ...] = ()
+
+
+def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = False) -> Checked:
+    """Look at every sample of a shard: the tar whole, members paired, JSON readable, captions there, with `decode` pictures too."""
+    label = Path(shard).name.removesuffix(".tar")
+    try:
+        now = remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
+        with local_copy(shard, now) as path:
+            index = scan(path)
+            problems = [{**p, "key": f"{label}/{p['key']}" if p["key"] else shard} for p in index.problems]
+            usable = _usable(path, index, label, caption_keys, decode, problems) if len(index) else 0
+        return Checked(shard, len(index), usable, now.size, tuple(problems))
+    except FileNotFoundError:
+        return Checked(shard, problems=({"key": shard, "reason": "missing", "detail": "no such shard"},))
+    except Exception as error:  # see write_index
+        reason = error.reason if isinstance(error, ImageError) else "unreadable"
+        return Checked(shard, problems=({"key": shard, "reason": reason, "detail": _line(error)},))
+
+
+def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, ...], decode: bool, problems: list[Problem]) -> int:
+    source = ShardSource(Tars([path], [label], found=[index]), caption_keys)
+    good = 0
+    for sample in range(len(source)):
+        before = len(problems)
+
+        def note(reason: str, detail: str, key: str = source.key(sample)) -> None:
+            problems.append({"key": key, "reason": reason, "detail": detail})
+
+        try:
+            if source.broken_json(sample):
+                note("broken JSON", "empty, cut off or not an object")
+            if not source.captions(sample):
+                note("no caption", f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank")
+            if decode:
+                open_image(source.data(sample))
+            elif not source.data(sample):
+                note("empty", "the picture holds 0 bytes")
+        except ImageError as error:
+            note(error.reason, str(error))
+        good += len(problems) == before
+    return good
+
+
+@contextlib.contextmanager
+def local_copy(shard: str, stamp: Stamp) -> Iterator[str]:
+    """The shard itself, or a remote one fetched to a file that is deleted afterwards."""
+    if not is_remote(shard):
+        yield shard
+        return
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        fetch(shard, file.fileno(), stamp)
+        yield file.name
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
