@@ -19,7 +19,7 @@ from small_runs import metrics
 
 from openvision3.checkpoint import complete_checkpoints
 
-RATE = 1e-3
+RATE = 1e-4
 
 
 @pytest.fixture(scope="module")
