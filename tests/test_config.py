@@ -147,3 +147,17 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path):
 def test_nearest_is_empty_where_nothing_is_like_it():
     assert nearest("demmo", RECIPES) == "demo"
     assert nearest("qqqq", RECIPES) == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": (1.0, 2.0)}, "weights 1 2: give one positive number for each of the 1 names in data"),
+        ({"weights": (0.0,)}, "weights 0: give one positive number"),
+        ({"weights": (1.0,), "families": True}, "set --no-families, or leave out --weights"),
+        ({"cache_gb": 0.0}, "cache_gb 0.0 must be a positive number"),
+    ],
+)
+def test_weights_and_cache_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**values)

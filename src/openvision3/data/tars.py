@@ -75,7 +75,7 @@ class Tars:
             for path, label, (each, why) in zip(paths, self.labels, watch(opened, "opening shards"), strict=True):
                 self._indexes.append(each)
                 if why:
-                    self.problems.append({"key": path, "reason": "stale index", "detail": f"{why}; scanned anew, run: openvision3 data index"})
+                    self.problems.append({"key": path, "reason": "stale index", "detail": f"{why}; the shard was scanned"})
                 self.problems += [{**p, "key": f"{label}/{p['key']}" if p["key"] else path} for p in each.problems]
         counts = [each.count if isinstance(each, IndexFile) else len(each) for each in self._indexes]
         self.starts: list[int] = [0, *itertools.accumulate(counts)]
@@ -176,7 +176,7 @@ def _read(descriptor: int, offset: int, size: int, path: str) -> bytes:
 
 
 def _open_index(path: str, folder: str) -> tuple[ShardIndex | IndexFile, str]:
-    """(index, why its file is not used, if there is one)."""
+    """(index, why its file is not used, if there is one). A file that does not fit the tar is written anew."""
     place = index_path(path, folder)
     if is_remote(path):
         head, why = fresh_index(place, None) if folder else (None, "")
@@ -192,7 +192,16 @@ def _open_index(path: str, folder: str) -> tuple[ShardIndex | IndexFile, str]:
     except OSError:
         return scan(path), ""  # it says what is wrong
     head, why = fresh_index(place, now)
-    return (head, "") if head else (scan(path), why)
+    if head is not None:
+        return head, ""
+    found = scan(path)
+    if why:
+        try:
+            found.save(place)
+            why = ""
+        except OSError as error:
+            why = f"{why}, and cannot be written anew: {error.strerror or error}"
+    return found, why
 
 
 def labels(paths: list[str]) -> list[str]:
