@@ -45,7 +45,7 @@ class LatentJob:
     part_samples: int = PART
     index: str = ""
     cache: str = ""
-    cache_gb: float = 20.0
+    cache_gb: float = 100.0
 
     def __post_init__(self):
         if self.precision not in ("auto", "bf16", "fp32"):

@@ -196,7 +196,7 @@ def latents(
     part_samples: int = 1024,
     index: str = "",
     cache: str = "",
-    cache_gb: float = 20.0,
+    cache_gb: float = 100.0,
     engine: Literal["local", "ray"] = "local",
     actors: int = 0,
     json: Json = False,
