@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openvision3 import progress
@@ -190,3 +193,17 @@ def test_the_environment_names_versions_and_machine():
 @pytest.mark.parametrize(("seconds", "text"), [(-1, "0s"), (0.4, "0s"), (59.6, "1m00s"), (90, "1m30s"), (3599.7, "1h00m"), (7260, "2h01m")])
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_counting_says_how_fast_and_how_long_on_and_off_a_terminal(monkeypatch):
+    for terminal in (True, False):
+        screen = Console(file=io.StringIO(), force_terminal=terminal, width=160)
+        monkeypatch.setattr(progress, "console", lambda screen=screen: screen)
+        with progress.counting("latents", "images", 2000, every=0.0) as count:
+            count(400)
+            count(600)
+        shown = screen.file.getvalue()  # type: ignore[attr-defined]
+        assert re.search(r"[\d,]+ images/s", shown) and "left" in shown and ("1000/2000" if terminal else "1,000 of 2,000 images") in shown
+        with progress.counting("latents", "images", 2000, silent=True, every=0.0) as count:
+            count(1)
+        assert screen.file.getvalue() == shown  # type: ignore[attr-defined]

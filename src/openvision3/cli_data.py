@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli import Json
+from openvision3.cli import Device, Json
 
 if TYPE_CHECKING:
     from openvision3.data.recaption import Tally
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 Shards = Positional[Annotated[tuple[str, ...], arg(metavar="SHARDS ...", help="shards, folders of them, globs, braces and URLs: data/{00000..00009}.tar")]]
 Data = Positional[Annotated[tuple[str, ...], arg(metavar="DATA ...", help="shards, folders and globs, braces as in data/{00000..00009}.tar")]]
+
+Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="DATA ...", help="openmoji, folders of pictures, shards such as data/{00000..00009}.tar")]]
 
 
 def index(shards: Shards, index: str = "", again: bool = False, workers: int = 0, json: Json = False) -> int:
@@ -175,7 +177,97 @@ def recaption(
     return 2 if tally.unwritten else 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption)}
+def latents(
+    data: Pictures,
+    out: str = "latents",
+    vae: str = "embedded",
+    shift: bool | None = None,
+    size: int = 128,
+    crops: int = 4,
+    crop_area: tuple[float, float] = (0.4, 1.0),
+    seed: int = 0,
+    batch: int = 32,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    device: Device = "auto",
+    workers: int = 0,
+    only: tuple[str, ...] = (),
+    caption_keys: tuple[str, ...] = (),
+    aliases: bool = False,
+    part_samples: int = 1024,
+    index: str = "",
+    cache: str = "",
+    cache_gb: float = 100.0,
+    engine: Literal["local", "ray"] = "local",
+    actors: int = 0,
+    json: Json = False,
+) -> int:
+    """Encode random crops of pictures with the VAE once, so that training reads latents (train ... --latents FOLDER).
+
+    The same command goes on where it was stopped, and repairs what is damaged. Under torchrun or srun each process writes
+    its share.
+
+    Args:
+        out: the folder of the cache.
+        vae: embedded, a folder in diffusers' layout, or a hub id; the one to train with.
+        shift: as --model.vae.shift of the run.
+        size: side of the crops in pixels, that of the run.
+        crops: random crops of every picture; training takes them in turn.
+        crop_area: share of a picture that a crop covers.
+        seed: of the crops.
+        batch: pictures encoded at a time.
+        precision: what the VAE computes in; auto measures.
+        workers: processes that decode pictures; 0: none beside this one.
+        only: keep shard samples whose JSON has these values, as in source=clipart.
+        caption_keys: JSON fields of shards that hold captions; none: the .txt member.
+        aliases: openmoji: keep the other names of an emoji too.
+        part_samples: samples in a file; for many millions take 16384.
+        index: the folder of index files, as data index wrote them; none: beside each shard.
+        cache: the folder for copies of remote shards.
+        cache_gb: how large it may become.
+        engine: this process (or its share under torchrun), or a Ray cluster.
+        actors: processes that Ray starts; 0: one a GPU, or one a CPU where there is none.
+    """
+    from openvision3.cache import LatentJob, say, write_latents
+
+    if not data:
+        raise ValueError("no data named; legal are openmoji, a folder of pictures, or shards such as data/*.tar")
+    places = {"index": index, "cache": cache, "cache_gb": cache_gb}
+    job = LatentJob(
+        data,
+        out,
+        vae,
+        shift,
+        size,
+        crops,
+        crop_area,
+        seed,
+        batch,
+        precision,
+        device,
+        workers,
+        only,
+        caption_keys,
+        aliases,
+        part_samples,
+        **places,  # type: ignore[arg-type]
+    )
+    start = time.perf_counter()
+    found = write_latents(job, engine, actors)
+    if found is None:
+        say(f"this process has written its parts; {out} is complete when the others have too")
+        return 0
+    if found["skipped"]:
+        counts = ", ".join(f"{count} {reason}" for reason, count in found["skipped"].items())
+        say(f"skipped: {counts}; each is listed in the part's .json file")
+    if json:
+        print(dumps({name: value for name, value in found.items() if name != "parts"}, indent=2))
+        return 0
+    gigabytes = sum(part["bytes"] for part in found["parts"]) / 1e9
+    print(f"{out}: {found['entries']:,} of {found['samples']:,} samples, {gigabytes:.2f} GB, {time.perf_counter() - start:.0f} s; train with --latents {out}")
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------

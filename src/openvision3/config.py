@@ -50,6 +50,8 @@ class RunConfig:
     """side of the training pictures in pixels, a multiple of 16"""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """share of a picture that a random crop covers"""
+    latents: str = ""
+    """a folder of openvision3 data latents: read latents there, and open only pictures whose pixels are compared (pixel_share 0: none, data may be empty)"""
     tokenizer: str = ""
     """a tokenizer.json; none: that of --init, or a WordPiece trained on the captions"""
     vocabulary: int = 4096

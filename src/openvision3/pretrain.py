@@ -19,6 +19,7 @@ from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
 from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch
 from openvision3.data.images import ImageError, to_pil
+from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_device, choose_precision, dtype_of
@@ -112,7 +113,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
         precision, why = distributed.from_first(choose_precision(config.precision, device) if ranks.rank == 0 else ("fp32", ""))
     with distributed.together():
-        source = open_source(config.data, area=config.crop_area, aliases=config.aliases, weights=config.weights, **_places(config))
+        vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
+        source, cache, about_cache = _open_data(config, vae)
         held_out = _evaluation_source(config)
         source.problems += held_out.problems
         checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
@@ -120,9 +122,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         if checkpoint:
             source.problems[:] = read_skipped(out, state.problems)
         tokenizer = _tokenizer(config, source, out)
-        vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         if checkpoint:
-            _check_same(checkpoint, out, vae, len(source))
+            _check_same(checkpoint, out, vae, len(source), cache)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
         if config.init and not config.resume:
@@ -146,6 +147,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             rank=ranks.rank,
             world=ranks.world,
             micro_batch=config.micro_batch,
+            latents=cache,
         )
         batches.sample(0)  # raises where no sample can be used, before anything is written
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -178,6 +180,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
         run.say(f"device {device}, precision {precision} ({why})")
+        if about_cache:
+            run.say(about_cache)
         if ranks.world > 1:
             run.say(f"{ranks.world} processes, {parallel}: {config.batch // ranks.world} of {config.batch} pictures each")
         if batches.pieces > 1:
@@ -197,7 +201,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         pipeline = Pipeline(model, tokenizer, config.size, precision=precision)
 
         def export(folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
-            training = _training_record(recipe, config, state, len(source), precision, started_from)
+            training = _training_record(recipe, config, state, len(source), precision, started_from, cache)
             hub.save_model(folder, model, tokenizer, config.size, training=training, weights=weights)
 
         def evaluate(step: int) -> dict[str, float]:
@@ -211,7 +215,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
-        pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from)
+        pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from, cache)
         model.eval()
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
@@ -237,12 +241,48 @@ def _resumed(config: RunConfig, out: Path) -> RunConfig:
     return old
 
 
-def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int) -> None:
-    """Raises ValueError where the VAE or the data are no longer those that the run was started with."""
+def _open_data(config: RunConfig, vae: VAE) -> tuple[Source, LatentCache | None, str]:
+    """The samples to train on, their cached latents where `config.latents` names some, and what to say of them.
+
+    Where the data are not named or not there, the cache stands for them: keys and captions, but no pictures.
+
+    Raises:
+        ValueError: no such data, a cache of another VAE, size or crop area, or pixels wanted of a cache alone.
+    """
+    cache = None
+    if config.latents:
+        cache = LatentCache.open(config.latents, vae_sha256=vae.sha256, scale=vae.scale, shift=vae.shift, size=config.size)
+    try:
+        source = open_source(config.data, area=config.crop_area, aliases=config.aliases, weights=config.weights, **_places(config))
+    except (ValueError, OSError) as error:
+        if cache is None:
+            raise
+        if config.pixel_share:
+            raise ValueError(
+                f"{error}; the cache {config.latents} holds no pictures, and pixel_share {config.pixel_share:g} needs some: "
+                "name the data it was made from, or train on its latents alone with --pixel-share 0"
+            ) from error
+        return (
+            CachedSource(cache),
+            cache,
+            f"no pictures at hand ({error}): training on the {len(cache):,} samples of {config.latents} alone, without a pixel loss",
+        )
+    if cache is None:
+        return source, None, ""
+    if tuple(config.crop_area) != cache.settings.crop_area:
+        raise ValueError(f"crop_area is {config.crop_area}, but the crops in {config.latents} cover {cache.settings.crop_area}; set --crop-area alike")
+    opened = f"of {config.pixel_share:g} of the rows pictures are opened too" if config.pixel_share else "no picture is opened"
+    return source, cache, f"latents of {len(cache):,} samples, {cache.settings.crops} crops each, are read from {config.latents}; {opened}"
+
+
+def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int, cache: LatentCache | None) -> None:
+    """Raises ValueError where the VAE, the data or the cache are no longer those that the run was started with."""
     saved = hub.read_config(checkpoint)
     digest, before = saved.vae["sha256"], saved.training["training_samples"]
     if digest != vae.sha256:
         raise ValueError(f"{out} was started with a VAE of sha256 {digest[:12]}..., but {vae.name} has {vae.sha256[:12]}... now; put the old one back")
+    if cache is not None and saved.training.get("latents") != cache.sha256:
+        raise ValueError(f"{cache.folder} is not the cache that {out} was started with; put the old one back, or start a new run with --init {out}")
     if before != count:
         raise ValueError(f"{out} was started on {before} samples, but its data hold {count} now; put the old data back, or start a new run with --init {out}")
 
@@ -380,18 +420,22 @@ def _started_from(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
     return kept or {"name": config.init, **hub.read_config(hub.find_folder(config.init)).training}
 
 
-def _training_record(recipe: str, config: RunConfig, state: RunState, count: int, precision: str, started_from: dict[str, Any]) -> dict[str, Any]:
+def _training_record(
+    recipe: str, config: RunConfig, state: RunState, count: int, precision: str, started_from: dict[str, Any], cache: LatentCache | None = None
+) -> dict[str, Any]:
+    data = config.data or (cache.settings.data if cache is not None else ())
     return {
         "recipe": recipe,
         "steps": state.step,
         "samples_seen": state.samples,
-        "data": list(config.data),
+        "data": list(data),
         "only": list(config.only),
         "training_samples": count,
         "seconds": round(state.seconds),
         "precision": precision,
         "seed": config.seed,
-        "licence": "; ".join(f"{name}: {'CC BY-SA 4.0' if name == 'openmoji' else 'unknown'}" for name in config.data),
+        "licence": "; ".join(f"{name}: {'CC BY-SA 4.0' if name == 'openmoji' else 'unknown'}" for name in data),
+        **({"latents": cache.sha256} if cache is not None else {}),
         **({"started_from": started_from} if started_from else {}),
     }
 

@@ -13,7 +13,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,38 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         return
     with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True) as bar:
         yield from bar.track(items, total=total)
+
+
+@contextlib.contextmanager
+def counting(what: str, unit: str, total: int, *, silent: bool = False, every: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """Call what this gives with how many more are done: a bar with speed and time left on a terminal, elsewhere a line every half minute."""
+    screen, start, done = console(), time.perf_counter(), 0
+    told = start
+
+    def speed() -> float:
+        return done / max(time.perf_counter() - start, 1e-9)
+
+    if silent or not screen.is_terminal:
+
+        def count(more: int) -> None:
+            nonlocal done, told
+            done += more
+            if not silent and time.perf_counter() - told >= every:
+                told = time.perf_counter()
+                screen.print(f"{what}: {done:,} of {total:,} {unit}, {speed():,.0f} {unit}/s, left {duration((total - done) / max(speed(), 1e-9))}")
+
+        yield count
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(task, completed=done, rate=f"{speed():,.0f} {unit}/s")
+
+        yield advance
 
 
 class RunFolder:

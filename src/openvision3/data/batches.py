@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,14 +26,17 @@ from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
 
+if TYPE_CHECKING:
+    from openvision3.data.latents import CachedView, LatentCache
+
 FAMILY = 16
 TRIES = 256
 """Samples tried for one place in a batch: a run survives nine broken samples in ten, and stops with the reason where all are broken."""
 NEAR = 65_536
 """Positions among which a replacement is sought at first."""
 
-Sample = tuple[str, Tensor, str, tuple[str, ...], list[dict[str, str]]]
-"""key, image, caption to predict, texts to contrast, problems met on the way"""
+Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[dict[str, str]]]
+"""key, image (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
 Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
 
@@ -59,6 +63,7 @@ class TrainingBatches:
 
     `pixel_share` says which rows get the pixel loss: every 1/share-th row of the global batch, moved on by one a step.
     `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
+    With a cache of `latents` these stand in the batch, and only pictures whose pixels are compared are opened.
 
     Raises:
         ValueError: an empty source or a batch that cannot be divided so; while iterating, when 256 samples in a row cannot be used.
@@ -80,6 +85,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         micro_batch: int = 0,
+        latents: LatentCache | None = None,
     ):
         if batch < 1 or batch % world:
             raise ValueError(f"batch {batch} cannot be divided among {world} processes; legal are positive multiples of {world}, such as {_next(batch, world)}")
@@ -95,7 +101,7 @@ class TrainingBatches:
             raise ValueError("the data holds no sample; name a source that has some")
         self.source, self.tokenizer, self.shape = source, tokenizer, shape
         self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
-        self.workers, self.augment = workers, augment
+        self.workers, self.augment, self.latents = workers, augment, latents
         self.rows = range(rank * local, (rank + 1) * local)
         self.pieces = local // (micro_batch or local)
         self.problems: list[dict[str, str]] = list(source.problems)
@@ -142,11 +148,15 @@ class TrainingBatches:
                 if not captions:
                     problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})
                     continue
-                image = to_tensor(self.source.view(index, self.size, generator) if self.augment else self.source.picture(index, self.size))
+                if self.latents is not None:
+                    pixels = self._has_pixels(*divmod(position, self.batch))
+                    view: Tensor | CachedView = self.latents.view(self.source, index, seed=self.seed, epoch=epoch, pixels=pixels)
+                else:
+                    view = to_tensor(self.source.view(index, self.size, generator) if self.augment else self.source.picture(index, self.size))
             except ImageError as error:
                 problems.append({"key": key, "reason": error.reason, "detail": str(error)})
                 continue
-            return key, image, captions[0], self._choose(captions, generator), problems
+            return key, view, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
     def _instead(self, position: int, attempt: int) -> int:
@@ -180,13 +190,22 @@ class TrainingBatches:
         texts = [(*contrasted, *[""] * (count - len(contrasted))) for _, _, _, contrasted, _ in rows]
         flat = self.tokenizer.text_ids([t for row in texts for t in row], self.shape.text_positions)
         batch = {
-            "images": torch.stack([image for _, image, *_ in rows]),
+            **self._pictures([view for _, view, *_ in rows]),
             "text_ids": flat.unflatten(0, (len(rows), count)),
             "text_present": torch.tensor([[k < len(contrasted) for k in range(count)] for _, _, _, contrasted, _ in rows]),
             "caption_ids": self.tokenizer.caption_ids([caption for _, _, caption, _, _ in rows], self.shape.caption_positions),
             "sample_key": torch.tensor([draw_seed(key) for key, *_ in rows]),
         }
         return batch, [problem for *_, problems in rows for problem in problems]
+
+    def _pictures(self, views: list[Tensor | CachedView]) -> dict[str, Tensor]:
+        images = [view for view in views if isinstance(view, Tensor)]
+        if images:
+            return {"images": torch.stack(images)}
+        cached = [view for view in views if not isinstance(view, Tensor)]
+        compared = [view.image for view in cached if view.image is not None]
+        shown = torch.stack(compared) if compared else torch.empty(0, 3, self.size, self.size)
+        return {"latents": torch.stack([view.latents for view in cached]), "pixel_images": shown}
 
     def __getitem__(self, number: int) -> Made | Exception:
         """Micro-batch `number` of this rank; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
@@ -207,7 +226,7 @@ class TrainingBatches:
         batch["draw_key"] = torch.tensor([draw_seed(self.seed, step, row) for row in rows])
         if not self.pixel_share:
             batch["pixel_images"] = torch.empty(0, 3, self.size, self.size)
-        elif self.pixel_share < 1:
+        elif self.pixel_share < 1 or "latents" in batch:
             chosen = [place for place, row in enumerate(rows) if self._has_pixels(step, row)]
             batch["pixel_rows"] = torch.tensor(chosen, dtype=torch.long)
         return batch
