@@ -39,6 +39,8 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/vae_speed.py
+	$(BIN)/python benchmarks/step_speed.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

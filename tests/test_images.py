@@ -477,3 +477,19 @@ def test_tensor_and_picture_of_a_view_are_one():
     values = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     assert torch.equal(images.uint8_tensor(images.from_uint8(values)), values)
     assert torch.equal(to_tensor(images.from_uint8(values)), to_tensor(values))
+
+
+@pytest.mark.parametrize("layout", ["fill byte", "behind the frame header"])
+def test_a_rotation_is_found_wherever_a_jpeg_may_say_it(layout):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(smooth(300, 200, 0), "JPEG", exif=exif)
+    start = data.index(b"\xff\xe1")
+    length = 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    segment, rest = data[start : start + length], data[:start] + data[start + length :]
+    place = start if layout == "fill byte" else rest.index(b"\xff\xda")
+    moved = rest[:place] + (b"\xff" if layout == "fill byte" else b"") + segment + rest[place:]
+    assert open_image(moved).size == (200, 300)
+    views = [images.random_view(each, 64, torch.Generator().manual_seed(1), (0.5, 1.0)) for each in (data, moved)]
+    assert views[0][1] == views[1][1]
+    assert torch.equal(torch.as_tensor(views[0][0]), torch.as_tensor(views[1][0]))

@@ -137,3 +137,8 @@ def test_a_mix_by_the_sizes_of_its_sources_is_every_sample_once():
         assert {turn for _, turn in places} == {epoch}
     with pytest.raises(IndexError):
         order.place(378)
+
+
+def test_a_weight_that_would_never_be_seen_is_refused_with_the_arithmetic():
+    with pytest.raises(ValueError, match=r"0\.1 / 7\.1 of the 21 samples of an epoch is less than one"):
+        Mix((3, 7, 11), (5, 0.1, 2), [lambda turn, c=c: Shuffle(c, 0, turn) for c in (3, 7, 11)], 0, 0)

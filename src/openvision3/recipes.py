@@ -152,7 +152,7 @@ def base_low_res() -> RunConfig:
     """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
 
     torchrun --nproc-per-node 8 ... -m openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
-    4000 epochs of 1.28 M samples: about 1,900 H200-hours at 400 TFLOP/s (30 hours on 64), a third of it with cached latents and
+    4000 epochs of 1.28 M samples: about 1,960 H100-hours at 40 % of their peak (31 hours on 64), 740 with cached latents and
     --pixel-share 0.125. Another --batch wants --optimizer.learning-rate 8e-6 x batch / 256. Expected after both phases (paper v2):
     PSNR 30.33, rFID 0.187 on ImageNet 256.
     """
@@ -163,7 +163,7 @@ def base_high_res() -> RunConfig:
     """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
 
     torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
-    400 epochs: about 730 H200-hours. Needs the two LPIPS files, or --model.loss.perceptual efficientnet. Expected: see base_low_res.
+    400 epochs: about 740 H100-hours. Needs the two LPIPS files, or --model.loss.perceptual efficientnet. Expected: see base_low_res.
     """
     return _high_res(base_low_res())
 

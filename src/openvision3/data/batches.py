@@ -141,9 +141,10 @@ class TrainingBatches:
         problems: list[dict[str, str]] = []
         for attempt in range(TRIES):
             index, epoch = self.place(self._instead(position, attempt) if attempt else position)
-            key = self.source.key(index)
-            generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
+            key = f"sample {index}"  # until the source, which may have lost its index, says its name
             try:
+                key = self.source.key(index)
+                generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
                 captions = self.source.captions(index)
                 if not captions:
                     problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})

@@ -329,11 +329,14 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
     if decoder is None or data[:2] != b"\xff\xd8":
         return None
     place = 2
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):  # the segments before the picture
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):  # the segments before the picture itself
         marker = data[place + 1]
+        if marker == 0xFF:  # a byte that fills
+            place += 1
+            continue
         if marker == 0xE1:  # EXIF or XMP: Pillow looks into it
             return None
-        if marker == 0xDA or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+        if marker == 0xDA:
             break
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     try:

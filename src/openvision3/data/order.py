@@ -126,6 +126,12 @@ class Mix:
         """`parts[s](round)` is the order of source s in that round of its own."""
         self.counts, self.parts, self.epoch = counts, parts, epoch
         self.quotas = quotas(sum(counts), weights)
+        for count, quota, weight in zip(counts, self.quotas, weights, strict=True):
+            if count and not quota:
+                share = f"{weight:g} / {sum(weights):g} of the {sum(counts):,} samples of an epoch"
+                raise ValueError(
+                    f"weights {' '.join(f'{w:g}' for w in weights)}: {share} is less than one, so that source would never be seen; raise its weight"
+                )
         self.total = sum(self.quotas)
         self.key = draw_seed(seed, "mix", epoch)
         self.starts = [sum(counts[:s]) for s in range(len(counts))]
