@@ -195,6 +195,7 @@ def uninterrupted(folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_goes_on_to_the_same_bytes(uninterrupted, folder, tmp_path):
     out, first = tmp_path / "killed", tmp_path / "killed" / "part-000000.safetensors"
     run = command(folder, out, "--part-samples", "1")

@@ -250,7 +250,7 @@ def test_a_beam_of_one_equals_greedy(penalty):
     assert len({len(words) for words in greedy}) > 1
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("penalty", [pytest.param(0.0, marks=pytest.mark.slow), 0.6, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_beam_that_holds_every_caption_finds_the_best_one(penalty):
     """Six words, captions of at most 3: brute force over all of them. So it also scores at least what greedy does."""
     network, better = captioner(vocabulary=6, positions=4, std=0.1), 0

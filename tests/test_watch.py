@@ -198,6 +198,7 @@ def test_it_looks_again_while_a_run_writes_and_ends_with_it(tmp_path):
     assert "step 3 of 3" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_real_run_can_be_watched(tmp_path):
     pictures(tmp_path / "train", 10), pictures(tmp_path / "held", 3, 1)
     fields = "--data train --val held --size 32 --batch 4 --steps 6 --log-every 2 --save-every 0 --precision fp32 --out run"
