@@ -93,6 +93,7 @@ def expected(run: Path) -> dict[int, dict[str, float]]:
     return numbers_by_step([(row.pop("step"), row) for row in rows])
 
 
+@pytest.mark.slow
 @wandb_is_here
 def test_wandb_offline_holds_the_numbers_steps_config_and_sheets_of_the_run(tmp_path):
     run = pretrain(small(tmp_path, "sweep/one", track=("wandb",), eval_every=3)).folder
@@ -178,6 +179,7 @@ print(pretrain(small(Path(sys.argv[1]), "sweep/one", track=("wandb",))).status)
 """
 
 
+@pytest.mark.slow
 @wandb_is_here
 def test_a_tracker_whose_process_is_killed_is_told_of_once_and_the_run_ends_as_without_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -188,6 +190,7 @@ def test_a_tracker_whose_process_is_killed_is_told_of_once_and_the_run_ends_as_w
     assert metrics(tmp_path / "sweep/one") == metrics(pretrain(small(tmp_path, "plain")).folder)
 
 
+@pytest.mark.slow
 @wandb_is_here
 def test_a_tracker_that_cannot_start_does_not_keep_the_run_from_starting(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")  # and nobody is logged in

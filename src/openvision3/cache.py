@@ -150,7 +150,10 @@ def _start_ray() -> tuple[int, int]:
         raise ValueError(f"engine ray needs an extra that is not installed ({error}); pip install 'openvision3[ray]', or use --engine local") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
-        ray.init(include_dashboard=False if not os.environ.get("RAY_ADDRESS") else None, log_to_driver=False, logging_level=logging.ERROR)
+        own: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        )  # and no cluster that happens to run here
+        ray.init(**own, log_to_driver=False, logging_level=logging.ERROR)
     found = ray.cluster_resources()
     return int(found.get("CPU", 1)), int(found.get("GPU", 0))
 
@@ -172,17 +175,22 @@ def _with_ray(job: LatentJob, settings: LatentSettings, parts: list[int], actors
         """One process of the cluster: opens the data and the VAE once, then writes the parts it is given."""
 
         def __init__(self):
-            self.writer = open_writer(job)
+            self.writer: LatentWriter | None = None
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             try:
+                self.writer = self.writer or open_writer(job)  # here, where a machine that lacks the data can say so
                 return {"samples": sum(self.writer.write([int(row["item"])])), "error": "", "errno": 0, "place": ""}
-            except OSError as error:  # or it would come back as a page of Ray's own
+            except ValueError as error:  # or it would come back as a page of Ray's own
+                return {"samples": 0, "error": str(error), "errno": -1, "place": ""}
+            except OSError as error:
                 return {"samples": 0, "error": error.strerror or str(error), "errno": error.errno or 0, "place": str(error.filename or "")}
 
     pool = ray.data.ActorPoolStrategy(size=max(1, min(actors, len(parts))))
     written = ray.data.from_items(parts, override_num_blocks=len(parts)).map(PartWriter, compute=pool, num_cpus=1, num_gpus=1 if gpu else 0)  # type: ignore[arg-type]
     for row in written.iter_rows():
+        if row["errno"] < 0:
+            raise ValueError(row["error"])
         if row["error"]:
             raise OSError(row["errno"], row["error"], row["place"])
         yield row["samples"]
