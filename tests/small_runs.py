@@ -17,7 +17,7 @@ from openvision3.config import RunConfig
 from openvision3.progress import RunFolder
 from openvision3.recipes import tiny
 
-MEASURED = {"samples_per_second", "wait", "memory_gb"}
+MEASURED = {"samples_per_second", "samples_per_second_per_device", "wait", "memory_gb"}
 """what no two runs have in common"""
 
 

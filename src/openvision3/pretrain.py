@@ -111,7 +111,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         RunFolder.check(out, config.resume)
         check_trackers(config.track)
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
-        precision, why = distributed.from_first(choose_precision(config.precision, device) if ranks.rank == 0 else ("fp32", ""))
+        measured = choose_precision(config.precision, device) if ranks.rank == 0 else None
+    precision, why = distributed.from_first(measured)  # type: ignore[misc]  # the ranks need not have measured alike
     with distributed.together():
         vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
