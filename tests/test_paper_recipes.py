@@ -37,10 +37,10 @@ def files(tmp_path_factory) -> Path:
     return root
 
 
-def fields(files: Path, out: Path) -> list[str]:
+def fields(files: Path, out: Path, steps: int = 1) -> list[str]:
     return [
         *("--data", str(files / "train"), "--val", str(files / "held"), "--tokenizer", str(files / "bert.json")),
-        *("--model.vae.name", str(files / "flux"), "--batch", "4", "--steps", "2", "--optimizer.warmup-steps", "1", "--log-every", "1"),
+        *("--model.vae.name", str(files / "flux"), "--batch", "4", "--steps", str(steps), "--optimizer.warmup-steps", "1", "--log-every", "1"),
         *("--model.loss.perceptual", "efficientnet", "--workers", "0", "--precision", "fp32", "--device", "cpu", "--out", str(out)),
     ]
 
@@ -53,7 +53,7 @@ def test_paper_base_runs_both_phases_at_full_width_the_second_from_the_weights_o
     assert (config["size"], config["init"], config["model"]["loss"]["lambda_perceptual"]) == (256, str(first), 0.5)
     for run, parts in ((first, 5), (second, 6)):
         rows = [row for row in metrics(run) if "train/loss" in row]
-        assert [row["step"] for row in rows] == [1, 2]
+        assert [row["step"] for row in rows] == [1]
         assert len([name for name in rows[0] if name.startswith("train/") and name != "train/grad_norm"]) == parts
     saved = read_config(complete_checkpoints(second)[-1])
     assert saved.model.encoder.size == saved.model.latent_decoder.size == "B" and saved.vae["latent_channels"] == 16
@@ -64,7 +64,7 @@ def test_paper_base_runs_both_phases_at_full_width_the_second_from_the_weights_o
 def test_base_low_res_runs_in_two_sharded_processes(files, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "openvision3", "train", "base_low_res"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*start, *fields(files, tmp_path / "run")], capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run([*start, *fields(files, tmp_path / "run", 2)], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes, fsdp: 2 of 4 pictures each" in (tmp_path / "run" / "log.txt").read_text()
     assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2]
