@@ -257,7 +257,12 @@ def _log(run: RunFolder, loop: Loop, batches: Batches, state: RunState, rate: fl
     memory = torch.cuda.max_memory_allocated() if loop.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row: dict[str, Any] = {f"train/{name}": value for name, value in means.items()}
     row |= {"rate": rate, "samples": state.samples, "skipped_steps": state.skipped_steps, "skipped_samples": len(batches.problems)}
-    row |= {"samples_per_second": speed, "samples_per_second_per_device": speed / distributed.world(), "wait": waited / max(elapsed, 1e-9), "memory_gb": memory / 1e9}
+    row |= {
+        "samples_per_second": speed,
+        "samples_per_second_per_device": speed / distributed.world(),
+        "wait": waited / max(elapsed, 1e-9),
+        "memory_gb": memory / 1e9,
+    }
     run.record(state.step, row)
     run.list_skipped(batches.problems)
     losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "grad_norm")
