@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig
+from openvision3.data.batches import TrainingBatches
 from openvision3.progress import RunFolder
 from openvision3.recipes import tiny
 
@@ -33,6 +35,15 @@ def pictures(folder: Path, count: int, seed: int = 0) -> Path:
         Image.new("RGB", (40, 36), tuple(draw.randrange(256) for _ in range(3))).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(" ".join(draw.choices(("red", "green", "blue", "dark", "light"), k=2)))
     return folder
+
+
+def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """The first `count` micro-batches from step `first` on."""
+    iterator = made.from_step(first)
+    try:
+        return list(islice(iterator, count))
+    finally:
+        iterator.close()
 
 
 def small(root: Path, out: str, **changes: Any) -> RunConfig:

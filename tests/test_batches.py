@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import tarfile
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import take
 
 from openvision3.data import samples
 from openvision3.data.batches import TextShape, TrainingBatches, draw_seed, evaluation_batches
@@ -47,14 +47,6 @@ def broken(tmp_path) -> FolderSource:
 
 def batches(source, words, *, captions=1, **options) -> TrainingBatches:
     return TrainingBatches(source, words, TextShape(8, 10, captions), **{"size": 16, "batch": 5, "seed": 0} | options)
-
-
-def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.Tensor]]:
-    iterator = made.from_step(first)
-    try:
-        return list(islice(iterator, count))
-    finally:
-        iterator.close()
 
 
 def same(one: list[dict], other: list[dict]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_runs import take
 
 from openvision3.data import samples, tars
 from openvision3.data.batches import TextShape, TrainingBatches
@@ -401,14 +402,6 @@ def test_batches_of_a_mix_depend_on_the_step_alone(tmp_path):
     ranks = [take(made(rank=rank, world=2), 0, 9) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([ranks[0][step]["sample_key"], ranks[1][step]["sample_key"]]), batch["sample_key"])
-
-
-def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.Tensor]]:
-    iterator = made.from_step(first)
-    try:
-        return list(islice(iterator, count))
-    finally:
-        iterator.close()
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, 2.0, 3.0)])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from openvision3.config import read_rules
 from openvision3.data.latents import PART, SETTINGS, LatentSettings, LatentWriter
 from openvision3.data.shards import open_source
 from openvision3.distributed import Ranks
@@ -52,9 +53,7 @@ class LatentJob:
             raise ValueError(f"precision {self.precision!r} is unknown; legal are auto, bf16 and fp32")
         if self.vae == "pixels":
             raise ValueError("pixels is no VAE: there is nothing that a cache would spare; name another with --vae")
-        for rule in self.only:
-            if "=" not in rule:
-                raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")
+        read_rules(self.only)
 
 
 def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
@@ -64,9 +63,8 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
         ValueError, FileNotFoundError, OSError: bad input, or a folder that cannot be written or is of another job.
     """
     device = choose_device(job.device)
-    only = dict(rule.split("=", 1) for rule in job.only)
     places = {"index": job.index, "cache": job.cache, "cache_gb": job.cache_gb}
-    source = open_source(job.data, caption_keys=job.caption_keys, only=only, area=job.crop_area, aliases=job.aliases, watch=track, **places)  # type: ignore[arg-type]
+    source = open_source(job.data, caption_keys=job.caption_keys, only=read_rules(job.only), area=job.crop_area, aliases=job.aliases, watch=track, **places)  # type: ignore[arg-type]
     begun = Path(job.out) / SETTINGS
     precision: str = job.precision
     if precision == "auto":

@@ -140,13 +140,19 @@ class RunConfig:
             raise ValueError("weights and families both order an epoch; set --no-families, or leave out --weights")
         if not 0 < self.cache_gb < math.inf:
             raise ValueError(f"cache_gb {self.cache_gb} must be a positive number")
-        for rule in self.only:
-            if "=" not in rule:
-                raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")
+        read_rules(self.only)
 
     @property
     def only_values(self) -> dict[str, str]:
-        return dict(rule.split("=", 1) for rule in self.only)
+        return read_rules(self.only)
+
+
+def read_rules(only: tuple[str, ...]) -> dict[str, str]:
+    """name=value, ... -> {name: value}. Raises ValueError for a rule that looks otherwise."""
+    for rule in only:
+        if "=" not in rule:
+            raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")
+    return dict(rule.split("=", 1) for rule in only)
 
 
 def nearest(word: str, legal: typing.Iterable[str]) -> str:

@@ -165,11 +165,6 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What may fail on one rank alone, such as a missing file: then all ranks fail here, and none waits for ever.
@@ -203,7 +198,7 @@ def choose_parallel(asked: str, trainable: int, ranks: Ranks) -> Parallel:
 
 def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
     """Make the trained blocks forget their activations, or compile each; their names and numbers stay."""
-    for parts in _block_lists(model):
+    for parts in block_lists(model):
         for place, block in enumerate(parts):
             if checkpointing:
                 parts[place] = checkpoint_wrapper(block)
@@ -211,7 +206,7 @@ def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
                 parts[place].compile()
 
 
-def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     """The lists of blocks that are trained; a frozen part has such lists too."""
     return [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(p.requires_grad for p in m.parameters())]
 
@@ -240,15 +235,11 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
     frozen = {p for p in model.parameters() if not p.requires_grad}
     low = torch.bfloat16 if precision == "bf16" else None
     blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in (block for parts in _block_lists(model) for block in parts):
+    for block in (block for parts in block_lists(model) for block in parts):
         fully_shard(block, mesh=mesh, mp_policy=blocks)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), ignored_params=frozen)
     if hasattr(model, "prepare"):
         register_fsdp_forward_method(model, "prepare")
-
-
-def sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 def full(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openvision3.distributed import full, like
+from openvision3.distributed import block_lists, full, like
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Optimizers:
         adam = [{"params": groups["decayed"], "weight_decay": config.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0}]
         self.all: list[torch.optim.Optimizer] = []
         if config.kind == "muon":
-            hidden = {id(m.weight) for blocks in _block_lists(model) for m in blocks.modules() if isinstance(m, nn.Linear)}
+            hidden = {id(m.weight) for blocks in block_lists(model) for m in blocks.modules() if isinstance(m, nn.Linear)}
             matrices = [p for p in groups["decayed"] if id(p) in hidden]
             adam[0]["params"] = [p for p in groups["decayed"] if id(p) not in hidden]
             self.all.append(Muon(matrices, learning_rate=config.learning_rate, weight_decay=config.weight_decay, dtype=dtype))
@@ -146,10 +146,6 @@ class Optimizers:
     def zero_grad(self) -> None:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
-
-
-def _block_lists(model: nn.Module) -> Iterable[nn.ModuleList]:
-    return (m for m in model.modules() if isinstance(m, nn.ModuleList))
 
 
 def rate_at(step: int, config: OptimizerConfig, steps: int) -> float:

@@ -103,11 +103,6 @@ class ShardShuffle:
         number = bisect.bisect_right(self.ends, within, first)
         return self.starts[self.shards[number]] + within - (self.ends[number - 1] if number else 0), self.epoch
 
-    def shards_from(self, position: int) -> list[int]:
-        """The shards of the window at `position`."""
-        first = bisect.bisect_right(self.ends, position) // self.window * self.window
-        return self.shards[first : first + self.window]
-
 
 BLOCK = 4096
 """Samples within which the sources of a mix are shuffled among each other; each block holds its share of every source."""
