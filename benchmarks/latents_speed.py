@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
+from openvision3.cache import LatentJob, settings_of
 from openvision3.config import RunConfig
 from openvision3.data.batches import TextShape, TrainingBatches
 from openvision3.data.images import to_tensor
-from openvision3.data.latents import LatentCache, LatentSettings, LatentWriter, draw_crop
+from openvision3.data.latent_files import draw_crop
+from openvision3.data.latent_writer import LatentWriter
+from openvision3.data.latents import LatentCache
 from openvision3.data.shards import Source, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3
@@ -40,22 +43,8 @@ def main(data: tuple[str, ...], samples: int = 256) -> None:
     config, source, vae = mini(), open_source(data), VAE.load("embedded")
     source.samples = source.samples[:samples]  # type: ignore[attr-defined]  # the first of the shards are enough
     with tempfile.TemporaryDirectory() as folder:
-        settings = LatentSettings(
-            vae=vae.name,
-            vae_sha256=vae.sha256,
-            scale=vae.scale,
-            shift=vae.shift,
-            channels=vae.latent_channels,
-            stride=vae.stride,
-            size=config.size,
-            crops=CROPS,
-            crop_area=config.crop_area,
-            seed=0,
-            precision="fp32",
-            samples=len(source),
-            part_samples=PART,
-            data=data,
-        )
+        job = LatentJob(data, folder, size=config.size, crops=CROPS, crop_area=config.crop_area, part_samples=PART)
+        settings = settings_of(job, vae, "fp32", len(source))
         writer = LatentWriter(folder, source, vae.encode, settings)
         wall, processor = timed(lambda: list(writer.write(range(settings.parts))))
         writer.finish()

@@ -35,6 +35,8 @@ class Options:
     recipe: str = "mini_low_res"
     steps: int = 150
     """of every run with equal samples, and of the one at 1/4 whose compute the others get"""
+    batch: int = 0
+    """another than the recipe's"""
     seeds: tuple[int, ...] = (0,)
     out: str = "runs/pixel_share"
     data: tuple[str, ...] = ("openmoji",)
@@ -67,6 +69,7 @@ def main(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base = RECIPES[options.recipe]()
     base.data, base.precision, base.eval_every, base.save_every, base.steps = options.data, options.precision, 0, 50, options.steps
+    base.batch = options.batch or base.batch
     cost = {share: operations(base, share) for share in SHARES}
     results = []
     for seed in options.seeds:

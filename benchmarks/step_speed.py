@@ -184,7 +184,8 @@ def main(options: Options) -> None:
         raise SystemExit("the two steps do not compute the same loss")
     operations = {name: flops(step) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.runs):
+    for turn in range(options.runs):
+        print(f"turn {turn + 1} of {options.runs}", flush=True)
         for name, step in steps.items():
             start = time.perf_counter()
             step()

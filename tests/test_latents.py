@@ -30,7 +30,9 @@ from openvision3.config import RunConfig
 from openvision3.data import shards
 from openvision3.data.batches import TextShape, TrainingBatches, draw_seed
 from openvision3.data.images import ImageError, to_tensor
-from openvision3.data.latents import AGAIN, CachedSource, LatentCache, LatentSettings, LatentWriter
+from openvision3.data.latent_files import AGAIN, LatentSettings
+from openvision3.data.latent_writer import LatentWriter
+from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import FolderSource, Source
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3

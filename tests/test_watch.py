@@ -219,7 +219,7 @@ def test_the_picture_has_a_panel_a_metric_and_replaces_the_old_one_whole(tmp_pat
     with Image.open(target) as image:
         assert image.format == "PNG" and image.size[0] > 1000 and len(image.convert("RGB").getcolors(1 << 20)) > 50
     before = target.read_bytes()
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"half") and 1 / 0)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw([str(tmp_path / "a")], target)
     assert target.read_bytes() == before and not list(tmp_path.glob(".*.making"))

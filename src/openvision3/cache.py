@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 
 from openvision3.config import read_rules
-from openvision3.data.latents import PART, SETTINGS, LatentSettings, LatentWriter
+from openvision3.data.latent_files import PART, SETTINGS, LatentSettings
+from openvision3.data.latent_writer import LatentWriter
 from openvision3.data.shards import open_source
 from openvision3.distributed import Ranks
 from openvision3.doctor import choose_device, choose_precision, dtype_of
@@ -70,7 +71,15 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
     if precision == "auto":
         precision = LatentSettings.read(begun).precision if begun.is_file() else choose_precision("auto", device)[0]
     vae = VAE.load(job.vae, shift=job.shift, dtype=dtype_of(precision))
-    settings = LatentSettings(
+    settings = settings_of(job, vae, precision, len(source))
+    place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
+    vae = vae.to(place)
+    return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
+
+
+def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> LatentSettings:
+    """What the latents of `job` depend on, over a source of so many samples."""
+    return LatentSettings(
         vae=vae.name,
         vae_sha256=vae.sha256,
         scale=vae.scale,
@@ -82,13 +91,10 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
         crop_area=job.crop_area,
         seed=job.seed,
         precision=precision,
-        samples=len(source),
+        samples=samples,
         part_samples=job.part_samples,
         data=tuple(job.data),
     )
-    place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
-    vae = vae.to(place)
-    return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
 
 
 def write_latents(job: LatentJob, engine: Literal["local", "ray"] = "local", actors: int = 0) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from openvision3 import __version__
+from openvision3.files import write_whole
 
 if TYPE_CHECKING:
     from openvision3.config import RunConfig
@@ -218,7 +219,8 @@ def reconstruct(
         columns: list[Any] = [to_pil(images[0]) for images in (original, through_vae, rebuilt)]
         sheet = grid([columns], ("original", "VAE", "rebuilt")) if beside else columns[2]
         target = folder / f"{_unused(Path(path).stem, names)}.png"
-        _write(target, lambda file: sheet.save(file, "PNG"))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(target, lambda file: sheet.save(file, "PNG"))
         return {
             "picture": path,
             "file": str(target),
@@ -316,7 +318,8 @@ def encode(
         tokens = tokens[0].cpu()
         target = folder / f"{_unused(Path(path).stem, names)}.safetensors"
         data = save({"tokens": tokens.contiguous(), "embedding": embedding.contiguous()}, {"height": str(height), "width": str(width), "model": model})
-        _write(target, lambda file: file.write(data))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(target, data)
         return {"picture": path, "file": str(target), "tokens": list(tokens.shape), "embedding": len(embedding), "height": height, "width": width}
 
     return _each(paths, one, json, lambda r: f"{r['picture']} -> {r['file']}  tokens {r['tokens'][0]} x {r['tokens'][1]}")
@@ -432,20 +435,6 @@ def _unused(stem: str, names: dict[str, int]) -> str:
     """a, a-2, a-3: pictures of one name from several folders do not overwrite each other."""
     names[stem] = names.get(stem, 0) + 1
     return stem if names[stem] == 1 else _unused(f"{stem}-{names[stem]}", names)
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".making-{os.getpid()}")
-    try:
-        with open(making, "wb") as file:
-            write(file)
-        os.replace(making, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        making.unlink(missing_ok=True)
 
 
 def parse(target: Any, argv: Sequence[str], program: str, **settings: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from tyro.conf import Positional, arg
 
 from openvision3.cli import Device, Json
+from openvision3.files import write_whole
 
 if TYPE_CHECKING:
     from openvision3.data.recaption import Tally
@@ -133,7 +134,6 @@ def recaption(
         replace: write over a field of this name that is there already.
         sheet: a PNG file with some of the pictures, their old and their new captions.
     """
-    from openvision3.cli import _write as write_whole
     from openvision3.data.image_text import ImageTextModel, Wording, identify
     from openvision3.data.recaption import examples, settings_of
     from openvision3.data.recaption import recaption as write_anew
@@ -173,7 +173,8 @@ def recaption(
     if sheet:
         rows = examples(data, out, field)
         if rows:
-            write_whole(Path(sheet), lambda file: caption_sheet(rows).save(file, "PNG"))
+            Path(sheet).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(sheet, lambda file: caption_sheet(rows).save(file, "PNG"))
     return 2 if tally.unwritten else 0
 
 

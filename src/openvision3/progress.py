@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openvision3.files import write_whole
 from openvision3.trackers import Trackers
 
 T = TypeVar("T")
@@ -117,10 +118,10 @@ class RunFolder:
         """Write the resolved config, where it ran, and the exact command (appended on every start)."""
         if not self.writes:
             return
-        _replace(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         with open(self.path / "command.txt", "a", encoding="utf-8") as file:
             file.write(shlex.join(sys.argv) + "\n")
-        _replace(self.path / "config.json", json.dumps(config, indent=2) + "\n")  # last: it makes the folder a run
+        write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")  # last: it makes the folder a run
 
     def forget_after(self, step: int, problems: int = 0) -> None:
         """Drop what was written down after `step` and its `problems`: a run that goes on from a checkpoint writes it again."""
@@ -135,11 +136,11 @@ class RunFolder:
                     kept.append(line + "\n")
                 else:
                     self._told.add(_row_key(row["step"], row))
-        _replace(self.path / "metrics.jsonl", "".join(kept))
+        write_whole(self.path / "metrics.jsonl", "".join(kept))
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         known = read_skipped(self.path, problems)
         if (self.path / "skipped.jsonl").is_file():
-            _replace(self.path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in known))
+            write_whole(self.path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in known))
         self._listed, self._first_step = len(known), step + 1
 
     def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
@@ -206,7 +207,7 @@ class RunFolder:
     def ask_for_requeue(self) -> None:
         """Leave the mark by which a launch file knows that the run has saved and wants to go on."""
         if self.writes:
-            _replace(self.path / REQUEUE, "saved after a signal; start the same command with --resume\n")
+            write_whole(self.path / REQUEUE, "saved after a signal; start the same command with --resume\n")
 
     def close(self) -> None:
         if self._trackers is not None:
@@ -228,13 +229,6 @@ def read_skipped(run: Path, count: int) -> list[dict[str, str]]:
         return []
     with open(run / "skipped.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in itertools.islice(file, count)]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    making = path.with_name(f".{path.name}.making")
-    making.write_text(text, encoding="utf-8")
-    os.replace(making, path)
 
 
 def environment() -> dict[str, Any]:

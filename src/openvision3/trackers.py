@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openvision3.files import write_whole
+
 
 @dataclass
 class Tracker:
@@ -137,9 +139,7 @@ class Trackers:
     def _remember(self, known: dict[str, str]) -> None:
         path = self.run / "trackers.json"
         try:
-            making = path.with_name(f".{path.name}.making")
-            making.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-            os.replace(making, path)
+            write_whole(path, json.dumps(known, indent=2) + "\n")
         except OSError as error:
             self.say(f"{path} cannot be written ({_message(error)}): a run that goes on will have new pages")
 

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from openvision3.files import write_whole
 from openvision3.progress import duration
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "red", "blue")
@@ -350,11 +351,5 @@ def draw(names: Sequence[str], path: str | Path, metrics: Sequence[str] = ()) ->
         handles = [Line2D([], [], color=colours[i % len(colours)], label=str(run.folder)) for i, run in enumerate(runs)]
         figure.legend(handles=handles, loc="upper left", ncols=min(4, len(runs)), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight() if len(runs) > 1 else 1))
-    path = Path(path)
-    making = path.with_name(f".{path.name}.making")
-    try:
-        figure.savefig(making, format="png", dpi=110)
-        os.replace(making, path)
-    finally:
-        making.unlink(missing_ok=True)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return len(shown)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from openvision3.data.images import EXTENSIONS
+from openvision3.files import write_whole
 
 FORMAT = "openvision3 shard index 1"
 KINDS = ("picture", "txt", "json")
@@ -78,18 +79,7 @@ class ShardIndex:
 
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         head = {FORMAT: json.dumps({"stamp": asdict(self.stamp), "problems": self.problems})}  # one entry: safetensors keeps no order of several
-        path = Path(path)
-        making = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(making, "wb") as file:
-                file.write(save(arrays, head))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(making, path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            making.unlink(missing_ok=True)
+        write_whole(path, save(arrays, head))
 
 
 _ARRAYS: dict[str, tuple[str, np.dtype]] = {

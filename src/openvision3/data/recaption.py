@@ -8,34 +8,28 @@ name, never on the batch, the process or how often the job was started.
 
 from __future__ import annotations
 
-import copy
-import errno
 import functools
 import json
 import os
 import re
-import sys
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
 from openvision3.data.image_text import Answer, Identity, Wording
-from openvision3.data.images import EXTENSIONS, ImageError, open_image
-from openvision3.data.shards import FolderSource, _clean, _json_object, expand
+from openvision3.data.images import ImageError
+from openvision3.data.recaption_files import ORIGINAL, CaptionFolder, CaptionShard, Journal, Result
+from openvision3.data.shards import clean_captions, expand, json_object
+from openvision3.files import write_whole
 
 SETTINGS = "recaption.json"
 """In the output folder: model, wording and decoding that all its captions share."""
-
-ORIGINAL = "org_caption"
-"""Where the old caption goes, as in Recap-DataComp-1B."""
 
 BESIDE = (".parquet", "_stats.json", ".index")
 """What lies beside shards, so that a glob may name it."""
@@ -52,10 +46,6 @@ def settings_of(identity: Identity, wording: Wording, precision: str, max_words:
 
 
 # -- what is captioned -------------------------------------------------------------------------------------------------------
-
-
-Result = dict[str, str]
-"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
 
 
 @dataclass
@@ -98,242 +88,6 @@ class Tally:
         """Seconds to go, by bytes; None before there is anything to judge by."""
         gained = self.share - self.began_share
         return (time.monotonic() - self.began) * (1 - self.share) / gained if self.began and gained > 0 else None
-
-
-@dataclass(frozen=True)
-class _Member:
-    info: tarfile.TarInfo
-    end: int
-    """where the next header begins"""
-    stem: str
-    extension: str
-
-
-class _Shard:
-    """One tar: its samples, and how it is written with new captions."""
-
-    def __init__(self, path: str, target: Path):
-        self.path, self.target = path, target
-        self.size = os.path.getsize(path)
-        self.damage = ""
-
-    def open(self, name: str, caption_key: str, replace: bool) -> None:
-        """Read the headers and the JSON. Raises ValueError: captions would be written over."""
-        self.members: list[_Member] = []
-        self.size = os.path.getsize(self.path)
-        try:
-            self._scan()
-        except tarfile.TarError as error:
-            self.damage = str(error)
-        found: dict[str, dict[str, _Member]] = {}
-        for member in self.members:
-            found.setdefault(member.stem, {})[member.extension] = member
-        self.samples = [(stem, parts) for stem, parts in found.items() if any(f".{extension}" in EXTENSIONS for extension in parts)]
-        self.name = name
-        self.values: list[dict | None] = []
-        with open(self.path, "rb") as file:
-            for stem, parts in self.samples:
-                text = self._data(file, parts["json"]) if "json" in parts else b"{}"
-                values = _json_object(text)
-                if name in values and not replace:
-                    raise ValueError(f"{self.path}: {stem} has a {name} already; name another with --field, or write over it with --replace")
-                broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
-                self.values.append(None if broken else values)
-                if ORIGINAL not in values:
-                    if caption_key or "txt" not in parts:
-                        told = values.get(caption_key or "caption")
-                    else:
-                        told = self._data(file, parts["txt"]).decode("utf-8", "replace")
-                    if old := _clean([told]):
-                        values[ORIGINAL] = old[0]
-
-    def _scan(self) -> None:
-        with tarfile.open(self.path, "r:") as tar:
-            for info in tar:
-                if info.offset_data + info.size > self.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                folder, slash, base = info.name.removeprefix("./").rpartition("/")
-                stem, _, extension = base.partition(".")
-                self.members.append(_Member(info, min(tar.offset, self.size), folder + slash + stem, extension.lower() if info.isfile() else ""))
-            with open(self.path, "rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
-
-    @staticmethod
-    def _data(file: BinaryIO, member: _Member) -> bytes:
-        file.seek(member.info.offset_data)
-        return file.read(member.info.size)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def key(self, index: int) -> str:
-        return self.samples[index][0]
-
-    def picture(self, index: int) -> Image.Image:
-        """Raises ImageError."""
-        if self.values[index] is None:
-            raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
-        member = next(m for extension, m in self.samples[index][1].items() if f".{extension}" in EXTENSIONS)
-        with _named(Path(self.path)), open(self.path, "rb") as file:
-            data = self._data(file, member)
-        return open_image(data)
-
-    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
-        """All members as they were, the JSON with its new fields; a sample without JSON gets one behind its last member."""
-        new: dict[int, bytes] = {}
-        behind: dict[int, tarfile.TarInfo] = {}
-        place = {id(member): number for number, member in enumerate(self.members)}
-        for (_, parts), values, result in zip(self.samples, self.values, results, strict=True):
-            if values is None:
-                continue
-            told = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
-            told |= {self.name: result["caption"]} if "caption" in result else {}
-            told[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
-            number = place[id(parts["json"])] if "json" in parts else max(place[id(m)] for m in parts.values())
-            new[number] = json.dumps(told).encode()
-            if "json" not in parts:
-                picture = next(m for extension, m in parts.items() if f".{extension}" in EXTENSIONS)
-                behind[number] = copy.copy(picture.info)
-                behind[number].name = picture.info.name[: -len(picture.extension)] + "json"
-        position = 0
-        with open(self.path, "rb") as source:
-            for number, member in enumerate(self.members):
-                if number in new and number not in behind:
-                    _copy(source, out, position, member.info.offset)
-                    _put(out, member.info, new[number])
-                else:
-                    _copy(source, out, position, member.end)
-                    if number in behind:
-                        _put(out, behind[number], new[number])
-                position = member.end
-        out.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
-        out.write(tarfile.NUL * (-out.tell() % tarfile.RECORDSIZE))
-
-
-def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
-    source.seek(start)
-    while start < end:
-        piece = source.read(min(1 << 20, end - start))
-        if not piece:
-            raise OSError(errno.EIO, "it became shorter while it was read", source.name)
-        out.write(piece)
-        start += len(piece)
-    out.write(tarfile.NUL * (-end % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
-
-
-def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
-    info = copy.copy(info)
-    info.size = len(data)
-    info.pax_headers = {name: value for name, value in info.pax_headers.items() if name not in ("size", "path")}
-    out.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-    out.write(data)
-    out.write(tarfile.NUL * (-len(data) % tarfile.BLOCKSIZE))
-
-
-class _Folder:
-    """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
-
-    damage = ""
-
-    def __init__(self, folder: str, target: Path):
-        self.path, self.target = folder, target
-        self.source = FolderSource(folder)
-        self.size = sum(path.stat().st_size for path in self.source.files)
-
-    def open(self, name: str, caption_key: str, replace: bool) -> None:
-        if caption_key:
-            raise ValueError(f"--caption-key {caption_key} is for shards; the old captions of the folder {self.path} are its .txt files or table")
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def key(self, index: int) -> str:
-        return str(self.source.files[index].relative_to(self.source.folder))
-
-    def picture(self, index: int) -> Image.Image:
-        return open_image(self.source.data(index))
-
-    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
-        for index, result in enumerate(results):
-            old = list(self.source.captions(index))
-            row = {
-                "file": self.key(index),
-                "caption": result.get("caption", old),
-                ORIGINAL: old,
-                "by": by | ({"kept": result["kept"]} if "kept" in result else {}),
-            }
-            out.write(json.dumps(row).encode() + b"\n")
-
-
-class _Journal:
-    """What is finished of one shard: a line for each batch, on the disk before the next batch begins. Held by one process."""
-
-    def __init__(self, target: Path, opening: dict[str, Any]):
-        self.path = target.with_name(f".{target.name}.journal")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
-        if not _lock(self.file):
-            self.file.close()
-            raise ValueError(f"another process is at work on {target}; let it finish, or share the shards with --shard-split RANK/WORLD")
-        self.results: list[Result] = []
-        self.file.seek(0)
-        head, *lines = self.file.read().splitlines(keepends=True) or [b""]
-        self.restarted = head.endswith(b"\n") and _json_object(head) != opening
-        if not head.endswith(b"\n") or self.restarted:
-            self.file.truncate(0)
-            self._write(opening)
-            return
-        length = len(head)
-        for line in lines:
-            try:
-                self.results += json.loads(line if line.endswith(b"\n") else b"")
-            except ValueError:  # cut off by a kill, or a crash of the machine: it is done again
-                break
-            length += len(line)
-        self.file.truncate(length)
-
-    def append(self, results: list[Result]) -> None:
-        self._write(results)
-        self.results += results
-
-    def _write(self, value: Any) -> None:
-        line = json.dumps(value).encode() + b"\n"
-        with _named(self.path):
-            while line:
-                line = line[self.file.write(line) :]
-            os.fsync(self.file.fileno())
-
-    def close(self, *, done: bool) -> None:
-        if done:
-            self.path.unlink(missing_ok=True)
-        self.file.close()
-
-
-def _lock(file: FileIO) -> bool:
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-class _named:
-    """Errors of writing name the file that was being written."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------------
@@ -418,7 +172,7 @@ def recaption(
 
 
 def _do(
-    job: _Shard | _Folder,
+    job: CaptionShard | CaptionFolder,
     captions: Callable[[int], Iterator[list[Result]]],
     by: dict[str, str],
     tally: Tally,
@@ -427,7 +181,7 @@ def _do(
     watch: Callable[[Tally], None],
 ) -> None:
     """One shard from where its journal ends, with `captions` from a sample on; `before` and `worth` are shares of this process's bytes."""
-    journal = _Journal(job.target, {"bytes": job.size, "samples": len(job)})
+    journal = Journal(job.target, {"bytes": job.size, "samples": len(job)})
     done = False
     try:
         if job.target.exists():  # another process was faster, and is gone with its journal
@@ -446,22 +200,14 @@ def _do(
             tally.count(results)
             tally.share = before + worth * len(journal.results) / len(job)
             watch(tally)
-        making = _hidden(job.target, "making")
-        try:
-            with _named(job.target), open(making, "wb") as file:
-                job.write(journal.results, by, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(making, job.target)
-        finally:
-            making.unlink(missing_ok=True)
+        write_whole(job.target, lambda file: job.write(journal.results, by, file))
         done = True
         tally.written.append(job.target)
     finally:
         journal.close(done=done)
 
 
-def _captions(job: _Shard | _Folder, describe: Describe, batch: int, max_words: int, first: int) -> Iterator[list[Result]]:
+def _captions(job: CaptionShard | CaptionFolder, describe: Describe, batch: int, max_words: int, first: int) -> Iterator[list[Result]]:
     """Results in the order of the samples, a batch at a time; the next batch is decoded while the model writes."""
 
     def decode(index: int) -> Image.Image | ImageError:
@@ -492,7 +238,7 @@ def _result(answer: Answer | ImageError, max_words: int) -> Result:
     return {"caption": " ".join(words[:max_words] if short else words), **({"cut": "length"} if answer.cut and not short else {})}
 
 
-def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
+def _jobs(data: Sequence[str], out: Path) -> Iterator[CaptionShard | CaptionFolder]:
     """The shards and the folder named, in order, each with the file that it becomes."""
     legal = "legal are a folder of pictures, or shards such as data/*.tar"
     tars: list[str] = []
@@ -521,9 +267,9 @@ def _jobs(data: Sequence[str], out: Path) -> Iterator[_Shard | _Folder]:
         target = out / os.path.relpath(path, above)
         if target.resolve() == Path(path).resolve():
             raise ValueError(f"{out} is where the shards are, and would be written over; name another folder with --out")
-        yield _Shard(path, target)
+        yield CaptionShard(path, target)
     for folder in folders:
-        yield _Folder(folder, out / "captions.jsonl")
+        yield CaptionFolder(folder, out / "captions.jsonl")
 
 
 def _hidden(target: Path, what: str) -> Path:
@@ -538,18 +284,10 @@ def _agree(out: Path, settings: dict[str, Any], *, settle: bool = False) -> dict
     path = out / SETTINGS
     if settle and not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        making = out / f".{SETTINGS}.{os.getpid()}"
-        with _named(path):
-            making.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        try:
-            os.link(making, path)  # one of several processes is first
-        except FileExistsError:
-            pass
-        finally:
-            making.unlink(missing_ok=True)
+        write_whole(path, json.dumps(settings, indent=2) + "\n", first_wins=True)  # one of several processes is first
     if not path.is_file():
         return None
-    known = _json_object(path.read_text(encoding="utf-8"))
+    known = json_object(path.read_text(encoding="utf-8"))
     parts = dict.fromkeys([*settings, *known])
     unlike = [part for part in parts if part != "model" and known.get(part) != settings.get(part)]
     if unlike:
@@ -579,12 +317,12 @@ def examples(data: Sequence[str], out: str | Path, name: str = "re_caption", cou
     return found[:count]
 
 
-def _spaced(job: _Shard | _Folder, name: str, count: int) -> Iterator[tuple[int, str, str]]:
-    if isinstance(job, _Folder):
-        rows = [_json_object(line) for line in job.target.read_text(encoding="utf-8").splitlines()]
-        told = [(" / ".join(_clean([row.get(ORIGINAL)])), "" if "kept" in row.get("by", {}) else str(row.get("caption"))) for row in rows]
+def _spaced(job: CaptionShard | CaptionFolder, name: str, count: int) -> Iterator[tuple[int, str, str]]:
+    if isinstance(job, CaptionFolder):
+        rows = [json_object(line) for line in job.target.read_text(encoding="utf-8").splitlines()]
+        told = [(" / ".join(clean_captions([row.get(ORIGINAL)])), "" if "kept" in row.get("by", {}) else str(row.get("caption"))) for row in rows]
     else:
-        done = _Shard(str(job.target), job.target)
+        done = CaptionShard(str(job.target), job.target)
         done.open(name, "", replace=True)
         job.open(name, "", replace=True)
         told = [(str((values or {}).get(ORIGINAL, "")), str((values or {}).get(name, ""))) for values in done.values]

@@ -166,7 +166,7 @@ class FolderSource(_PictureSource):
         used, seen = 0, "nothing"
         # utf-8-sig: spreadsheets begin a file with a byte order mark.
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = csv.DictReader(file) if path.suffix == ".csv" else (_json_object(line) for line in file if line.strip())
+            rows = csv.DictReader(file) if path.suffix == ".csv" else (json_object(line) for line in file if line.strip())
             try:
                 for number, row in enumerate(rows, 1):
                     name = row.get("file") or row.get("file_name")
@@ -193,12 +193,12 @@ class FolderSource(_PictureSource):
         return self.files[index]
 
     def captions(self, index: int) -> tuple[str, ...]:
-        listed = _clean(self.table.get(str(self.files[index].relative_to(self.folder)), []))
+        listed = clean_captions(self.table.get(str(self.files[index].relative_to(self.folder)), []))
         text = self.files[index].with_suffix(".txt")
         if listed or not text.is_file():
             return listed
         try:
-            return _clean([text.read_text(encoding="utf-8-sig", errors="replace")])
+            return clean_captions([text.read_text(encoding="utf-8-sig", errors="replace")])
         except OSError as error:
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
@@ -247,12 +247,12 @@ class ShardSource(_PictureSource):
         return index if self.kept is None else int(self.kept[index])
 
     def _json(self, place: int) -> dict:
-        return _json_object(self.tars.read(place, "json") or b"")
+        return json_object(self.tars.read(place, "json") or b"")
 
     def broken_json(self, index: int) -> bool:
         """Whether there is a JSON member that is no object."""
         data = self.tars.read(self._place(index), "json")
-        return data is not None and not _json_object(data) and data.strip() != b"{}"
+        return data is not None and not json_object(data) and data.strip() != b"{}"
 
     def _matches(self, place: int, only: dict[str, str]) -> bool:
         values = self._json(place)
@@ -273,8 +273,8 @@ class ShardSource(_PictureSource):
     def captions(self, index: int) -> tuple[str, ...]:
         if self.caption_keys:
             values = self._json(self._place(index))
-            return _clean([values.get(name) for name in self.caption_keys])
-        return _clean([(self.tars.read(self._place(index), "txt") or b"").decode("utf-8", "replace")])
+            return clean_captions([values.get(name) for name in self.caption_keys])
+        return clean_captions([(self.tars.read(self._place(index), "txt") or b"").decode("utf-8", "replace")])
 
     def order(self, seed: int, epoch: int) -> Order:
         if not self.tars.remote:
@@ -283,7 +283,7 @@ class ShardSource(_PictureSource):
         return ShardShuffle(starts, WINDOW, seed, epoch)
 
 
-def _json_object(text: str | bytes) -> dict:
+def json_object(text: str | bytes) -> dict:
     """The object that `text` holds; {} where it is not JSON, or not an object."""
     try:
         value = json.loads(text)
@@ -292,7 +292,7 @@ def _json_object(text: str | bytes) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _clean(captions: list) -> tuple[str, ...]:
+def clean_captions(captions: list) -> tuple[str, ...]:
     """The captions among these values (lists are opened, numbers and nulls are none), on one line, without blank ones."""
     flat = [text for value in captions for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     # JSON can spell half of a surrogate pair, which no tokenizer takes.

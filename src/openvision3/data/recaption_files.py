@@ -1,0 +1,262 @@
+"""What recaptioning reads and writes: a shard or folder, what it becomes, and the journal of the one that is half done."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from openvision3.data.images import EXTENSIONS, ImageError, open_image
+from openvision3.data.shards import FolderSource, clean_captions, json_object
+
+ORIGINAL = "org_caption"
+"""Where the old caption goes, as in Recap-DataComp-1B."""
+
+Result = dict[str, str]
+"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
+
+
+@dataclass(frozen=True)
+class _Member:
+    info: tarfile.TarInfo
+    end: int
+    """where the next header begins"""
+    stem: str
+    extension: str
+
+
+class CaptionShard:
+    """One tar: its samples, and how it is written with new captions."""
+
+    def __init__(self, path: str, target: Path):
+        self.path, self.target = path, target
+        self.size = os.path.getsize(path)
+        self.damage = ""
+
+    def open(self, name: str, caption_key: str, replace: bool) -> None:
+        """Read the headers and the JSON. Raises ValueError: captions would be written over."""
+        self.members: list[_Member] = []
+        self.size = os.path.getsize(self.path)
+        try:
+            self._scan()
+        except tarfile.TarError as error:
+            self.damage = str(error)
+        found: dict[str, dict[str, _Member]] = {}
+        for member in self.members:
+            found.setdefault(member.stem, {})[member.extension] = member
+        self.samples = [(stem, parts) for stem, parts in found.items() if any(f".{extension}" in EXTENSIONS for extension in parts)]
+        self.name = name
+        self.values: list[dict | None] = []
+        with open(self.path, "rb") as file:
+            for stem, parts in self.samples:
+                text = self._data(file, parts["json"]) if "json" in parts else b"{}"
+                values = json_object(text)
+                if name in values and not replace:
+                    raise ValueError(f"{self.path}: {stem} has a {name} already; name another with --field, or write over it with --replace")
+                broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
+                self.values.append(None if broken else values)
+                if ORIGINAL not in values:
+                    if caption_key or "txt" not in parts:
+                        told = values.get(caption_key or "caption")
+                    else:
+                        told = self._data(file, parts["txt"]).decode("utf-8", "replace")
+                    if old := clean_captions([told]):
+                        values[ORIGINAL] = old[0]
+
+    def _scan(self) -> None:
+        with tarfile.open(self.path, "r:") as tar:
+            for info in tar:
+                if info.offset_data + info.size > self.size:
+                    raise tarfile.ReadError("unexpected end of data")
+                folder, slash, base = info.name.removeprefix("./").rpartition("/")
+                stem, _, extension = base.partition(".")
+                self.members.append(_Member(info, min(tar.offset, self.size), folder + slash + stem, extension.lower() if info.isfile() else ""))
+            with open(self.path, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
+
+    @staticmethod
+    def _data(file: BinaryIO, member: _Member) -> bytes:
+        file.seek(member.info.offset_data)
+        return file.read(member.info.size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def picture(self, index: int) -> Image.Image:
+        """Raises ImageError."""
+        if self.values[index] is None:
+            raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
+        member = next(m for extension, m in self.samples[index][1].items() if f".{extension}" in EXTENSIONS)
+        with named(Path(self.path)), open(self.path, "rb") as file:
+            data = self._data(file, member)
+        return open_image(data)
+
+    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
+        """All members as they were, the JSON with its new fields; a sample without JSON gets one behind its last member."""
+        new: dict[int, bytes] = {}
+        behind: dict[int, tarfile.TarInfo] = {}
+        place = {id(member): number for number, member in enumerate(self.members)}
+        for (_, parts), values, result in zip(self.samples, self.values, results, strict=True):
+            if values is None:
+                continue
+            told = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
+            told |= {self.name: result["caption"]} if "caption" in result else {}
+            told[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
+            number = place[id(parts["json"])] if "json" in parts else max(place[id(m)] for m in parts.values())
+            new[number] = json.dumps(told).encode()
+            if "json" not in parts:
+                picture = next(m for extension, m in parts.items() if f".{extension}" in EXTENSIONS)
+                behind[number] = copy.copy(picture.info)
+                behind[number].name = picture.info.name[: -len(picture.extension)] + "json"
+        position = 0
+        with open(self.path, "rb") as source:
+            for number, member in enumerate(self.members):
+                if number in new and number not in behind:
+                    _copy(source, out, position, member.info.offset)
+                    _put(out, member.info, new[number])
+                else:
+                    _copy(source, out, position, member.end)
+                    if number in behind:
+                        _put(out, behind[number], new[number])
+                position = member.end
+        out.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
+        out.write(tarfile.NUL * (-out.tell() % tarfile.RECORDSIZE))
+
+
+def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+    source.seek(start)
+    while start < end:
+        piece = source.read(min(1 << 20, end - start))
+        if not piece:
+            raise OSError(errno.EIO, "it became shorter while it was read", source.name)
+        out.write(piece)
+        start += len(piece)
+    out.write(tarfile.NUL * (-end % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
+
+
+def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
+    info = copy.copy(info)
+    info.size = len(data)
+    info.pax_headers = {name: value for name, value in info.pax_headers.items() if name not in ("size", "path")}
+    out.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+    out.write(data)
+    out.write(tarfile.NUL * (-len(data) % tarfile.BLOCKSIZE))
+
+
+class CaptionFolder:
+    """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
+
+    damage = ""
+
+    def __init__(self, folder: str, target: Path):
+        self.path, self.target = folder, target
+        self.source = FolderSource(folder)
+        self.size = sum(path.stat().st_size for path in self.source.files)
+
+    def open(self, name: str, caption_key: str, replace: bool) -> None:
+        if caption_key:
+            raise ValueError(f"--caption-key {caption_key} is for shards; the old captions of the folder {self.path} are its .txt files or table")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, index: int) -> str:
+        return str(self.source.files[index].relative_to(self.source.folder))
+
+    def picture(self, index: int) -> Image.Image:
+        return open_image(self.source.data(index))
+
+    def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
+        for index, result in enumerate(results):
+            old = list(self.source.captions(index))
+            row = {
+                "file": self.key(index),
+                "caption": result.get("caption", old),
+                ORIGINAL: old,
+                "by": by | ({"kept": result["kept"]} if "kept" in result else {}),
+            }
+            out.write(json.dumps(row).encode() + b"\n")
+
+
+class Journal:
+    """What is finished of one shard: a line for each batch, on the disk before the next batch begins. Held by one process."""
+
+    def __init__(self, target: Path, opening: dict[str, Any]):
+        self.path = target.with_name(f".{target.name}.journal")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
+        if not _lock(self.file):
+            self.file.close()
+            raise ValueError(f"another process is at work on {target}; let it finish, or share the shards with --shard-split RANK/WORLD")
+        self.results: list[Result] = []
+        self.file.seek(0)
+        head, *lines = self.file.read().splitlines(keepends=True) or [b""]
+        self.restarted = head.endswith(b"\n") and json_object(head) != opening
+        if not head.endswith(b"\n") or self.restarted:
+            self.file.truncate(0)
+            self._write(opening)
+            return
+        length = len(head)
+        for line in lines:
+            try:
+                self.results += json.loads(line if line.endswith(b"\n") else b"")
+            except ValueError:  # cut off by a kill, or a crash of the machine: it is done again
+                break
+            length += len(line)
+        self.file.truncate(length)
+
+    def append(self, results: list[Result]) -> None:
+        self._write(results)
+        self.results += results
+
+    def _write(self, value: Any) -> None:
+        line = json.dumps(value).encode() + b"\n"
+        with named(self.path):
+            while line:
+                line = line[self.file.write(line) :]
+            os.fsync(self.file.fileno())
+
+    def close(self, *, done: bool) -> None:
+        if done:
+            self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def _lock(file: FileIO) -> bool:
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class named:
+    """Errors of writing name the file that was being written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -1,0 +1,49 @@
+"""Files that are whole or not there at all, under any kill: written beside their name, on the disk, then given it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], Any], *, first_wins: bool = False) -> None:
+    """Write bytes, text as UTF-8, or what a function writes into the file it is given; an older file of this name stands until then.
+
+    With `first_wins` a file of this name that is there by now stays, where the disk can say so in one step.
+
+    Raises:
+        OSError: with the name of `path`; nothing is left behind.
+    """
+    path = Path(path)
+    making = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.making")  # on a shared disk two may write the same name
+    try:
+        with open(making, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not (first_wins and _link(making, path)):
+            os.replace(making, path)
+    except OSError as error:
+        elsewhere = error.filename not in (None, str(making))  # what `content` read from
+        raise OSError(error.errno, error.strerror or str(error), error.filename if elsewhere else str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
+            making.unlink(missing_ok=True)
+
+
+def _link(making: Path, path: Path) -> bool:
+    """Give the file its name if nobody else has one of that name by now; False where the disk knows no links."""
+    try:
+        os.link(making, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from openvision3.files import write_whole
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"])
+def test_an_older_file_is_replaced_and_nothing_else_is_left(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    write_whole(path, content)
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("no")], ids=["full disk", "fault"])
+def test_what_fails_half_way_leaves_the_older_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def content(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        write_whole(path, content)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    if isinstance(error, OSError):
+        assert (raised.value.errno, raised.value.filename) == (28, str(path))
+
+
+def test_a_kill_half_way_leaves_the_older_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    program = (
+        "import os, signal, sys; from openvision3.files import write_whole\n"
+        "def content(file):\n    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_whole(sys.argv[1], content)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+
+
+def test_an_error_of_what_is_read_names_what_is_read_and_one_of_the_folder_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_whole(tmp_path / "file", lambda file: file.write((tmp_path / "missing").read_bytes()))
+    assert raised.value.filename == tmp_path / "missing" or raised.value.filename == str(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError) as raised:
+        write_whole(tmp_path / "nowhere" / "file", b"")
+    assert raised.value.filename == str(tmp_path / "nowhere" / "file")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_writers_the_first_wins_where_asked(tmp_path, monkeypatch, links):
+    path = tmp_path / "file"
+
+    def no_links(*_):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    write_whole(path, b"first", first_wins=True)
+    write_whole(path, b"second", first_wins=True)
+    assert path.read_bytes() == (b"first" if links else b"second") and os.listdir(tmp_path) == ["file"]
