@@ -53,11 +53,13 @@ def operations(config: RunConfig, share: int) -> float:
 
 
 def trained(config: RunConfig, out: Path) -> dict[str, float]:
-    """The last evaluation of this run, which is begun, gone on with, or read."""
+    """The last evaluation of this run, which is begun, gone on with, or read. Its warm-up is a tenth of it, however short it is."""
     config = copy.deepcopy(config)
     config.out, config.resume = str(out), (out / "config.json").exists()
+    config.optimizer.warmup_steps = config.steps // 10
     if not (out / "done.json").exists():
-        pretrain(config, "pixel_share")
+        if pretrain(config, "pixel_share").status == "stopped":
+            raise SystemExit(75)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         last = {name: value for row in rows for name, value in row.items()}
         (out / "done.json").write_text(json.dumps(last) + "\n")
