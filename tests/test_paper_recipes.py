@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,40 @@ def test_the_papers_recipes_name_the_file_that_they_lack(tmp_path, capsys, monke
 def test_a_size_for_both_phases_is_refused(capsys):
     assert cli.main(["train", "paper_base", "--size", "224"]) == 2
     assert "run base_low_res and then base_high_res by themselves" in capsys.readouterr().err
+
+
+def test_what_would_end_the_second_phase_ends_the_first_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TextTokenizer.train(["red green"], 100).save(tmp_path / "bert.json")
+    pictures(tmp_path / "train", 3)
+    pictures(tmp_path / "held", 2)
+    command = ["train", "paper_base", "--data", "train", "--val", "held", "--batch", "4", "--steps", "1", "--device", "cpu"]
+    assert cli.main([*command, "--tokenizer", "bert.json", "--model.vae.name", "embedded"]) == 2
+    assert "vgg16-397923af.pth" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("high_res")])
+def test_high_res_starts_from_low_res_and_names_the_run_that_it_lacks(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "train", 3)
+    pictures(tmp_path / "held", 2)
+    command = ["train", name, "--data", "train", "--val", "held", "--batch", "8", "--micro-batch", "0", "--device", "cpu"]
+    command += ["--model.vae.name", "embedded", "--model.loss.lambda-perceptual", "0", "--model.encoder.size", "tiny"]
+    assert cli.main(command) == 2
+    assert f"runs/{name.replace('high', 'low')}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_other_size_of_high_res_is_one_field(tmp_path):
+    config = cli._configured("base_high_res", ["--size", "224"])
+    assert (config.size, config.batch, config.init) == (224, 4096, "runs/base_low_res")
+
+
+def test_the_command_that_is_shown_for_the_paper_fits_its_devices(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    [devices, micro_batch] = re.findall(r"nproc-per-node (\d+) .*paper_base .*--micro-batch (\d+)", readme)[0]
+    for gpus in (f"{devices}xh100", "64xh100"):
+        assert cli.main(["estimate", "paper_base", "--gpus", gpus, "--micro-batch", micro_batch, "--json"]) == 0
+        for phase in json.loads(capsys.readouterr().out):
+            assert phase["fits"], (phase["recipe"], gpus, phase["memory_total"])

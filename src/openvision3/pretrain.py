@@ -17,7 +17,7 @@ from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch
+from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch, rows_of_a_process
 from openvision3.data.images import ImageError, to_pil
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
@@ -27,7 +27,7 @@ from openvision3.evaluate.openmoji import Functions
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
 from openvision3.evaluate.zeroshot import evaluate_retrieval
-from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.openvision3 import OpenVision3, load_distance
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
@@ -94,9 +94,17 @@ def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
     """One run after the other, each from the weights of the one before; ends with the first that a signal stops.
 
     A run that is finished already is passed over.
+
+    Raises:
+        ValueError, FileNotFoundError: what would end a later phase at its start, days later, ends the first before anything is written.
     """
     outcome: Outcome | None = None
-    with distributed.started(choose_device(phases[0][1].device)):
+    with distributed.started(choose_device(phases[0][1].device)) as ranks:
+        with distributed.together():
+            for _, config in phases:
+                rows_of_a_process(config.batch, ranks.world, config.micro_batch)
+                if config.model.loss.lambda_perceptual:
+                    load_distance(config.model.loss)
         for name, config in phases:
             outcome = pretrain(config, name)
             if outcome.status == "stopped":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from openvision3.config import RunConfig
 from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig
@@ -58,9 +60,10 @@ def demo() -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """The smallest run with every part in it, for tests and first looks: seconds on one core, learns little.
+    """The smallest run with every part in it, for tests and first looks.
 
     openvision3 train tiny --steps 20
+    One CPU core, about ten seconds; expected: the loss falls from 15 to 12, and nothing that is worth looking at.
     """
     config = mini()
     config.model = small_model("tiny", "tiny", 64)
@@ -74,10 +77,11 @@ def folder() -> RunConfig:
     """Train on pictures of your own: a folder with x.jpg beside x.txt, or captions.csv.
 
     openvision3 train folder --data MY_PICTURES --val MY_OTHER_PICTURES [--init mini]
-    Two CPU cores and up; expected: depends on the pictures, watch val/psnr and val/image_to_text_r@1.
+    Two CPU cores and up, about 45 minutes with AMX; expected: depends on the pictures, watch val/psnr and val/image_to_text_r@1.
     """
     config = mini()
     config.data, config.val = (), ()
+    config.families = False  # every picture is one of its own, and --weights orders an epoch too
     return config
 
 
@@ -85,7 +89,7 @@ def mini_low_res() -> RunConfig:
     """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
 
     openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
-    Two CPU cores; expected: see docs/training.md, which draws both phases.
+    MINI_LOW_HOURS
     """
     config = mini()
     config.size = 64
@@ -96,8 +100,10 @@ def mini_high_res() -> RunConfig:
     """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
 
     openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
+    MINI_HIGH_HOURS
     """
     config = mini_low_res()
+    config.init = "runs/mini_low_res"
     config.size, config.steps = 128, config.steps // 10
     config.optimizer.learning_rate /= 3
     config.optimizer.warmup_steps = 10
@@ -138,8 +144,10 @@ def _schedule(batch: int, epochs: int, base_rate: float, warmup_epochs: int) -> 
     return epochs * EPOCH // batch, OptimizerConfig(learning_rate=base_rate * batch / 256, warmup_steps=warmup_epochs * EPOCH // batch)
 
 
-def _high_res(config: RunConfig) -> RunConfig:
-    """Table 1: what high_res changes in low_res. Positions follow from the size, so that the weights fit as they are."""
+def _high_res(low_res: Callable[[], RunConfig]) -> RunConfig:
+    """Table 1: what high_res changes in low_res, from whose weights it starts; positions follow from the size, so that they fit."""
+    config = low_res()
+    config.init = f"runs/{low_res.__name__}"
     config.size, config.batch, config.tokenizer = 256, 4096, ""  # the words are those of --init
     config.steps, config.optimizer = _schedule(config.batch, 400, 4e-7, 20)
     loss = config.model.loss
@@ -153,8 +161,9 @@ def base_low_res() -> RunConfig:
 
     torchrun --nproc-per-node 8 ... -m openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
     4000 epochs of 1.28 M samples: about 1,960 H100-hours at 40 % of their peak (31 hours on 64), 740 with cached latents and
-    --pixel-share 0.125. Another --batch wants --optimizer.learning-rate 8e-6 x batch / 256. Expected after both phases (paper v2):
-    PSNR 30.33, rFID 0.187 on ImageNet 256.
+    --pixel-share 0.125. On 8 of 80 GB --micro-batch 128 (10.6 days). Another --batch B wants --optimizer.learning-rate 8e-6 x B / 256, and
+    --steps and --optimizer.warmup-steps times 8192 / B. Expected after both phases (paper v2; v1 in brackets): PSNR 30.33, rFID 0.187
+    (0.216 in its ablation) on ImageNet 256, gFID through RAE 1.87 (1.89), SeedBench in LLaVA-1.5 63.1 (62.4).
     """
     return _paper("B", "B")
 
@@ -163,16 +172,18 @@ def base_high_res() -> RunConfig:
     """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
 
     torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
-    400 epochs: about 740 H100-hours. Needs the two LPIPS files, or --model.loss.perceptual efficientnet. Expected: see base_low_res.
+    400 epochs: about 760 H100-hours (12 on 64) in --micro-batch 32, which 80 GB hold. Needs the two LPIPS files, or
+    --model.loss.perceptual efficientnet. Expected: see base_low_res.
     """
-    return _high_res(base_low_res())
+    return _high_res(base_low_res)
 
 
 def large_low_res() -> RunConfig:
     """The paper's large model, L/2 encoder and B/1 latent decoder, at 128 px.
 
     torchrun ... -m openvision3 train large_low_res --data ... (as base_low_res)
-    Hours: openvision3 estimate large_low_res --gpus 64xh100. Expected after both phases (paper v2): rFID 0.186, gFID 8.89.
+    4000 epochs: about 2,660 H100-hours (42 hours on 64). Expected after both phases (paper v2): rFID 0.186 in the ablation of encoder
+    sizes, SeedBench in LLaVA-1.5 65.8.
     """
     return _paper("L", "B")
 
@@ -181,15 +192,17 @@ def large_high_res() -> RunConfig:
     """large_low_res at 256 px from its weights.
 
     torchrun ... -m openvision3 train large_high_res --init runs/large_low_res --data ... (as base_low_res)
+    400 epochs: about 1,000 H100-hours (16 on 64) in --micro-batch 32. Needs the LPIPS files as base_high_res does. Expected: see large_low_res.
     """
-    return _high_res(large_low_res())
+    return _high_res(large_low_res)
 
 
 def one_gpu_low_res() -> RunConfig:
     """base_low_res for one GPU of 80 GB and a day or two: the paper's batch in micro-batches, 100 epochs, an eighth of the pixels.
 
     openvision3 train one_gpu_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER [--latents CACHE]
-    128 M samples; hours: openvision3 estimate one_gpu_low_res --gpus h100. Expected: below the paper's numbers, which took forty times the samples.
+    128 M samples: about 27 hours on an H100 at 40 % of its peak, 21 with cached latents. Expected: below the paper's numbers, which took
+    forty times the samples.
     """
     return _one_gpu(base_low_res(), 256, 100, 8e-6)
 
@@ -198,8 +211,9 @@ def one_gpu_high_res() -> RunConfig:
     """base_high_res for one GPU, from the weights of one_gpu_low_res: 10 epochs.
 
     openvision3 train one_gpu_high_res --init runs/one_gpu_low_res --data ... (as one_gpu_low_res)
+    13 M samples: about 8 hours on an H100. Needs the LPIPS files as base_high_res does. Expected: see one_gpu_low_res.
     """
-    return _one_gpu(base_high_res(), 64, 10, 4e-7)
+    return _one_gpu(_high_res(one_gpu_low_res), 64, 10, 4e-7)
 
 
 def _one_gpu(config: RunConfig, micro_batch: int, epochs: int, base_rate: float) -> RunConfig:

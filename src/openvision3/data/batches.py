@@ -55,6 +55,19 @@ class TextShape:
     """with `sentences`, the whole of it fills in for other captions that a sample lacks; False: they are marked absent"""
 
 
+def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
+    """Raises ValueError where the batch cannot be divided among the processes, or a process's share into micro-batches."""
+    if batch < 1 or batch % world:
+        raise ValueError(f"batch {batch} cannot be divided among {world} processes; legal are positive multiples of {world}, such as {_next(batch, world)}")
+    local = batch // world
+    if micro_batch < 0 or local % (micro_batch or local):
+        raise ValueError(
+            f"micro_batch {micro_batch} does not divide the {local} pictures of a process (batch {batch} / {world}); "
+            f"legal are 0 and {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
+        )
+    return local
+
+
 class TrainingBatches:
     """Endless micro-batches from `first_step` on, `pieces` of them a step; `problems` collects what was skipped, {key, reason, detail}, each sample once.
 
@@ -87,14 +100,7 @@ class TrainingBatches:
         micro_batch: int = 0,
         latents: LatentCache | None = None,
     ):
-        if batch < 1 or batch % world:
-            raise ValueError(f"batch {batch} cannot be divided among {world} processes; legal are positive multiples of {world}, such as {_next(batch, world)}")
-        local = batch // world
-        if micro_batch < 0 or local % (micro_batch or local):
-            raise ValueError(
-                f"micro_batch {micro_batch} does not divide the {local} pictures of a process (batch {batch} / {world}); "
-                f"legal are 0 and {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
-            )
+        local = rows_of_a_process(batch, world, micro_batch)
         if not 0 <= pixel_share <= 1:
             raise ValueError(f"pixel_share {pixel_share} must lie between 0 and 1")
         if not len(source):

@@ -249,10 +249,12 @@ class OpenVision3(nn.Module):
     def perceptual_distance(self) -> nn.Module:
         """The network of the perceptual term, read from its files at the first call. Raises FileNotFoundError, ValueError."""
         if not self._perceptual:
-            weights = self.config.loss
-            if weights.perceptual == "efficientnet":
-                distance: nn.Module = EfficientNetDistance()
-            else:
-                distance = Lpips(weights.perceptual.removeprefix("lpips-"), weights.lpips_backbone, weights.lpips_linear)
-            self._perceptual.append(distance)
+            self._perceptual.append(load_distance(self.config.loss))
         return self._perceptual[0]
+
+
+def load_distance(weights: LossConfig) -> nn.Module:
+    """The network of the perceptual term that `weights` names. Raises FileNotFoundError, ValueError."""
+    if weights.perceptual == "efficientnet":
+        return EfficientNetDistance()
+    return Lpips(weights.perceptual.removeprefix("lpips-"), weights.lpips_backbone, weights.lpips_linear)

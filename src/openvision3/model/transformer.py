@@ -95,14 +95,21 @@ class MLP(nn.Module):
         return self.fc_out(F.gelu(self.fc_in(x), approximate=self.approximate))
 
 
+class LayerNorm(nn.LayerNorm):
+    """Computes in fp32 whatever it is given: FSDP gathers the weights of a block in bf16, which autocast on a CPU leaves as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm eps 1e-6, no layer scale."""
 
     def __init__(self, size: TransformerSize, gelu: Gelu = "exact"):
         super().__init__()
-        self.norm_attention = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm_attention = LayerNorm(size.width, eps=1e-6)
         self.attention = Attention(size.width, size.heads)
-        self.norm_mlp = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm_mlp = LayerNorm(size.width, eps=1e-6)
         self.mlp = MLP(size.width, size.mlp, gelu)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:

@@ -1,0 +1,88 @@
+"""Every command that docs, README, launch files and recipes show is one that the program takes."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from openvision3 import cli, cli_data
+from openvision3.estimate.sizes import Options
+from openvision3.recipes import IN_TURN, RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(p for p in (ROOT / "launch").iterdir()), *(ROOT / "src").rglob("assets/*/README.md")]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """What stands behind `openvision3` in indented lines, blocks and comments, without what the reader is to put in."""
+    for line in re.sub(r"\\\n", " ", text).splitlines():
+        found = re.match(
+            r"(?:\s{4}|#\s.*?: )?(?:[A-Z_]+=\S+ )*(?:\S*torchrun .*-m |\S*docker run .*?)?(?:RUN=\S+ sbatch .*slurm.sbatch|openvision3) (.*)", line
+        )
+        if found is None:
+            continue
+        told = re.sub(r"\s#.*|\[|\]|\(.*\)|\.\.\.", "", found[1])
+        words = shlex.split(told)
+        if "slurm.sbatch" in line:
+            words = ["train", *words]
+        if words and words[0] in cli.VERBS and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE")):
+            yield words
+
+
+def check(words: list[str]) -> None:
+    """Raises ValueError where the program would refuse them before it looks at any file."""
+    verb, *rest = words
+    if "--help" in rest:
+        return
+    if verb in ("train", "estimate"):
+        name, *fields = rest
+        if verb == "estimate":
+            _, fields = cli.parse(Options, fields, "estimate", return_unknown_args=True)
+        for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
+            cli._configured(recipe, fields)
+    elif verb == "data":
+        needed = {"recaption": ["--model", "x", "--out", "x"], "latents": ["--out", "x"]}.get(rest[0], [])
+        given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
+        cli.parse(
+            cli.deferred(cli_data.VERBS[rest[0]]),
+            [*given, *(w for a, w in zip(needed[::2], needed[1::2], strict=True) for w in (a, w) if a not in rest)],
+            "data",
+        )
+    else:
+        cli.parse(cli.deferred(cli.VERBS[verb]), rest, verb)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_commands_of_a_page_are_taken(page):
+    for words in commands(page.read_text(encoding="utf-8")):
+        try:
+            check(words)
+        except ValueError as error:
+            raise AssertionError(f"openvision3 {shlex.join(words)}: {error}") from error
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_its_command_its_hardware_its_time_and_what_to_expect(name):
+    told = RECIPES[name].__doc__ or ""
+    [words] = [words for words in commands(told) if words[0] == "train"]
+    assert words[1] == name
+    check(words)
+    assert re.search(r"CPU core|H100|device", told) and re.search(r"\d+ (H100-)?(hours|minutes)|[a-z]+ (minutes|seconds)", told) and "xpected" in told
+
+
+def test_commands_that_are_not_taken_are_noticed():
+    assert list(commands("    torchrun -n 2 -m openvision3 train mini --batch 8   # why\nopenvision3 caption a.png\n")) == [
+        ["train", "mini", "--batch", "8"],
+        ["caption", "a.png"],
+    ]
+    mix = ["train", "mini", "--data", "openmoji", "more", "--weights", "3", "1"]
+    for words in (["train", "mini", "--bach", "8"], mix, ["data", "index", "--no-such"], ["caption", "a.png", "--colour"]):
+        with pytest.raises(ValueError):
+            check(words)
+
+
+def test_pages_show_commands():
+    shown = [words[:2] for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
+    assert len(shown) > 50 and ["train", "paper_base"] in shown and ["data", "latents"] in shown
