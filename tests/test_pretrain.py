@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from openvision3.cli import main
 from openvision3.config import RunConfig, load_config
 from openvision3.data.images import to_pil
 from openvision3.hub import read_config
-from openvision3.pretrain import Outcome, pretrain
+from openvision3.pretrain import Outcome, pretrain, pretrain_in_turn
+from openvision3.progress import REQUEUE
 
 
 @pytest.fixture(scope="module")
@@ -337,3 +340,33 @@ def test_the_sample_sheet_shows_the_held_out_pictures(finished):
     sheet = Image.open(outcome.folder / "samples" / "step-00000007.png").convert("RGB")
     original = to_pil(outcome.pipeline.prepare(str(Path(config.val[0]) / "0.png")))[0]
     assert sheet.getcolors(1 << 24) and {original.getpixel((16, 10))} <= {color for _, color in sheet.getcolors(1 << 24)}
+
+
+def signalled(monkeypatch, name: str) -> None:
+    """SIGTERM comes while `pretrain` does what `name` says, the first time that it does."""
+    real, sent = getattr(module, name), []
+
+    def doing(*arguments, **named):
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, name, doing)
+
+
+def test_a_signal_while_a_run_is_set_up_stops_it_at_its_first_step(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    signalled(monkeypatch, "_open_data")
+    outcome = pretrain(small(tmp_path, "run"))
+    assert (outcome.status, outcome.steps) == ("stopped", 1) and (tmp_path / "run" / REQUEUE).is_file()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_at_the_end_of_one_phase_stops_the_next_at_its_first_step(tmp_path, monkeypatch):
+    signalled(monkeypatch, "quick_evaluation")  # of the last step of the first phase
+    phases = [(name, small(tmp_path, name, steps=2)) for name in ("first", "second")]
+    phases[1][1].init = str(tmp_path / "first")
+    outcome = pretrain_in_turn(phases)
+    assert (outcome.status, outcome.steps, outcome.folder.name) == ("stopped", 1, "second")
+    assert not (tmp_path / "first" / REQUEUE).exists() and (tmp_path / "second" / REQUEUE).is_file()

@@ -33,7 +33,7 @@ from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
 from openvision3.progress import RunFolder, console, duration, environment, read_skipped, track
 from openvision3.trackers import check_trackers
-from openvision3.train import Loop, backward, fit
+from openvision3.train import Loop, Signals, backward, fit
 
 EVALUATED = 256
 """pictures an evaluation during training looks at"""
@@ -77,17 +77,18 @@ def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
     return pipeline.vae.decode(pipeline.vae.encode(images.to(pipeline.device))).cpu()
 
 
-def pretrain(config: RunConfig, recipe: str = "run") -> Outcome:
+def pretrain(config: RunConfig, recipe: str = "run", signals: Signals | None = None) -> Outcome:
     """Train as `config` says; with `config.resume` go on from the run folder's last checkpoint.
 
-    Started by torchrun or srun, each process takes its share of every batch.
+    Started by torchrun or srun, each process takes its share of every batch. SIGTERM and SIGUSR1 end it at a step, whenever they come;
+    `signals` has watched since before.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before anything is written.
     """
     device = choose_device(config.device)
-    with distributed.started(device) as ranks:
-        return _pretrain(config, recipe, device, ranks)
+    with distributed.started(device) as ranks, Signals(signals) as heard:
+        return _pretrain(config, recipe, device, ranks, heard)
 
 
 def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
@@ -99,21 +100,21 @@ def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
         ValueError, FileNotFoundError: what would end a later phase at its start, days later, ends the first before anything is written.
     """
     outcome: Outcome | None = None
-    with distributed.started(choose_device(phases[0][1].device)) as ranks:
+    with distributed.started(choose_device(phases[0][1].device)) as ranks, Signals() as signals:
         with distributed.together():
             for _, config in phases:
                 rows_of_a_process(config.batch, ranks.world, config.micro_batch)
                 if config.model.loss.lambda_perceptual:
                     load_distance(config.model.loss)
         for name, config in phases:
-            outcome = pretrain(config, name)
+            outcome = pretrain(config, name, signals)
             if outcome.status == "stopped":
                 break
     assert outcome is not None
     return outcome
 
 
-def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ranks) -> Outcome:
+def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ranks, signals: Signals) -> Outcome:
     out = Path(config.out or f"runs/{recipe}")
     with distributed.together():
         RunFolder.check(out, config.resume)
@@ -220,7 +221,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
                 run.picture(step, "val/sheet", sheet)
             return found
 
-        status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate)
+        status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate, signals=signals)
         counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")

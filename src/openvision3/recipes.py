@@ -92,7 +92,7 @@ def mini_low_res() -> RunConfig:
     MINI_LOW_HOURS
     """
     config = mini()
-    config.size = 64
+    config.size, config.steps = 64, 1000
     return config
 
 

@@ -75,10 +75,12 @@ def fit(
     *,
     export: Export,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    signals: Signals | None = None,
 ) -> str:
     """Train from `loop.state` to `loop.steps`; returns `finished`, or `stopped` where a signal asked for it.
 
-    `export(folder, weights)` writes the plain model; `evaluate(step)` gives named numbers, the same on all ranks.
+    `export(folder, weights)` writes the plain model; `evaluate(step)` gives named numbers, the same on all ranks; `signals` has
+    watched since the run was set up.
 
     Raises:
         NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written.
@@ -92,13 +94,13 @@ def fit(
     known = len(batches.problems)
     saver = Saver(run.path, model, optimizers, export, loop.keep, loop.keep_best)
 
-    with _ending(state, run, saver), run.showing(loop.steps, state.step), _Signals() as signals, contextlib.closing(source):  # type: ignore[type-var]
+    with _ending(state, run, saver), run.showing(loop.steps, state.step), Signals(signals, interrupt=True) as heard, contextlib.closing(source):  # type: ignore[type-var]
         while state.step < loop.steps:
             rate = rate_at(state.step, settings, loop.steps)
             optimizers.set_rate(rate)
             pieces, losses = backward(model, _pieces(source, batches.pieces, loop.device, clock), batches.pieces, loop.device, loop.precision)
             norm = distributed.full(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-            values = _numbers(losses | {"grad_norm": norm, "stop": torch.tensor(float(bool(signals.asked))), "failed": torch.tensor(float(saver.failed))})
+            values = _numbers(losses | {"grad_norm": norm, "stop": torch.tensor(float(bool(heard.asked))), "failed": torch.tensor(float(saver.failed))})
             stop, failed = values.pop("stop") > 0, values.pop("failed") > 0
             state.step += 1
             state.samples += batches.batch
@@ -144,7 +146,7 @@ def fit(
                 _wait(saver)
                 with distributed.together():  # no rank ends before the mark is there: a launcher may kill the others then
                     run.ask_for_requeue()
-                asked = next(filter(None, distributed.gather_objects(signals.asked)))
+                asked = next(filter(None, distributed.gather_objects(heard.asked)))
                 run.say(f"{asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
                 return "stopped"
         _wait(saver)
@@ -350,17 +352,22 @@ class _Clock:
         return found
 
 
-class _Signals:
-    """SIGINT, SIGTERM and SIGUSR1 (sent by SLURM before the end) as a wish to stop; a second Ctrl-C interrupts at once.
+class Signals:
+    """SIGTERM and SIGUSR1 (sent by SLURM before the end) as a wish to stop, and in the loop SIGINT too; a second Ctrl-C interrupts at once.
 
-    Outside the main thread: no change.
+    Whoever sets a run up holds one, so that a signal in the meantime stops the loop at its first step; the loop's own goes on
+    from it (`after`) and hands back what it was asked. Outside the main thread: no change.
     """
 
-    def __enter__(self) -> _Signals:
+    def __init__(self, after: Signals | None = None, *, interrupt: bool = False):
+        self.after, self.interrupt = after, interrupt
         self.asked = ""
+
+    def __enter__(self) -> Signals:
+        self.asked = self.after.asked if self.after else self.asked
         self._old: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if self.interrupt else [])):
                 self._old[number] = signal.signal(number, self._ask)
         return self
 
@@ -370,5 +377,7 @@ class _Signals:
         self.asked = signal.Signals(number).name
 
     def __exit__(self, *_: object) -> None:
+        if self.after:
+            self.after.asked = self.asked
         for number, handler in self._old.items():
             signal.signal(number, handler)
