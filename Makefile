@@ -41,6 +41,10 @@ bench: setup
 	$(BIN)/python benchmarks/vae_speed.py
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scale.py
+	@test -n "$(SHARDS)" || echo "make bench SHARDS='data/*.tar' times the reader and the latent cache, too; pixel_share.py trains for an hour"
+	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
+	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -7,13 +7,14 @@ without the cache, in turn, so that a busy machine disturbs both alike. Wall-clo
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import tyro
+from tyro.conf import Positional
 
 from openvision3.cache import LatentJob, settings_of
 from openvision3.config import RunConfig
@@ -39,7 +40,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def main(data: tuple[str, ...], samples: int = 256) -> None:
+def main(data: Positional[tuple[str, ...]], samples: int = 256) -> None:
     config, source, vae = mini(), open_source(data), VAE.load("embedded")
     source.samples = source.samples[:samples]  # type: ignore[attr-defined]  # the first of the shards are enough
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +96,4 @@ def compare_steps(config: RunConfig, source: Source, vae: VAE, cache: LatentCach
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python benchmarks/latents_speed.py SHARDS ...")
-    main(tuple(sys.argv[1:]))
+    tyro.cli(main, description=Path(__file__).read_text().split('"""')[1])

@@ -9,6 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import tyro
 
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
@@ -41,4 +44,4 @@ def main(runs: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=Path(__file__).read_text().split('"""')[1])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 
 import diffusers
 import torch
+import tyro
 
 from openvision3.doctor import choose_precision
 from openvision3.model.vae import VAE
@@ -54,4 +56,4 @@ def main(batch: int = 32) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=Path(__file__).read_text().split('"""')[1])

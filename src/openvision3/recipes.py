@@ -92,7 +92,7 @@ def mini_low_res() -> RunConfig:
     MINI_LOW_HOURS
     """
     config = mini()
-    config.size, config.steps = 64, 1000
+    config.size, config.steps = 64, 600
     return config
 
 
