@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
 
+from openvision3 import pretrain as module
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.pretrain import pretrain
 
@@ -75,6 +76,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
         config.resume = True
     go_on(config)
     assert [row["step"] for row in metrics(config.out) if "train/loss" in row] == list(range(1, config.steps + 1))
+
+
+def test_which_checkpoint_is_the_best_outlives_the_process(tmp_path, monkeypatch):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
+    monkeypatch.setattr(module, "quick_evaluation", lambda *values: {"loss": losses[int(values[-1].stem.removeprefix("step-"))]})
+    config = small(tmp_path, "run", steps=4, eval_every=1, save_every=1, keep=1, keep_best=1)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 4)
+        pretrain(config, "tiny")
+    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000003"]
+    go_on(config)
+    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000004"]
+    assert {row["step"]: row["val/loss"] for row in metrics(config.out) if "val/loss" in row} == losses
 
 
 def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
