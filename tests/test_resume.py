@@ -37,6 +37,17 @@ def test_a_crash_between_two_checkpoints_leaves_no_trace(tmp_path, monkeypatch, 
     assert_same_run(runs[0].out, runs[1].out)
 
 
+def test_a_crash_in_bf16_leaves_no_trace(tmp_path, monkeypatch):
+    whole, broken = (small(tmp_path, name, precision="bf16", batch=2, steps=2, save_every=1, pixel_share=0.5) for name in ("whole", "broken"))
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 2)
+        pretrain(broken, "tiny")
+    assert [p.name for p in complete_checkpoints(broken.out)] == ["step-00000001"]
+    assert go_on(broken).precision == "bf16"
+    assert_same_run(whole.out, broken.out)
+
+
 def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
     whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken")
     pretrain(whole, "tiny")
