@@ -59,6 +59,18 @@ def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
     assert_same_run(whole.out, broken.out)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, before, after):
+    whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken", workers=before)
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 5)
+        pretrain(broken, "tiny")
+    broken.workers = after
+    go_on(broken)
+    assert_same_run(whole.out, broken.out)
+
+
 def test_unusable_samples_are_counted_and_listed_once_however_often_a_run_goes_on(tmp_path, monkeypatch):
     for folder in ("train", "held"):
         pictures(tmp_path / folder, 3)
