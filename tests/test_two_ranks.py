@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import metrics
+from small_runs import assert_same_run, metrics
 
 from openvision3.checkpoint import complete_checkpoints
 
@@ -184,6 +184,24 @@ def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(data, alone, tmp_path):
     assert [p.name for p in complete_checkpoints(out)] == ["step-00000005"]
     run([*command(data, out), "--resume"], processes=2)
     assert_close(alone, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_two_processes_that_are_killed_and_go_on_equal_two_that_were_not_bit_for_bit(data, tmp_path, parallel):
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.replace("step == 3", "step == 4"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "SIGKILL"]
+    whole, broken = (
+        command(data, tmp_path / name, "--parallel", parallel, "--steps", "6", "--save-every", "3", "--eval-every", "2", "--log-every", "2")
+        for name in ("whole", "broken")
+    )
+    run(whole, processes=2)
+    done = subprocess.run([*start, *broken], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 1 and "SIGKILL" in done.stderr
+    assert [p.name for p in complete_checkpoints(tmp_path / "broken")] == ["step-00000003"]  # between two lines
+    run([*broken, "--resume"], processes=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
