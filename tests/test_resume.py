@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -126,11 +127,12 @@ def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
 
 DRIVER = """
 import os, signal, sys
-from openvision3 import checkpoint, cli, progress
+from openvision3 import checkpoint, cli, pretrain, progress
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-advance, replace, rmtree = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree
+advance, replace, rmtree, save = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
+evaluation = pretrain.quick_evaluation
 def at_step(self, done):
     if done == step:
         os.kill(os.getpid(), getattr(signal, what))
@@ -144,6 +146,16 @@ def in_deletion(path, **how):
         os.unlink(os.path.join(path, "state", "__0_0.distcp"))
         die()
     rmtree(path, **how)
+def half_written(tensors, checkpoint_id, **how):
+    save(tensors, checkpoint_id=checkpoint_id, **how)
+    if f"-{step:08d}" in checkpoint_id:
+        os.unlink(os.path.join(checkpoint_id, ".metadata"))
+        os.truncate(os.path.join(checkpoint_id, "__0_0.distcp"), 2000)
+        die()
+def in_evaluation(*values):
+    if values[-1].stem == f"step-{step:08d}":
+        pretrain.evaluate_retrieval = die
+    return evaluation(*values)
 if what.startswith("SIG"):
     progress.RunFolder.advance = at_step
 elif what == "nan":
@@ -160,6 +172,10 @@ elif what == "rename":
     os.replace = at_rename
 elif what == "deletion":
     checkpoint.shutil.rmtree = in_deletion
+elif what == "half":
+    checkpoint.dcp.save = half_written
+elif what == "evaluation":
+    pretrain.quick_evaluation = in_evaluation
 sys.exit(cli.main(argv))
 """
 
@@ -212,6 +228,35 @@ def test_a_killed_process_that_goes_on_equals_the_one_that_was_not(whole, fault,
     assert seen == 0, said
     assert_same_run(whole / "whole", whole / out)
     assert [p.name for p in (whole / out / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_equals_the_one_that_was_not(whole):
+    often = ["--steps", "30", "--save-every", "2", "--eval-every", "3", "--keep-best", "1"]
+    code, said = finish(start(whole, "calm", *often))
+    assert code == 0, said
+    for fault, step in (("half", 4), ("evaluation", 6), ("rename", 8)):
+        code, said = finish(start(whole, "shaken", *often, *(["--resume"] if step > 4 else []), fault=fault, step=step))
+        assert code == -signal.SIGKILL, said
+    draw = random.Random(0)
+    for _ in range(3):
+        lines = told(whole / "shaken") + 1 + draw.randrange(4)  # a run that goes on tells so in one, then its losses
+        process = start(whole, "shaken", *often, "--resume")
+        while process.poll() is None and told(whole / "shaken") < lines:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        code, said = finish(process)
+        assert code in (0, -signal.SIGKILL), said
+    code, said = finish(start(whole, "shaken", *often, "--resume"))
+    assert code == 0, said
+    assert_same_run(whole / "calm", whole / "shaken")
+    assert [p.name for p in complete_checkpoints(whole / "calm")] == [p.name for p in complete_checkpoints(whole / "shaken")]
+
+
+def told(out: Path) -> int:
+    """Lines of log.txt on how far the run is."""
+    return sum(" step" in line for line in (out / "log.txt").read_text().splitlines())
 
 
 @pytest.mark.slow
