@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics
 
 from openvision3.checkpoint import complete_checkpoints
+from openvision3.model.vae import VAE
 
 RATE = 1e-4
 
@@ -184,6 +186,55 @@ def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(data, alone, tmp_path):
     assert [p.name for p in complete_checkpoints(out)] == ["step-00000005"]
     run([*command(data, out), "--resume"], processes=2)
     assert_close(alone, out)
+
+
+SHARDS = """
+import os, sys, torch
+from torch.distributed.tensor import DTensor
+from openvision3 import cli, pretrain
+folder, argv = sys.argv[1], sys.argv[2:]
+sys.argv = ["openvision3", *argv]
+fit = pretrain.fit
+def told(value):
+    sharded = isinstance(value, DTensor)
+    return {"sharded": sharded, "rows": len(value), "whole": value.numel(), "here": (value.to_local() if sharded else value).numel()}
+def watched(model, batches, optimizers, *more, **named):
+    status = fit(model, batches, optimizers, *more, **named)
+    frozen = {name: p for name, p in model.named_parameters() if name.startswith("vae.")}
+    free = {name: p for name, p in model.named_parameters() if name not in frozen}
+    moments = {name: o.state[p]["exp_avg"] for name, p in free.items() for o in optimizers.all if p in o.state}
+    torch.save({
+        "trained": {name: told(p) for name, p in free.items()},
+        "moments": {name: told(moment) for name, moment in moments.items()},
+        "vae": {name: told(p) | {"value": p.detach(), "gradient": p.grad, "wanted": p.requires_grad} for name, p in frozen.items()},
+    }, os.path.join(folder, os.environ["RANK"]))
+    return status
+pretrain.fit = watched
+sys.exit(cli.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_with_fsdp_each_process_holds_its_share_of_what_is_trained_and_the_whole_frozen_vae(data, tmp_path):
+    arguments = [sys.executable, "-c", SHARDS, str(tmp_path), *command(data, tmp_path / "run", "--parallel", "fsdp", "--steps", "2")]
+    port = str(free_port())
+    ranks = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(RANK=str(r), WORLD_SIZE="2", MASTER_PORT=port)) for r in range(2)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors[-3000:]
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for kind in ("trained", "moments"):
+        assert found[0][kind].keys() == found[1][kind].keys() == found[0]["trained"].keys()
+        for name, one in found[0][kind].items():
+            other = found[1][kind][name]
+            assert one["sharded"] and other["sharded"] and one["here"] + other["here"] == one["whole"] == other["whole"], name
+            assert max(one["here"], other["here"]) < one["whole"] or one["rows"] == 1, name  # a single row is not divided
+    vae = dict(VAE.load("embedded").named_parameters())
+    for rank in found:
+        assert {name.removeprefix("vae.") for name in rank["vae"]} == vae.keys()
+        for name, value in rank["vae"].items():
+            assert not value["sharded"] and value["gradient"] is None and not value["wanted"], name
+            assert torch.equal(value["value"], vae[name.removeprefix("vae.")]), name
 
 
 @pytest.mark.slow
