@@ -237,6 +237,37 @@ def test_with_fsdp_each_process_holds_its_share_of_what_is_trained_and_the_whole
             assert torch.equal(value["value"], vae[name.removeprefix("vae.")]), name
 
 
+COMPILED = """
+import sys
+from torch._dynamo.utils import counters
+from openvision3 import cli
+code = cli.main(sys.argv[1:])
+print("graphs:", counters["stats"]["unique_graphs"])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_on_shards_give_the_losses_of_those_that_are_not(data, tmp_path):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler, and none is found here")
+    script = tmp_path / "driver.py"
+    script.write_text(COMPILED)
+    arguments = {how: command(data, tmp_path / how, "--parallel", "fsdp", "--steps", "2", "--compile", how) for how in ("off", "on")}
+    run(arguments["off"], processes=2)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *arguments["on"]]
+    done = subprocess.run(start, capture_output=True, text=True, env=environment(TORCHINDUCTOR_COMPILE_THREADS="1"), timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs = [int(line.removeprefix("graphs: ")) for line in done.stdout.splitlines() if line.startswith("graphs: ")]
+    assert len(graphs) == 2 and all(graphs)
+    plain, compiled = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert [row["step"] for row in plain] == [row["step"] for row in compiled] == [1, 2, 2]
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("train/loss", "train/latent", "train/pixel", "train/contrastive", "train/caption", "val/loss"):
+            assert name not in one or one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
 def test_two_processes_that_are_killed_and_go_on_equal_two_that_were_not_bit_for_bit(data, tmp_path, parallel):
