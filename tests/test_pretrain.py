@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics, pictures, small
 
 import openvision3
 from openvision3 import doctor
 from openvision3 import pretrain as module
-from openvision3.checkpoint import CheckpointError, complete_checkpoints
+from openvision3.checkpoint import CheckpointError, RunState, complete_checkpoints
 from openvision3.cli import main
 from openvision3.config import RunConfig, load_config
 from openvision3.data.images import to_pil
@@ -258,6 +259,23 @@ def test_a_new_run_can_start_from_the_weights_of_another(finished, tmp_path, mon
     trained = outcome.pipeline.model.trained_state()
     assert seen.keys() == trained.keys() and all(torch.equal(value, trained[name]) for name, value in seen.items())
     assert (Path(new.out) / "tokenizer.json").read_text() == (outcome.folder / "tokenizer.json").read_text()
+
+
+def test_weights_of_small_pictures_start_a_new_run_on_larger_ones(finished, tmp_path, monkeypatch):
+    last, fit = complete_checkpoints(finished[1].folder)[-1], module.fit
+    seen = {}
+
+    def watched(model, batches, optimizers, settings, loop, *more, **named):
+        seen.update({name: value.clone() for name, value in model.trained_state().items()})
+        assert loop.state == RunState() and not any(optimizer.state for optimizer in optimizers.all)
+        return fit(model, batches, optimizers, settings, loop, *more, **named)
+
+    monkeypatch.setattr(module, "fit", watched)
+    outcome = pretrain(small(tmp_path, "new", init=str(finished[1].folder), size=64, steps=1, batch=2, pixel_share=0.5), "tiny")
+    before = load_file(last / "model.safetensors")
+    assert seen.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in seen.items())
+    assert metrics(outcome.folder)[0]["step"] == outcome.steps == 1
+    assert outcome.pipeline.encode(str(Path(finished[0].val[0]) / "0.png")).shape[1] == (64 // 16) ** 2
 
 
 def test_a_run_from_other_weights_keeps_the_record_of_their_training_when_it_goes_on_too(finished, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
 
+from openvision3 import pretrain as module
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.pretrain import pretrain
 
@@ -36,6 +38,17 @@ def test_a_crash_between_two_checkpoints_leaves_no_trace(tmp_path, monkeypatch, 
     assert_same_run(runs[0].out, runs[1].out)
 
 
+def test_a_crash_in_bf16_leaves_no_trace(tmp_path, monkeypatch):
+    whole, broken = (small(tmp_path, name, precision="bf16", batch=2, steps=2, save_every=1, pixel_share=0.5) for name in ("whole", "broken"))
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 2)
+        pretrain(broken, "tiny")
+    assert [p.name for p in complete_checkpoints(broken.out)] == ["step-00000001"]
+    assert go_on(broken).precision == "bf16"
+    assert_same_run(whole.out, broken.out)
+
+
 def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
     whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken")
     pretrain(whole, "tiny")
@@ -43,6 +56,18 @@ def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
         crash_at(patched, 3)
         pretrain(broken, "tiny")
     assert metrics(broken.out)
+    go_on(broken)
+    assert_same_run(whole.out, broken.out)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, before, after):
+    whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken", workers=before)
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 5)
+        pretrain(broken, "tiny")
+    broken.workers = after
     go_on(broken)
     assert_same_run(whole.out, broken.out)
 
@@ -77,6 +102,19 @@ def test_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(config.out) if "train/loss" in row] == list(range(1, config.steps + 1))
 
 
+def test_which_checkpoint_is_the_best_outlives_the_process(tmp_path, monkeypatch):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
+    monkeypatch.setattr(module, "quick_evaluation", lambda *values: {"loss": losses[int(values[-1].stem.removeprefix("step-"))]})
+    config = small(tmp_path, "run", steps=4, eval_every=1, save_every=1, keep=1, keep_best=1)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 4)
+        pretrain(config, "tiny")
+    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000003"]
+    go_on(config)
+    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000004"]
+    assert {row["step"]: row["val/loss"] for row in metrics(config.out) if "val/loss" in row} == losses
+
+
 def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
     config = small(tmp_path, "run")
     pretrain(config, "tiny")
@@ -89,11 +127,12 @@ def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
 
 DRIVER = """
 import os, signal, sys
-from openvision3 import checkpoint, cli, progress
+from openvision3 import checkpoint, cli, pretrain, progress
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-advance, replace, rmtree = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree
+advance, replace, rmtree, save = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
+evaluation = pretrain.quick_evaluation
 def at_step(self, done):
     if done == step:
         os.kill(os.getpid(), getattr(signal, what))
@@ -107,6 +146,16 @@ def in_deletion(path, **how):
         os.unlink(os.path.join(path, "state", "__0_0.distcp"))
         die()
     rmtree(path, **how)
+def half_written(tensors, checkpoint_id, **how):
+    save(tensors, checkpoint_id=checkpoint_id, **how)
+    if f"-{step:08d}" in checkpoint_id:
+        os.unlink(os.path.join(checkpoint_id, ".metadata"))
+        os.truncate(os.path.join(checkpoint_id, "__0_0.distcp"), 2000)
+        die()
+def in_evaluation(*values):
+    if values[-1].stem == f"step-{step:08d}":
+        pretrain.evaluate_retrieval = die
+    return evaluation(*values)
 if what.startswith("SIG"):
     progress.RunFolder.advance = at_step
 elif what == "nan":
@@ -123,6 +172,10 @@ elif what == "rename":
     os.replace = at_rename
 elif what == "deletion":
     checkpoint.shutil.rmtree = in_deletion
+elif what == "half":
+    checkpoint.dcp.save = half_written
+elif what == "evaluation":
+    pretrain.quick_evaluation = in_evaluation
 sys.exit(cli.main(argv))
 """
 
@@ -175,6 +228,35 @@ def test_a_killed_process_that_goes_on_equals_the_one_that_was_not(whole, fault,
     assert seen == 0, said
     assert_same_run(whole / "whole", whole / out)
     assert [p.name for p in (whole / out / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_equals_the_one_that_was_not(whole):
+    often = ["--steps", "30", "--save-every", "2", "--eval-every", "3", "--keep-best", "1"]
+    code, said = finish(start(whole, "calm", *often))
+    assert code == 0, said
+    for fault, step in (("half", 4), ("evaluation", 6), ("rename", 8)):
+        code, said = finish(start(whole, "shaken", *often, *(["--resume"] if step > 4 else []), fault=fault, step=step))
+        assert code == -signal.SIGKILL, said
+    draw = random.Random(0)
+    for _ in range(3):
+        lines = told(whole / "shaken") + 1 + draw.randrange(4)  # a run that goes on tells so in one, then its losses
+        process = start(whole, "shaken", *often, "--resume")
+        while process.poll() is None and told(whole / "shaken") < lines:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        code, said = finish(process)
+        assert code in (0, -signal.SIGKILL), said
+    code, said = finish(start(whole, "shaken", *often, "--resume"))
+    assert code == 0, said
+    assert_same_run(whole / "calm", whole / "shaken")
+    assert [p.name for p in complete_checkpoints(whole / "calm")] == [p.name for p in complete_checkpoints(whole / "shaken")]
+
+
+def told(out: Path) -> int:
+    """Lines of log.txt on how far the run is."""
+    return sum(" step" in line for line in (out / "log.txt").read_text().splitlines())
 
 
 @pytest.mark.slow

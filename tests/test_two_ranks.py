@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import metrics
+from small_runs import assert_same_run, metrics
 
 from openvision3.checkpoint import complete_checkpoints
+from openvision3.model.vae import VAE
 
 RATE = 1e-4
 
@@ -184,6 +186,104 @@ def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(data, alone, tmp_path):
     assert [p.name for p in complete_checkpoints(out)] == ["step-00000005"]
     run([*command(data, out), "--resume"], processes=2)
     assert_close(alone, out)
+
+
+SHARDS = """
+import os, sys, torch
+from torch.distributed.tensor import DTensor
+from openvision3 import cli, pretrain
+folder, argv = sys.argv[1], sys.argv[2:]
+sys.argv = ["openvision3", *argv]
+fit = pretrain.fit
+def told(value):
+    sharded = isinstance(value, DTensor)
+    return {"sharded": sharded, "rows": len(value), "whole": value.numel(), "here": (value.to_local() if sharded else value).numel()}
+def watched(model, batches, optimizers, *more, **named):
+    status = fit(model, batches, optimizers, *more, **named)
+    frozen = {name: p for name, p in model.named_parameters() if name.startswith("vae.")}
+    free = {name: p for name, p in model.named_parameters() if name not in frozen}
+    moments = {name: o.state[p]["exp_avg"] for name, p in free.items() for o in optimizers.all if p in o.state}
+    torch.save({
+        "trained": {name: told(p) for name, p in free.items()},
+        "moments": {name: told(moment) for name, moment in moments.items()},
+        "vae": {name: told(p) | {"value": p.detach(), "gradient": p.grad, "wanted": p.requires_grad} for name, p in frozen.items()},
+    }, os.path.join(folder, os.environ["RANK"]))
+    return status
+pretrain.fit = watched
+sys.exit(cli.main(argv))
+"""
+
+
+@pytest.mark.slow
+def test_with_fsdp_each_process_holds_its_share_of_what_is_trained_and_the_whole_frozen_vae(data, tmp_path):
+    arguments = [sys.executable, "-c", SHARDS, str(tmp_path), *command(data, tmp_path / "run", "--parallel", "fsdp", "--steps", "2")]
+    port = str(free_port())
+    ranks = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment(RANK=str(r), WORLD_SIZE="2", MASTER_PORT=port)) for r in range(2)]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors[-3000:]
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for kind in ("trained", "moments"):
+        assert found[0][kind].keys() == found[1][kind].keys() == found[0]["trained"].keys()
+        for name, one in found[0][kind].items():
+            other = found[1][kind][name]
+            assert one["sharded"] and other["sharded"] and one["here"] + other["here"] == one["whole"] == other["whole"], name
+            assert max(one["here"], other["here"]) < one["whole"] or one["rows"] == 1, name  # a single row is not divided
+    vae = dict(VAE.load("embedded").named_parameters())
+    for rank in found:
+        assert {name.removeprefix("vae.") for name in rank["vae"]} == vae.keys()
+        for name, value in rank["vae"].items():
+            assert not value["sharded"] and value["gradient"] is None and not value["wanted"], name
+            assert torch.equal(value["value"], vae[name.removeprefix("vae.")]), name
+
+
+COMPILED = """
+import sys
+from torch._dynamo.utils import counters
+from openvision3 import cli
+code = cli.main(sys.argv[1:])
+print("graphs:", counters["stats"]["unique_graphs"])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_on_shards_give_the_losses_of_those_that_are_not(data, tmp_path):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler, and none is found here")
+    script = tmp_path / "driver.py"
+    script.write_text(COMPILED)
+    arguments = {how: command(data, tmp_path / how, "--parallel", "fsdp", "--steps", "2", "--compile", how) for how in ("off", "on")}
+    run(arguments["off"], processes=2)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *arguments["on"]]
+    done = subprocess.run(start, capture_output=True, text=True, env=environment(TORCHINDUCTOR_COMPILE_THREADS="1"), timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs = [int(line.removeprefix("graphs: ")) for line in done.stdout.splitlines() if line.startswith("graphs: ")]
+    assert len(graphs) == 2 and all(graphs)
+    plain, compiled = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert [row["step"] for row in plain] == [row["step"] for row in compiled] == [1, 2, 2]
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("train/loss", "train/latent", "train/pixel", "train/contrastive", "train/caption", "val/loss"):
+            assert name not in one or one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_two_processes_that_are_killed_and_go_on_equal_two_that_were_not_bit_for_bit(data, tmp_path, parallel):
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.replace("step == 3", "step == 4"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "SIGKILL"]
+    whole, broken = (
+        command(data, tmp_path / name, "--parallel", parallel, "--steps", "6", "--save-every", "3", "--eval-every", "2", "--log-every", "2")
+        for name in ("whole", "broken")
+    )
+    run(whole, processes=2)
+    done = subprocess.run([*start, *broken], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 1 and "SIGKILL" in done.stderr
+    assert [p.name for p in complete_checkpoints(tmp_path / "broken")] == ["step-00000003"]  # between two lines
+    run([*broken, "--resume"], processes=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
