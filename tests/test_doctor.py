@@ -56,3 +56,26 @@ def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
     problems = examine()["problems"]
     for what, remedy in (("RAQM", "wheel"), ("EfficientNet", "pip install"), ("VAE", "install")):
         assert any(what in problem and remedy in problem for problem in problems), what
+
+
+def test_a_gpu_s_precision_is_what_it_has_and_is_not_measured(monkeypatch):
+    monkeypatch.setattr(doctor, "measure_precision", lambda device: 1 / 0)
+    for has, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert doctor.choose_precision("auto", "cuda")[0] == precision
+
+
+def test_blocks_are_compiled_on_a_gpu_where_there_is_what_compiles_them(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    assert doctor.choose_compile("auto", "cpu") == (False, "") and doctor.choose_compile("off", "cuda") == (False, "")
+    compiled, why = doctor.choose_compile("auto", "cuda")
+    assert not compiled and "a compiler (cc, gcc, clang) is not installed" in why
+    with pytest.raises(ValueError, match=r"torch.compile needs a compiler .*set --compile off"):
+        doctor.choose_compile("on", "cpu")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    assert doctor.choose_compile("auto", "cuda") == (True, "") and doctor.choose_compile("on", "cpu") == (True, "")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.choose_compile("auto", "cuda") == (False, "blocks are not compiled: triton is not installed")

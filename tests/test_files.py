@@ -2,10 +2,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from openvision3.files import write_whole
+from openvision3.files import left_behind, write_whole
 
 
 @pytest.mark.parametrize("content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"])
@@ -65,3 +66,18 @@ def test_of_two_writers_the_first_wins_where_asked(tmp_path, monkeypatch, links)
     write_whole(path, b"first", first_wins=True)
     write_whole(path, b"second", first_wins=True)
     assert path.read_bytes() == (b"first" if links else b"second") and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_half_written_file_is_left_behind_where_its_writer_has_ended_or_a_day_has_gone(tmp_path):
+    program = "import os, signal, sys; from openvision3.files import write_whole; write_whole(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=False)
+    [killed] = tmp_path.iterdir()
+    assert left_behind(killed)
+
+    seen = []
+    write_whole(tmp_path / "own", lambda file: seen.append(left_behind(Path(file.name))))
+    elsewhere = tmp_path / ".file.another-host-1.making"
+    elsewhere.write_bytes(b"")
+    assert seen == [False] and not left_behind(elsewhere)
+    os.utime(elsewhere, (0, 0))
+    assert left_behind(elsewhere)

@@ -208,7 +208,9 @@ def test_a_process_killed_in_the_middle_goes_on_to_the_same_bytes(uninterrupted,
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     before = first.stat().st_mtime_ns
-    (out / ".part-000007.safetensors.host-1").write_bytes(b"half a pa")  # what a kill within a write leaves
+    left = out / ".part-000007.safetensors.host-1.making"
+    left.write_bytes(b"half a pa")  # what a kill within a write leaves
+    os.utime(left, (0, 0))
     with pytest.raises(ValueError, match="is a cache that is not complete; run the same openvision3 data latents again"):
         LatentCache.open(out)
     subprocess.run(run, env=environment(), check=True, capture_output=True)
@@ -592,3 +594,16 @@ def test_ray_that_is_not_installed_names_its_extra(folder, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command(folder, tmp_path / "c")[3:], "--engine", "ray"]) == 2
     assert "pip install 'openvision3[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_of_two_processes_the_one_with_nothing_to_mend_leaves_the_other_to_it(uninterrupted, folder, tmp_path, monkeypatch, capsys, damage):
+    out = tmp_path / "c"
+    shutil.copytree(uninterrupted, out)
+    part = out / "part-000001.safetensors"
+    part.write_bytes(part.read_bytes()[:-8]) if damage == "cut" else part.unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*command(folder, out)[3:], "--part-samples", "1"]) == 0, capsys.readouterr().err
+    assert contents(out) == contents(uninterrupted)

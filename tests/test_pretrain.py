@@ -388,3 +388,24 @@ def test_a_signal_at_the_end_of_one_phase_stops_the_next_at_its_first_step(tmp_p
     outcome = pretrain_in_turn(phases)
     assert (outcome.status, outcome.steps, outcome.folder.name) == ("stopped", 1, "second")
     assert not (tmp_path / "first" / REQUEUE).exists() and (tmp_path / "second" / REQUEUE).is_file()
+
+
+def test_held_out_pictures_that_vanish_do_not_end_a_run(tmp_path, monkeypatch):
+    config = small(tmp_path, "run", eval_every=3)
+    advance = module.RunFolder.advance
+
+    def vanishing(self, done):
+        if done == 2:
+            shutil.rmtree(tmp_path / "held")
+        advance(self, done)
+
+    monkeypatch.setattr(module.RunFolder, "advance", vanishing)
+    outcome = pretrain(config)
+    assert (outcome.status, outcome.steps) == ("finished", 7)
+    assert [row["val/skipped"] for row in metrics(tmp_path / "run") if "val/skipped" in row] == [3, 3, 3]
+
+
+def test_processes_that_have_opened_unlike_data_are_told_apart(monkeypatch):
+    monkeypatch.setattr(module.distributed, "gather_objects", lambda facts: [facts, facts | {"samples": (7, "a", "b")}])
+    with pytest.raises(ValueError, match=r"not opened the same samples: \(8, 'a', 'b'\) in process 0, \(7, 'a', 'b'\) in process 1"):
+        module._agree({"VAE": "x", "samples": (8, "a", "b")})

@@ -70,11 +70,19 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
     precision: str = job.precision
     if precision == "auto":
         precision = LatentSettings.read(begun).precision if begun.is_file() else choose_precision("auto", device)[0]
-    vae = VAE.load(job.vae, shift=job.shift, dtype=dtype_of(precision))
-    settings = settings_of(job, vae, precision, len(source))
     place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
-    vae = vae.to(place)
-    return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
+
+    def writer(precision: str) -> LatentWriter:
+        vae = VAE.load(job.vae, shift=job.shift, dtype=dtype_of(precision)).to(place)
+        settings = settings_of(job, vae, precision, len(source))
+        return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
+
+    try:
+        return writer(precision)
+    except ValueError:  # another process was first, and had measured otherwise
+        if job.precision != "auto" or not begun.is_file() or (first := LatentSettings.read(begun).precision) == precision:
+            raise
+        return writer(first)
 
 
 def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> LatentSettings:

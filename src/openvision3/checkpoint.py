@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -88,7 +89,8 @@ class Saver:
 
     def save(self, state: RunState) -> None:
         """Copy all tensors as they are now and begin to write them. All ranks take part in the copy; waits for the save before."""
-        self.wait()
+        with distributed.together():  # one rank saves; where it fails none goes on
+            self.wait()
         tensors = _copied(_tensors(self.model, self.optimizers))
         if distributed.rank() == 0:
             record = RunState(**asdict(state))
@@ -169,7 +171,7 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
 def _superfluous(run: Path, keep: int, keep_best: int) -> list[Path]:
     """Neither among the newest nor among the best. A checkpoint whose loss cannot be read is not among the best."""
     older = complete_checkpoints(run)[:-keep]
-    measured = [(loss, path) for path in complete_checkpoints(run) if (loss := _val_loss(path)) is not None]
+    measured = [(loss, path) for path in complete_checkpoints(run) if (loss := _val_loss(path)) is not None and math.isfinite(loss)]
     best = {path for _, path in sorted(measured)[:keep_best]}
     return [path for path in older if path not in best]
 
@@ -228,7 +230,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> R
             raise ValueError(f"it holds {min(foreign)}, which this model has not")
         with _alone():
             dcp.load(tensors, checkpoint_id=str(folder / "state"), no_dist=True)
+        fused = [[group.get("fused") for group in optimizer.param_groups] for optimizer in optimizers.all]
         set_state_dict(model, optimizers.all, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=_OPTIONS)
+        for optimizer, values in zip(optimizers.all, fused, strict=True):  # of this device, not of the one that had saved
+            for group, value in zip(optimizer.param_groups, values, strict=True):
+                group.update({"fused": value} if "fused" in group else {})
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder} does not fit this run: {' '.join(str(_cause(error) or error).split())}") from error
     return state

@@ -80,8 +80,13 @@ def started(device: str = "cpu") -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
     try:
         yield ranks
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device == "cuda":  # NCCL's orderly end waits for ranks that wait for this one: the error would never be told
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 _alone = False
@@ -114,7 +119,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, rows: Tensor) -> Tensor:
         out = rows.new_empty(world() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        dist.all_gather_single(out, rows.contiguous())
         return out
 
     @staticmethod
@@ -203,6 +208,7 @@ def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
             if checkpointing:
                 parts[place] = checkpoint_wrapper(block)
             if compiled:
+                torch._dynamo.config.recompile_limit = 64  # all blocks are one piece of code, met in many shapes, with and without gradient
                 parts[place].compile()
 
 
@@ -245,6 +251,11 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
 def full(value: Tensor) -> Tensor:
     """A shard's whole tensor (all ranks take part); any other tensor as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, shard: Tensor) -> Tensor:

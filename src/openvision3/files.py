@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
         OSError: with the name of `path`; nothing is left behind.
     """
     path = Path(path)
-    making = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.making")  # on a shared disk two may write the same name
+    making = path.with_name(f".{path.name}.{_writer()}.making")  # on a shared disk two may write the same name
     try:
         with open(making, "wb") as file:
             if callable(content):
@@ -36,6 +37,33 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
     finally:
         with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
             making.unlink(missing_ok=True)
+
+
+def left_behind(making: Path) -> bool:
+    """Whether a half-written file is one that nobody writes any more: of a process of this machine that has ended, or a day old."""
+    host, _, process = making.name.removesuffix(".making").rpartition(".")[2].rpartition("-")
+    with contextlib.suppress(OSError):
+        if time.time() - making.stat().st_mtime > 86_400:
+            return True
+    return host == _host() and process.isdecimal() and not _alive(int(process))
+
+
+def _writer() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _link(making: Path, path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from openvision3.data.images import ImageError, to_pil
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
 from openvision3.data.text import TextTokenizer
-from openvision3.doctor import choose_device, choose_precision, dtype_of
+from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.evaluate.openmoji import Functions
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
@@ -107,6 +108,7 @@ def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
                 if config.model.loss.lambda_perceptual:
                     load_distance(config.model.loss)
         for name, config in phases:
+            outcome = None  # the model of the phase before gives its memory back
             outcome = pretrain(config, name, signals)
             if outcome.status == "stopped":
                 break
@@ -164,20 +166,31 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         parallel = distributed.choose_parallel(config.parallel, trained, ranks)
         if parallel != "replicate" and config.minutes and not config.resume:
             raise ValueError(f"minutes {config.minutes:g} are measured on a copy of the model, which a sharded one does not allow; set --steps")
+        compiled, not_compiled = choose_compile(config.compile, device)
         model = model.to(device)
-    distributed.wrap_blocks(model, config.checkpointing, config.compile == "on" or (config.compile == "auto" and device == "cuda"))
+    with distributed.together():
+        _agree(
+            {
+                "samples": (len(source), source.key(0), source.key(len(source) - 1)),
+                "held-out pictures": len(held_out),
+                "vocabulary": hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest(),
+                "VAE": vae.sha256,
+                "cache of latents": cache.sha256 if cache is not None else "",
+                "compiled": compiled,
+            }
+        )
+    if config.minutes and not config.resume:
+        if ranks.rank == 0:
+            console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")
+        config.steps, rate = distributed.from_first(steps_for(config.minutes, model, batches, config, device, precision, compiled))
+        why += f"; {rate:.2f} steps/s: {config.steps} steps fill {config.minutes:g} minutes"
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
+    distributed.wrap_blocks(model, config.checkpointing, compiled)
     distributed.spread(model, parallel, ranks, device, precision)
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     with distributed.together():
         if checkpoint:
             load_checkpoint(checkpoint, model, optimizers)
-    if config.minutes and not config.resume:
-        if ranks.rank == 0:
-            console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")
-        config.steps, rate = distributed.from_first(steps_for(config.minutes, model, batches, config, device, precision))
-        why += f"; {rate:.2f} steps/s: {config.steps} steps fill {config.minutes:g} minutes"
-        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
-
     with distributed.together():
         run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
     try:
@@ -190,6 +203,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
         run.say(f"device {device}, precision {precision} ({why})")
+        if not_compiled:
+            run.say(not_compiled)
         if about_cache:
             run.say(about_cache)
         if ranks.world > 1:
@@ -217,7 +232,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         def evaluate(step: int) -> dict[str, float]:
             sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
             found = quick_evaluation(pipeline, held_out, batches, sheet)
-            if sheet is not None:
+            if sheet is not None and "psnr" in found:
                 run.picture(step, "val/sheet", sheet)
             return found
 
@@ -230,6 +245,19 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
         run.close()
+
+
+def _agree(facts: dict[str, Any]) -> None:
+    """Every rank has opened the same things: a machine that lacks a shard would see another order of the samples, and train on without a word.
+
+    Raises:
+        ValueError: two ranks differ.
+    """
+    seen = distributed.gather_objects(facts)
+    for name, value in seen[0].items():
+        other = next((rank for rank, found in enumerate(seen) if found[name] != value), None)
+        if other is not None:
+            raise ValueError(f"the processes have not opened the same {name}: {value} in process 0, {seen[other][name]} in process {other}")
 
 
 def _resumed(config: RunConfig, out: Path) -> RunConfig:
@@ -363,9 +391,12 @@ def samples_dropped(data: Sequence[str]) -> dict[str, int]:
     return samples.load_emoji().dropped if "openmoji" in data else {}
 
 
-def steps_for(minutes: float, model: OpenVision3, batches: TrainingBatches, config: RunConfig, device: str, precision: str) -> tuple[int, float]:
-    """Time a few real steps on a copy of the model -> (steps that fill the minutes, steps a second)."""
+def steps_for(
+    minutes: float, model: OpenVision3, batches: TrainingBatches, config: RunConfig, device: str, precision: str, compiled: bool = False
+) -> tuple[int, float]:
+    """Time a few real steps on a copy of the model, made as the run will be -> (steps that fill the minutes, steps a second)."""
     trial = copy.deepcopy(model).train()
+    distributed.wrap_blocks(trial, config.checkpointing, compiled)
     optimizers = Optimizers(trial, config.optimizer, dtype_of(precision))
     warm, timed = 2, 6
     start = time.perf_counter()
@@ -409,6 +440,8 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         if sum(map(len, values)) >= EVALUATED:
             break
     batches.problems += [problem for problem in problems if problem not in batches.problems]
+    if not values:  # they were there when the run began: it goes on without them
+        return {"skipped": len(problems)}
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         grid(rows, ("original", "VAE", "rebuilt")).save(picture)

@@ -12,6 +12,7 @@ import contextlib
 import math
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,11 @@ class Loop:
     device: str = "cpu"
     precision: str = "fp32"
     state: RunState = field(default_factory=RunState)
+
+
+def eager() -> contextlib.AbstractContextManager:
+    """Compiled blocks run as they are written here: what is called once is not worth compiling again for."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager:
@@ -127,7 +133,7 @@ def fit(
             state.val_loss = None
             if evaluating and evaluate is not None:
                 model.eval()
-                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), distributed.alone(), distributed.whole(model):
+                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), eager(), distributed.alone(), distributed.whole(model):
                     found = evaluate(state.step)
                 model.train()
                 known = len(batches.problems)
@@ -276,11 +282,11 @@ def _log(run: RunFolder, loop: Loop, batches: Batches, state: RunState, rate: fl
 
 
 def _bad_gradient(model: nn.Module) -> str:
-    """The last parameter with a bad gradient: it spreads from there to all that came before."""
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return name
-    return "no single parameter (the norm overflowed)"
+    """The last parameter with a bad gradient: it spreads from there to all that came before. Every rank takes part, for each has a shard."""
+    named = [(name, p.grad) for name, p in reversed(list(model.named_parameters())) if p.grad is not None]
+    bad = distributed.total(torch.stack([(~torch.isfinite(distributed.local(gradient)).all()).float() for _, gradient in named]))
+    found = next((name for (name, _), some in zip(named, bad.tolist(), strict=True) if some), "no single parameter (the norm overflowed)")
+    return found.replace("_checkpoint_wrapped_module.", "")
 
 
 def _first_bad(model: nn.Module, pieces: list[dict[str, Tensor]], loop: Loop) -> str:
@@ -303,7 +309,7 @@ def name_bad_module(model: nn.Module, batch: dict[str, Tensor], loop: Loop) -> s
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with autocast(loop.device, loop.precision):
+        with autocast(loop.device, loop.precision), eager():
             model(batch)
     finally:
         for handle in handles:

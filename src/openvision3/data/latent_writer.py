@@ -39,7 +39,7 @@ from openvision3.data.latent_files import (
 )
 from openvision3.data.order import draw_seed
 from openvision3.data.shards import Source
-from openvision3.files import write_whole
+from openvision3.files import left_behind, write_whole
 
 
 class _Views(NamedTuple):
@@ -93,7 +93,10 @@ class LatentWriter:
             ValueError: it is, but of other samples than the source has there now.
         """
         found = read_mark(self.folder, part)
-        if found is None or not same(self.folder / part_name(part), found):
+        if found is None:
+            return False
+        if not same(self.folder / part_name(part), found):
+            (self.folder / mark_name(part)).unlink(missing_ok=True)  # or another process would take it for complete
             return False
         with Part(self.folder, part, self.settings).open() as there:
             written = {there.key(row) for row in range(there.count)} | {problem["key"] for problem in found["skipped"]}
@@ -166,7 +169,7 @@ class LatentWriter:
         Everyone may call this; all write the same.
         """
         marks = [read_mark(self.folder, part) for part in range(self.settings.parts)]
-        whole = [mark for mark in marks if mark is not None]
+        whole = [mark for part, mark in enumerate(marks) if mark is not None and self._length(part) == mark["bytes"]]
         if len(whole) < len(marks):
             return None
         skipped = Counter(problem["reason"] for problem in (*self.source.problems, *(p for mark in whole for p in mark["skipped"])))
@@ -183,9 +186,15 @@ class LatentWriter:
             "parts": [{name: mark[name] for name in ("file", "bytes", "sha256", "samples")} for mark in whole],
         }
         write_whole(self.folder / CACHE, to_json(found))
-        for left in self.folder.glob(".part-*"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        for left in self.folder.glob(".part-*"):
+            if left_behind(left):
+                left.unlink(missing_ok=True)
         return found
+
+    def _length(self, part: int) -> int:
+        """Bytes of what lies there; -1: nothing."""
+        path = self.folder / part_name(part)
+        return path.stat().st_size if path.is_file() else -1
 
     def _index(self, counts: list[int]) -> tuple[bytes, int]:
         """`keys.safetensors`, and how many samples share their key with another one and are therefore not in it."""
