@@ -1,9 +1,9 @@
 """Peak memory of real steps, each in a fresh process: `python benchmarks/memory.py [--help]`.
 
 - contrast: one step of the mini model on 8,192 pairs in micro-batches, every pair against all others (aim: within 4 GB resident).
-- base: what one more sample takes at the paper's base size with a VAE of FLUX.1's shape, at 128 px (low_res) and 256 px (high_res, with
-  a perceptual term); peak(batch 2) - peak(batch 1), so that weights, gradients and the optimiser fall out. On a GPU the peak is what
-  torch has allocated, elsewhere the resident size of the process.
+- base: what one more sample takes in the forward and backward pass at the paper's base size with a VAE of FLUX.1's shape, at 128 px (low_res)
+  and 256 px (high_res, with a perceptual term): half of peak(batch 4) - peak(batch 2), so that weights and gradients fall out. On a GPU the
+  peak is what torch has allocated, elsewhere the resident size of the process.
 """
 
 from __future__ import annotations
@@ -82,10 +82,8 @@ def base(options: Options, device: str, precision: str) -> dict[str, float]:
         config.model.loss.lambda_perceptual = 0.5  # the network that needs no file; VGG's activations are about twice as large
     model = a_model(config, VAE(flux_shaped(), dtype=dtype_of(precision)), VOCABULARY["base_low_res"], device)
     wrap_blocks(model, options.checkpointing, False)
-    optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     batch = {name: value.to(device) for name, value in a_batch(config, VOCABULARY["base_low_res"], options.batch, options.size).items()}
     backward(model, iter([batch]), 1, device, precision)
-    optimizers.step()
     return {"peak": peak(device)}
 
 
@@ -115,8 +113,8 @@ def main(options: Options) -> None:
         )
     if options.what in ("all", "base"):
         for size in (128, 256):
-            one, two = (measure(options, "base", size, batch)["peak"] for batch in (1, 2))
-            print(f"base at {size} px: {(two - one) / 1e9:.2f} GB a sample, {one / 1e9:.2f} GB with one", flush=True)
+            two, four = (measure(options, "base", size, batch)["peak"] for batch in (2, 4))
+            print(f"base at {size} px: {(four - two) / 2e9:.2f} GB a sample, {two / 1e9:.2f} GB with two", flush=True)
 
 
 if __name__ == "__main__":

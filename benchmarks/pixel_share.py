@@ -94,12 +94,12 @@ def main(options: Options) -> None:
 
 
 def draw(results: list[dict], path: Path) -> None:
-    metrics = {"val/psnr": "PSNR, dB", "val/image_to_text_r@1": "R@1 of 256", "val/loss": "loss on held-out pictures"}
+    metrics = {"val/psnr": ("PSNR, dB", 1), "val/image_to_text_r@1": ("R@1 of 256, %", 100), "val/loss": ("loss on held-out pictures", 1)}
     figure, axes = plt.subplots(1, len(metrics), figsize=(13, 4), layout="constrained")
-    for axis, (name, label) in zip(axes, metrics.items(), strict=True):
+    for axis, (name, (label, factor)) in zip(axes, metrics.items(), strict=True):
         for equal, style in (("samples", "o-"), ("compute", "s--")):
             shares = sorted({row["share"] for row in results if row["equal"] == equal})
-            values = [[row[name] for row in results if row["equal"] == equal and row["share"] == share] for share in shares]
+            values = [[factor * row[name] for row in results if row["equal"] == equal and row["share"] == share] for share in shares]
             axis.plot(shares, [sum(v) / len(v) for v in values], style, label=f"equal {equal}")
             axis.fill_between(shares, [min(v) for v in values], [max(v) for v in values], alpha=0.15)
         axis.set_xscale("log", base=2)

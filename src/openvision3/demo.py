@@ -1,4 +1,4 @@
-"""The demo: train the small model on OpenMoji for a few minutes, evaluate it on held-out emoji, write one page."""
+"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, evaluate it on held-out emoji, write one page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from openvision3.data import samples
 from openvision3.evaluate import report
 from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
-from openvision3.pretrain import Outcome, functions, pretrain
+from openvision3.pretrain import Outcome, functions, pretrain_in_turn
 from openvision3.progress import console, duration
-from openvision3.recipes import demo
+from openvision3.recipes import demo_high_res, demo_low_res
 
 SHOWN_ROWS, SHOWN_CAPTIONS = 24, 32
+RUNS = ("low_res", "run")
 FILES = ("openmoji.png", "results.json", "report.html")
 
 
@@ -32,9 +33,11 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
     start = time.perf_counter()
     screen = console()
     _render(out)
-    config = demo()
-    config.minutes, config.seed, config.out = minutes, seed, str(out / "run")
-    outcome = pretrain(config, "demo")
+    low, high = demo_low_res(), demo_high_res()
+    share = high.minutes / (low.minutes + high.minutes)
+    low.minutes, low.seed, low.out = minutes * (1 - share), seed, str(out / "low_res")
+    high.minutes, high.seed, high.out, high.init = minutes * share, seed, str(out / "run"), low.out
+    outcome = pretrain_in_turn([("demo_low_res", low), ("demo_high_res", high)])
     if outcome.status == "stopped":
         screen.print("the demo was stopped; no report is written", markup=False)
         return 75
@@ -63,11 +66,12 @@ def _program() -> str:
 def _clear(out: Path) -> None:
     """Remove what an earlier demo left there, and nothing else. Raises ValueError where the folder is of something else."""
     held = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    earlier = (out / "run" / "log.txt").is_file() or held == {"openmoji.png"}  # the latter was stopped before it trained
+    earlier = any((out / name / "log.txt").is_file() for name in RUNS) or held == {"openmoji.png"}  # the latter was stopped before it trained
     if (out.exists() and not out.is_dir()) or (held and not earlier):
         raise ValueError(f"{out} exists and is not a demo; name another folder with --out")
     if earlier:
-        shutil.rmtree(out / "run", ignore_errors=True)
+        for name in RUNS:
+            shutil.rmtree(out / name, ignore_errors=True)
         for name in FILES:
             (out / name).unlink(missing_ok=True)
 
@@ -86,7 +90,9 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
     """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
     r = findings.results
     percent = lambda group, name: f"{100 * float(r[group][name]):.1f}%"  # noqa: E731
-    metrics = report.read_metrics(outcome.folder / "metrics.jsonl")
+    first, last = (report.read_metrics(path.parent / name / "metrics.jsonl") for name in RUNS)
+    before = max(row["step"] for row in first)
+    metrics = [*first, *(row | {"step": before + row["step"]} for row in last)]
     names = [f"train/{n}" for n in ("loss", "pixel", "latent", "contrastive", "caption", "grad_norm")] + ["rate", "samples_per_second"]
     top = [
         ("PSNR rebuilt", f"{r['reconstruction']['psnr']:.2f} dB"),
@@ -117,10 +123,14 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
         ("Zero-shot by emoji group", report.table(("group", "accuracy"), zeroshot) + zero_note),
         ("How this was measured", protocols),
     ]
-    drawings = max(row.get("samples", 0) for row in metrics)
+    drawings = [max(row.get("samples", 0) for row in rows) for rows in (first, last)]
+    training = outcome.pipeline.training
+    phases = f"{before} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
     lead = (
-        f"{outcome.steps} steps ({drawings:,} drawings) in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
+        f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
         "held-out emoji, whose base emoji was never seen in training in any skin tone; examples are the first of the set, not chosen."
     )
     footer = "Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."
-    return report.write_page(path, f"OpenVision 3 after {duration(outcome.pipeline.training['seconds'])} of training", lead, sections, footer)
+    return report.write_page(
+        path, f"OpenVision 3 after {duration(training['started_from']['seconds'] + training['seconds'])} of training", lead, sections, footer
+    )
