@@ -398,7 +398,7 @@ def steps_for(
     trial = copy.deepcopy(model).train()
     distributed.wrap_blocks(trial, config.checkpointing, compiled)
     optimizers = Optimizers(trial, config.optimizer, dtype_of(precision))
-    warm, timed = 2, 6
+    warm, timed = (3 if compiled else 1), 3
     start = time.perf_counter()
     with contextlib.closing(batches.from_step(0)) as source:  # type: ignore[type-var]
         for count in range(warm + timed):
