@@ -145,7 +145,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path):
 
 
 def test_nearest_is_empty_where_nothing_is_like_it():
-    assert nearest("demmo", RECIPES) == "demo"
+    assert nearest("minni", RECIPES) == "mini"
     assert nearest("qqqq", RECIPES) == ""
 
 

@@ -69,7 +69,7 @@ def test_a_recipe_says_its_command_its_hardware_its_time_and_what_to_expect(name
     [words] = [words for words in commands(told) if words[0] == "train"]
     assert words[1] == name
     check(words)
-    assert re.search(r"CPU core|H100|device", told) and re.search(r"\d+ (H100-)?(hours|minutes)|[a-z]+ (minutes|seconds)", told) and "xpected" in told
+    assert re.search(r"CPU core|H100|device", told) and re.search(r"\d+ (H100-)?(hours|minutes)|[a-z]+ (minutes?|seconds)", told) and "xpected" in told
 
 
 def test_commands_that_are_not_taken_are_noticed():
