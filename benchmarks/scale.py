@@ -38,7 +38,7 @@ def rate(options: Options, processes: int, batch: int, parallel: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-        command = [sys.executable, "-m", *start, "openvision3", "train", "mini_low_res", "--data", "openmoji", "--val", "", "--out", str(run)]
+        command = [sys.executable, "-m", *start, "openvision3", "train", "mini_low_res", "--data", "openmoji", "--val", "openmoji", "--out", str(run)]
         command += ["--batch", str(batch), "--steps", str(options.steps), "--log-every", "1", "--save-every", "0", "--eval-every", "0"]
         command += ["--parallel", parallel, "--precision", options.precision] if processes > 1 else ["--precision", options.precision]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
