@@ -89,8 +89,7 @@ class Saver:
 
     def save(self, state: RunState) -> None:
         """Copy all tensors as they are now and begin to write them. All ranks take part in the copy; waits for the save before."""
-        with distributed.together():  # one rank saves; where it fails none goes on
-            self.wait()
+        self.wait()
         tensors = _copied(_tensors(self.model, self.optimizers))
         if distributed.rank() == 0:
             record = RunState(**asdict(state))
@@ -115,10 +114,11 @@ class Saver:
             self._thread = None
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
-        self.settle()
-        if self._error is not None:
-            raise self._error
+        """Until the last save is on disk. Every rank takes part: one saves, and where it fails none goes on."""
+        with distributed.together():
+            self.settle()
+            if self._error is not None:
+                raise self._error
 
 
 def save_checkpoint(run: Path, model: nn.Module, optimizers: Optimizers, state: RunState, export: Export, keep: int = 2, keep_best: int = 0) -> Path:
@@ -234,7 +234,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> R
         set_state_dict(model, optimizers.all, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=_OPTIONS)
         for optimizer, values in zip(optimizers.all, fused, strict=True):  # of this device, not of the one that had saved
             for group, value in zip(optimizer.param_groups, values, strict=True):
-                group.update({"fused": value} if "fused" in group else {})
+                if "fused" in group:
+                    group["fused"] = value
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder} does not fit this run: {' '.join(str(_cause(error) or error).split())}") from error
     return state

@@ -203,12 +203,13 @@ def choose_parallel(asked: str, trainable: int, ranks: Ranks) -> Parallel:
 
 def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
     """Make the trained blocks forget their activations, or compile each; their names and numbers stay."""
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # all blocks are one piece of code, met in many shapes, with and without gradient
     for parts in block_lists(model):
         for place, block in enumerate(parts):
             if checkpointing:
                 parts[place] = checkpoint_wrapper(block)
             if compiled:
-                torch._dynamo.config.recompile_limit = 64  # all blocks are one piece of code, met in many shapes, with and without gradient
                 parts[place].compile()
 
 

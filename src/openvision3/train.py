@@ -141,27 +141,21 @@ def fit(
                 run.record(state.step, {f"val/{name}": value for name, value in found.items()})
                 run.say(f"step {state.step}: " + "  ".join(f"val/{name} {value:.4g}" for name, value in found.items()))
             if failed:
-                saver.wait()  # raises on the rank that could not save
-                raise distributed.OtherRankFailed("the rank that saves has failed")
+                saver.wait()  # raises: on the rank that could not save its error, on the others that it failed
             if saving:
                 state.problems = run.list_skipped(batches.problems)
                 state.seconds += clock.lap()
                 with clock.apart():
                     saver.save(state)
             if stop and not last_step:
-                _wait(saver)
+                saver.wait()
                 with distributed.together():  # no rank ends before the mark is there: a launcher may kill the others then
                     run.ask_for_requeue()
                 asked = next(filter(None, distributed.gather_objects(heard.asked)))
                 run.say(f"{asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
                 return "stopped"
-        _wait(saver)
-    return "finished"
-
-
-def _wait(saver: Saver) -> None:
-    with distributed.together():
         saver.wait()
+    return "finished"
 
 
 def backward(

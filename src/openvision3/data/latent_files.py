@@ -194,8 +194,14 @@ def check_size(folder: Path, entry: dict[str, Any]) -> None:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, and had {entry['bytes']:,} when it was written; {AGAIN}")
 
 
-def same(path: Path, entry: dict[str, Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+def as_long(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the file is there, with as many bytes as were written."""
+    return path.is_file() and path.stat().st_size == entry["bytes"]
+
+
+def unchanged(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the file is there, byte for byte as it was written."""
+    if not as_long(path, entry):
         return False
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]

@@ -29,13 +29,14 @@ from openvision3.data.latent_files import (
     SETTINGS,
     LatentSettings,
     Part,
+    as_long,
     checksum,
     draw_crop,
     mark_name,
     part_name,
     read_mark,
-    same,
     to_json,
+    unchanged,
 )
 from openvision3.data.order import draw_seed
 from openvision3.data.shards import Source
@@ -95,7 +96,7 @@ class LatentWriter:
         found = read_mark(self.folder, part)
         if found is None:
             return False
-        if not same(self.folder / part_name(part), found):
+        if not unchanged(self.folder / part_name(part), found):
             (self.folder / mark_name(part)).unlink(missing_ok=True)  # or another process would take it for complete
             return False
         with Part(self.folder, part, self.settings).open() as there:
@@ -169,7 +170,7 @@ class LatentWriter:
         Everyone may call this; all write the same.
         """
         marks = [read_mark(self.folder, part) for part in range(self.settings.parts)]
-        whole = [mark for part, mark in enumerate(marks) if mark is not None and self._length(part) == mark["bytes"]]
+        whole = [mark for part, mark in enumerate(marks) if mark is not None and as_long(self.folder / part_name(part), mark)]
         if len(whole) < len(marks):
             return None
         skipped = Counter(problem["reason"] for problem in (*self.source.problems, *(p for mark in whole for p in mark["skipped"])))
@@ -190,11 +191,6 @@ class LatentWriter:
             if left_behind(left):
                 left.unlink(missing_ok=True)
         return found
-
-    def _length(self, part: int) -> int:
-        """Bytes of what lies there; -1: nothing."""
-        path = self.folder / part_name(part)
-        return path.stat().st_size if path.is_file() else -1
 
     def _index(self, counts: list[int]) -> tuple[bytes, int]:
         """`keys.safetensors`, and how many samples share their key with another one and are therefore not in it."""

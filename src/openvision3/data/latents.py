@@ -29,7 +29,7 @@ from openvision3.data.latent_files import (
     draw_crop,
     part_name,
     read_json,
-    same,
+    unchanged,
 )
 from openvision3.data.order import Order, Shuffle, draw_seed
 from openvision3.data.shards import Source
@@ -94,7 +94,7 @@ class LatentCache:
     def verify(self) -> Iterator[str]:
         """Hash every file; gives the name of each that is as it was written. Raises ValueError at the first that is not."""
         for entry in (self.values["keys"], *self.values["parts"]):
-            if not same(self.folder / entry["file"], entry):
+            if not unchanged(self.folder / entry["file"], entry):
                 raise ValueError(f"{self.folder / entry['file']} is damaged: its sha256 is not that in {CACHE}; {AGAIN}")
             yield entry["file"]
 
