@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openvision3.files import left_behind, write_whole
+from openvision3.files import half_written, left_behind, write_whole
 
 
 @pytest.mark.parametrize("content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"])
@@ -72,7 +72,7 @@ def test_a_half_written_file_is_left_behind_where_its_writer_has_ended_or_a_day_
     program = "import os, signal, sys; from openvision3.files import write_whole; write_whole(sys.argv[1], lambda file: os.kill(os.getpid(), signal.SIGKILL))"
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=False)
     [killed] = tmp_path.iterdir()
-    assert left_behind(killed)
+    assert left_behind(killed) and half_written(tmp_path / "file") == [killed]
 
     seen = []
     write_whole(tmp_path / "own", lambda file: seen.append(left_behind(Path(file.name))))

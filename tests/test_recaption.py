@@ -659,3 +659,13 @@ def test_progress_is_one_line_every_few_seconds_where_there_is_no_terminal(tmp_p
         watch(Tally(samples=1200, share=0.25, working="00000.tar", began=time.monotonic() - 10))
     said = capsys.readouterr().err
     assert said.startswith("recaption 25.0%  00000.tar  1,200 samples, 120/s, 30s left") and said.count("\n") == 1
+
+
+def test_what_a_kill_left_half_written_is_gone_when_its_shard_is_done(tmp_path):
+    write_shard(tmp_path / "in" / "00000.tar", {"a.jpg": drawing(0), "a.txt": b"old"})
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".00000.tar.elsewhere-1.making"
+    left.write_bytes(b"half")
+    recaption([str(tmp_path / "in")], tmp_path / "out", TOLD, says(lambda picture, key: Answer("new")))
+    assert captions(tmp_path / "out") == {"a": "new"}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "recaption.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 import time
@@ -37,6 +38,11 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
     finally:
         with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
             making.unlink(missing_ok=True)
+
+
+def half_written(path: Path) -> list[Path]:
+    """What `write_whole` is writing under this name, or was when its process was killed."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.making"))
 
 
 def left_behind(making: Path) -> bool:

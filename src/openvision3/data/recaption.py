@@ -26,7 +26,7 @@ from openvision3.data.image_text import Answer, Identity, Wording
 from openvision3.data.images import ImageError
 from openvision3.data.recaption_files import ORIGINAL, CaptionFolder, CaptionShard, Journal, Result
 from openvision3.data.shards import clean_captions, expand, json_object
-from openvision3.files import write_whole
+from openvision3.files import half_written, write_whole
 
 SETTINGS = "recaption.json"
 """In the output folder: model, wording and decoding that all its captions share."""
@@ -200,6 +200,8 @@ def _do(
             tally.count(results)
             tally.share = before + worth * len(journal.results) / len(job)
             watch(tally)
+        for left in half_written(job.target):  # by a run that was killed: the journal is held by this one
+            left.unlink(missing_ok=True)
         write_whole(job.target, lambda file: job.write(journal.results, by, file))
         done = True
         tally.written.append(job.target)
