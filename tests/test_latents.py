@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from openvision3.config import RunConfig
 from openvision3.data import shards
 from openvision3.data.batches import TextShape, TrainingBatches, draw_seed
 from openvision3.data.images import ImageError, to_tensor
-from openvision3.data.latent_files import AGAIN, LatentSettings
+from openvision3.data.latent_files import AGAIN, TENSORS, LatentSettings, Part
 from openvision3.data.latent_writer import LatentWriter
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import FolderSource, Source
@@ -332,6 +333,8 @@ def test_a_part_that_is_missing_or_cut_is_refused_and_the_same_command_repairs_i
 
 @settings(max_examples=40, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@example(place=0.099609375, bit=0)
+@example(place=0.1015625, bit=0)
 def test_no_flipped_bit_of_an_entry_is_read(cache, tmp_path_factory, place, bit):
     """Wherever in the part it lies: an entry reads as it was, or not at all."""
     out = tmp_path_factory.mktemp("flip")
@@ -352,6 +355,22 @@ def test_no_flipped_bit_of_an_entry_is_read(cache, tmp_path_factory, place, bit)
             else:
                 expected, there = cache.read(key, crop)
                 assert torch.equal(latents.view(torch.int16), expected.view(torch.int16)) and box == there
+
+
+def test_a_flipped_bit_in_the_header_of_a_part_is_a_fault_of_the_part_and_nothing_else(cache, tmp_path):
+    whole = (cache.folder / "part-000000.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    with open(tmp_path / "part-000000.safetensors", "w+b", buffering=0) as file:
+        file.write(whole)
+        for place in range(header):
+            os.pwrite(file.fileno(), bytes([whole[place] ^ 1 << place % 8]), place)
+            with contextlib.suppress(ValueError):
+                with Part(tmp_path, 0, cache.settings).open() as part:
+                    for name in TENSORS:
+                        with contextlib.suppress(OSError):
+                            part.read(name, 0, 8)
+            os.pwrite(file.fileno(), whole[place : place + 1], place)
+    Part(tmp_path, 0, cache.settings)
 
 
 # -- training ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ SETTINGS, KEYS, CACHE = "settings.json", "keys.safetensors", "cache.json"
 
 AGAIN = "run the same openvision3 data latents again, which writes anew what is damaged"
 
+TENSORS = ("latents", "boxes", "checksums", "key_hashes", "keys", "key_ends", "words", "word_ends")
+"""Of a part."""
+
 PART = 1024
 """Samples of the source that one part stands for: 32 MB of four 8 KB crops each."""
 
@@ -117,7 +120,7 @@ class Tensors:
                 self.start = 8 + length
                 if self.start + max(entry["data_offsets"][1] for name, entry in self.head.items() if name != "__metadata__") != size:
                     raise ValueError("it is not as long as its header says")
-            except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, RecursionError) as error:
                 raise ValueError(f"{path} is not a whole safetensors file: {error or type(error).__name__}") from error
 
     def map(self, name: str, dtype: str) -> np.ndarray:
@@ -127,18 +130,28 @@ class Tensors:
 
 
 class Part:
-    """A part whose header has been read; within `with` it is open, and what is wanted is read from it at offsets."""
+    """A part whose header has been read; within `with` it is open, and what is wanted is read from it at offsets.
+
+    Raises:
+        OSError; ValueError: no whole part, or one of another cache.
+    """
 
     def __init__(self, folder: Path, number: int, settings: LatentSettings):
         found = Tensors(folder / part_name(number))
         self.path = found.path
-        notes = json.loads(found.head.get("__metadata__", {}).get("openvision3", "{}"))
-        if notes.get("vae_sha256") != settings.vae_sha256 or notes.get("part") != number:
-            raise ValueError(f"{self.path} is part {notes.get('part')} of a cache of VAE {str(notes.get('vae_sha256'))[:12]}..., not of this one")
-        self.count = int(found.head["latents"]["shape"][0])
-        if tuple(found.head["latents"]["shape"]) != (self.count, settings.crops, *settings.shape) or found.head["latents"]["dtype"] != "BF16":
-            raise ValueError(f"{self.path} holds latents of another shape: {found.head['latents']['dtype']} {found.head['latents']['shape']}")
-        self._at = {name: found.start + entry["data_offsets"][0] for name, entry in found.head.items() if name != "__metadata__"}
+        try:
+            notes = json.loads(found.head.get("__metadata__", {}).get("openvision3", "{}"))
+            vae, part = notes.get("vae_sha256"), notes.get("part")
+            latents = found.head["latents"]
+            dtype, shape = latents["dtype"], tuple(latents["shape"])
+            self.count = int(shape[0])
+            self._at = {name: found.start + int(found.head[name]["data_offsets"][0]) for name in TENSORS}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged: its header lacks or misspells {error}; {AGAIN}") from error
+        if vae != settings.vae_sha256 or part != number:
+            raise ValueError(f"{self.path} is part {part} of a cache of VAE {str(vae)[:12]}..., not of this one")
+        if shape != (self.count, settings.crops, *settings.shape) or dtype != "BF16":
+            raise ValueError(f"{self.path} holds latents of another shape: {dtype} {list(shape)}")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[PartReader]:
