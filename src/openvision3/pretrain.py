@@ -138,8 +138,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             _check_same(checkpoint, out, vae, len(source), cache)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
-        if config.init and not config.resume:
-            hub.load_weights(model, hub.find_folder(config.init))
+        if checkpoint or (config.init and not config.resume):  # of a checkpoint this reads what is frozen, the trained follows below
+            hub.load_weights(model, checkpoint or hub.find_folder(config.init))
         if config.model.loss.lambda_perceptual:
             model.perceptual_distance()  # raises where its files are not at hand, before anything is written
         started_from = _started_from(config, checkpoint)
@@ -415,12 +415,13 @@ def steps_for(
 
 @torch.no_grad()
 def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, picture: Path | None) -> dict[str, float]:
-    """Loss, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`, if any.
+    """Losses, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`, if any.
 
     Pictures that cannot be used are counted, and join the problems of the run.
     """
     run = functions(pipeline)
-    losses, values, vae_values, embeddings, captions = [], [], [], [], []
+    parts: dict[str, list[float]] = {}
+    values, vae_values, embeddings, captions = [], [], [], []
     problems: list[dict[str, str]] = []
     rows: list[tuple] = []
     pipeline.model.eval()
@@ -431,8 +432,9 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         told = [i for i, t in enumerate(texts) if t]
         if told:
             batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in told])
-            loss, _ = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
-            losses.append(loss.item())
+            loss, found = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
+            for name, value in {"loss": loss, **found}.items():
+                parts.setdefault(name, []).append(value.item())
             embeddings.append(run.embed_images(images[told]))
             captions += [texts[i][0] for i in told]
         if not rows:
@@ -445,14 +447,14 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         grid(rows, ("original", "VAE", "rebuilt")).save(picture)
-    found = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
+    results = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
     if problems:
-        found["skipped"] = len(problems)
+        results["skipped"] = len(problems)
     if captions:
         retrieval = evaluate_retrieval(torch.cat(embeddings), run.embed_texts(captions), captions)
-        found |= {"loss": sum(losses) / len(losses)}
-        found |= {name: float(value) for name, value in retrieval.items() if "_r@" in name}
-    return found
+        results |= {name: sum(each) / len(each) for name, each in parts.items()}
+        results |= {name: float(value) for name, value in retrieval.items() if "_r@" in name}
+    return results
 
 
 def _started_from(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class LossConfig:
     """weight of the perceptual distance within reconstruction (high_res: 0.5)"""
     tau: float = 0.8
     """noise on the tokens is drawn from Uniform[0, tau], one strength an image"""
+    encoder_learns_from: Literal["both", "understanding", "reconstruction", "nothing"] = "both"
+    """whose gradient reaches the encoder; the heads of the other branch train on detached tokens, and with nothing the encoder is frozen"""
     perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
     """which feature distance; LPIPS needs the two files below"""
     lpips_backbone: str = ""
@@ -51,6 +53,8 @@ class LossConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} {value} must be a finite number that is not negative")
+        if self.encoder_learns_from not in ("both", "understanding", "reconstruction", "nothing"):
+            raise ValueError(f"encoder_learns_from {self.encoder_learns_from!r} is unknown; legal are both, understanding, reconstruction and nothing")
         if self.perceptual not in ("efficientnet", "lpips-vgg", "lpips-alex"):
             raise ValueError(f"perceptual {self.perceptual!r} is unknown; legal are efficientnet, lpips-vgg and lpips-alex")
         if self.lambda_perceptual and self.perceptual != "efficientnet" and not (self.lpips_backbone and self.lpips_linear):
@@ -95,6 +99,9 @@ class OpenVision3(nn.Module):
         self.text_encoder = TextEncoder(config.text_encoder, vocabulary, config.encoder.embed_dim, pad_id)
         self.captioner = Captioner(config.captioner, vocabulary, width)
         self.log_temperature = nn.Parameter(torch.empty(1))
+        if config.loss.encoder_learns_from == "nothing":
+            for name, parameter in self.encoder.named_parameters():
+                parameter.requires_grad_(name.startswith("pool_"))  # the pooling is a head of understanding
         self._perceptual: list[nn.Module] = []  # outside the module tree: frozen, never saved
 
     def init_weights(self) -> OpenVision3:
@@ -144,8 +151,12 @@ class OpenVision3(nn.Module):
         latents = self._latents(batch)  # (B, C, h, w)
         counts = batch["counts"] if "counts" in batch else distributed.total(self._counts(batch))
         tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
+        rebuilt_from = tokens if weights.encoder_learns_from in ("both", "reconstruction") else tokens.detach()
+        if weights.encoder_learns_from not in ("both", "understanding"):
+            tokens = tokens.detach()
+            pooled = self.encoder.pool(tokens)
 
-        noisy = add_noise(tokens, weights.tau, batch["draw_key"]) if "draw_key" in batch else tokens
+        noisy = add_noise(rebuilt_from, weights.tau, batch["draw_key"]) if "draw_key" in batch else rebuilt_from
         patch = self.config.encoder.patch
         latents_hat = self.latent_decoder(noisy, (latents.shape[2] // patch, latents.shape[3] // patch))  # (B, C, h, w)
         parts = {"latent": losses.latent_loss(latents, latents_hat, counts[ROWS])}

@@ -1,0 +1,73 @@
+"""What an evaluator asks of a model, and what it answers: numbers that carry how they were measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from openvision3 import __version__
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured value. Two of them may be compared only where everything but the value is equal."""
+
+    metric: str
+    value: float
+    count: int
+    """pictures (or captions) it is over"""
+    how: str
+    """the protocol in words: what was computed from what, and how it was averaged"""
+    library: str = ""
+    """what computed it, with its version"""
+    network: str = ""
+    """the network whose features it is made of, if any"""
+    network_sha256: str = ""
+    """of that network's weights"""
+    spread: float | None = None
+    """standard deviation of the value over what `how` says, where it was measured"""
+
+
+def number(metric: str, value: float, count: int, how: str, *packages: str, network: str = "", network_sha256: str = "", spread: float | None = None) -> Number:
+    """A Number computed by this package on torch, and by further `packages` where they are named."""
+    return Number(metric, float(value), count, how, library(*packages), network, network_sha256, spread)
+
+
+def library(*packages: str) -> str:
+    """openvision3, torch and these packages, each with its version."""
+    return ", ".join([f"openvision3 {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages))])
+
+
+def values(numbers: Iterable[Number]) -> dict[str, float]:
+    """{metric: value}, for who needs no more than that."""
+    return {each.metric: each.value for each in numbers}
+
+
+@dataclass
+class Functions:
+    """A model as functions of images (B, 3, H, W) in [-1, 1], or of texts; what it cannot do is None."""
+
+    name: str
+    size: int
+    """side of the pictures it was trained for, in pixels"""
+    dtype: str = "fp32"
+    """what it computes in"""
+    sha256: str = ""
+    """of its weights"""
+    licence: str = "unknown"
+    reconstruct: Callable[[Tensor], Tensor] | None = None
+    """images -> images"""
+    reconstruct_noisy: Callable[[Tensor, float, Sequence[str]], Tensor] | None = None
+    """images, sigma of the noise on the tokens, a key for each row's noise -> images"""
+    embed_images: Callable[[Tensor], Tensor] | None = None
+    """images -> unit vectors (B, E)"""
+    embed_texts: Callable[[Sequence[str]], Tensor] | None = None
+    """texts -> unit vectors (B, E)"""
+    caption: Callable[[Tensor], list[str]] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    """images -> what a probe sees (B, F): pooled frozen tokens"""
+    note: str = ""
+    """what has to be known of its rows, such as that it never ran on real weights"""
