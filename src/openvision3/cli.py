@@ -141,6 +141,46 @@ def estimate(argv: Sequence[str]) -> int:
     return 0
 
 
+def ablate(argv: Sequence[str]) -> int:
+    """Repeat one of the paper's experiments as a grid of short runs: openvision3 ablate NAME [--steps 300] [--field value ...]"""
+    from openvision3.ablate import ABLATIONS, AblationOptions, base_config
+    from openvision3.ablate import ablate as run_grid
+
+    program = "openvision3 ablate"
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:14s} {ablation.question}" for name, ablation in ABLATIONS.items()]
+        print(f"usage: {program} NAME [--steps 300] [--seeds 0 1 2] [--recipe mini_low_res] [--out runs/ablate] [--field value ...]\n\nablations:")
+        print("\n".join(lines) + f"\n\nits options: {program} NAME --help; fields of the base: openvision3 train mini_low_res --help")
+        return 0 if argv else 2
+    name, rest = argv[0], list(argv[1:])
+    if name not in ABLATIONS:
+        from openvision3.config import nearest
+
+        raise ValueError(f"unknown ablation {name}; legal are {', '.join(ABLATIONS)}; nearest is {nearest(name, ABLATIONS) or 'none'}")
+    program = f"{program} {name}"
+    if "-h" in rest or "--help" in rest:
+        parse(AblationOptions, ["--help"], program, description=ABLATIONS[name].question)
+    options, rest = parse(AblationOptions, rest, program, return_unknown_args=True)
+    _recipe([options.recipe])
+    return run_grid(name, options, base_config(options, _configured(options.recipe, rest, program)))
+
+
+def compare(runs: Runs, out: str = "compare.html", json: Json = False) -> int:
+    """Put several runs on one page: where they ended, their curves, what they differ in, and their pictures.
+
+    Args:
+        out: the page; its numbers and curves stand beside it as .json and .png.
+    """
+    from openvision3.compare import as_rows, read_groups, text_table, write_comparison
+
+    groups = read_groups(runs)
+    if Path(out).suffix != ".html":
+        raise ValueError(f"out {out} must be the name of a page, such as compare.html")
+    page = write_comparison(Path(out), "Runs compared", f"{sum(len(group.runs) for group in groups)} runs.", groups)
+    print(dumps(as_rows(groups), indent=2) if json else f"{text_table(groups)}\npage: {page.resolve()}")
+    return 0
+
+
 ESTIMATE_HELP = """usage: openvision3 estimate RECIPE [--gpus h100:8] [--field value ...]
 
 Operations, memory, hours, disk and network of a run, and what would make it cheaper; nothing is loaded, nothing runs.
@@ -375,7 +415,9 @@ def doctor(json: Json = False) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (demo, train, estimate, watch, data, reconstruct, caption, classify, encode, info, doctor)}
+VERBS: dict[str, Callable[..., int]] = {
+    f.__name__: f for f in (demo, train, estimate, watch, compare, ablate, data, reconstruct, caption, classify, encode, info, doctor)
+}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
@@ -495,7 +537,7 @@ def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
         raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
-    if verbs[verb] in (train, estimate, data):  # recipes and verbs have help of their own
+    if verbs[verb] in (train, estimate, ablate, data):  # recipes and verbs have help of their own
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
 

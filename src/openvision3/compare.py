@@ -1,0 +1,235 @@
+"""Several runs on one page: what they end at, their curves, what they differ in, and their last sheets."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from openvision3.config import RunConfig, flat, load_config, to_dict
+from openvision3.evaluate import report
+from openvision3.files import write_whole
+from openvision3.watch import Curves, open_runs
+
+METRICS = (
+    "val/psnr",
+    "val/pixel",
+    "val/latent",
+    "val/perceptual",
+    "val/contrastive",
+    "val/caption",
+    "val/image_to_text_r@1",
+    "val/text_to_image_r@1",
+    "val/loss",
+)
+"""What the table holds, in this order."""
+CURVES = ("train/pixel", "train/latent", "train/perceptual", "train/contrastive", "train/caption", "val/psnr", "val/pixel", "val/latent", "val/contrastive",
+          "val/caption", "val/image_to_text_r@1", "train/loss")  # fmt: skip
+NOT_SETTINGS = ("out", "resume", "workers", "track", "index", "cache", "cache_gb", "log_every", "eval_every", "save_every", "keep", "keep_best", "seed")
+COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
+LARGER_IS_BETTER = ("psnr", "_r@")
+
+
+@dataclass
+class Group:
+    """One row of the table: runs that differ in their seed alone."""
+
+    label: str
+    runs: list[Curves]
+
+    @property
+    def config(self) -> RunConfig:
+        return load_config(RunConfig, self.runs[0].folder / "config.json")
+
+    def values(self, metric: str) -> list[float]:
+        """Where each run that has it ended."""
+        return [value for run in self.runs if (value := run.last(metric)) is not None]
+
+
+def read_groups(names: Sequence[str]) -> list[Group]:
+    """The named runs; those that differ in their seed alone make one group. Raises ValueError: no such run, or one without numbers."""
+    found: dict[str, list[Curves]] = {}
+    for run in open_runs(names):
+        if not run.values:
+            raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
+        settings = flat(to_dict(load_config(RunConfig, run.folder / "config.json")))
+        found.setdefault(str({name: value for name, value in settings.items() if name not in NOT_SETTINGS}), []).append(run)
+    return [Group(str(runs[0].folder) + (f" and {len(runs) - 1} more seeds" if len(runs) > 1 else ""), runs) for runs in found.values()]
+
+
+def protocol(config: RunConfig, metric: str) -> tuple:
+    """What must be equal for two numbers of `metric` to stand in one column."""
+    where = (config.val, config.size, config.caption_keys)
+    if metric == "val/loss":  # a sum with weights
+        weights = to_dict(config.model.loss)
+        return (*where, *(weights[name] for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual", "perceptual")))
+    if metric == "val/latent":
+        return (*where, config.model.vae.name)
+    if metric == "val/caption":  # cross-entropy a word piece
+        return (*where, config.tokenizer, config.init, config.vocabulary, config.data)
+    return where
+
+
+def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[Group]]]:
+    """(what was evaluated on, metrics, groups): one table for each set and size, and in each only columns that mean the same in every row."""
+    found: dict[tuple, list[Group]] = {}
+    for group in groups:
+        found.setdefault(protocol(group.config, ""), []).append(group)
+    made = []
+    for (val, size, _), members in found.items():
+        there = [name for name in METRICS if any(group.values(name) for group in members)]
+        columns = [name for name in there if len({protocol(group.config, name) for group in members}) == 1]
+        made.append((f"held-out pictures of {', '.join(val)}, {size}x{size}", columns, members))
+    return made
+
+
+def spread(values: Sequence[float], factor: float = 1.0) -> str:
+    """mean, and the standard deviation over seeds where there are several."""
+    mean = statistics.mean(values) * factor
+    digits = 2 if abs(mean) >= 10 else 3
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values) * factor:.{digits}f}" if len(values) > 1 else "")
+
+
+def column(metric: str) -> tuple[str, float]:
+    """(title with its unit, factor)."""
+    name = metric.removeprefix("val/")
+    if "_r@" in name:
+        return f"{name.replace('_', ' ')}, %", 100.0
+    return {"psnr": "PSNR, dB"}.get(name, name), 1.0
+
+
+def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The numbers of all groups, each run's, for scripts."""
+    return [
+        {
+            "label": group.label,
+            "runs": [str(run.folder) for run in group.runs],
+            "seeds": [load_config(RunConfig, run.folder / "config.json").seed for run in group.runs],
+            "steps": group.runs[0].steps,
+            "evaluated_on": {"val": list(group.config.val), "size": group.config.size},
+            "values": {name: group.values(name) for name in METRICS if group.values(name)},
+        }
+        for group in groups
+    ]
+
+
+def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
+    """A panel a metric, a line a group: the mean over its seeds, and the span of them as a band. PNG."""
+    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
+    from matplotlib.lines import Line2D
+
+    shown = [name for name in names if any(name in run.values for group in groups for run in group.runs)]
+    columns = min(4, max(1, len(shown)))
+    lines = max(1, -(-len(shown) // columns))
+    head = 0.28 * -(-len(groups) // 2) + 0.1
+    figure = Figure(figsize=(3.6 * columns, 2.6 * lines + head))
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels.flat, shown, strict=False):
+        for i, group in enumerate(groups):
+            series = [run.values[name] for run in group.runs if name in run.values]
+            steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
+            if not steps:
+                continue
+            low, middle, high = ([function([s[step] for s in series]) * column(name)[1] for step in steps] for function in (min, statistics.mean, max))
+            colour = COLOURS[i % len(COLOURS)]
+            panel.plot(steps, middle, color=colour, linewidth=1.5, marker="o" if len(steps) == 1 else None)
+            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        told = column(name)[0].removeprefix("train/")
+        panel.set_title(f"{told}, {'training' if name.startswith('train/') else 'held out'}", fontsize=10, loc="left")
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("step", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=group.label) for i, group in enumerate(groups)]
+    figure.legend(handles=handles, loc="upper left", ncols=2, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - head / figure.get_figheight()))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
+    """HTML; the best mean of each column is bold."""
+    best = {}
+    for name in columns:
+        means = {group.label: statistics.mean(group.values(name)) for group in groups if group.values(name)}
+        best[name] = (max if any(part in name for part in LARGER_IS_BETTER) else min)(means, key=means.__getitem__) if len(means) > 1 else ""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "runs", "steps", *(column(name)[0] for name in columns)))
+    body = ""
+    for group in groups:
+        cells = [html.escape(group.label), str(len(group.runs)), f"{group.runs[0].step:,}"]
+        for name in columns:
+            told = spread(group.values(name), column(name)[1]) if group.values(name) else "not measured"
+            cells.append(f"<b>{told}</b>" if best[name] == group.label else told)
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """(field, its value in each group) for the fields in which they differ."""
+    settings = [flat(to_dict(group.config)) for group in groups]
+    names = [name for name in settings[0] if name not in NOT_SETTINGS]
+    return [(name, [str(each[name]) for each in settings]) for name in names if any(each[name] != settings[0][name] for each in settings)]
+
+
+def sheet(run: Curves) -> Image.Image | None:
+    """The last sheet original | VAE | rebuilt of a run."""
+    found = sorted((run.folder / "samples").glob("step-*.png"))
+    if not found:
+        return None
+    with Image.open(found[-1]) as image:
+        return image.convert("RGB")
+
+
+def write_comparison(path: Path, title: str, lead: str, groups: Sequence[Group], sections: Sequence[tuple[str, str]] = ()) -> Path:
+    """The page at `path` and its numbers beside it as .json and .png; `sections` come first. Returns the path.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    made = tables(groups)
+    numbers = ""
+    for where, columns, members in made:
+        several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
+        numbers += f"<p>Last evaluation, {html.escape(where)}, at most 256 pictures, sigma 0{several}. The best mean of a column is bold.</p>" + _table(
+            columns, members
+        )
+        left_out = [name for name in METRICS if name not in columns and any(group.values(name) for group in members)]
+        if left_out:
+            numbers += f"<p>Not in one table, for it means something else in each row: {html.escape(', '.join(column(name)[0] for name in left_out))}.</p>"
+    drawn = curves(groups)
+    sheets = [(group.label, found) for group in groups if (found := sheet(group.runs[0])) is not None]
+    shown = "".join(f"<figure>{report.picture(image, label)}<figcaption>{html.escape(label)}</figcaption></figure>" for label, image in sheets)
+    settings = report.table(("field", *(group.label for group in groups)), [(name, *found) for name, found in differences(groups)])
+    folders = report.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])
+    all_sections = [
+        *sections,
+        ("Numbers", numbers),
+        ("Curves", report.picture(drawn, "curves of all runs")),
+        ("Original | VAE | rebuilt, the first pictures of the set, first seed", f'<div class="rows">{shown}</div>' if shown else "<p>no sheets</p>"),
+        ("What differs", settings),
+        ("Runs", folders),
+    ]
+    write_whole(path.with_suffix(".png"), drawn)
+    write_whole(path.with_suffix(".json"), json.dumps({"title": title, "groups": as_rows(groups)}, indent=1) + "\n")
+    return report.write_page(path, title, lead, all_sections)
+
+
+def text_table(groups: Sequence[Group]) -> str:
+    """The tables in plain text, one line a group."""
+    lines = []
+    for where, columns, members in tables(groups):
+        rows = [("", *(column(name)[0] for name in columns))]
+        rows += [(group.label, *(spread(group.values(name), column(name)[1]) if group.values(name) else "-" for name in columns)) for group in members]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+        lines += [where, *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+    return "\n".join(lines).rstrip()
