@@ -282,12 +282,12 @@ def test_evaluation_sees_every_usable_picture_once_in_order_and_names_the_rest(b
     (broken.folder / "11.png").write_bytes(b"")
     problems: list[dict[str, str]] = []
     got = list(evaluation_batches(broken, 16, 4, problems))
-    keys = [Path(key).stem for names, _, _ in got for key in names]
+    keys = [Path(key).stem for _, names, _, _ in got for key in names]
     assert keys == ["00", "01", "02", "04", "05", "06", "07", "08", "09", "10"]
-    assert [len(images) for _, images, _ in got] == [4, 4, 2]
-    assert [c for _, _, texts in got for c in texts][4] == ()
+    assert [len(images) for _, _, images, _ in got] == [4, 4, 2]
+    assert [c for _, _, _, texts in got for c in texts][4] == ()
     assert count_reasons(problems) == {"not an image": 1, "empty": 1}
-    assert torch.equal(got[0][1][0], to_tensor(broken.picture(0, 16)))
+    assert torch.equal(got[0][2][0], to_tensor(broken.picture(0, 16)))
 
 
 SCRIPT = """

@@ -172,8 +172,14 @@ def _save_vae(vae: VAE, folder: Path) -> str:
     return _sha256(folder / _VAE_WEIGHTS)
 
 
+def weights_sha256(folder: Path) -> str:
+    """Of a model folder's model.safetensors."""
+    return _sha256(folder / "model.safetensors")
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _preprocessor(size: int) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from openvision3 import hub
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
+from openvision3.data.order import draw_seed
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_device, dtype_of
+from openvision3.evaluate.protocol import Functions
 from openvision3.model.encoder import Encoder
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.reconstruction import noisy
 from openvision3.model.vae import VAE
 
 Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
@@ -34,6 +37,8 @@ class Pipeline:
         self.model = model.eval()
         self.tokenizer, self.size, self.training = tokenizer, size, training or {}
         self.precision = precision
+        self.folder: Path | None = None
+        """where it was loaded from"""
 
     @property
     def encoder(self) -> Encoder:
@@ -204,6 +209,30 @@ class Pipeline:
         scores = (self.model.temperature * embedding @ self.embed_texts(labels).T).softmax(-1)[0].tolist()
         return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
 
+    # -- as what evaluators ask for --------------------------------------------------------------------------------
+
+    def functions(self, name: str = "ours") -> Functions:
+        """Everything the model can do, as functions of tensors and texts. A probe sees the mean of the tokens."""
+
+        @torch.no_grad()
+        def reconstruct_noisy(images: Tensor, sigma: float, keys: Sequence[str]) -> Tensor:
+            draw_key = torch.tensor([draw_seed("sigma", key) for key in keys], device=self.device)
+            return self.decode(noisy(self.encode(images), sigma, draw_key), (images.shape[2], images.shape[3])).cpu()
+
+        return Functions(
+            name,
+            self.size,
+            self.precision,
+            hub.weights_sha256(self.folder) if self.folder else "",
+            self.training.get("licence", "unknown"),
+            reconstruct=lambda images: self.decode(self.encode(images), (images.shape[2], images.shape[3])).cpu(),
+            reconstruct_noisy=reconstruct_noisy,
+            embed_images=lambda images: self.embed_images(images).cpu(),
+            embed_texts=lambda texts: self.embed_texts(texts).cpu(),
+            caption=self.caption,
+            features=lambda images: self.encode(images).mean(1).cpu(),
+        )
+
     # -- the folder ------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, card: str = "", with_vae: bool | None = None) -> None:
@@ -226,7 +255,9 @@ def load(name: str | Path = "mini", *, device: str | torch.device = "auto", prec
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
     model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype_of(precision), vae=vae)
-    return Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
+    pipeline = Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
+    pipeline.folder = hub.find_folder(name)
+    return pipeline
 
 
 def _two(size: Any, name: str) -> tuple[int, int]:

@@ -425,7 +425,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     problems: list[dict[str, str]] = []
     rows: list[tuple] = []
     pipeline.model.eval()
-    for keys, images, texts in evaluation_batches(source, batches.size, 32, problems):
+    for _, keys, images, texts in evaluation_batches(source, batches.size, 32, problems):
         images_hat, vae_hat = run.reconstruct(images), run.vae_reconstruct(images)
         values.append(psnr(images, images_hat))
         vae_values.append(psnr(images, vae_hat))

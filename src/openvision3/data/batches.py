@@ -13,7 +13,7 @@ import math
 import queue
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -315,27 +315,28 @@ def outlive_signals(worker: int) -> None:
 
 
 def evaluation_batches(
-    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None
-) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
-    """(keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
+    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None, indices: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]]:
+    """(indices, keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
 
-    A picture without a caption stays, with (): it can be rebuilt, if not retrieved.
+    `indices` names the samples to take (None: all). A picture without a caption stays, with (): it can be rebuilt, if not retrieved.
     """
-    keys: list[str] = []
-    images: list[Tensor] = []
-    captions: list[tuple[str, ...]] = []
-    for index in range(len(source)):
+    made: list[tuple[int, str, Tensor, tuple[str, ...]]] = []
+    for index in range(len(source)) if indices is None else indices:
         try:
             text, image = source.captions(index), to_tensor(source.picture(index, size))
         except ImageError as error:
             if problems is not None:
                 problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
             continue
-        keys.append(source.key(index))
-        images.append(image)
-        captions.append(text)
-        if len(images) == batch:
-            yield keys, torch.stack(images), captions
-            keys, images, captions = [], [], []
-    if images:
-        yield keys, torch.stack(images), captions
+        made.append((index, source.key(index), image, text))
+        if len(made) == batch:
+            yield _columns(made)
+            made = []
+    if made:
+        yield _columns(made)
+
+
+def _columns(rows: list[tuple[int, str, Tensor, tuple[str, ...]]]) -> tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]:
+    indices, keys, images, captions = zip(*rows, strict=True)
+    return list(indices), list(keys), torch.stack(images), list(captions)

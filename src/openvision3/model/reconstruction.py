@@ -65,9 +65,11 @@ def add_noise(tokens: Tensor, tau: float, draw_key: Tensor) -> Tensor:
 
     So the noise of a sample does not depend on which rank, micro-batch or kind of device holds it.
     """
-    if tau == 0:
-        return tokens
-    sigma = tau * uniform(draw_key, 1)[:, :, None]  # (B, 1, 1)
+    return tokens if tau == 0 else noisy(tokens, tau * uniform(draw_key, 1)[:, :, None], draw_key)
+
+
+def noisy(tokens: Tensor, sigma: Tensor | float, draw_key: Tensor) -> Tensor:
+    """u + sigma * eps with a given sigma: a number, or one a row (B, 1, 1)."""
     noise = normal(draw_key ^ _NOISE_STREAM, tokens[0].numel()).view(tokens.shape)
     return tokens + (sigma * noise).to(tokens.dtype)
 

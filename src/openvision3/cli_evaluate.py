@@ -1,0 +1,490 @@
+"""The verbs of `openvision3 evaluate`: one command tells the truth about a tokenizer, and about its peers by the same code."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from openvision3.data.labelled import Labels
+    from openvision3.evaluate.pictures import Pictures
+    from openvision3.evaluate.protocol import Functions
+    from openvision3.evaluate.results import NotRun, Results, Row
+    from openvision3.evaluate.suite import Measured
+
+KINDS = ("reconstruction", "retrieval", "captioning", "zeroshot", "probe")
+METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
+
+
+@dataclass
+class Options:
+    """What is measured, on which pictures, how."""
+
+    model: Positional[Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]] = "mini"
+    data: tuple[str, ...] = ("openmoji",)
+    """openmoji (its held-out side), folders of pictures, shards and globs: data/{00000..00009}.tar"""
+    out: str = "evaluation"
+    """the folder of results.json, pictures.jsonl and report.html"""
+    peer: tuple[str, ...] = ()
+    """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too"""
+    peer_folder: tuple[str, ...] = ()
+    """where a peer's weights are, as in flux-vae=weights/FLUX.1-schnell; none: where openvision3 fetch has put them"""
+    protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
+    """a published protocol that must hold: ImageNet val 50,000 or COCO val2017 5,000 pictures, ADM crop, 256 px, rFID"""
+    count: int = 0
+    """the first so many pictures; 0: all"""
+    size: int = 0
+    """side of the pictures in pixels; 0: what MODEL was trained at"""
+    crop: Literal["square", "adm"] = "square"
+    """square: the central square, resized; adm: as guided diffusion's evaluation does it"""
+    batch: int = 32
+    """pictures at a time: it does not change the numbers"""
+    metrics: tuple[str, ...] = ()
+    """of reconstruction: psnr, ssim, distance, kid, lpips, rfid; none: all whose weights are here"""
+    sigmas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8, 1.2)
+    """reconstruction: strengths of noise on the tokens for the curve of errors"""
+    inception: str = ""
+    """weights-inception-2015-12-05-6726825d.pth, for rfid; none: where openvision3 fetch has put it"""
+    lpips_net: Literal["alex", "vgg"] = "alex"
+    """the network of lpips"""
+    lpips_backbone: str = ""
+    """torchvision's alexnet or vgg16 checkpoint; none: where openvision3 fetch has put it"""
+    lpips_linear: str = ""
+    """the channel weights of LPIPS v0.1"""
+    caption_keys: tuple[str, ...] = ()
+    """JSON fields of shards that hold captions, all of them count; none: the .txt member"""
+    only: tuple[str, ...] = ()
+    """keep shard samples whose JSON has these values, as in source=clipart"""
+    index: str = ""
+    """the folder where `data index` has put the indexes of shards; none: beside each shard"""
+    tokenizer: Literal["auto", "simple", "ptb"] = "auto"
+    """captioning: how captions become words; ptb needs Java"""
+    label_key: str = ""
+    """zeroshot, probe: the JSON field with the class; none: the emoji's group, the sub-folder or the .cls member"""
+    classes: str = ""
+    """zeroshot, probe: a file of class names, one a line"""
+    least: int = 20
+    """probe: classes with fewer training pictures are left out"""
+    prompts: Literal["auto", "templates", "names", "captions"] = "auto"
+    """zeroshot: CLIP's 80 templates, bare names, or captions of the training pictures of a class; auto: captions for emoji groups, else templates"""
+    train: tuple[str, ...] = ()
+    """probe: the training pictures; none: those of openmoji, where data is openmoji"""
+    k: int = 20
+    """probe: neighbours"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """what the models compute in"""
+    vae: str = ""
+    """the folder of MODEL's VAE, where its own is not at hand"""
+    seed: int = 0
+    """of noise and of subsets"""
+    json: bool = False
+    """results.json on stdout instead of the table"""
+
+    def __post_init__(self):
+        self.peer = tuple(name for each in self.peer for name in each.split(",") if name)
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise ValueError(f"metric {unknown[0]} is unknown; legal are {', '.join(METRICS)}")
+        for name, low in (("count", 0), ("size", 0), ("batch", 1), ("k", 1), ("least", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")
+        if any(not 0 <= sigma < 100 for sigma in self.sigmas):
+            raise ValueError(f"sigmas {self.sigmas} must be numbers from 0 on")
+        for each in self.peer_folder:
+            if "=" not in each:
+                raise ValueError(f"peer_folder {each!r} must look like NAME=FOLDER, such as flux-vae=weights/FLUX.1-schnell")
+        if self.protocol:
+            self.size, self.crop, self.metrics = 256, "adm", tuple(dict.fromkeys([*(self.metrics or ("psnr", "ssim")), "rfid"]))
+
+
+PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation pictures of ImageNet"), "rfid-coco": (5_000, "the pictures of COCO val2017")}
+
+
+@dataclass
+class Evaluation:
+    """One command: the models, the pictures, what was found."""
+
+    options: Options
+    kinds: tuple[str, ...]
+    models: list[Functions]
+    pictures: Pictures
+    results: Results
+    measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
+    """by (kind, model)"""
+    reasons: list[str] = field(default_factory=list)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Measure a model, and peers by the same code: openvision3 evaluate reconstruction|retrieval|captioning|zeroshot|probe|all MODEL --data ..."""
+    from openvision3.cli import parse
+
+    program = "openvision3 evaluate"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    kind, rest = argv[0], list(argv[1:])
+    if kind == "table":
+        return table(rest)
+    if kind not in (*KINDS, "all"):
+        from openvision3.config import nearest
+
+        legal = [*KINDS, "all", "table"]
+        raise ValueError(f"unknown evaluation {kind}; legal are {', '.join(legal)}; nearest is {nearest(kind, legal) or 'none'}")
+    options = parse(Options, rest, f"{program} {kind}", description=f"{kind}: {WHAT[kind]}")
+    return run(kind, options, [program.split()[0], "evaluate", *argv])
+
+
+WHAT = {
+    "reconstruction": "how well pictures are rebuilt: PSNR, SSIM, feature distance, KID, LPIPS, rFID, error against noise",
+    "retrieval": "R@1/5/10 from picture to caption and back",
+    "captioning": "written captions: exact match, F1, BLEU, ROUGE-L, CIDEr, METEOR",
+    "zeroshot": "the nearest class by its texts",
+    "probe": "k-NN and a linear probe on frozen tokens, beside raw latents as the floor",
+    "all": "everything that the data permit; what they do not is listed with what it needs",
+    "table": "results of several evaluations on one page: openvision3 evaluate table RESULTS ... --out PAGE.html",
+}
+
+HELP = (
+    "usage: openvision3 evaluate WHAT [MODEL] [--data DATA ...] [--peer NAMES] [--out FOLDER]\n\nwhat:\n"
+    + "\n".join(f"  {name:15s} {told}" for name, told in WHAT.items())
+    + "\n\npeers: openvision3 evaluate reconstruction --peer flux-vae,sd-vae,ours; all options: openvision3 evaluate reconstruction --help"
+)
+
+
+def run(kind: str, options: Options, command: Sequence[str]) -> int:
+    """Measure, print the table, write the folder. Under torchrun the pictures are shared among the processes; the numbers are the same."""
+    from openvision3 import distributed
+    from openvision3.cli import _output_folder
+    from openvision3.doctor import choose_device
+
+    _output_folder(options.out)
+    with distributed.started(choose_device(options.device)) as ranks:
+        start = time.perf_counter()
+        with distributed.together():
+            work = prepare(kind, options, command, ranks.rank)
+        for each in work.kinds:
+            MEASURE[each](work)
+        work.pictures.share_problems()
+        work.results.skipped = work.pictures.problems
+        work.results.seconds = time.perf_counter() - start
+        if not work.results.rows:
+            raise ValueError("; ".join(dict.fromkeys(work.reasons)) or "nothing could be measured")
+        if ranks.rank == 0:
+            with distributed.alone():
+                _tell(work)
+    return 0
+
+
+def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> Evaluation:
+    """Everything that can fail for want of a file, before anything is measured."""
+    from openvision3.data.samples import load_emoji
+    from openvision3.data.shards import EmojiSource, Source, open_source
+    from openvision3.evaluate.pictures import Pictures
+    from openvision3.evaluate.results import Results
+    from openvision3.progress import environment, track
+
+    kinds = KINDS if kind == "all" else (kind,)
+    models, size = _models(options, kinds)
+    source: Source
+    if options.data == ("openmoji",):
+        source = EmojiSource(load_emoji().evaluation(options.count or 1_000_000))
+    else:
+        source = open_source(options.data, held_out=True, **_places(options))
+    watch = (lambda items, what, total: track(items, what, total)) if rank == 0 and not options.json else (lambda items, what, total: items)
+    pictures = Pictures(source, size, options.batch, range(min(options.count or len(source), len(source))), watch)
+    pictures.problems += source.problems
+    if options.protocol:
+        count, told = PROTOCOL_COUNTS[options.protocol]
+        if len(pictures.chosen) != count:
+            raise ValueError(f"protocol {options.protocol} is over {told}, {count:,} of them; seen {len(pictures.chosen):,}")
+    results = Results(command=_told(command), environment=environment())
+    return Evaluation(options, kinds, models, pictures, results)
+
+
+def _told(command: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(command)
+
+
+def _places(options: Options) -> dict[str, Any]:
+    from openvision3.config import read_rules
+
+    return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "index": options.index, "crop": options.crop}
+
+
+def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], int]:
+    """The models that were asked for, all of them loaded, and the side of the pictures."""
+    from openvision3.evaluate.peers import load_peer, vae_functions
+    from openvision3.pipeline import load
+
+    asked = options.peer or (("ours", "vae") if set(kinds) & {"reconstruction", "probe"} else ("ours",))
+    folders = dict(each.split("=", 1) for each in options.peer_folder)
+    unused = sorted(folders.keys() - set(asked))
+    if unused:
+        raise ValueError(f"peer_folder names {unused[0]}, which is not among the peers {', '.join(asked)}; add it to --peer")
+    found: list[Functions] = []
+    ours = load(options.model, device=options.device, precision=options.precision, vae=options.vae) if {"ours", "vae"} & set(asked) else None
+    for name in dict.fromkeys(asked):
+        if name == "ours":
+            assert ours is not None
+            found.append(ours.functions(options.model if options.model != "ours" else "ours"))
+        elif name == "vae":
+            assert ours is not None
+            if ours.vae.network is not None:
+                found.append(vae_functions(ours.vae, f"VAE {ours.vae.name}", options.precision))
+        else:
+            found.append(load_peer(name, folders.get(name, ""), str(ours.device) if ours else options.device, options.precision))
+    if not found:
+        raise ValueError("this model has no VAE to measure alone; leave vae out of --peer")
+    return found, options.size or (ours.size if ours else found[0].size)
+
+
+# -- each kind -----------------------------------------------------------------------------------------------------
+
+
+def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured]) -> None:
+    """Measure every model; one that cannot goes to `not_run`."""
+    from openvision3.evaluate.results import NotRun
+    from openvision3.evaluate.suite import CannotRun
+
+    for model in work.models:
+        try:
+            done = measure(model)
+        except CannotRun as error:
+            work.results.not_run.append(NotRun(model.name, kind, str(error)))
+            work.reasons.append(str(error))
+            continue
+        work.measured[kind, model.name] = done
+        work.results.rows += rows(work, model, done)
+        work.results.not_run += [NotRun(model.name, metric, what) for metric, what in done.missing]
+
+
+def rows(work: Evaluation, model: Functions, done: Measured, labels: str = "none") -> list[Row]:
+    """Numbers -> rows with the setting they were measured in."""
+    from openvision3.evaluate.results import Row, Setting
+
+    options, pictures = work.options, work.pictures
+    emoji = options.data == ("openmoji",)
+    crop = "drawn at this size, white, 0.77 of the side" if emoji else CROPS[options.crop]
+    setting = Setting(
+        ", ".join(options.data) + (" held out" if emoji else ""),
+        pictures.digest(done.keys),
+        f"{pictures.size}x{pictures.size}",
+        crop,
+        model.dtype,
+        options.seed,
+        labels=done.shown.get("labels", labels),
+    )
+    return [Row(model.name, model.sha256, each, setting, model.note) for each in done.numbers]
+
+
+CROPS = {
+    "square": "the central square, resized by Pillow's bicubic with antialias",
+    "adm": "ADM: halved by a box filter while twice as large, bicubic to the shorter side, central square",
+}
+
+
+def _reconstruction(work: Evaluation) -> None:
+    from openvision3.evaluate.suite import reconstruction, reconstruction_networks
+
+    options = work.options
+    networks = reconstruction_networks(
+        options.metrics, options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear, device=options.device
+    )
+    _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed))
+
+
+def _retrieval(work: Evaluation) -> None:
+    from openvision3.evaluate.suite import retrieval
+
+    _each(work, "retrieval", lambda model: retrieval(model, work.pictures))
+
+
+def _captioning(work: Evaluation) -> None:
+    from openvision3.evaluate.suite import captioning
+
+    _each(work, "captioning", lambda model: captioning(model, work.pictures, work.options.tokenizer))
+
+
+def _zeroshot(work: Evaluation) -> None:
+    from openvision3.evaluate.suite import class_texts, zeroshot
+
+    options = work.options
+    with _labelled(work, "zeroshot"):
+        kind = options.prompts
+        if kind == "auto":
+            kind = "captions" if options.data == ("openmoji",) and not options.label_key else "templates"
+        training = None
+        if kind == "captions":
+            source, training_labels = _training(work, least=1)
+            labels = _labels(work, like=training_labels)
+            training = (source, training_labels)
+        else:
+            labels = _labels(work)
+        texts, how = class_texts(labels, kind, training)
+        _each(work, "zeroshot", lambda model: _with_labels(zeroshot(model, work.pictures, labels, texts, how), options))
+
+
+def _probe(work: Evaluation) -> None:
+    from openvision3.evaluate.pictures import Pictures
+    from openvision3.evaluate.suite import probe
+
+    options = work.options
+    with _labelled(work, "probe"):
+        source, train_labels = _training(work, options.least)
+        labels = _labels(work, like=train_labels)
+        train = Pictures(source, work.pictures.size, options.batch, None, work.pictures.watch)
+        _each(work, "probe", lambda model: _with_labels(probe(model, train, train_labels, work.pictures, labels, options.k), options))
+
+
+MEASURE: dict[str, Callable[[Evaluation], None]] = {
+    "reconstruction": _reconstruction,
+    "retrieval": _retrieval,
+    "captioning": _captioning,
+    "zeroshot": _zeroshot,
+    "probe": _probe,
+}
+
+
+def _with_labels(done: Measured, options: Options) -> Measured:
+    done.shown["labels"] = f"JSON field {options.label_key}" if options.label_key else "emoji group, sub-folder or .cls"
+    return done
+
+
+@contextlib.contextmanager
+def _labelled(work: Evaluation, kind: str) -> Iterator[None]:
+    """Data without classes, or without training pictures, is no error where everything is asked for: it is listed."""
+    from openvision3.evaluate.results import NotRun
+
+    try:
+        yield
+    except ValueError as error:
+        if len(work.kinds) == 1:
+            raise
+        work.results.not_run += [NotRun(model.name, kind, str(error)) for model in work.models]
+
+
+def _names(options: Options) -> tuple[str, ...]:
+    from openvision3.data.labelled import read_names
+
+    return read_names(options.classes) if options.classes else ()
+
+
+def _labels(work: Evaluation, like: Labels | None = None) -> Labels:
+    from dataclasses import replace
+
+    from openvision3.data.labelled import read_labels
+
+    found = read_labels(work.pictures.source, work.options.label_key, () if like else _names(work.options), least=0, like=like)
+    chosen = set(work.pictures.chosen)
+    kept = [(index, number) for index, number in zip(found.indices, found.classes, strict=True) if index in chosen]
+    return replace(found, indices=tuple(i for i, _ in kept), classes=tuple(n for _, n in kept))
+
+
+def _training(work: Evaluation, least: int) -> tuple[Any, Labels]:
+    from openvision3.data.labelled import read_labels
+    from openvision3.data.shards import open_source
+
+    options = work.options
+    names = options.train or (("openmoji",) if options.data == ("openmoji",) else ())
+    if not names:
+        raise ValueError("training pictures with classes are needed; name them with --train")
+    if set(names) & set(options.data) - {"openmoji"}:
+        raise ValueError(f"train and data share {', '.join(set(names) & set(options.data))}: a probe must not be measured on what it was fitted to")
+    source = open_source(names, **_places(options))
+    return source, read_labels(source, options.label_key, _names(options), least=least)
+
+
+# -- what is told --------------------------------------------------------------------------------------------------
+
+
+def _tell(work: Evaluation) -> None:
+    from openvision3.data.shards import count_reasons
+    from openvision3.evaluate.page import write_report
+    from openvision3.evaluate.results import split
+
+    out = Path(work.options.out)
+    path = work.results.save(out)
+    page = write_report(out, work)
+    if work.options.json:
+        print(path.read_text(encoding="utf-8"), end="")
+    else:
+        print_tables(split(work.results.rows), work.results.not_run)
+    skipped = count_reasons(work.results.skipped)
+    if skipped:
+        print(f"openvision3: {sum(skipped.values())} pictures skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}", file=sys.stderr)
+    if not work.options.json:
+        print(f"results: {path}\nreport: {page.resolve()}")
+
+
+def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[NotRun]) -> None:
+    """A line a metric and a column a model; what was not run below, with what it needs."""
+    from rich.table import Table
+
+    from openvision3.evaluate.results import shown
+    from openvision3.progress import console
+
+    screen = console()
+    for setting, lines in tables:
+        models = list(dict.fromkeys(model for line in lines for model in line.values))
+        counts = sorted({number.count for line in lines for number in line.values.values()})
+        made = Table(title=f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}", title_justify="left", box=None, pad_edge=False)
+        made.add_column("")
+        for model in models:
+            made.add_column(model, justify="right")
+        for line in lines:
+            made.add_row(line.metric, *(shown(line.metric, line.values[model]) if model in line.values else "" for model in models))
+        screen.print(made)
+    for what, who in _grouped(not_run):
+        screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim")
+
+
+def _grouped(not_run: Sequence[NotRun]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for each in not_run:
+        found.setdefault(each.needs, []).append(f"{each.metric} of {each.model}")
+    return list(found.items())
+
+
+def table(argv: Sequence[str]) -> int:
+    """Results of several evaluations on one page, like beside like."""
+    from openvision3.cli import parse
+    from openvision3.evaluate.page import write_summary
+    from openvision3.evaluate.results import Results, split
+
+    options = parse(TableOptions, argv, "openvision3 evaluate table")
+    if not options.results:
+        raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
+    found = [Results.load(path) for path in options.results]
+    all_rows = [row for each in found for row in each.rows]
+    not_run = [one for each in found for one in each.not_run]
+    tables = split(list(dict.fromkeys(all_rows)))
+    page = write_summary(Path(options.out), tables, not_run, found)
+    if options.json:
+        print(dumps([row.to_json() for row in all_rows], indent=1, ensure_ascii=False))
+    else:
+        print_tables(tables, not_run)
+        print(f"page: {page.resolve()}")
+    return 0
+
+
+@dataclass
+class TableOptions:
+    """Which results, and where the page goes."""
+
+    results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
+    out: str = "evaluations.html"
+    """the page"""
+    json: bool = False
+    """all rows on stdout instead of the tables"""

@@ -1,0 +1,178 @@
+"""Numbers of one or several evaluations in one file, and the tables in which only like may stand beside like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openvision3.evaluate.protocol import Number
+from openvision3.files import write_whole
+
+FORMAT = 1
+FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the numbers of one evaluation have in common."""
+
+    data: str
+    """the names of the set, as they were given"""
+    data_sha256: str
+    """of the keys of its pictures"""
+    resolution: str
+    """such as 128x128"""
+    crop: str
+    """how a picture became that large"""
+    dtype: str
+    seed: int
+    guidance: str = "none"
+    labels: str = "none"
+    """where the classes come from"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one model, whole: all that has to be known to repeat it or to compare it."""
+
+    model: str
+    model_sha256: str
+    number: Number
+    setting: Setting
+    note: str = ""
+
+    @property
+    def metric(self) -> str:
+        return self.number.metric
+
+    @property
+    def protocol(self) -> tuple:
+        """Equal for numbers that may be compared: everything but model, value and the versions of libraries."""
+        n = self.number
+        return (n.metric, n.count, n.how, n.network, n.network_sha256, *asdict(self.setting).values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"model": self.model, "model_sha256": self.model_sha256, "note": self.note, **asdict(self.number), **asdict(self.setting)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Row:
+        """Raises KeyError, TypeError for a row that lacks a field."""
+        parts = [{name: values[name] for name in kind.__dataclass_fields__} for kind in (Number, Setting)]
+        return cls(values["model"], values["model_sha256"], Number(**parts[0]), Setting(**parts[1]), values["note"])
+
+
+@dataclass
+class NotRun:
+    """A metric that was not measured, and what it needs."""
+
+    model: str
+    metric: str
+    needs: str
+
+
+@dataclass
+class Results:
+    """What one command measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """pictures that could not be read: {key, reason, detail}"""
+    command: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self, folder: Path) -> Path:
+        """Write results.json into `folder`, whole or not at all. Raises OSError."""
+        path = folder / FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {
+            "format": FORMAT,
+            "command": self.command,
+            "seconds": round(self.seconds, 1),
+            "environment": self.environment,
+            "rows": [row.to_json() for row in self.rows],
+            "not_run": [asdict(each) for each in self.not_run],
+            "skipped": self.skipped,
+        }
+        write_whole(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """A results.json, or the folder that holds one. Raises FileNotFoundError, ValueError."""
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no results at {path}; openvision3 evaluate writes them")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("format") != FORMAT:
+                raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
+            rows = [Row.from_json(row) for row in values["rows"]]
+            not_run = [NotRun(**each) for each in values["not_run"]]
+            return cls(rows, not_run, values["skipped"], values["command"], values["environment"], values["seconds"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no results file of openvision3 evaluate: {type(error).__name__} {error}") from error
+
+
+@dataclass
+class Line:
+    """One line of a table: a metric by one protocol, and what each model has in it."""
+
+    metric: str
+    how: str
+    values: dict[str, Number]
+
+
+def table(rows: Iterable[Row]) -> list[Line]:
+    """Rows of several models -> a line a metric. Numbers that may not be compared are refused.
+
+    Raises:
+        ValueError: two unlike protocols of one metric, or two numbers of one model by the same one.
+    """
+    lines: dict[str, Line] = {}
+    first: dict[str, Row] = {}
+    for row in rows:
+        before = first.setdefault(row.metric, row)
+        if before.protocol != row.protocol:
+            raise ValueError(f"{row.metric} of {row.model} and of {before.model} cannot stand in one table: {_unlike(before, row)}; compare them apart")
+        line = lines.setdefault(row.metric, Line(row.metric, row.number.how, {}))
+        if row.model in line.values and line.values[row.model] != row.number:
+            raise ValueError(f"{row.metric} of {row.model} is there twice: {line.values[row.model].value:g} and {row.number.value:g}")
+        line.values[row.model] = row.number
+    return list(lines.values())
+
+
+def _unlike(a: Row, b: Row) -> str:
+    one, other = a.to_json(), b.to_json()
+    apart = [name for name in one if one[name] != other[name] and name not in ("model", "model_sha256", "note", "value", "spread", "library")]
+    return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
+
+
+def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
+    """Rows of any protocols -> as many tables as are needed for each to hold like numbers only."""
+    piles: list[tuple[Setting, list[Row]]] = []
+    for row in rows:
+        for setting, pile in piles:
+            if setting == row.setting and all(other.protocol == row.protocol and other.model != row.model for other in pile if other.metric == row.metric):
+                pile.append(row)
+                break
+        else:
+            piles.append((row.setting, [row]))
+    return [(setting, table(pile)) for setting, pile in piles]
+
+
+PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
+"""Metrics that are shares of 1, shown as %."""
+
+
+def shown(metric: str, number: Number) -> str:
+    """A value with its unit, and its spread where there is one: 29.81 dB, 37.9 %, 0.0195 ± 0.0015."""
+    if any(part in metric for part in PERCENT):
+        return f"{100 * number.value:.1f} %"
+    unit, digits = {"psnr": (" dB", 2), "ssim": ("", 4)}.get(metric.split(",")[0].split(" ")[0], ("", 4))
+    return f"{number.value:.{digits}f}{unit}" + (f" ± {number.spread:.{digits}f}" if number.spread is not None else "")
