@@ -198,7 +198,12 @@ class WordPieceIds:
     def __init__(self, path: Path, positions: int):
         from tokenizers import BertWordPieceTokenizer
 
-        self.tokenizer = BertWordPieceTokenizer.from_file(str(path), lowercase=True)
+        try:
+            self.tokenizer = BertWordPieceTokenizer.from_file(str(path), lowercase=True)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{path} is not a WordPiece vocabulary: {short(error)}; get it anew") from error
+        if self.tokenizer.token_to_id("[CLS]") != self.CLASS:
+            raise ValueError(f"{path} has [CLS] at {self.tokenizer.token_to_id('[CLS]')}, not at {self.CLASS}: it is not OpenVision's; get it anew")
         self.positions = positions
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -249,7 +254,7 @@ def told(asked: Request) -> Iterator[None]:
     """What goes wrong in the libraries that read weights, in one line."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
+    except (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else short(error)
         raise ValueError(f"{asked.name} cannot be loaded from {asked.folder}: {what}") from error
 

@@ -297,8 +297,8 @@ def _second(hub: str, patch: int, size: int = 224) -> Peer:
 
 def _third(hub: str, side: int) -> Peer:
     expects, note = {"channels": 16, "patch": 2, "side": side}, "encoder only: released without decoder and text tower"
-    files = (*OPEN_CLIP_FILES, *(f"vae/{file} (FLUX.1)" for file in VAE_FILES))
-    licence = "see its model card; the VAE: Apache-2.0 (schnell) or non-commercial (dev)"
+    files = (*OPEN_CLIP_FILES, "vae/ as of FLUX.1-schnell")
+    licence = "see its model card; the VAE Apache-2.0"
     return Peer(_openvision, ("features",), side * 8, hub, files, licence, "diffusers", LATENTS, expects, note)
 
 
