@@ -23,6 +23,7 @@ from openvision3.evaluate.foreign import Pixels, WordPieceIds, pixels_of, resize
 from openvision3.evaluate.peers import PEERS, PUBLISHED_ONLY, load_peer
 from openvision3.evaluate.protocol import Functions
 from openvision3.evaluate.published import PUBLISHED, rows
+from openvision3.model.open_clip import OpenClipViT
 
 VAES = ("flux-vae", "sd-vae", "sd3-vae", "taesd", "taef1")
 FUNCTIONS = ("reconstruct", "reconstruct_noisy", "embed_images", "embed_texts", "caption", "features")
@@ -133,6 +134,20 @@ def test_clip_embeds_as_transformers_does(built):
     assert peer.size == 32 and (output.text_embeds[0] - output.text_embeds[1]).abs().max() > 0.01
 
 
+def test_clip_as_openai_published_it_ends_a_text_at_its_largest_id(copied):
+    """Their config.json says eos_token_id 2, which is no mark at all; transformers then looks for the largest id."""
+    folder = copied("clip-b16")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"eos_token_id": 2, "bos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    texts = ["ab cd", "a c", "b"]
+    words = tiny.clip_tokenizer()(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model = tiny.CLIPModel.from_pretrained(folder).eval()
+        expected = model.text_projection(model.text_model(**words).pooler_output)
+    close(load_peer("clip-b16", str(folder)).embed_texts(texts), F.normalize(expected, dim=1))
+
+
 def test_siglip_embeds_as_transformers_does(built):
     folder, model = built("siglip-b16")
     peer, images = load_peer("siglip-b16", str(folder)), pictures()
@@ -164,6 +179,19 @@ def test_openvision_2_has_no_text_tower_and_imagenets_mean(built):
     with torch.no_grad():
         close(peer.features(images), model(pixels)[1].mean(1))
     assert peer.embed_images is None and peer.embed_texts is None
+
+
+def test_the_released_encoder_of_openvision_3_has_the_documented_keys():
+    block = {"ln_1.weight": (768,), "ln_1.bias": (768,), "ln_2.weight": (768,), "ln_2.bias": (768,), "attn.in_proj_weight": (2304, 768),
+             "attn.in_proj_bias": (2304,), "attn.out_proj.weight": (768, 768), "attn.out_proj.bias": (768,), "mlp.c_fc.weight": (3072, 768),
+             "mlp.c_fc.bias": (3072,), "mlp.c_proj.weight": (768, 3072), "mlp.c_proj.bias": (768,)}  # fmt: skip
+    shapes = {"class_embedding": (768,), "positional_embedding": (257, 768), "proj": (768, 768), "conv1.weight": (768, 16, 2, 2),
+              "ln_post.weight": (768,), "ln_post.bias": (768,)}  # fmt: skip
+    shapes |= {f"transformer.resblocks.{i}.{key}": shape for i in range(12) for key, shape in block.items()}
+    assert len(shapes) == 150
+    cfg = {**tiny.VISION_CFG, "patch_size": 2, "in_channels": 16, "width": 768, "layers": 12, "head_width": 64, "output_tokens": True}
+    with torch.device("meta"):
+        OpenClipViT({"embed_dim": 768, "vision_cfg": cfg}).load_open_clip({key: torch.empty(shape) for key, shape in shapes.items()})
 
 
 def test_openvision_3_reads_latents_that_are_the_mean_times_the_scale(built):

@@ -248,7 +248,7 @@ def _checkout(load: Callable[[Path, Path, str], Checkout]) -> Callable[[Request]
         }
         hashed = [weights]
         if weights.is_dir():
-            hashed = list(weights.glob("*.safetensors")) or list(weights.glob("*.bin"))
+            hashed = list(weights.glob("*.safetensors")) or list(weights.glob("*.bin")) or [asked.file(f"{weights.name}/model.safetensors")]
         return asked.functions(can, sha256_of(hashed), dtype="as its code does")
 
     return loader
