@@ -23,6 +23,8 @@ from openvision3.evaluate.foreign import Pixels, WordPieceIds, pixels_of, resize
 from openvision3.evaluate.peers import PEERS, PUBLISHED_ONLY, load_peer
 from openvision3.evaluate.protocol import Functions
 from openvision3.evaluate.published import PUBLISHED, rows
+from openvision3.evaluate.reconstruction import evaluate_reconstruction
+from openvision3.evaluate.zeroshot import evaluate_retrieval
 from openvision3.model.open_clip import OpenClipViT
 
 VAES = ("flux-vae", "sd-vae", "sd3-vae", "taesd", "taef1")
@@ -172,6 +174,12 @@ def test_openvision_1_is_open_clips_towers_on_our_blocks(built):
     close(peer.embed_texts(["Red  hearts", "blue &amp;amp;", "red " * 20]), F.normalize(words, dim=1))
 
 
+def test_openvision_1_squashes_bilinearly_as_its_config_asks(built):
+    peer, images = load_peer("openvision1-b16", str(built("openvision1-b16")[0])), pictures(2, 48, 80)
+    squashed = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    close(peer.features(images), peer.features(squashed))
+
+
 def test_openvision_2_has_no_text_tower_and_imagenets_mean(built):
     folder, model = built("openvision2-l14")
     peer, images = load_peer("openvision2-l14", str(folder)), pictures(height=28, width=28)
@@ -284,6 +292,14 @@ def test_bf16_is_near_fp32_and_said(built, name):
     assert (exact.dtype, rough.dtype) == ("fp32", "bf16")
     a, b = exact.features(pictures()), rough.features(pictures())
     assert 0 < (a - b).norm() / a.norm() < 0.1 and b.dtype == torch.float32
+
+
+def test_the_evaluators_measure_a_peer_as_they_measure_anything(built):
+    vae, clip = (load_peer(name, str(built(name)[0])) for name in ("taesd", "clip-b16"))
+    images, texts = pictures(), ["ab cd", "a", "c d"]
+    assert 0 < evaluate_reconstruction([images], vae.reconstruct)["psnr"] < 60
+    found = evaluate_retrieval(clip.embed_images(images), clip.embed_texts(texts), texts)
+    assert 0 <= found["image_to_text_r@1"] <= 1
 
 
 # -- pixels ---------------------------------------------------------------------------------------------------------
