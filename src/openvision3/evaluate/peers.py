@@ -69,6 +69,24 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
 def _vae(asked: Request) -> Functions:
     """The frozen VAE of the model itself, with other weights: posterior mean, never sampled, never fp16."""
     vae = _load_vae(asked)
+    can = {name: (lambda images, function=function: asked.run(function, images)) for name, function in _of_vae(vae).items()}
+    return asked.functions(can, vae.sha256)
+
+
+def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
+    """A VAE alone: the ceiling of what tokens made from its latents can rebuild, and the floor of what a probe can see."""
+    device = next(vae.parameters()).device.type
+
+    def run(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            return function(images.to(device)).float().cpu()
+
+    can = {which: (lambda images, function=function: run(function, images)) for which, function in _of_vae(vae).items()}
+    return Functions(name, 256, precision, vae.sha256, vae.licence, **can)
+
+
+def _of_vae(vae: VAE) -> dict[str, Callable[[Tensor], Tensor]]:
+    """A probe sees the latents, averaged over a grid of 4 x 4 and put side by side: (B, 16 C)."""
 
     def reconstruct(images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -79,10 +97,7 @@ def _vae(asked: Request) -> Functions:
         height, width = (side // PATCH * PATCH for side in images.shape[-2:])
         return F.adaptive_avg_pool2d(vae.encode(resize(images, max(height, PATCH), max(width, PATCH))), 4).flatten(1)
 
-    return asked.functions(
-        {"reconstruct": lambda images: asked.run(reconstruct, images), "features": lambda images: asked.run(features, images)},
-        vae.sha256,
-    )
+    return {"reconstruct": reconstruct, "features": features}
 
 
 def _load_vae(asked: Request) -> VAE:

@@ -31,6 +31,8 @@ class Published:
 
 
 IMAGENET, COCO = "ImageNet, 256 x 256", "COCO, 256 x 256"
+REBUILT = (IMAGENET, COCO)
+"""Protocols of rebuilding."""
 GENERATION = "ImageNet 256 x 256, by class"
 LLAVA, LLAVA_NEXT = "LLaVA-1.5", "LLaVA-NeXT"
 

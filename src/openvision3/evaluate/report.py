@@ -29,6 +29,7 @@ td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px so
 .card img { width: 72px; height: 72px; background: white } .card p { margin: 0; font-size: .9rem } .card small { opacity: .65 } .card .right { color: #17803d }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
 figure { margin: 0 } .rows img { width: 100%; background: white } figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem } .wide img { width: 100% } .right { color: #17803d; font-weight: 600 }
 figcaption { font-size: .85rem; margin-top: .3rem }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75 }
 """
@@ -91,6 +92,13 @@ def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], gap: int 
         for x, image in enumerate(row):
             sheet.paste(image, (gap + x * (width + gap), header + gap + y * (height + gap)))
     return sheet
+
+
+def heat(error: Any) -> Image.Image:
+    """(H, W) from 0 to 1, as a picture from black over red to white; more than 1 is white."""
+    import matplotlib
+
+    return Image.fromarray((matplotlib.colormaps["inferno"](error.clamp(0, 1).numpy())[..., :3] * 255).round().astype("uint8"))
 
 
 def caption_sheet(rows: Sequence[tuple[Image.Image, str, str]], side: int = 180, columns: int = 2) -> Image.Image:

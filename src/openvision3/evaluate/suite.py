@@ -11,11 +11,14 @@ from torch import Tensor
 
 from openvision3.data.labelled import Labels, prompts
 from openvision3.evaluate.captioning import evaluate_captions
-from openvision3.evaluate.classes import ClassRow
+from openvision3.evaluate.features import EfficientNetFeatures, Extractor, Inception
 from openvision3.evaluate.pictures import Pictures
 from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
-from openvision3.evaluate.protocol import Functions, Number
+from openvision3.evaluate.protocol import Functions, Number, number
+from openvision3.evaluate.reconstruction import evaluate_reconstruction, noise_curve
 from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
+from openvision3.fetch import find as locate
+from openvision3.model.perceptual import EfficientNetDistance, Lpips
 
 TEXTS_AT_ONCE = 256
 
@@ -59,6 +62,76 @@ def image_embeddings(model: Functions, pictures: Pictures) -> dict[int, tuple[st
     return pictures.collect(
         f"{model.name}: embedding pictures", lambda batch: list(zip(batch.keys, embed(batch.images).float().cpu().numpy(), batch.captions, strict=True))
     )
+
+
+@dataclass
+class Networks:
+    """What pictures are compared by, beside their pixels; None where it was not asked for or is not here."""
+
+    extractors: list[Extractor] = field(default_factory=list)
+    distance: EfficientNetDistance | None = None
+    lpips: Lpips | None = None
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    """(metric, what it needs)"""
+
+
+def reconstruction_networks(
+    metrics: Sequence[str], inception: str = "", lpips_net: str = "alex", lpips_backbone: str = "", lpips_linear: str = "", device: str = "cpu"
+) -> Networks:
+    """The networks of `metrics`; of none: of all whose weights are here, the others in `missing`.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights of a metric that was asked for by name, with where to get them and what runs without.
+    """
+    found = Networks()
+
+    def want(metric: str, build: Callable[[], None], named: bool) -> None:
+        if metrics and metric not in metrics:
+            return
+        try:
+            build()
+        except FileNotFoundError as error:
+            if metrics or named:
+                raise
+            found.missing.append((metric, str(error)))
+
+    def rfid() -> None:
+        found.extractors.append(Inception(inception or locate("inception-2015")).to(device))
+
+    def lpips() -> None:
+        backbone, linear = lpips_backbone or locate(f"lpips-{lpips_net}-backbone"), lpips_linear or locate(f"lpips-{lpips_net}")
+        found.lpips = Lpips(lpips_net, backbone, linear).to(device)
+
+    def distance() -> None:
+        found.distance = EfficientNetDistance().to(device)
+
+    def kid() -> None:
+        found.extractors.append(EfficientNetFeatures().to(device))
+
+    want("distance", distance, False)
+    want("kid", kid, False)
+    want("lpips", lpips, bool(lpips_backbone or lpips_linear))
+    want("rfid", rfid, bool(inception))
+    return found
+
+
+def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sigmas: Sequence[float] = (), seed: int = 0) -> Measured:
+    """PSNR, SSIM and what the networks give, each picture's; then the error against noise on the tokens. Raises CannotRun."""
+    needs(model, "reconstruct")
+    rebuild: Callable[[Tensor], Tensor] = model.reconstruct  # type: ignore[assignment]
+    rows = ((batch.indices, batch.keys, batch.images) for batch in pictures.batches(f"{model.name}: rebuilding"))
+    done = evaluate_reconstruction(rows, rebuild, extractors=networks.extractors, distance=networks.distance, lpips=networks.lpips)
+    pictures.share_problems()
+    curve: list[tuple[float, float, int]] = []
+    if model.reconstruct_noisy is not None and sigmas:
+        noisy = model.reconstruct_noisy
+        again = ((batch.indices, [f"{seed} {key}" for key in batch.keys], batch.images) for batch in pictures.batches(f"{model.name}: rebuilding from noise"))
+        curve = noise_curve(again, noisy, sigmas)
+    numbers = list(done.numbers)
+    for sigma, value, count in curve:
+        if sigma:
+            numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
+    return Measured(numbers, list(networks.missing), done.keys, {"pictures": done, "curve": curve})
 
 
 def retrieval(model: Functions, pictures: Pictures, embedded: dict | None = None, shown: int = 12) -> Measured:
@@ -166,6 +239,3 @@ def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pic
 def _named(numbers: Sequence[Number], what: str) -> list[Number]:
     """top_1 of the probe and top_1 of zero-shot are two metrics."""
     return [replace(each, metric=f"{what}_{each.metric}") for each in numbers]
-
-
-__all__ = ["CannotRun", "ClassRow", "Measured", "captioning", "class_texts", "probe", "retrieval", "zeroshot"]

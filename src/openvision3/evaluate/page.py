@@ -1,0 +1,256 @@
+"""The page of an evaluation: numbers first, then the pictures, curves and answers behind them, then how it was measured."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openvision3.data.images import to_pil
+from openvision3.evaluate import published, report
+from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, shown, split
+from openvision3.files import write_whole
+
+if TYPE_CHECKING:
+    from openvision3.cli_evaluate import Evaluation
+
+FIRST, EXTREME = 12, 6
+"""pictures that a page shows: the first ones, and the best and the worst"""
+AMPLIFIED = 4
+COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
+
+
+def write_report(out: Path, work: Evaluation) -> Path:
+    """report.html and pictures.jsonl (what each picture scored) in `out`. Returns the page."""
+    results = work.results
+    sections = [("Numbers", _numbers(split(results.rows), results.not_run))]
+    write_whole(out / "pictures.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _per_picture(work)))
+    for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
+        sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
+    sections.append(("Published numbers", _published(results.rows)))
+    sections.append(("How it was measured", _protocols(results.rows)))
+    skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
+    lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}."
+    footer = f"<code>{html.escape(results.command)}</code><br>{html.escape(_machine(results.environment))}, {results.seconds:.0f} s"
+    return report.write_page(out / "report.html", "Evaluation", lead, sections, footer)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {environment[name]}" for name in ("processor", "torch", "python") if environment.get(name))
+
+
+def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun]) -> str:
+    """A table for each setting, a column a model; what was not run stands below and never in a table."""
+    made = ""
+    for setting, lines in tables:
+        models = list(dict.fromkeys(model for line in lines for model in line.values))
+        counts = sorted({number.count for line in lines for number in line.values.values()})
+        made += f"<p>{html.escape(setting.data)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
+        made += report.table(
+            ("", *models), [(line.metric, *(shown(line.metric, line.values[m]) if m in line.values else "" for m in models)) for line in lines]
+        )
+    if not_run:
+        made += "<p>Not run:</p>" + report.table(("model", "metric", "needs"), [(each.model, each.metric, each.needs) for each in not_run])
+    return made
+
+
+def _protocols(rows: Sequence[Row]) -> str:
+    seen: dict[tuple, Row] = {}
+    for row in rows:
+        seen.setdefault(row.protocol, row)
+    table = [
+        (r.metric, f"{r.number.count:,}", r.number.how, r.number.network + (f" {r.number.network_sha256[:12]}" if r.number.network_sha256 else ""),
+         f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, labels {r.setting.labels}", r.number.library)
+        for r in seen.values()
+    ]  # fmt: skip
+    models = {row.model: row for row in rows}
+    who = [(name, row.model_sha256 or "none", row.note) for name, row in models.items()]
+    head = report.table(("metric", "N", "protocol", "network", "setting", "library"), table)
+    data = {(row.setting.data, row.setting.data_sha256) for row in rows}
+    sets = report.table(("pictures", "sha256 of their names"), sorted(data))
+    return head + report.table(("model", "sha256 of its weights", "note"), who) + sets
+
+
+def _published(rows: Sequence[Row]) -> str:
+    """The paper's numbers, in a table of their own: their protocols are not those of the numbers above."""
+    listed = [(each.model, f"{each.metric}, {each.protocol}", f"{each.value:g}", each.heading) for each in published.PUBLISHED if each.protocol in published.REBUILT]
+    note = "<p>From the paper, not measured here. ImageNet and COCO at 256 px with Inception: not to be compared with numbers of other sets, sizes or networks.</p>"
+    return note + report.table(("model", "metric", "value", ""), listed)
+
+
+def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
+    rows = []
+    for (kind, model), done in work.measured.items():
+        if kind == "reconstruction":
+            found = done.shown["pictures"]
+            for i, key in enumerate(found.keys):
+                row = {"model": model, "key": key, "psnr": round(found.psnr[i], 4), "ssim": round(found.ssim[i], 5)}
+                row |= {name: round(column[i], 5) for name, column in (("distance", found.distance), ("lpips", found.lpips)) if column is not None}
+                rows.append(row)
+    return rows
+
+
+# -- reconstruction ------------------------------------------------------------------------------------------------
+
+
+def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    if not measured:
+        return []
+    curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
+    drawn = report.picture(_spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves), "PSNR of all pictures, and against noise")
+    sections = [("Rebuilding: all pictures, and against noise on the tokens", drawn)]
+    first = next(iter(measured.values())).shown["pictures"]
+    for title, places in (
+        ("The first pictures", list(range(min(FIRST, len(first.keys))))),
+        ("The worst", first.worst(EXTREME)),
+        ("The best", first.best(EXTREME)),
+    ):
+        sections.append((f"{title}{'' if title.startswith('The first') else f' of {next(iter(measured))}'}: original | {_columns(work, measured)}", _figures(work, measured, places)))
+    return sections
+
+
+def _columns(work: Evaluation, measured: dict[str, Any]) -> str:
+    return " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
+
+
+def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> str:
+    """Original, and rebuilt beside its error for each model, for these places of the list of pictures."""
+    import torch
+
+    first = next(iter(measured.values())).shown["pictures"]
+    images = torch.cat([batch.images for batch in work.pictures.subset([first.indices[i] for i in places]).batches("drawing")])
+    rebuilt = {model.name: torch.cat([model.reconstruct(part) for part in images.split(work.options.batch)]) for model in work.models if model.name in measured and model.reconstruct}
+    columns: list[list[Any]] = [to_pil(images)]  # type: ignore[list-item]
+    for images_hat in rebuilt.values():
+        columns += [to_pil(images_hat.cpu()), [report.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
+    figures = ""
+    for row, place in enumerate(places):
+        shown_pictures = "".join(report.picture(column[row], first.keys[place]) for column in columns)
+        told = ", ".join(f"{name} {done.shown['pictures'].psnr[place]:.1f} dB" for name, done in measured.items())
+        figures += f'<figure><div style="grid-template-columns: repeat({len(columns)}, 1fr)">{shown_pictures}</div><figcaption>{html.escape(first.keys[place])}: {html.escape(told)}</figcaption></figure>'
+    return f'<div class="wide">{figures}</div>'
+
+
+def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
+    """How PSNR spreads over the pictures, and how it falls with the noise. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2))
+    left, right = figure.subplots(1, 2)
+    low, high = min(min(v) for v in values.values()), max(max(v) for v in values.values())
+    for i, (name, found) in enumerate(values.items()):
+        left.hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=COLOURS[i % len(COLOURS)], label=name)
+    left.set_title("PSNR of each picture, dB", fontsize=10, loc="left")
+    left.legend(frameon=False, fontsize=8)
+    for i, (name, points) in enumerate(curves.items()):
+        right.plot(*zip(*points, strict=True), marker="o", color=COLOURS[list(values).index(name) % len(COLOURS)] if name in values else COLOURS[i], label=name)
+    right.set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
+    right.set_visible(bool(curves))
+    for panel in (left, right):
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def _pictures_at(work: Evaluation, indices: Sequence[int]) -> list[Any]:
+    return [image for batch in work.pictures.subset(indices).batches("drawing") for image in to_pil(batch.images)]
+
+
+def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    sections = []
+    for name, done in measured.items():
+        images = _pictures_at(work, done.shown["indices"])
+        cards = ""
+        for image, answers in zip(images, done.shown["answers"], strict=True):
+            lines = "<br>".join(f'<span class="right">{html.escape(text)}</span>' if right else html.escape(text) for text, right in answers)
+            cards += f'<div class="card">{report.picture(image, answers[0][0])}<p>{lines}</p></div>'
+        left_out = f"<p>{done.shown['left_out']} pictures without a caption are left out.</p>" if done.shown["left_out"] else ""
+        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", f'<div class="cards">{cards}</div>{left_out}'))
+    return sections
+
+
+def _captions(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    sections = []
+    for name, done in measured.items():
+        images = _pictures_at(work, [index for index, _, _ in done.shown["cards"]])
+        cards = report.caption_cards([(image, written, true) for image, (_, written, true) in zip(images, done.shown["cards"], strict=True)])
+        sections.append((f"{name}: captions of the first pictures (above: written, below: true)", cards))
+    return sections
+
+
+def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+    sections = []
+    for name, done in measured.items():
+        table = report.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
+        left_out = "; ".join(f"{count} {why}" for why, count in done.shown["left_out"].items())
+        sections.append((f"{name}: zero-shot by class", table + (f"<p>Left out: {html.escape(left_out)}.</p>" if left_out else "")))
+    return sections
+
+
+# -- several evaluations -------------------------------------------------------------------------------------------
+
+
+def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun], results: Sequence[Results]) -> Path:
+    """One page of several results, beginning with the paper's first figure for all that was measured."""
+    rows = [row for each in results for row in each.rows]
+    sections = [
+        ("Rebuilding, drawing, understanding: the paper's first figure for what was measured", report.picture(figure_one(rows), "rebuilding, drawing and understanding of each model")),
+        ("Numbers", _numbers(tables, not_run)),
+        ("Published numbers", _published(rows)),
+        ("How it was measured", _protocols(rows)),
+        ("Commands", report.table(("command", "machine", "seconds"), [(each.command, _machine(each.environment), f"{each.seconds:.0f}") for each in results])),
+    ]
+    return report.write_page(path, "Evaluations", f"{len(results)} evaluations.", sections)
+
+
+PANELS = (
+    ("rebuilding: rFID", ("rfid",), 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
+    ("rebuilding: KID on EfficientNet-Lite0", ("KID on EfficientNet-Lite0 features",), 1.0, "not run"),
+    ("drawing: gFID", ("gfid",), 1.0, "not run: needs a trained RAE\nand Inception's weights"),
+    ("understanding: R@1, picture to text, %", ("image_to_text_r@1",), 100.0, "not run"),
+)
+
+
+def figure_one(rows: Sequence[Row]) -> bytes:
+    """A panel for rFID, KID, gFID and understanding, a bar for each model and set; a panel without numbers says what it needs. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(PANELS), 3.6))
+    panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
+    for panel, (title, metrics, factor, otherwise) in zip(panels, PANELS, strict=True):
+        found = [row for row in rows if row.metric in metrics]
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+        if not found:
+            panel.text(0.5, 0.5, otherwise, ha="center", va="center", fontsize=9, transform=panel.transAxes)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            continue
+        models = list(dict.fromkeys(row.model for row in found))
+        sets = list(dict.fromkeys(_short(row.setting.data) for row in found))
+        for i, model in enumerate(models):
+            bars = [(sets.index(_short(row.setting.data)) + i / (len(models) + 1), row.number.value * factor) for row in found if row.model == model]
+            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=COLOURS[i % len(COLOURS)], label=model)
+        panel.set_xticks([j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(sets))], sets, fontsize=8, rotation=15)
+        panel.tick_params(labelsize=8)
+        panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _short(data: str) -> str:
+    """openmoji held out -> openmoji; DATA/photos/val-000.tar -> photos."""
+    first = data.split(",")[0].split(" ")[0]
+    return Path(first).parent.name if first.endswith(".tar") else Path(first).name
