@@ -27,7 +27,7 @@ BETA = 1.2
 """ROUGE-L: how much more recall weighs than precision"""
 SIGMA = 6.0
 """CIDEr: of the Gaussian over the difference of lengths"""
-PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """what COCO leaves out; its brackets are in capitals, so that with lower-case words `-lrb-` stays in, and here too"""
 
 Words = list[str]
@@ -47,9 +47,7 @@ def token_f1(written: str, true: str) -> float:
     return 2 * shared / (sum(a.values()) + sum(b.values()))
 
 
-def evaluate_captions(
-    written: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "auto", missing: list[str] | None = None
-) -> list[Number]:
+def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "auto", missing: list[str] | None = None) -> list[Number]:
     """One written caption a picture against all references of that picture -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
 
     `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. What cannot be computed is left

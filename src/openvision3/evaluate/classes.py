@@ -59,7 +59,9 @@ def accuracies(rank: Tensor, labels: Sequence[int], names: Sequence[str], how: s
     count = len(labels)
     found = [number("top_1", (rank == 0).double().mean(), count, f"share of pictures named rightly: {how}")]
     if first_few and len(names) > FIRST_FEW:
-        found.append(number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}"))
+        found.append(
+            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}")
+        )
     mean = sum(row.accuracy for row in rows) / len(rows)
     found.append(number("mean_class_accuracy", mean, count, f"mean over the {len(rows)} classes that occur of the share named rightly: {how}"))
     share = int(counts.max()) / count

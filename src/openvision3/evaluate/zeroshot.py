@@ -33,7 +33,9 @@ def evaluate_retrieval(
     """
     pictures, count = len(image_embedding), len(texts)
     if not count or len(text_embedding) != count or len(owners) != count:
-        raise ValueError(f"retrieval needs an embedding and a picture for each text; seen {count} texts, {len(text_embedding)} embeddings, {len(owners)} owners")
+        raise ValueError(
+            f"retrieval needs an embedding and a picture for each text; seen {count} texts, {len(text_embedding)} embeddings, {len(owners)} owners"
+        )
     if set(owners) != set(range(pictures)):
         strange = sorted(set(owners) ^ set(range(pictures)))
         raise ValueError(f"retrieval needs a text for each of the {pictures} pictures, and a picture for each text; first that is not so: {strange[0]}")
@@ -66,7 +68,8 @@ def evaluate_retrieval(
         ("text_to_image", _best_ranks(text, image, pictures_of), f"{pictures} pictures"),
     ):
         found += [
-            number(f"{way}_r@{k}", (rank <= k).double().mean(), len(rank), f"share with a right one among the first {k} of {what} by cosine; {shared}") for k in ks
+            number(f"{way}_r@{k}", (rank <= k).double().mean(), len(rank), f"share with a right one among the first {k} of {what} by cosine; {shared}")
+            for k in ks
         ]
         middle = rank.double().quantile(0.5)
         found.append(number(f"{way}_median_rank", middle, len(rank), f"median place of the best placed right one among {what} by cosine, from 1; {shared}"))
