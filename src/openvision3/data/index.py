@@ -206,6 +206,25 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     return ShardIndex(stamp or Stamp(size), table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
 
 
+def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:
+    """Read the headers of a tar -> {sample name: (offset, size)} of the members of this extension, which no index lists. Raises OSError.
+
+    Names are made as `scan` makes them; what is damaged is left out here, for `scan` has said so.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, slash, base = member.name.removeprefix("./").rpartition("/")
+                stem, _, ending = base.partition(".")
+                if member.isfile() and ending.lower() == extension:
+                    found[folder + slash + stem] = (member.offset_data, member.size)
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+    except tarfile.TarError:
+        pass
+    return found
+
+
 def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, str]:
     """(the index file, "") where it is there, whole and of this state of the tar, otherwise (None, why not); "" means no such file.
 

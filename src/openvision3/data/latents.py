@@ -191,6 +191,9 @@ class CachedSource:
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self.cache.sample(index)[1]["captions"])
 
+    def value(self, index: int, name: str = "") -> str | None:
+        return None
+
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
 

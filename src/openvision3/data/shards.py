@@ -50,6 +50,13 @@ class Source(Protocol):
 
     def captions(self, index: int) -> tuple[str, ...]: ...
 
+    def value(self, index: int, name: str = "") -> str | None:
+        """What the sample says under `name`, None where it says nothing. "" is what sources of its kind say classes by.
+
+        That is the group of an emoji, the sub-folder of a picture in a folder, the `.cls` member of a sample in a shard.
+        """
+        ...
+
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image: ...
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
@@ -85,6 +92,9 @@ class EmojiSource:
     def captions(self, index: int) -> tuple[str, ...]:
         sample = self.emoji[index]
         return (sample.name, *sample.aliases) if self.aliases else (sample.name,)
+
+    def value(self, index: int, name: str = "") -> str | None:
+        return {"": self.emoji[index].group, "group": self.emoji[index].group, "name": self.emoji[index].name}.get(name)
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         return samples.draw(self.emoji[index].character, size) if generator is None else self.crop(index, size, generator)[0]
@@ -202,6 +212,11 @@ class FolderSource(_PictureSource):
         except OSError as error:
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
+    def value(self, index: int, name: str = "") -> str | None:
+        """The first sub-folder, in which torchvision's ImageFolder layout keeps a class; nothing else is known of a file."""
+        parts = self.files[index].relative_to(self.folder).parts
+        return parts[0] if len(parts) > 1 and name in ("", "folder") else None
+
 
 class ShardSource(_PictureSource):
     """Webdataset shards by random access, through their indexes.
@@ -276,6 +291,18 @@ class ShardSource(_PictureSource):
             return clean_captions([values.get(name) for name in self.caption_keys])
         return clean_captions([(self.tars.read(self._place(index), "txt") or b"").decode("utf-8", "replace")])
 
+    def value(self, index: int, name: str = "") -> str | None:
+        """A text or a number of the JSON under `name`; where there is none, the `.cls` member for "" and "cls".
+
+        Raises:
+            ImageError: as `Tars.read`. ValueError: the `.cls` members of a remote shard.
+        """
+        place = self._place(index)
+        found = self._json(place).get(name) if name else None
+        if isinstance(found, bool) or not isinstance(found, str | int | float):
+            found = (self.tars.extra(place, "cls") or b"").decode("utf-8", "replace") if name in ("", "cls") else ""
+        return str(found).strip() or None
+
     def order(self, seed: int, epoch: int) -> Order:
         if not self.tars.remote:
             return Shuffle(len(self), seed, epoch)
@@ -336,6 +363,10 @@ class MixedSource:
     def captions(self, index: int) -> tuple[str, ...]:
         source, local = self._find(index)
         return source.captions(local)
+
+    def value(self, index: int, name: str = "") -> str | None:
+        source, local = self._find(index)
+        return source.value(local, name)
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         source, local = self._find(index)

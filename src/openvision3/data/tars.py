@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.data.images import ImageError
-from openvision3.data.index import IndexFile, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
+from openvision3.data.index import IndexFile, ShardIndex, Stamp, extra_members, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.remote import ShardCache
 
 OPEN_TARS = 64
@@ -68,6 +68,7 @@ class Tars:
         self._indexes: list[ShardIndex | IndexFile] = []
         self._mapped: OrderedDict[int, ShardIndex] = OrderedDict()
         self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
+        self._extra: tuple[int, str, dict[str, tuple[int, int]]] = (-1, "", {})
         if index and not Path(index).is_dir():
             raise ValueError(f"no folder of indexes at {index}; make it with: openvision3 data index SHARDS --index {index}")
         with ThreadPoolExecutor(16) as pool:  # on a network file system nearly all of this is waiting
@@ -96,7 +97,7 @@ class Tars:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mapped": OrderedDict(), "_tars": OrderedDict()}
+        return self.__dict__ | {"_mapped": OrderedDict(), "_tars": OrderedDict(), "_extra": (-1, "", {})}
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -142,6 +143,26 @@ class Tars:
             with self.cache.reading(path, index.stamp) as descriptor:
                 return _read(descriptor, *place, path)
         return self._read_local(shard, path, index.stamp, *place)
+
+    def extra(self, number: int, extension: str) -> bytes | None:
+        """The bytes of a member that no index lists, such as `cls`, None where the sample has none.
+
+        Its place comes from the headers of the tar, read once for all samples of a shard that are asked for in a row.
+
+        Raises:
+            ImageError: as `read`. ValueError: the shard is remote.
+        """
+        shard, sample, index = self._find(number)
+        path = self.paths[shard]
+        if is_remote(path):
+            raise ValueError(f"the .{extension} members of {path} cannot be read from afar; copy the shard here, or name a JSON field")
+        if self._extra[:2] != (shard, extension):
+            try:
+                self._extra = (shard, extension, extra_members(path, extension))
+            except OSError as error:
+                raise ImageError("unreadable", f"{path} cannot be read: {error}") from error
+        place = self._extra[2].get(index.name(sample))
+        return None if place is None else self._read_local(shard, path, index.stamp, *place)
 
     def _read_local(self, shard: int, path: str, stamp: Stamp, offset: int, size: int) -> bytes:
         try:

@@ -1,16 +1,40 @@
-"""How well pictures are described: exact match and token F1 of written captions against the true ones."""
+"""How well pictures are described: written captions against the references of each picture.
+
+BLEU (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr (CIDEr-D of Vedantam et al. 2015) as COCO's caption evaluation
+computes them (Chen et al. 2015, package pycocoevalcap), written anew on lists of words: they need no Java. Two tokenisers
+make these lists, and numbers of unlike tokenisers are unlike protocols: "simple" is ours; "ptb" is COCO's, the Penn Treebank
+one of Stanford CoreNLP 3.4.1, which with METEOR (Denkowski and Lavie 2014) comes with pycocoevalcap and needs Java.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from openvision3.evaluate.reconstruction import Result
+from openvision3.evaluate.protocol import Number, number
+
+TOKENIZERS = ("auto", "simple", "ptb")
+PACKAGE = "pycocoevalcap"
+LONGEST = 4
+"""words of the longest n-gram that BLEU and CIDEr count"""
+BETA = 1.2
+"""ROUGE-L: how much more recall weighs than precision"""
+SIGMA = 6.0
+"""CIDEr: of the Gaussian over the difference of lengths"""
+PUNCTUATION = frozenset(["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+"""what COCO leaves out; its brackets are in capitals, so that with lower-case words `-lrb-` stays in, and here too"""
+
+Words = list[str]
 
 
-def words(caption: str) -> list[str]:
-    """Lower-case runs of letters and digits: "Man: light skin" and "man light skin" are the same words."""
+def words(caption: str) -> Words:
+    """Lower-case runs of letters and digits: "Man: light skin" and "man light skin" are the same words. The simple tokeniser."""
     return re.findall(r"\w+", caption.lower())
 
 
@@ -23,17 +47,210 @@ def token_f1(written: str, true: str) -> float:
     return 2 * shared / (sum(a.values()) + sum(b.values()))
 
 
-def evaluate_captions(written: Sequence[str], true: Sequence[str]) -> Result:
-    """Share of captions whose words are exactly the true ones in order, and mean token F1.
+def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "auto", missing: list[str] | None = None) -> list[Number]:
+    """One written caption a picture against all references of that picture -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
+
+    `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. What cannot be computed is left
+    out of the numbers, and said in a line that is added to `missing`. exact_match and token_f1 always see the simple words.
 
     Raises:
-        ValueError: unlike counts, or none.
+        ValueError: unlike counts, none, a picture without references, or a tokeniser that cannot be had.
     """
-    if not true or len(written) != len(true):
-        raise ValueError(f"captions must be compared pair by pair; seen {len(written)} written and {len(true)} true")
-    return {
-        "exact_match": sum(words(a) == words(b) for a, b in zip(written, true, strict=True)) / len(true),
-        "token_f1": sum(token_f1(a, b) for a, b in zip(written, true, strict=True)) / len(true),
-        "count": len(true),
-        "protocol": "one caption a picture, lower-case words",
-    }
+    if not written or len(written) != len(references):
+        raise ValueError(f"captions must be compared picture by picture; seen {len(written)} written and references of {len(references)}")
+    if any(isinstance(each, str) or not len(each) for each in references):
+        raise ValueError("each picture needs a list of one reference or more; seen a bare string or an empty list; leave pictures without references out")
+    name = choose_tokenizer(tokenizer)
+    count, missing = len(written), [] if missing is None else missing
+    fewest, most = min(map(len, references)), max(map(len, references))
+    against = f"{most} reference{'s' * (most > 1)} a picture" if fewest == most else f"{fewest} to {most} references a picture"
+    exact = sum(any(words(one) == words(true) for true in of) for one, of in zip(written, references, strict=True)) / count
+    f1 = sum(max(token_f1(one, true) for true in of) for one, of in zip(written, references, strict=True)) / count
+    found = [
+        number("exact_match", exact, count, f"share of pictures whose lower-case words are those of a reference in order, {against}"),
+        number("token_f1", f1, count, f"F1 of lower-case words with repeats, the best reference, mean over pictures, {against}"),
+    ]
+    own, true = tokenized(written, references, name)
+    packages = (PACKAGE,) if name == "ptb" else ()
+    spelled = f"{name} tokeniser, {against}"
+    for n, value in enumerate(bleu(own, true), 1):
+        found.append(number(f"bleu_{n}", value, count, f"BLEU-{n} over the whole set, closest reference length, {spelled}", *packages))
+    found.append(number("rouge_l", rouge_l(own, true), count, f"ROUGE-L, beta {BETA}, mean over pictures, {spelled}", *packages))
+    if count > 1:
+        told = f"CIDEr, {name} tokeniser, CIDEr-D x10, sigma {SIGMA:g}, document frequencies of this set's references, mean over pictures, {against}"
+        found.append(number("cider", cider(own, true), count, told, *packages))
+    else:
+        missing.append("cider: of one picture it is always 0, for every word is in all of its documents; give two pictures or more")
+    if name == "ptb":
+        try:
+            found.append(number("meteor", meteor(own, true), count, f"METEOR 1.5, English, over the whole set, {spelled}", *packages))
+        except (OSError, ValueError) as error:
+            missing.append(f"meteor: {error}")
+    else:
+        missing.append(f"meteor: {ptb_lacks() or 'it comes with the ptb tokeniser only; ask for that'}")
+    return found
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def ptb_lacks() -> str:
+    """What the ptb tokeniser and METEOR need and do not find here; "" where they can run."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return f"{PACKAGE} is not installed; pip install 'openvision3[captions]', and Java"
+    return "" if shutil.which("java") else "java is not on the PATH; install a Java runtime, such as openjdk"
+
+
+def choose_tokenizer(name: str) -> str:
+    """ "auto", "simple" or "ptb" -> which of the latter two. Raises ValueError where it cannot be had."""
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenizer {name} is none of {', '.join(TOKENIZERS)}")
+    if name == "ptb" and ptb_lacks():
+        raise ValueError(f"tokenizer ptb cannot run: {ptb_lacks()}; the tokenizer simple needs nothing")
+    return name if name != "auto" else "simple" if ptb_lacks() else "ptb"
+
+
+def tokenized(written: Sequence[str], references: Sequence[Sequence[str]], name: str) -> tuple[list[Words], list[list[Words]]]:
+    """All captions through one tokeniser, in the shape they came in."""
+    flat = [*written, *(caption for of in references for caption in of)]
+    made = iter(ptb_words(flat) if name == "ptb" else map(words, flat))
+    return [next(made) for _ in written], [[next(made) for _ in of] for of in references]
+
+
+def ptb_words(captions: Sequence[str]) -> list[Words]:
+    """Lower-case Penn Treebank words without COCO's punctuation, in one run of Java for all captions.
+
+    Raises:
+        ValueError: Java failed, with what it said.
+    """
+    lines = [" ".join(caption.split()) for caption in captions]  # a line is a caption: no other line break may stand in it
+    jar = _folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    try:
+        done = subprocess.run(command, input="".join(line + "\n" for line in lines).encode("utf-8", "replace"), capture_output=True, check=False)
+    except OSError as error:
+        raise ValueError(f"the ptb tokeniser cannot run: {error}; the tokenizer simple needs nothing") from error
+    found = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if done.returncode or len(found) != len(lines):
+        said = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["nothing"])[0]
+        raise ValueError(f"the ptb tokeniser gave {len(found)} lines for {len(lines)} captions, java said: {said}; the tokenizer simple needs nothing")
+    return [[word for word in line.split() if word not in PUNCTUATION] for line in found]
+
+
+def _folder() -> Path:
+    found = importlib.util.find_spec(PACKAGE)
+    assert found is not None and found.submodule_search_locations is not None
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def ngrams(caption: Words) -> Counter[tuple[str, ...]]:
+    """How often each run of 1 to LONGEST words occurs."""
+    return Counter(tuple(caption[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(caption) - n + 1))
+
+
+def bleu(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """BLEU-1 to BLEU-4 of the whole set: geometric means of clipped precisions times the brevity penalty.
+
+    The length to reach is that of the closest reference, of two equally close ones the shorter. The small numbers stand where
+    COCO has them: where nothing is right, next to nothing comes out, not 0.
+    """
+    right, guessed = [0] * LONGEST, [0] * LONGEST
+    length = wanted = 0
+    for own, of in zip(written, references, strict=True):
+        most: Counter[tuple[str, ...]] = Counter()
+        for reference in of:
+            most |= ngrams(reference)
+        for gram, times in (ngrams(own) & most).items():
+            right[len(gram) - 1] += times
+        for n in range(LONGEST):
+            guessed[n] += max(0, len(own) - n)
+        length += len(own)
+        wanted += min((abs(len(reference) - len(own)), len(reference)) for reference in of)[1]
+    ratio = (length + 1e-15) / (wanted + 1e-9)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, found = 1.0, []
+    for n in range(LONGEST):
+        product *= (right[n] + 1e-15) / (guessed[n] + 1e-9)
+        found.append(product ** (1 / (n + 1)) * penalty)
+    return found
+
+
+def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
+    """Mean over pictures of F_beta from the longest common subsequence, its precision and its recall each of the best reference.
+
+    A caption without words counts as one empty word, as at COCO.
+    """
+    total = 0.0
+    for own, of in zip(written, references, strict=True):
+        own = own or [""]
+        common = [(_common_subsequence(own, reference or [""]), len(reference or [""])) for reference in of]
+        precision, recall = max(shared for shared, _ in common) / len(own), max(shared / length for shared, length in common)
+        if precision and recall:
+            total += (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+    return total / len(written)
+
+
+def _common_subsequence(first: Words, second: Words) -> int:
+    """Length of the longest common subsequence, row by row."""
+    above = [0] * (len(second) + 1)
+    for word in first:
+        row = [0]
+        for place, other in enumerate(second):
+            row.append(above[place] + 1 if word == other else max(row[place], above[place + 1]))
+        above = row
+    return above[-1]
+
+
+def cider(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
+    """CIDEr-D: ten times the mean over pictures, references and n of clipped cosines of tf-idf vectors, with a penalty on length.
+
+    A document is a picture: df counts the pictures of whose references one has the n-gram. Lengths are counted in bigrams, as
+    pycocoevalcap does, which differs from words for captions of none and one alone.
+    """
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for of in references:
+        frequency.update({gram for reference in of for gram in ngrams(reference)})
+    documents = math.log(len(references))
+
+    def vectors(caption: Words) -> tuple[dict[tuple[str, ...], float], list[float]]:
+        """tf-idf of each n-gram, and the norm for each n."""
+        weights = {gram: times * (documents - math.log(max(1, frequency[gram]))) for gram, times in ngrams(caption).items()}
+        squares = [0.0] * LONGEST
+        for gram, weight in weights.items():
+            squares[len(gram) - 1] += weight**2
+        return weights, [math.sqrt(square) for square in squares]
+
+    total = 0.0
+    for own, of in zip(written, references, strict=True):
+        weights, norms = vectors(own)
+        for reference in of:
+            true_weights, true_norms = vectors(reference)
+            dots = [0.0] * LONGEST
+            for gram in weights.keys() & true_weights.keys():
+                dots[len(gram) - 1] += min(weights[gram], true_weights[gram]) * true_weights[gram]
+            cosines = sum(dot / (a * b) for dot, a, b in zip(dots, norms, true_norms, strict=True) if a and b)
+            delta = max(0, len(own) - 1) - max(0, len(reference) - 1)
+            total += cosines / LONGEST * math.exp(-(delta**2) / (2 * SIGMA**2)) / len(of)
+    return 10 * total / len(written)
+
+
+def meteor(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
+    """METEOR 1.5 of pycocoevalcap over the whole set, on words of the ptb tokeniser.
+
+    Raises:
+        OSError, ValueError: its program or its data are not there, or it gave no number.
+    """
+    for path in (_folder() / "meteor" / "meteor-1.5.jar", _folder() / "meteor" / "data" / "paraphrase-en.gz"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; install {PACKAGE} again")
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    pictures = range(len(written))
+    true, own = {i: [" ".join(one) for one in references[i]] for i in pictures}, {i: [" ".join(written[i])] for i in pictures}
+    try:
+        return Meteor().compute_score(true, own)[0]
+    except ValueError as error:
+        raise ValueError(f"Java's METEOR gave no number ({error}); it needs 2 GB of memory") from error

@@ -1,62 +1,116 @@
-"""How well pictures are told apart by words: retrieval and classification, given embeddings of unit length."""
+"""How well pictures are told apart by words: retrieval and classification, given embeddings of unit length.
+
+Protocol of CLIP (Radford et al. 2021, section 3.1) for classes, and of Karpathy and Fei-Fei (2015) for retrieval, where one
+picture has several captions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from openvision3.evaluate.reconstruction import Result
+from openvision3.evaluate.classes import Classification, accuracies, check_labels, ranks
+from openvision3.evaluate.protocol import Number, number
+
+SCORES_AT_ONCE = 2**24
+"""similarities that are in memory at a time: 64 MB"""
+EQUAL = 1e-6
+"""Cosines this close are a tie, for rounding must not decide: columns of a product of matrices differ in the last bits. In retrieval a
+tie counts against the model, so that one that says nothing gets nothing; among classes the first named is taken."""
 
 
-def evaluate_retrieval(image_embedding: Tensor, text_embedding: Tensor, captions: Sequence[str], ks: Sequence[int] = (1, 5)) -> Result:
-    """Recall at k in both directions over N pairs, (N, E) twice. Pictures with equal captions count as each other's match.
+def evaluate_retrieval(
+    image_embedding: Tensor, text_embedding: Tensor, texts: Sequence[str], owners: Sequence[int], ks: Sequence[int] = (1, 5, 10)
+) -> list[Number]:
+    """(N, E) pictures, (M, E) texts, text j of picture owners[j] -> image_to_text_r@k and text_to_image_r@k, and the median rank each way.
+
+    A string that several pictures have is right for all of them; of several right ones the best placed counts. Its rank is one
+    more than the number of wrong candidates that are as similar or more (within EQUAL).
 
     Raises:
-        ValueError: unlike counts, or none.
+        ValueError: unlike counts, none, owners out of range, a picture without a text, or embeddings that are no numbers.
     """
-    count = len(captions)
-    if not count or len(image_embedding) != count or len(text_embedding) != count:
-        raise ValueError(f"retrieval needs as many pictures as captions; seen {len(image_embedding)} pictures, {len(text_embedding)} texts, {count} captions")
-    similarity = image_embedding.float() @ text_embedding.float().T
-    ids = {caption: i for i, caption in enumerate(captions)}
-    label = torch.tensor([ids[c] for c in captions], device=similarity.device)
-    match = label[:, None] == label[None]
-    result: Result = {"count": count, "protocol": f"retrieval among {count}, equal captions are positives"}
-    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        hits = match.gather(1, order)
-        for k in ks:
-            result[f"{name}_r@{k}"] = hits[:, :k].any(1).float().mean().item()
-    return result
+    pictures, count = len(image_embedding), len(texts)
+    if not count or len(text_embedding) != count or len(owners) != count:
+        raise ValueError(
+            f"retrieval needs an embedding and a picture for each text; seen {count} texts, {len(text_embedding)} embeddings, {len(owners)} owners"
+        )
+    if set(owners) != set(range(pictures)):
+        strange = sorted(set(owners) ^ set(range(pictures)))
+        raise ValueError(f"retrieval needs a text for each of the {pictures} pictures, and a picture for each text; first that is not so: {strange[0]}")
+    for embedding, what in ((image_embedding, "image"), (text_embedding, "text")):
+        if not embedding.isfinite().all():
+            raise ValueError(f"some {what} embeddings hold NaN or infinite numbers; look at the model in fp32")
+    image, text = image_embedding.float(), text_embedding.float().to(image_embedding.device)
+    numbered = {string: i for i, string in enumerate(dict.fromkeys(texts))}
+    string, owner = torch.tensor([numbered[t] for t in texts], device=image.device), torch.tensor(owners, device=image.device)
+
+    def texts_of(start: int, stop: int) -> Tensor:
+        """Which texts are right for pictures start to stop: (stop - start, M)."""
+        own = (owner >= start) & (owner < stop)
+        has = torch.zeros(stop - start, len(numbered), dtype=torch.bool, device=image.device)
+        has[owner[own] - start, string[own]] = True
+        return has[:, string]
+
+    def pictures_of(start: int, stop: int) -> Tensor:
+        """Which pictures are right for texts start to stop: (stop - start, N)."""
+        asked, row = string[start:stop].unique(return_inverse=True)
+        same = torch.isin(string, asked)
+        has = torch.zeros(len(asked), pictures, dtype=torch.bool, device=image.device)
+        has[torch.searchsorted(asked, string[same]), owner[same]] = True
+        return has[row]
+
+    found = []
+    shared = "equal texts are right for every picture that has one, the best placed right one counts, ties count against"
+    for way, rank, what in (
+        ("image_to_text", _best_ranks(image, text, texts_of), f"{count} texts"),
+        ("text_to_image", _best_ranks(text, image, pictures_of), f"{pictures} pictures"),
+    ):
+        found += [
+            number(f"{way}_r@{k}", (rank <= k).double().mean().item(), len(rank), f"share with a right one among the first {k} of {what} by cosine; {shared}")
+            for k in ks
+        ]
+        middle = rank.double().quantile(0.5).item()
+        found.append(number(f"{way}_median_rank", middle, len(rank), f"median place of the best placed right one among {what} by cosine, from 1; {shared}"))
+    return found
+
+
+def _best_ranks(queries: Tensor, candidates: Tensor, right_for: Callable[[int, int], Tensor]) -> Tensor:
+    """For each query the place of its best right candidate, from 1 on, in chunks of SCORES_AT_ONCE. `right_for` gives (chunk, candidates)."""
+    chunk, found = max(1, SCORES_AT_ONCE // len(candidates)), []
+    for start in range(0, len(queries), chunk):
+        stop = min(start + chunk, len(queries))
+        scores, right = queries[start:stop] @ candidates.T, right_for(start, stop)
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        found.append(1 + ((scores >= best - EQUAL) & ~right).sum(1))
+    return torch.cat(found)
 
 
 def class_embedding(groups: Sequence[Tensor]) -> Tensor:
-    """For each class the embeddings (n, E) of its prompts -> (classes, E): their mean, of unit length."""
-    return torch.nn.functional.normalize(torch.stack([g.float().mean(0) for g in groups]), dim=-1)
+    """For each class the embeddings (n, E) of its prompts -> (classes, E): the mean of their directions, of unit length."""
+    unit = torch.nn.functional.normalize
+    return unit(torch.stack([unit(group.float(), dim=-1).mean(0) for group in groups]), dim=-1)
 
 
-def evaluate_classification(image_embedding: Tensor, classes: Tensor, labels: Sequence[int], names: Sequence[str]) -> Result:
-    """Top-1 accuracy of the nearest class embedding, over all pictures and as a mean of the classes that occur.
+def evaluate_classification(
+    image_embedding: Tensor, classes: Tensor, labels: Sequence[int], names: Sequence[str], prompts: str = "the mean text embedding of its prompts"
+) -> Classification:
+    """(N, E) pictures of class labels[i] against (C, E) class embeddings -> accuracy of the nearest class, and that of each class.
+
+    `prompts` says what a class embedding was made of. Of equally near classes (within EQUAL) the first named is taken.
 
     Raises:
-        ValueError: no pictures, or unlike counts.
+        ValueError: no pictures, unlike counts, or embeddings that are no numbers.
     """
-    if not labels or len(labels) != len(image_embedding) or len(names) != len(classes):
-        raise ValueError(
-            f"classification needs a label a picture and a name a class; seen {len(image_embedding)} pictures, {len(labels)} labels, "
-            f"{len(classes)} classes, {len(names)} names"
-        )
-    label = torch.tensor(labels, device=image_embedding.device)
-    right = ((image_embedding.float() @ classes.T).argmax(1) == label).float()
-    per_class = {name: right[label == i].mean().item() for i, name in enumerate(names) if (label == i).any()}
-    chance = label.bincount().max().item() / len(labels)
-    return {
-        "accuracy": right.mean().item(),
-        "mean_class_accuracy": sum(per_class.values()) / len(per_class),
-        "largest_class_share": chance,
-        **{f"accuracy/{name}": value for name, value in per_class.items()},
-        "count": len(labels),
-        "protocol": f"nearest of {len(names)} class text embeddings",
-    }
+    if len(names) != len(classes):
+        raise ValueError(f"classification needs a name for each class; seen {len(classes)} classes, {len(names)} names")
+    check_labels(image_embedding, labels, names, "classification")
+    label, found = torch.tensor(labels, device=image_embedding.device), []
+    chunk = max(1, SCORES_AT_ONCE // len(classes))
+    for start in range(0, len(labels), chunk):
+        scores = image_embedding[start : start + chunk].float() @ classes.float().to(image_embedding.device).T
+        found.append(ranks(scores, label[start : start + chunk], EQUAL))
+    how = f"zero-shot, the nearest of {len(names)} classes by cosine, a class is {prompts}"
+    return accuracies(torch.cat(found), labels, names, how, first_few=True)

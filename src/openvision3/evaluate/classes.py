@@ -1,0 +1,79 @@
+"""What scores of classes come to: accuracy over pictures and over classes, and what guessing alone would give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openvision3.evaluate.protocol import Number, number
+
+FIRST_FEW = 5
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of a test set."""
+
+    name: str
+    count: int
+    """pictures of it"""
+    accuracy: float
+    """share of them that were named rightly"""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The numbers, and a row for each class that occurs, in the order of the class names."""
+
+    numbers: list[Number]
+    classes: list[ClassRow]
+
+
+def ranks(scores: Tensor, labels: Tensor, equal: float = 0.0) -> Tensor:
+    """scores (B, C), labels (B,) -> place of the true class from 0 on. Of scores within `equal` the class that is named first goes first.
+
+    So scores that say nothing always name the first class.
+
+    Raises:
+        ValueError: scores that are no numbers: nothing is larger than NaN, and it would come out as right.
+    """
+    if not scores.isfinite().all():
+        raise ValueError("some scores of classes are NaN or infinite; look at the features or embeddings they come from")
+    own = scores.gather(1, labels[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    return ((scores > own + equal) | ((scores >= own - equal) & before)).sum(1)
+
+
+def accuracies(rank: Tensor, labels: Sequence[int], names: Sequence[str], how: str, *, first_few: bool = False) -> Classification:
+    """Places of the true classes (N,) -> top_1, mean_class_accuracy, largest_class_share, and top_5 where there are more than five classes.
+
+    `how` is what named the classes. `first_few`: its scores order all classes, so that top_5 means something.
+    """
+    label, rank = torch.tensor(labels), rank.cpu()
+    counts = label.bincount(minlength=len(names))
+    right = label[rank == 0].bincount(minlength=len(names))
+    rows = [ClassRow(name, int(n), int(r) / int(n)) for name, n, r in zip(names, counts, right, strict=True) if n]
+    count = len(labels)
+    found = [number("top_1", (rank == 0).double().mean().item(), count, f"share of pictures named rightly: {how}")]
+    if first_few and len(names) > FIRST_FEW:
+        found.append(
+            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean().item(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}")
+        )
+    mean = sum(row.accuracy for row in rows) / len(rows)
+    found.append(number("mean_class_accuracy", mean, count, f"mean over the {len(rows)} classes that occur of the share named rightly: {how}"))
+    share = int(counts.max()) / count
+    found.append(number("largest_class_share", share, count, f"what always naming the most frequent of {len(names)} classes would get"))
+    return Classification(found, rows)
+
+
+def check_labels(features: Tensor, labels: Sequence[int], names: Sequence[str], what: str) -> None:
+    """Raises ValueError unless `features` is (N, F), N > 0, of finite numbers, with a label from 0 to C - 1 for each row."""
+    if features.ndim != 2 or not len(labels) or len(labels) != len(features):
+        raise ValueError(f"{what}: a row and a label are needed for each picture; seen features of {tuple(features.shape)} and {len(labels)} labels")
+    if not 0 <= min(labels) <= max(labels) < len(names):
+        raise ValueError(f"{what}: labels from {min(labels)} to {max(labels)} do not fit {len(names)} class names; legal are 0 to {len(names) - 1}")
+    if not features.isfinite().all():
+        raise ValueError(f"{what}: {int((~features.isfinite()).any(1).sum())} of {len(features)} rows hold NaN or infinite numbers; look at the model in fp32")
