@@ -24,7 +24,7 @@ from openvision3.config import flat
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.shards import open_source
 from openvision3.evaluate.openmoji import evaluate_openmoji
-from openvision3.evaluate.reconstruction import Result, evaluate_reconstruction
+from openvision3.evaluate.reconstruction import Result, mean_psnr
 from openvision3.evaluate.zeroshot import evaluate_retrieval
 from openvision3.model.vae import EMBEDDED
 from openvision3.pipeline import Pipeline, load
@@ -48,8 +48,8 @@ def measure_pictures(pipeline: Pipeline, shards: list[str]) -> dict[str, Result]
     captions = [texts[0] if texts else "" for _, _, all_texts in rows for texts in all_texts]
     embedding = torch.cat([run.embed_images(p) for p in pictures])
     return {
-        "reconstruction": evaluate_reconstruction(pictures, run.reconstruct),
-        "vae_reconstruction": evaluate_reconstruction(pictures, run.vae_reconstruct),
+        "reconstruction": mean_psnr(pictures, run.reconstruct),
+        "vae_reconstruction": mean_psnr(pictures, run.vae_reconstruct),
         "retrieval": evaluate_retrieval(embedding, run.embed_texts(captions), captions),
     }
 
