@@ -13,7 +13,7 @@ from openvision3.data import samples
 from openvision3.data.images import to_pil
 from openvision3.evaluate.openmoji import Functions, drawings, evaluate_openmoji, rebuilt_rows
 from openvision3.evaluate.protocol import values
-from openvision3.evaluate.reconstruction import evaluate_reconstruction, psnr
+from openvision3.evaluate.reconstruction import mean_psnr, psnr
 
 
 def images(count: int = 2, height: int = 3, width: int = 4, seed: int = 0) -> torch.Tensor:
@@ -49,12 +49,12 @@ def test_psnr_refuses_pictures_of_unlike_shape():
 
 def test_reconstruction_is_the_mean_over_pictures_not_over_batches():
     batches = [images(3, seed=0), images(1, seed=1)]
-    found = evaluate_reconstruction(batches, lambda x: x * 0.9)
+    found = mean_psnr(batches, lambda x: x * 0.9)
     expected = torch.cat([psnr(b, b * 0.9) for b in batches])
     assert found["psnr"] == pytest.approx(expected.mean().item()) and found["count"] == 4
     assert "3x4" in found["protocol"] and "sigma 0" in found["protocol"]
     with pytest.raises(ValueError, match="no pictures"):
-        evaluate_reconstruction([], lambda x: x)
+        mean_psnr([], lambda x: x)
 
 
 # -- the embedded data set ------------------------------------------------------------------------------------------

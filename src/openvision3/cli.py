@@ -203,6 +203,13 @@ def data(argv: Sequence[str]) -> int:
     return _run(argv, cli_data.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Measure a model, and its peers by the same code: openvision3 evaluate WHAT [MODEL] --data DATA"""
+    from openvision3 import cli_evaluate
+
+    return cli_evaluate.evaluate(argv)
+
+
 def watch(runs: Runs, once: bool = False, png: str = "", metrics: tuple[str, ...] = (), every: float = 2.0) -> int:
     """Draw the curves of runs in the terminal while they are written.
 
@@ -416,7 +423,7 @@ def doctor(json: Json = False) -> int:
 
 
 VERBS: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (demo, train, estimate, watch, compare, ablate, data, reconstruct, caption, classify, encode, info, doctor)
+    f.__name__: f for f in (demo, train, estimate, watch, compare, ablate, evaluate, data, reconstruct, caption, classify, encode, info, doctor)
 }
 
 
@@ -537,7 +544,7 @@ def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
         raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
-    if verbs[verb] in (train, estimate, ablate, data):  # recipes and verbs have help of their own
+    if verbs[verb] in (train, estimate, ablate, evaluate, data):  # recipes and verbs have help of their own
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.protocol import Functions
     from openvision3.evaluate.results import NotRun, Results, Row
-    from openvision3.evaluate.suite import Measured
+    from openvision3.evaluate.suite import Measured, Networks
 
 KINDS = ("reconstruction", "retrieval", "captioning", "zeroshot", "probe")
 METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
@@ -119,6 +119,8 @@ class Evaluation:
     models: list[Functions]
     pictures: Pictures
     results: Results
+    networks: Networks | None = None
+    """what reconstructions are compared by"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """by (kind, model)"""
     reasons: list[str] = field(default_factory=list)
@@ -189,11 +191,17 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     """Everything that can fail for want of a file, before anything is measured."""
     from openvision3.data.samples import load_emoji
     from openvision3.data.shards import EmojiSource, Source, open_source
+    from openvision3.doctor import choose_device
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.results import Results
+    from openvision3.evaluate.suite import reconstruction_networks
     from openvision3.progress import environment, track
 
     kinds = KINDS if kind == "all" else (kind,)
+    networks = None
+    if "reconstruction" in kinds:
+        files = options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear
+        networks = reconstruction_networks(options.metrics, *files, device=choose_device(options.device))
     models, size = _models(options, kinds)
     source: Source
     if options.data == ("openmoji",):
@@ -208,7 +216,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         if len(pictures.chosen) != count:
             raise ValueError(f"protocol {options.protocol} is over {told}, {count:,} of them; seen {len(pictures.chosen):,}")
     results = Results(command=_told(command), environment=environment())
-    return Evaluation(options, kinds, models, pictures, results)
+    return Evaluation(options, kinds, models, pictures, results, networks)
 
 
 def _told(command: Sequence[str]) -> str:
@@ -296,12 +304,10 @@ CROPS = {
 
 
 def _reconstruction(work: Evaluation) -> None:
-    from openvision3.evaluate.suite import reconstruction, reconstruction_networks
+    from openvision3.evaluate.suite import reconstruction
 
-    options = work.options
-    networks = reconstruction_networks(
-        options.metrics, options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear, device=options.device
-    )
+    networks, options = work.networks, work.options
+    assert networks is not None
     _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed))
 
 
@@ -439,7 +445,9 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
-        made = Table(title=f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}", title_justify="left", box=None, pad_edge=False)
+        made = Table(
+            title=f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}", title_justify="left", box=None, pad_edge=False
+        )
         made.add_column("")
         for model in models:
             made.add_column(model, justify="right")

@@ -13,7 +13,8 @@ from pathlib import Path
 from openvision3.data import samples
 from openvision3.evaluate import protocol, report
 from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
-from openvision3.pretrain import Outcome, functions, pretrain_in_turn
+from openvision3.evaluate.peers import vae_functions
+from openvision3.pretrain import Outcome, pretrain_in_turn
 from openvision3.progress import console, duration
 from openvision3.recipes import demo_high_res, demo_low_res
 
@@ -43,16 +44,17 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         screen.print("the demo was stopped; no report is written", markup=False)
         return 75
     screen.print("evaluating on held-out emoji ...", markup=False)
-    run = functions(outcome.pipeline)
-    findings = evaluate_openmoji(run)
+    run = outcome.pipeline.functions()
+    vae = vae_functions(outcome.pipeline.vae, "VAE", outcome.precision)
+    findings = evaluate_openmoji(run, vae)
     (out / "results.json").write_text(json.dumps(as_json(findings), indent=2) + "\n")
-    rows = rebuilt_rows(findings.emoji[:SHOWN_ROWS], run)
+    rows = rebuilt_rows(SHOWN_ROWS, run, vae)
     page = write_report(out / "report.html", outcome, findings, rows, time.perf_counter() - start)
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     screen.print(
         f"rebuilt at {r['reconstruction']['psnr']:.1f} dB (its VAE alone {r['vae_reconstruction']['psnr']:.1f}), "
         f"R@1 {100 * r['retrieval']['image_to_text_r@1']:.0f}% of {len(findings.emoji)}, zero-shot groups "
-        f"{100 * r['zeroshot']['top_1']:.0f}%, captions F1 {100 * r['captions']['token_f1']:.0f}%",
+        f"{100 * r['zeroshot']['zeroshot_top_1']:.0f}%, captions F1 {100 * r['captions']['token_f1']:.0f}%",
         markup=False,
     )
     print(f"report: {page.resolve()}\nyour turn: {_program()} caption PICTURE --model {outcome.folder}")
@@ -109,8 +111,8 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
         ("name to picture, R@1", percent("retrieval", "text_to_image_r@1")),
         ("name to picture, R@5", percent("retrieval", "text_to_image_r@5")),
         ("R@1 by chance", f"{100 / len(findings.emoji):.1f}%"),
-        ("zero-shot, 9 groups", percent("zeroshot", "top_1")),
-        ("always the largest group", percent("zeroshot", "largest_class_share")),
+        ("zero-shot, 9 groups", percent("zeroshot", "zeroshot_top_1")),
+        ("always the largest group", percent("zeroshot", "zeroshot_largest_class_share")),
         ("captions exactly right", percent("captions", "exact_match")),
         ("captions, word F1", percent("captions", "token_f1")),
         ("captions, CIDEr (simple tokeniser)", f"{r['captions']['cider']:.2f}"),
@@ -122,7 +124,7 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
     cards = [(image, words, e.name) for image, words, e in zip(drawn, findings.written, findings.emoji, strict=False)]
     measured = [(name, n.metric, f"{n.value:.4g}", n.count, n.how) for name, numbers in findings.results.items() for n in numbers]
     protocols = report.table(("of", "metric", "value", "count", "how"), measured)
-    largest = percent("zeroshot", "largest_class_share")
+    largest = percent("zeroshot", "zeroshot_largest_class_share")
     zero_note = f"<p>{findings.without_group} emoji without a group are left out; the largest group holds {largest}.</p>"
     sections = [
         ("Numbers", report.numbers(top)),

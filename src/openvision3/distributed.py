@@ -144,6 +144,16 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """As `gather` where ranks have unlike numbers of rows, or none: (B of this rank, ...) -> (sum of all B, ...), without gradient."""
+    if world() == 1:
+        return rows
+    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    room = rows.new_zeros(max(counts), *rows.shape[1:])
+    room[: len(rows)] = rows.detach()
+    return torch.cat([part[:count] for part, count in zip(gather(room).split(max(counts)), counts, strict=True)]) if max(counts) else room
+
+
 def share(sum_of_rows: Tensor, count: Tensor) -> Tensor:
     """A sum over this rank's rows and the number of rows on all ranks -> this rank's share of the mean.
 

@@ -25,7 +25,6 @@ from openvision3.data.shards import EmojiSource, Source, count_reasons, open_sou
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.evaluate import protocol
-from openvision3.evaluate.openmoji import Functions
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
 from openvision3.evaluate.zeroshot import evaluate_retrieval
@@ -60,17 +59,6 @@ class Outcome:
     pipeline: Pipeline
     steps: int
     precision: str
-
-
-def functions(pipeline: Pipeline) -> Functions:
-    """The pipeline as what the evaluators ask for."""
-    return Functions(
-        reconstruct=lambda images: pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(),
-        vae_reconstruct=lambda images: vae_only(pipeline, images),
-        embed_images=lambda images: pipeline.embed_images(images).cpu(),
-        embed_texts=lambda texts: pipeline.embed_texts(texts).cpu(),
-        caption=pipeline.caption,
-    )
 
 
 @torch.no_grad()
@@ -420,14 +408,13 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
 
     Pictures that cannot be used are counted, and join the problems of the run.
     """
-    run = functions(pipeline)
     parts: dict[str, list[float]] = {}
     values, vae_values, embeddings, captions = [], [], [], []
     problems: list[dict[str, str]] = []
     rows: list[tuple] = []
     pipeline.model.eval()
     for _, keys, images, texts in evaluation_batches(source, batches.size, 32, problems):
-        images_hat, vae_hat = run.reconstruct(images), run.vae_reconstruct(images)
+        images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), vae_only(pipeline, images)
         values.append(psnr(images, images_hat))
         vae_values.append(psnr(images, vae_hat))
         told = [i for i, t in enumerate(texts) if t]
@@ -436,7 +423,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
             loss, found = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
             for name, value in {"loss": loss, **found}.items():
                 parts.setdefault(name, []).append(value.item())
-            embeddings.append(run.embed_images(images[told]))
+            embeddings.append(pipeline.embed_images(images[told]).cpu())
             captions += [texts[i][0] for i in told]
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
@@ -453,7 +440,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         results["skipped"] = len(problems)
     if captions:
         results |= {name: sum(each) / len(each) for name, each in parts.items()}
-        image_embedding, text_embedding = torch.cat(embeddings), run.embed_texts(captions)
+        image_embedding, text_embedding = torch.cat(embeddings), pipeline.embed_texts(captions).cpu()
         if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # of NaN nothing can be said, and the losses say it already
             retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
             results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}

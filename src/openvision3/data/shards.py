@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3.data import samples
-from openvision3.data.images import EXTENSIONS, Box, ImageError, center_square, from_uint8, open_image, random_view, uint8_tensor
+from openvision3.data.images import CROPS, EXTENSIONS, Box, ImageError, from_uint8, open_image, random_view, uint8_tensor
 from openvision3.data.index import is_remote
 from openvision3.data.order import Mix, Order, ShardShuffle, Shuffle, draw_seed
 from openvision3.data.remote import ShardCache, expand_remote
@@ -116,6 +116,9 @@ MIN_SIDE = 8
 class _PictureSource(ABC):
     """What a folder and a set of shards share: encoded bytes by index, and how a picture becomes a square."""
 
+    evaluation_crop = "square"
+    """one of images.CROPS: how `picture` makes a square without a generator"""
+
     def __init__(self, area: tuple[float, float] = (0.4, 1.0)):
         self.area = area
         self.problems: list[dict[str, str]] = []
@@ -134,7 +137,7 @@ class _PictureSource(ABC):
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         if generator is None:
-            return center_square(open_image(self.data(index)), size)
+            return CROPS[self.evaluation_crop](open_image(self.data(index)), size)
         return self.crop(index, size, generator)[0]
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
@@ -405,19 +408,23 @@ def open_source(
     index: str = "",
     cache: str = "",
     cache_gb: float = 0.0,
+    crop: str = "square",
     watch: Watch = plain,
 ) -> Source:
     """Open `openmoji`, folders of pictures, folders, globs or URLs of shards, or several of them, as one source.
 
     Braces are understood as img2dataset users write them: `data/{00000..00009}.tar`. `held_out` picks the held-out side
     of OpenMoji; folders and shards are taken as they are. `weights` mixes the names in these shares, `index` is the folder of
-    the shards' indexes (none: beside each), `cache` and `cache_gb` are where remote shards are kept, `watch` shows progress.
+    the shards' indexes (none: beside each), `cache` and `cache_gb` are where remote shards are kept, `crop` is how pictures are
+    evaluated (images.CROPS), `watch` shows progress.
 
     Raises:
         ValueError: a name that is none of these, with what was looked for.
     """
     if not names:
         raise ValueError(f"no data named; {LEGAL}")
+    if crop not in CROPS:
+        raise ValueError(f"crop {crop!r} is unknown; legal are {', '.join(CROPS)}")
     if weights and len(weights) != len(names):
         raise ValueError(f"{len(weights)} weights for {len(names)} sources; give one for each of: {' '.join(names)}")
     found = [find(name) for name in names]
@@ -437,6 +444,9 @@ def open_source(
             shards = Tars(each.tars, [tar_labels[path] for path in each.tars], index=index, cache=kept, watch=watch)
             group.append(ShardSource(shards, caption_keys, only, area, watch))
         groups.append(group)
+    for each in (source for group in groups for source in group):
+        if isinstance(each, _PictureSource):
+            each.evaluation_crop = crop
     sources = [group[0] if len(group) == 1 else MixedSource(group) for group in groups]
     source = sources[0] if len(sources) == 1 else MixedSource(sources, weights)
     source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for each in found for path in each.missing]

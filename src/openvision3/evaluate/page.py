@@ -33,7 +33,8 @@ def write_report(out: Path, work: Evaluation) -> Path:
     sections.append(("Published numbers", _published(results.rows)))
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
-    lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}."
+    seen = f"{len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}"
+    lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {seen}."
     footer = f"<code>{html.escape(results.command)}</code><br>{html.escape(_machine(results.environment))}, {results.seconds:.0f} s"
     return report.write_page(out / "report.html", "Evaluation", lead, sections, footer)
 
@@ -76,8 +77,10 @@ def _protocols(rows: Sequence[Row]) -> str:
 
 def _published(rows: Sequence[Row]) -> str:
     """The paper's numbers, in a table of their own: their protocols are not those of the numbers above."""
-    listed = [(each.model, f"{each.metric}, {each.protocol}", f"{each.value:g}", each.heading) for each in published.PUBLISHED if each.protocol in published.REBUILT]
-    note = "<p>From the paper, not measured here. ImageNet and COCO at 256 px with Inception: not to be compared with numbers of other sets, sizes or networks.</p>"
+    listed = [
+        (each.model, f"{each.metric}, {each.protocol}", f"{each.value:g}", each.heading) for each in published.PUBLISHED if each.protocol in published.REBUILT
+    ]
+    note = "<p>From the paper, not measured here: ImageNet and COCO at 256 px with Inception, not to be compared with other sets, sizes or networks.</p>"
     return note + report.table(("model", "metric", "value", ""), listed)
 
 
@@ -108,7 +111,12 @@ def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
         ("The worst", first.worst(EXTREME)),
         ("The best", first.best(EXTREME)),
     ):
-        sections.append((f"{title}{'' if title.startswith('The first') else f' of {next(iter(measured))}'}: original | {_columns(work, measured)}", _figures(work, measured, places)))
+        sections.append(
+            (
+                f"{title}{'' if title.startswith('The first') else f' of {next(iter(measured))}'}: original | {_columns(work, measured)}",
+                _figures(work, measured, places),
+            )
+        )
     return sections
 
 
@@ -122,15 +130,20 @@ def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) 
 
     first = next(iter(measured.values())).shown["pictures"]
     images = torch.cat([batch.images for batch in work.pictures.subset([first.indices[i] for i in places]).batches("drawing")])
-    rebuilt = {model.name: torch.cat([model.reconstruct(part) for part in images.split(work.options.batch)]) for model in work.models if model.name in measured and model.reconstruct}
-    columns: list[list[Any]] = [to_pil(images)]  # type: ignore[list-item]
+    rebuilt = {
+        model.name: torch.cat([model.reconstruct(part) for part in images.split(work.options.batch)])
+        for model in work.models
+        if model.name in measured and model.reconstruct
+    }
+    columns: list[Any] = [to_pil(images)]
     for images_hat in rebuilt.values():
         columns += [to_pil(images_hat.cpu()), [report.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
     figures = ""
     for row, place in enumerate(places):
         shown_pictures = "".join(report.picture(column[row], first.keys[place]) for column in columns)
         told = ", ".join(f"{name} {done.shown['pictures'].psnr[place]:.1f} dB" for name, done in measured.items())
-        figures += f'<figure><div style="grid-template-columns: repeat({len(columns)}, 1fr)">{shown_pictures}</div><figcaption>{html.escape(first.keys[place])}: {html.escape(told)}</figcaption></figure>'
+        told = html.escape(f"{first.keys[place]}: {told}")
+        figures += f'<figure><div style="grid-template-columns: repeat({len(columns)}, 1fr)">{shown_pictures}</div><figcaption>{told}</figcaption></figure>'
     return f'<div class="wide">{figures}</div>'
 
 
@@ -163,7 +176,7 @@ def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[flo
 
 
 def _pictures_at(work: Evaluation, indices: Sequence[int]) -> list[Any]:
-    return [image for batch in work.pictures.subset(indices).batches("drawing") for image in to_pil(batch.images)]
+    return [image for batch in work.pictures.subset(indices).batches("drawing") for image in list(to_pil(batch.images))]  # type: ignore[arg-type]
 
 
 def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
@@ -204,7 +217,10 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
     """One page of several results, beginning with the paper's first figure for all that was measured."""
     rows = [row for each in results for row in each.rows]
     sections = [
-        ("Rebuilding, drawing, understanding: the paper's first figure for what was measured", report.picture(figure_one(rows), "rebuilding, drawing and understanding of each model")),
+        (
+            "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
+            report.picture(figure_one(rows), "rebuilding, drawing and understanding of each model"),
+        ),
         ("Numbers", _numbers(tables, not_run)),
         ("Published numbers", _published(rows)),
         ("How it was measured", _protocols(rows)),

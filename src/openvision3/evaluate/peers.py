@@ -81,8 +81,16 @@ def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             return function(images.to(device)).float().cpu()
 
-    can = {which: (lambda images, function=function: run(function, images)) for which, function in _of_vae(vae).items()}
-    return Functions(name, 256, precision, vae.sha256, vae.licence, **can)
+    functions = _of_vae(vae)
+    return Functions(
+        name,
+        256,
+        precision,
+        vae.sha256,
+        vae.licence,
+        reconstruct=lambda images: run(functions["reconstruct"], images),
+        features=lambda images: run(functions["features"], images),
+    )
 
 
 def _of_vae(vae: VAE) -> dict[str, Callable[[Tensor], Tensor]]:

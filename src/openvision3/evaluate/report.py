@@ -29,7 +29,8 @@ td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px so
 .card img { width: 72px; height: 72px; background: white } .card p { margin: 0; font-size: .9rem } .card small { opacity: .65 } .card .right { color: #17803d }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
 figure { margin: 0 } .rows img { width: 100%; background: white } figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem }
-.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem } .wide img { width: 100% } .right { color: #17803d; font-weight: 600 }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem } .wide img { width: 100% }
+.right { color: #17803d; font-weight: 600 }
 figcaption { font-size: .85rem; margin-top: .3rem }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75 }
 """

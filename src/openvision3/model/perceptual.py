@@ -78,9 +78,13 @@ class EfficientNetLite0(nn.Module):
                     break
         return found
 
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the classifier sees, (B, 1280): the last features, averaged over the picture."""
+        return F.relu6(self.head(self.features(images)[-1])).mean((2, 3))
+
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, 1000)."""
-        return self.classifier(F.relu6(self.head(self.features(images)[-1])).mean((2, 3)))
+        return self.classifier(self.pooled(images))
 
 
 def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
@@ -128,7 +132,7 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
     if not path.is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
     if sha256 is not None:
-        seen = hashlib.sha256(path.read_bytes()).hexdigest()
+        seen = _sha256(path)
         if seen != sha256:
             raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it is damaged or another file")
     try:
@@ -138,6 +142,11 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
     return state
+
+
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -150,17 +159,23 @@ class EfficientNetDistance(nn.Module):
     (B, 3, H, W) twice -> scalar. Not LPIPS: no human judgements stand behind its weights.
     """
 
+    name = "EfficientNet-Lite0 feature distance"
+
     def __init__(self, stages: int = 5, path: str | Path | None = None):
         super().__init__()
         self.network = load_efficientnet(path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stages = stages
 
-    def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
+    def per_picture(self, images: Tensor, images_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) twice -> (B,)."""
         with torch.no_grad():
             target = self.network.features(images, self.stages)
         found = self.network.features(images_hat, self.stages)
-        parts = [(_unit(a) - _unit(b)).pow(2).sum(1).mean() for a, b in zip(target, found, strict=True)]
-        return torch.stack(parts).mean()
+        parts = [(_unit(a) - _unit(b)).pow(2).sum(1).mean((1, 2)) for a, b in zip(target, found, strict=True)]
+        return torch.stack(parts).mean(0)
+
+    def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
+        return self.per_picture(images, images_hat).mean()
 
 
 _LPIPS_CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
@@ -205,6 +220,7 @@ class Lpips(nn.Module):
         super().__init__()
         if net not in _LPIPS_CHANNELS:
             raise ValueError(f"lpips net {net!r} is unknown; legal are vgg and alex")
+        self.net, self.files = net, (Path(backbone), Path(linear))
         self.layers, self.taps = (_vgg16(), _VGG_TAPS) if net == "vgg" else (_alexnet(), _ALEX_TAPS)
         state = load_foreign_pickle(backbone)
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
@@ -222,6 +238,10 @@ class Lpips(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
         self.requires_grad_(False).eval()
 
+    def sha256(self) -> str:
+        """Of the backbone's file and of the linear one, joined by a plus."""
+        return "+".join(_sha256(path) for path in self.files)
+
     def _features(self, images: Tensor) -> list[Tensor]:
         x = (images - self.get_buffer("shift")) / self.get_buffer("scale")
         found = []
@@ -231,11 +251,15 @@ class Lpips(nn.Module):
                 found.append(x)
         return found
 
-    def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
+    def per_picture(self, images: Tensor, images_hat: Tensor) -> Tensor:
+        """(B, 3, H, W) twice -> (B,)."""
         with torch.no_grad():
             target = self._features(images)
         total = images_hat.new_zeros(images_hat.shape[0])
         for i, (a, b) in enumerate(zip(target, self._features(images_hat), strict=True)):
             difference = (_unit(a) - _unit(b)).pow(2)
             total = total + (difference * self.get_buffer(f"linear_{i}")).sum(1).mean((1, 2))
-        return total.mean()
+        return total
+
+    def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
+        return self.per_picture(images, images_hat).mean()
