@@ -43,8 +43,9 @@ def psnr(images: Tensor, images_hat: Tensor) -> Tensor:
 def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
     """(B, 3, H, W) twice in [-1, 1] -> SSIM of each pair, both rounded to uint8 first.
 
-    Wang et al. 2004, equation 13, with K1 = 0.01, K2 = 0.03 and range 1: a Gaussian window of 11 pixels and sigma 1.5, of which
-    all that lie within the picture count, on each colour by itself; mean over windows and colours.
+    Wang et al. 2004, equation 13, with K1 = 0.01, K2 = 0.03 and range 1: a Gaussian window of 11 pixels and sigma 1.5 about every
+    pixel, the picture mirrored at its edges, on each colour by itself; mean over pixels and colours. As torchmetrics has it;
+    scikit-image leaves out windows that reach beyond an edge.
 
     Raises:
         ValueError: unlike shapes, or a side of less than 11 pixels.
@@ -65,12 +66,14 @@ def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
 
 
 def _windows(length: int, device: torch.device) -> Tensor:
-    """(length - 10, length): row i weighs the pixels of window i."""
-    weights = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2).square() / (2 * SIGMA**2))
-    band = torch.zeros(length - WINDOW + 1, length, dtype=torch.float64)
-    for i, weight in enumerate(weights / weights.sum()):
-        band.diagonal(i)[:] = weight
-    return band.float().to(device)
+    """(length, length): row i weighs the pixels of the window about pixel i; beyond an edge lies the mirror of the picture."""
+    offsets = torch.arange(WINDOW) - WINDOW // 2
+    weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2))
+    places = (torch.arange(length)[:, None] + offsets).abs()
+    places = torch.where(places < length, places, 2 * (length - 1) - places)
+    found = torch.zeros(length, length, dtype=torch.float64)
+    found.scatter_add_(1, places, (weights / weights.sum()).expand(length, -1))
+    return found.float().to(device)
 
 
 def _check(images: Tensor, images_hat: Tensor) -> None:
@@ -171,7 +174,7 @@ def evaluate_reconstruction(
 
     numbers = [
         over_pictures("psnr", "psnr", "PSNR in dB over all colours, 100 for equal pictures,"),
-        over_pictures("ssim", "ssim", "SSIM (Gaussian window 11, sigma 1.5, range 1, mean over colours)"),
+        over_pictures("ssim", "ssim", "SSIM (Gaussian window 11, sigma 1.5, mirrored edges, range 1, mean over colours)"),
     ]
     if distance is not None:
         what = f"channel-normalised squared difference of the first {distance.stages} stages, at the pictures' own size,"
