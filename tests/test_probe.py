@@ -128,7 +128,7 @@ def test_the_probe_chooses_l2_on_a_fifth_and_fits_all_with_it():
     train, labels = clusters(120, 0, spread=1.6)
     test, test_labels = clusters(200, 1, spread=1.6)
     numbers = evaluate_linear_probe(train, labels, test, test_labels, NAMES)
-    chosen = float(re.search(r"L2 (\S+) chosen", numbers[0].how)[1])
+    chosen = float(re.search(r"L2 (\S+)", numbers[0].detail)[1])
 
     held = held_out(labels)
     mean, scale = standard(train[~held].double())
@@ -145,7 +145,7 @@ def test_the_probe_chooses_l2_on_a_fifth_and_fits_all_with_it():
     weight = torch.from_numpy(newton(((train.double() - mean) / scale).numpy(), labels, 3, chosen))
     right = ((((test.double() - mean) / scale) @ weight[:-1] + weight[-1]).argmax(1) == torch.tensor(test_labels)).double().mean().item()
     assert values(numbers)["top_1"] == pytest.approx(right) and right > values(numbers)["largest_class_share"]
-    assert all(told in numbers[0].how for told in ("6 standardised features of 120 training pictures", "3 classes", f"on {int(held.sum())} of them"))
+    assert all(told in numbers[0].how for told in ("standardised features of 120 training pictures", "3 classes", f"on {int(held.sum())} of them"))
 
 
 def test_the_probe_does_not_see_the_scale_of_features_and_repeats_itself():
@@ -159,9 +159,9 @@ def test_the_probe_does_not_see_the_scale_of_features_and_repeats_itself():
 
 def test_a_choice_at_the_edge_of_the_grid_and_a_fit_that_did_not_end_are_said(monkeypatch):
     train, labels = clusters(60, 0, spread=0.1)
-    assert "at the edge of the grid" in evaluate_linear_probe(train, labels, train, labels, NAMES, grid=(10.0, 1.0))[0].how
+    assert "at the edge of the grid" in evaluate_linear_probe(train, labels, train, labels, NAMES, grid=(10.0, 1.0))[0].detail
     monkeypatch.setattr(probe, "MOST", 2)
-    assert "not at its end: gradient" in evaluate_linear_probe(train, labels, train, labels, NAMES)[0].how
+    assert "not at its end: gradient" in evaluate_linear_probe(train, labels, train, labels, NAMES)[0].detail
 
 
 @given(st.lists(st.integers(0, 4), max_size=60))

@@ -1,10 +1,10 @@
-"""Measure the shipped VAE and mini on held-out pictures and write their model cards; `--ship RUN` first puts a run there.
+"""Write the cards of the shipped VAE and mini from what `make results` measured; `--ship RUN` first puts a run into the package.
 
-    python tools/measure_assets.py --ship runs/mini --held-out DATA
-    python tools/measure_assets.py --held-out DATA            # every set
-    python tools/measure_assets.py                            # OpenMoji only, anywhere
+    python tools/measure_assets.py --ship runs/mini
+    make results DATA=FOLDER
+    python tools/measure_assets.py --results results
 
-`--demo RUN` adds the captions of a demo model beside those of the shipped mini. Cards and `scores.json` go into the assets.
+`--demo FOLDER`, an evaluation of a demo's model on OpenMoji, adds its captions beside those of the shipped mini.
 """
 
 from __future__ import annotations
@@ -14,52 +14,38 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from train_embedded_vae import held_out_shards
 
 from openvision3 import hub
 from openvision3.config import flat
-from openvision3.data.batches import evaluation_batches
-from openvision3.data.shards import open_source
-from openvision3.demo import as_json
-from openvision3.evaluate.openmoji import evaluate_openmoji, psnr_number
-from openvision3.evaluate.protocol import Number, values
-from openvision3.evaluate.reconstruction import psnr
-from openvision3.evaluate.zeroshot import evaluate_retrieval
+from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.results import Results
 from openvision3.model.vae import EMBEDDED
-from openvision3.pipeline import Pipeline, load
-from openvision3.pretrain import functions
+from openvision3.pipeline import load
 
 MINI = hub.ASSETS / "mini"
 EXAMPLES = 32
+SETS = ("openmoji", "pictures", "photos")
 
 TERMS = """Trained from random weights on OpenMoji drawings (CC BY-SA 4.0) and Open Clip Art (public domain){more}; photographs and
 stamps served only to measure. Whether weights derive from training pictures is not settled; to be safe these are offered under
 CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project". Code: Apache-2.0."""
 
 
-def measure_pictures(pipeline: Pipeline, shards: list[str]) -> dict[str, list[Number]]:
-    """Reconstruction (model and VAE) and retrieval on shards: whole pictures, resized to the training size with antialias.
+class Measured:
+    """One evaluation's numbers of the model and of its VAE, and the captions it wrote."""
 
-    A picture without a caption is rebuilt, and not asked for in words.
-    """
-    source = open_source(tuple(shards))
-    run = functions(pipeline)
-    problems: list[dict[str, str]] = []
-    rows = list(evaluation_batches(source, pipeline.size, 32, problems))
-    pictures = [images for _, images, _ in rows]
-    captions = [texts[0] if texts else "" for _, _, all_texts in rows for texts in all_texts]
-    told = [i for i, caption in enumerate(captions) if caption]
-    captions = [captions[i] for i in told]
-    embedding = torch.cat([run.embed_images(p) for p in pictures])[told]
-    return {
-        "reconstruction": [psnr_number(torch.cat([psnr(p, run.reconstruct(p)) for p in pictures]), pipeline.size)],
-        "vae_reconstruction": [psnr_number(torch.cat([psnr(p, run.vae_reconstruct(p)) for p in pictures]), pipeline.size)],
-        "retrieval": evaluate_retrieval(embedding, run.embed_texts(captions), captions, range(len(captions))),
-    }
+    def __init__(self, folder: Path):
+        results = Results.load(folder)
+        self.command = results.command
+        self.own: dict[str, Number] = {}
+        self.vae: dict[str, Number] = {}
+        for row in results.rows:
+            (self.vae if row.model.startswith("VAE ") else self.own)[row.metric] = row.number
+        lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.captions = [(line["true"][0], line["written"]) for line in lines if "written" in line]
 
 
 def ship(run: Path) -> None:
@@ -77,52 +63,28 @@ def ship(run: Path) -> None:
     (MINI / "command.txt").write_text(earlier + " ".join(["openvision3", *command[1:]]) + "\n")
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def percent(number: Number) -> str:
+    return f"{100 * number.value:.1f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--held-out", type=Path, help="folder with pictures/val-*.tar and photos/val-*.tar")
-    parser.add_argument("--demo", type=Path, help="a demo's run folder, for the comparison of captions")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--ship", type=Path, help="a run folder whose newest checkpoint becomes assets/mini")
-    args = parser.parse_args()
-
-    if args.ship:
-        ship(args.ship)
-    pipeline = load("mini", precision=args.precision)
-    findings = evaluate_openmoji(functions(pipeline))
-    found_on = {"openmoji": findings.results}
-    written: dict[str, dict[str, list[dict]]] = {"openmoji": as_json(findings)}
-    for name, shards in held_out_shards(args.held_out).items():
-        found_on[name] = measure_pictures(pipeline, shards)
-        written[name] = {what: [asdict(each) for each in numbers] for what, numbers in found_on[name].items()}
-    demo = evaluate_openmoji(functions(load(args.demo, precision=args.precision))) if args.demo else None
-    if demo is not None:
-        found_on["demo model on openmoji"], written["demo model on openmoji"] = demo.results, as_json(demo)
-    (MINI / "scores.json").write_text(json.dumps(written, indent=2) + "\n")
-    scores = {name: {what: values(numbers) for what, numbers in results.items()} for name, results in found_on.items()}
-
-    command = f"python tools/measure_assets.py{' --held-out FOLDER' if args.held_out else ''}{' --demo RUN' if args.demo else ''} --precision {args.precision}"
-    sets = [name for name in ("openmoji", "pictures", "photos") if name in scores]
-    rebuilt = ["| held-out set | pictures | VAE alone, dB | mini, dB | gap, dB |", "|---|---|---|---|---|"]
-    for name in sets:
-        own, vae = (scores[name][k]["psnr"] for k in ("reconstruction", "vae_reconstruction"))
-        rebuilt.append(f"| {name} | {found_on[name]['reconstruction'][0].count} | {vae:.2f} | {own:.2f} | {vae - own:.2f} |")
-    found = ["| held-out set | candidates | picture to text R@1 / R@5 | text to picture R@1 / R@5 |", "|---|---|---|---|"]
-    for name in [*sets, *(["demo model on openmoji"] if demo else [])]:
-        r = scores[name]["retrieval"]
-        cells = [" / ".join(percent(r[f"{way}_r@{k}"]) for k in (1, 5)) for way in ("image_to_text", "text_to_image")]
-        found.append(f"| {name} | {found_on[name]['retrieval'][0].count} | {cells[0]} % | {cells[1]} % |")
-    captions = ["| model | exact name, % | token F1, % | CIDEr, simple tokeniser |", "|---|---|---|---|"]
-    for title, name in (("shipped mini", "openmoji"), *([("demo model", "demo model on openmoji")] if demo else [])):
-        told = scores[name]["captions"]
-        captions.append(f"| {title} | {percent(told['exact_match'])} | {percent(told['token_f1'])} | {told['cider']:.2f} |")
+def write_cards(found: dict[str, Measured], demo: Measured | None) -> None:
+    pipeline = load("mini")
+    rebuilt = ["| held-out set | pictures | VAE alone, dB | mini, dB | gap, dB | SSIM, VAE / mini |", "|---|---|---|---|---|---|"]
+    for name, each in found.items():
+        own, vae = each.own["psnr"], each.vae["psnr"]
+        ssim = f"{each.vae['ssim'].value:.3f} / {each.own['ssim'].value:.3f}"
+        rebuilt.append(f"| {name} | {own.count} | {vae.value:.2f} | {own.value:.2f} | {vae.value - own.value:.2f} | {ssim} |")
+    recalled = ["| held-out set | candidates | picture to text R@1 / R@5 / R@10 | text to picture R@1 / R@5 / R@10 |", "|---|---|---|---|"]
+    for name, each in [*found.items(), *([("demo model on openmoji", demo)] if demo else [])]:
+        cells = [" / ".join(percent(each.own[f"{way}_r@{k}"]) for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")]
+        recalled.append(f"| {name} | {each.own['image_to_text_r@1'].count} | {cells[0]} % | {cells[1]} % |")
+    captions = ["| model | exact name, % | token F1, % | CIDEr |", "|---|---|---|---|"]
+    for title, each in (("shipped mini", found["openmoji"]), *([("demo model", demo)] if demo else [])):
+        captions.append(f"| {title} | {percent(each.own['exact_match'])} | {percent(each.own['token_f1'])} | {each.own['cider'].value:.3f} |")
     columns = ["| true name | mini |" + (" demo model |" if demo else ""), "|---|---|" + ("---|" if demo else "")]
-    for i, emoji in enumerate(findings.emoji[:EXAMPLES]):
-        columns.append(f"| {emoji.name} | {findings.written[i]} |" + (f" {demo.written[i]} |" if demo else ""))
-    zeroshot, grouped = scores["openmoji"]["zeroshot"], sum(row.count for row in findings.groups)
+    for i, (true, written) in enumerate(found["openmoji"].captions[:EXAMPLES]):
+        columns.append(f"| {true} | {written} |" + (f" {demo.captions[i][1]} |" if demo else ""))
+    zeroshot = found["openmoji"].own
     parameters = sum(p.numel() for name, p in pipeline.model.named_parameters() if not name.startswith("vae.")) / 1e6
 
     config = hub.read_config(MINI)
@@ -156,19 +118,20 @@ model = ov3.load("mini")
 {TERMS.format(more="")}
 
 ## Scores
-Measured with `{command}`; sigma 0, {args.precision}, one seed; resized to 128 px with antialias. PSNR per picture on uint8, mean.
+Measured by `make results DATA=FOLDER` (the OpenMoji rows by `make results` anywhere); sigma 0, fp32, one seed; resized to 128 px with antialias.
+PSNR and SSIM per picture on uint8, mean. Every number with its protocol: docs/results.md.
 
 {chr(10).join(rebuilt)}
 
-{chr(10).join(found)}
+{chr(10).join(recalled)}
 
 Equal captions count as positives. "pictures" are Open Clip Art and stamps with titles and tags as captions; the class names of "photos" were
 never seen in training. Chance is {100 / 256:.1f} % for R@1 among 256.
 
-Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["top_1"])} % of {grouped}
-({findings.without_group} emoji without a group left out; always naming the largest group gives {percent(zeroshot["largest_class_share"])} %).
+Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["zeroshot_top_1"])} % of
+{zeroshot["zeroshot_top_1"].count} emoji with a group (always naming the largest group gives {percent(zeroshot["zeroshot_largest_class_share"])} %).
 
-Captions on the same 256 held-out emoji, greedy, lower-case words:
+Captions on the same 256 held-out emoji, greedy, simple tokeniser where one is needed ({found["openmoji"].own["cider"].how.split(",")[1].strip()}):
 
 {chr(10).join(captions)}
 
@@ -180,7 +143,7 @@ The first {EXAMPLES} of the 256, not chosen:
     vae = json.loads((EMBEDDED / "config.json").read_text())
     parameters = sum(p.numel() for p in pipeline.vae.parameters()) / 1e6
     log = json.loads((EMBEDDED / "training.json").read_text())
-    lines = [f"| {name} | {found_on[name]['vae_reconstruction'][0].count} | {scores[name]['vae_reconstruction']['psnr']:.2f} |" for name in sets]
+    lines = [f"| {name} | {each.vae['psnr'].count} | {each.vae['psnr'].value:.2f} | {each.vae['ssim'].value:.3f} |" for name, each in found.items()]
     (EMBEDDED / "README.md").write_text(
         f"""---
 library_name: diffusers
@@ -203,13 +166,25 @@ feature distance + 0.1 x (channel mean^2 + (channel deviation - 1)^2); Muon on t
 {TERMS.format(more=" and pictures computed from random numbers")}
 
 ## Scores
-PSNR per picture on uint8, mean, 128 px, measured with `{command}`:
+PSNR and SSIM per picture on uint8, mean, 128 px, measured by `make results DATA=FOLDER`:
 
-| held-out set | pictures | dB |
-|---|---|---|
+| held-out set | pictures | dB | SSIM |
+|---|---|---|---|
 {chr(10).join(lines)}
 """
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the folder that make results has filled")
+    parser.add_argument("--demo", type=Path, help="the folder of an evaluation of a demo's model, for the comparison of captions")
+    parser.add_argument("--ship", type=Path, help="a run folder whose newest checkpoint becomes assets/mini; no card is written")
+    args = parser.parse_args()
+    if args.ship:
+        ship(args.ship)
+        return
+    write_cards({name: Measured(args.results / name) for name in SETS if (args.results / name).is_dir()}, Measured(args.demo) if args.demo else None)
     print((MINI / "README.md").read_text())
     print((EMBEDDED / "README.md").read_text())
 

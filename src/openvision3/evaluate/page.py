@@ -93,6 +93,8 @@ def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
                 row = {"model": model, "key": key, "psnr": round(found.psnr[i], 4), "ssim": round(found.ssim[i], 5)}
                 row |= {name: round(column[i], 5) for name, column in (("distance", found.distance), ("lpips", found.lpips)) if column is not None}
                 rows.append(row)
+        if kind == "captioning":
+            rows += [{"model": model, **told} for told in done.shown["captions"]]
     return rows
 
 

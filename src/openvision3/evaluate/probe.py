@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -117,10 +118,11 @@ def evaluate_linear_probe(
     edge = ", at the edge of the grid" if len(strong_to_weak) > 1 and chosen in (strong_to_weak[0], strong_to_weak[-1]) else ""
     end = "" if left <= SMALL else f", not at its end: gradient {left:.1e} after {MOST} iterations"
     how = (
-        f"logistic regression on {train.shape[1]} standardised features of {len(train)} training pictures, {len(classes)} classes, L2 {chosen:g} "
-        f"chosen from {strong_to_weak[0]:g} to {strong_to_weak[-1]:g} ({len(strong_to_weak)}) on {int(held.sum())} of them{edge}{end}"
+        f"logistic regression on standardised features of {len(train)} training pictures, {len(classes)} classes, L2 "
+        f"chosen from {strong_to_weak[0]:g} to {strong_to_weak[-1]:g} ({len(strong_to_weak)}) on {int(held.sum())} of them"
     )
-    return accuracies(rank, test_labels, classes, how).numbers
+    detail = f"{train.shape[1]} features, L2 {chosen:g}{edge}{end}"
+    return [replace(each, detail=detail) for each in accuracies(rank, test_labels, classes, how).numbers]
 
 
 def held_out(labels: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from openvision3 import __version__
 
 @dataclass(frozen=True)
 class Number:
-    """One measured value. Two of them may be compared only where everything but the value is equal."""
+    """One measured value. Two of them may be compared only where metric, count, how and network are equal."""
 
     metric: str
     value: float
@@ -29,6 +29,8 @@ class Number:
     """of that network's weights"""
     spread: float | None = None
     """standard deviation of the value over what `how` says, where it was measured"""
+    detail: str = ""
+    """what else came out, such as a setting that was chosen on training pictures: it may differ between models that are compared"""
 
 
 def number(metric: str, value: float, count: int, how: str, *packages: str, network: str = "", network_sha256: str = "", spread: float | None = None) -> Number:

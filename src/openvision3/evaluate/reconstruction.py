@@ -19,8 +19,6 @@ from openvision3.evaluate.features import Extractor, Inception, Statistics, frec
 from openvision3.evaluate.protocol import Number, number
 from openvision3.model.perceptual import EFFICIENTNET_SHA256, EfficientNetDistance, Lpips
 
-Result = dict[str, float | int | str]
-
 Rows = tuple[Sequence[int], Sequence[str], Tensor]
 """(place of each picture in the whole set, its key, images (B, 3, H, W) in [-1, 1])"""
 
@@ -79,29 +77,6 @@ def _windows(length: int, device: torch.device) -> Tensor:
 def _check(images: Tensor, images_hat: Tensor) -> None:
     if images.shape != images_hat.shape:
         raise ValueError(f"pictures of {tuple(images.shape)} and {tuple(images_hat.shape)} cannot be compared; they must be of one shape")
-
-
-# -- PSNR alone -----------------------------------------------------------------------------------------------------
-
-
-def mean_psnr(batches: Iterable[Tensor], reconstruct: Callable[[Tensor], Tensor]) -> Result:
-    """Mean PSNR over pictures, with the protocol it was measured by; this process alone.
-
-    Raises:
-        ValueError: no pictures at all.
-    """
-    values, size = [], ""
-    for images in batches:
-        values.append(psnr(images, reconstruct(images).to(images.device)))
-        size = f"{images.shape[2]}x{images.shape[3]}"
-    if not values:
-        raise ValueError("no pictures to evaluate on")
-    return summary(torch.cat(values), size)
-
-
-def summary(values: Tensor, size: str) -> Result:
-    """PSNR of each picture -> the result."""
-    return {"psnr": values.mean().item(), "count": len(values), "protocol": f"PSNR per picture on uint8, mean, {size}, sigma 0"}
 
 
 # -- a set of pictures, on any number of ranks ----------------------------------------------------------------------

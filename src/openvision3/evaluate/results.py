@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class Row:
 
     @property
     def protocol(self) -> tuple:
-        """Equal for numbers that may be compared: everything but model, value and the versions of libraries."""
+        """Equal for numbers that may be compared: not the model, the value, the versions of libraries, and the path that leads to the pictures."""
         n = self.number
-        return (n.metric, n.count, n.how, n.network, n.network_sha256, *asdict(self.setting).values())
+        return (n.metric, n.count, n.how, n.network, n.network_sha256, *(value for name, value in asdict(self.setting).items() if name != "data"))
 
     def to_json(self) -> dict[str, Any]:
         return {"model": self.model, "model_sha256": self.model_sha256, "note": self.note, **asdict(self.number), **asdict(self.setting)}
@@ -149,7 +149,7 @@ def table(rows: Iterable[Row]) -> list[Line]:
 
 def _unlike(a: Row, b: Row) -> str:
     one, other = a.to_json(), b.to_json()
-    apart = [name for name in one if one[name] != other[name] and name not in ("model", "model_sha256", "note", "value", "spread", "library")]
+    apart = [name for name in one if one[name] != other[name] and name not in ("model", "model_sha256", "note", "value", "spread", "detail", "library", "data")]
     return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
 
 
@@ -158,7 +158,9 @@ def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
     piles: list[tuple[Setting, list[Row]]] = []
     for row in rows:
         for setting, pile in piles:
-            if setting == row.setting and all(other.protocol == row.protocol and other.model != row.model for other in pile if other.metric == row.metric):
+            if replace(setting, data=row.setting.data) == row.setting and all(
+                other.protocol == row.protocol and other.model != row.model for other in pile if other.metric == row.metric
+            ):
                 pile.append(row)
                 break
         else:
@@ -171,8 +173,11 @@ PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_
 
 
 def shown(metric: str, number: Number) -> str:
-    """A value with its unit, and its spread where there is one: 29.81 dB, 37.9 %, 0.0195 ± 0.0015."""
+    """A value with its unit: 29.81 dB, 37.9 %; with the error of the estimate where that is known: 0.0195 ± 0.0015."""
     if any(part in metric for part in PERCENT):
         return f"{100 * number.value:.1f} %"
-    unit, digits = {"psnr": (" dB", 2), "ssim": ("", 4)}.get(metric.split(",")[0].split(" ")[0], ("", 4))
-    return f"{number.value:.{digits}f}{unit}" + (f" ± {number.spread:.{digits}f}" if number.spread is not None else "")
+    unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
+        metric.split(",")[0].split(" ")[0], ("", 4)
+    )
+    error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # others spread over pictures
+    return f"{number.value:.{digits}f}{unit}{error}"

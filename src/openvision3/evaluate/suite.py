@@ -170,8 +170,9 @@ def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", sh
     written, references = [row[1] for row in captioned.values()], [row[2] for row in captioned.values()]
     numbers = evaluate_captions(written, references, tokenizer, lacking)
     cards = [(index, row[1], row[2][0]) for index, row in list(captioned.items())[:shown]]
+    told = [{"key": key, "written": own, "true": list(true)} for key, own, true in captioned.values()]
     missing = [(metric, what) for line in lacking for metric, _, what in [line.partition(": ")]]
-    return Measured(numbers, missing, [row[0] for row in captioned.values()], {"cards": cards, "left_out": len(found) - len(captioned)})
+    return Measured(numbers, missing, [row[0] for row in captioned.values()], {"cards": cards, "captions": told, "left_out": len(found) - len(captioned)})
 
 
 def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: dict | None = None) -> Measured:
