@@ -1,28 +1,23 @@
 """The figures by which models are measured, each against a plain loop or the properties that define it."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from openvision3 import demo
 from openvision3.data import samples
 from openvision3.data.images import to_pil
-from openvision3.evaluate.captioning import evaluate_captions, token_f1, words
 from openvision3.evaluate.openmoji import Functions, drawings, evaluate_openmoji, rebuilt_rows
+from openvision3.evaluate.protocol import values
 from openvision3.evaluate.reconstruction import evaluate_reconstruction, psnr
-from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
 
 
 def images(count: int = 2, height: int = 3, width: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def unit(rows: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 # -- reconstruction -------------------------------------------------------------------------------------------------
@@ -62,103 +57,6 @@ def test_reconstruction_is_the_mean_over_pictures_not_over_batches():
         evaluate_reconstruction([], lambda x: x)
 
 
-# -- retrieval ------------------------------------------------------------------------------------------------------
-
-
-def loop_recall(queries: torch.Tensor, candidates: torch.Tensor, captions: list[str], k: int) -> float:
-    hits = 0
-    for i, query in enumerate(queries.tolist()):
-        scored = [(-sum(a * b for a, b in zip(query, c, strict=True)), j) for j, c in enumerate(candidates.tolist())]
-        hits += any(captions[j] == captions[i] for _, j in sorted(scored)[:k])
-    return hits / len(queries)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=14), st.integers(0, 1000))
-def test_retrieval_is_that_of_a_plain_loop_and_equal_captions_match(captions, seed):
-    pictures, texts = unit(len(captions), seed), unit(len(captions), seed + 1)
-    found = evaluate_retrieval(pictures, texts, captions, ks=(1, 3))
-    for k in (1, 3):
-        assert found[f"image_to_text_r@{k}"] == pytest.approx(loop_recall(pictures, texts, captions, k))
-        assert found[f"text_to_image_r@{k}"] == pytest.approx(loop_recall(texts, pictures, captions, k))
-
-
-def test_a_model_that_tells_nothing_apart_gets_no_more_than_chance():
-    found = evaluate_retrieval(torch.ones(10, 4) / 2, torch.ones(10, 4) / 2, list("abcdefghij"))
-    assert found["image_to_text_r@1"] == found["text_to_image_r@1"] == pytest.approx(0.1)
-
-
-def test_retrieval_refuses_unlike_counts():
-    with pytest.raises(ValueError, match="seen 3 pictures, 2 texts, 3 captions"):
-        evaluate_retrieval(unit(3, 0), unit(2, 1), ["a", "b", "c"])
-    with pytest.raises(ValueError, match="0 captions"):
-        evaluate_retrieval(unit(0, 0), unit(0, 1), [])
-
-
-# -- classification -------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(0, 1000))
-def test_classification_is_that_of_a_plain_loop(labels, seed):
-    pictures, classes, names = unit(len(labels), seed), unit(4, seed + 1), ["w", "x", "y", "z"]
-    right: dict[int, list[bool]] = {}
-    for picture, label in zip(pictures.tolist(), labels, strict=True):
-        scores = [sum(a * b for a, b in zip(picture, c, strict=True)) for c in classes.tolist()]
-        right.setdefault(label, []).append(scores.index(max(scores)) == label)
-    found = evaluate_classification(pictures, classes, labels, names)
-    assert found["accuracy"] == pytest.approx(sum(map(sum, right.values())) / len(labels))
-    assert found["mean_class_accuracy"] == pytest.approx(np.mean([np.mean(r) for r in right.values()]))
-    assert {name: value for name, value in found.items() if name.startswith("accuracy/")} == pytest.approx(
-        {f"accuracy/{names[label]}": np.mean(r) for label, r in right.items()}
-    )
-    assert found["largest_class_share"] == pytest.approx(max(map(len, right.values())) / len(labels))
-
-
-def test_classification_refuses_unlike_counts():
-    with pytest.raises(ValueError, match="seen 2 pictures, 1 labels"):
-        evaluate_classification(unit(2, 0), unit(2, 1), [0], ["a", "b"])
-    with pytest.raises(ValueError, match="0 labels"):
-        evaluate_classification(unit(0, 0), unit(2, 1), [], ["a", "b"])
-
-
-def test_a_class_embedding_is_the_mean_of_its_prompts_at_unit_length():
-    first, second = unit(3, 0), unit(1, 1)
-    found = class_embedding([first, second])
-    mean = first.sum(0) / 3
-    assert torch.allclose(found[0], mean / mean.norm()) and torch.allclose(found[1], second[0])
-
-
-# -- captions -------------------------------------------------------------------------------------------------------
-
-SENTENCES = st.lists(st.sampled_from(["red", "heart", "Cat", "face", "2"]), max_size=6).map(" ".join)
-
-
-@given(SENTENCES, SENTENCES)
-def test_token_f1_is_symmetric_within_0_and_1_and_1_for_equal_words_alone(a, b):
-    value = token_f1(a, b)
-    assert value == token_f1(b, a) and 0 <= value <= 1
-    assert (value == 1) == (sorted(words(a)) == sorted(words(b)))
-    assert (value == 0) == (not set(words(a)) & set(words(b)) and bool(words(a) + words(b)))
-
-
-def test_token_f1_counts_repeats():
-    assert token_f1("red red heart", "red heart heart") == pytest.approx(2 / 3)
-    assert token_f1("red red red red", "red") == pytest.approx(2 * (1 / 4) * 1 / (1 / 4 + 1))
-
-
-def test_words_leave_case_and_marks_out():
-    assert words("Man: light-skin tone!") == ["man", "light", "skin", "tone"]
-
-
-def test_captions_are_scored_pair_by_pair():
-    found = evaluate_captions(["Red heart", "heart red", "cat"], ["red: heart", "red heart", "dog face"])
-    assert found["exact_match"] == pytest.approx(1 / 3) and found["token_f1"] == pytest.approx(2 / 3) and found["count"] == 3
-    for written, true in (([], []), (["a"], ["a", "b"])):
-        with pytest.raises(ValueError, match="pair by pair"):
-            evaluate_captions(written, true)
-
-
 # -- the embedded data set ------------------------------------------------------------------------------------------
 
 
@@ -192,21 +90,30 @@ def oracle() -> Functions:
 
 def test_a_perfect_model_gets_every_point(oracle):
     found = evaluate_openmoji(oracle, size=32, count=12)
-    r = found.results
+    r = {name: values(numbers) for name, numbers in found.results.items()}
     assert r["retrieval"]["image_to_text_r@1"] == r["retrieval"]["text_to_image_r@1"] == 1
-    assert r["captions"]["exact_match"] == r["captions"]["token_f1"] == 1 and r["captions"]["count"] == 12
-    assert r["zeroshot"]["accuracy"] == 1
-    assert r["zeroshot"]["count"] + r["zeroshot"]["left_out_without_group"] == 12
+    assert r["captions"]["exact_match"] == r["captions"]["token_f1"] == 1 and {n.count for n in found.results["captions"]} == {12}
+    assert r["zeroshot"]["top_1"] == 1 and all(row.accuracy == 1 for row in found.groups)
+    assert sum(row.count for row in found.groups) + found.without_group == 12
+    assert f"{found.without_group} emoji without a group are left out" in found.results["zeroshot"][0].how
     assert r["vae_reconstruction"]["psnr"] == pytest.approx(100)
     assert r["reconstruction"]["psnr"] == pytest.approx(np.mean(found.psnr)) and len(found.vae_psnr) == 12
-    assert all(e.held_out for e in found.emoji) and all("protocol" in value for value in r.values())
+    assert "32x32" in found.results["reconstruction"][0].how and "simple tokeniser" in found.results["captions"][-1].how
+    assert all(e.held_out for e in found.emoji) and all(n.how and n.library for numbers in found.results.values() for n in numbers)
+
+
+def test_the_demo_writes_every_number_with_its_protocol(oracle):
+    found = demo.as_json(evaluate_openmoji(oracle, size=32, count=12))
+    assert found == json.loads(json.dumps(found))
+    assert set(found) == {"reconstruction", "vae_reconstruction", "retrieval", "captions", "zeroshot", "zeroshot_groups"}
+    assert found["reconstruction"][0]["metric"] == "psnr" and found["reconstruction"][0]["how"] and "torch" in found["reconstruction"][0]["library"]
 
 
 def test_a_model_that_swaps_answers_gets_none(oracle):
     shifted = dataclasses.replace(
         oracle, caption=lambda x: ["nothing like it"] * len(x), embed_images=lambda x: oracle.embed_images(x).roll(1, 0), reconstruct=lambda x: -x
     )
-    r = evaluate_openmoji(shifted, size=32, count=12).results
+    r = {name: values(numbers) for name, numbers in evaluate_openmoji(shifted, size=32, count=12).results.items()}
     assert r["captions"]["exact_match"] == 0 and r["retrieval"]["image_to_text_r@1"] == 0 and r["reconstruction"]["psnr"] < 10
 
 

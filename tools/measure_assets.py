@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from openvision3 import hub
 from openvision3.config import flat
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.shards import open_source
-from openvision3.evaluate.openmoji import evaluate_openmoji
-from openvision3.evaluate.reconstruction import Result, evaluate_reconstruction
+from openvision3.demo import as_json
+from openvision3.evaluate.openmoji import evaluate_openmoji, psnr_number
+from openvision3.evaluate.protocol import Number, values
+from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.zeroshot import evaluate_retrieval
 from openvision3.model.vae import EMBEDDED
 from openvision3.pipeline import Pipeline, load
@@ -38,19 +41,24 @@ stamps served only to measure. Whether weights derive from training pictures is 
 CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project". Code: Apache-2.0."""
 
 
-def measure_pictures(pipeline: Pipeline, shards: list[str]) -> dict[str, Result]:
-    """Reconstruction (model and VAE) and retrieval on shards: whole pictures, resized to the training size with antialias."""
+def measure_pictures(pipeline: Pipeline, shards: list[str]) -> dict[str, list[Number]]:
+    """Reconstruction (model and VAE) and retrieval on shards: whole pictures, resized to the training size with antialias.
+
+    A picture without a caption is rebuilt, and not asked for in words.
+    """
     source = open_source(tuple(shards))
     run = functions(pipeline)
     problems: list[dict[str, str]] = []
     rows = list(evaluation_batches(source, pipeline.size, 32, problems))
     pictures = [images for _, images, _ in rows]
     captions = [texts[0] if texts else "" for _, _, all_texts in rows for texts in all_texts]
-    embedding = torch.cat([run.embed_images(p) for p in pictures])
+    told = [i for i, caption in enumerate(captions) if caption]
+    captions = [captions[i] for i in told]
+    embedding = torch.cat([run.embed_images(p) for p in pictures])[told]
     return {
-        "reconstruction": evaluate_reconstruction(pictures, run.reconstruct),
-        "vae_reconstruction": evaluate_reconstruction(pictures, run.vae_reconstruct),
-        "retrieval": evaluate_retrieval(embedding, run.embed_texts(captions), captions),
+        "reconstruction": [psnr_number(torch.cat([psnr(p, run.reconstruct(p)) for p in pictures]), pipeline.size)],
+        "vae_reconstruction": [psnr_number(torch.cat([psnr(p, run.vae_reconstruct(p)) for p in pictures]), pipeline.size)],
+        "retrieval": evaluate_retrieval(embedding, run.embed_texts(captions), captions, range(len(captions))),
     }
 
 
@@ -69,8 +77,8 @@ def ship(run: Path) -> None:
     (MINI / "command.txt").write_text(earlier + " ".join(["openvision3", *command[1:]]) + "\n")
 
 
-def percent(value: float | int | str) -> str:
-    return f"{100 * float(value):.1f}"
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def main() -> None:
@@ -85,32 +93,36 @@ def main() -> None:
         ship(args.ship)
     pipeline = load("mini", precision=args.precision)
     findings = evaluate_openmoji(functions(pipeline))
-    scores: dict[str, dict[str, Result]] = {"openmoji": findings.results}
+    found_on = {"openmoji": findings.results}
+    written: dict[str, dict[str, list[dict]]] = {"openmoji": as_json(findings)}
     for name, shards in held_out_shards(args.held_out).items():
-        scores[name] = measure_pictures(pipeline, shards)
+        found_on[name] = measure_pictures(pipeline, shards)
+        written[name] = {what: [asdict(each) for each in numbers] for what, numbers in found_on[name].items()}
     demo = evaluate_openmoji(functions(load(args.demo, precision=args.precision))) if args.demo else None
     if demo is not None:
-        scores["demo model on openmoji"] = demo.results
-    (MINI / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        found_on["demo model on openmoji"], written["demo model on openmoji"] = demo.results, as_json(demo)
+    (MINI / "scores.json").write_text(json.dumps(written, indent=2) + "\n")
+    scores = {name: {what: values(numbers) for what, numbers in results.items()} for name, results in found_on.items()}
 
     command = f"python tools/measure_assets.py{' --held-out FOLDER' if args.held_out else ''}{' --demo RUN' if args.demo else ''} --precision {args.precision}"
     sets = [name for name in ("openmoji", "pictures", "photos") if name in scores]
     rebuilt = ["| held-out set | pictures | VAE alone, dB | mini, dB | gap, dB |", "|---|---|---|---|---|"]
     for name in sets:
-        own, vae = (float(scores[name][k]["psnr"]) for k in ("reconstruction", "vae_reconstruction"))
-        rebuilt.append(f"| {name} | {scores[name]['reconstruction']['count']} | {vae:.2f} | {own:.2f} | {vae - own:.2f} |")
+        own, vae = (scores[name][k]["psnr"] for k in ("reconstruction", "vae_reconstruction"))
+        rebuilt.append(f"| {name} | {found_on[name]['reconstruction'][0].count} | {vae:.2f} | {own:.2f} | {vae - own:.2f} |")
     found = ["| held-out set | candidates | picture to text R@1 / R@5 | text to picture R@1 / R@5 |", "|---|---|---|---|"]
     for name in [*sets, *(["demo model on openmoji"] if demo else [])]:
         r = scores[name]["retrieval"]
         cells = [" / ".join(percent(r[f"{way}_r@{k}"]) for k in (1, 5)) for way in ("image_to_text", "text_to_image")]
-        found.append(f"| {name} | {r['count']} | {cells[0]} % | {cells[1]} % |")
-    captions = ["| model | exact name, % | token F1, % |", "|---|---|---|"]
-    for title, result in (("shipped mini", findings.results), *([("demo model", demo.results)] if demo else [])):
-        captions.append(f"| {title} | {percent(result['captions']['exact_match'])} | {percent(result['captions']['token_f1'])} |")
+        found.append(f"| {name} | {found_on[name]['retrieval'][0].count} | {cells[0]} % | {cells[1]} % |")
+    captions = ["| model | exact name, % | token F1, % | CIDEr, simple tokeniser |", "|---|---|---|---|"]
+    for title, name in (("shipped mini", "openmoji"), *([("demo model", "demo model on openmoji")] if demo else [])):
+        told = scores[name]["captions"]
+        captions.append(f"| {title} | {percent(told['exact_match'])} | {percent(told['token_f1'])} | {told['cider']:.2f} |")
     columns = ["| true name | mini |" + (" demo model |" if demo else ""), "|---|---|" + ("---|" if demo else "")]
     for i, emoji in enumerate(findings.emoji[:EXAMPLES]):
         columns.append(f"| {emoji.name} | {findings.written[i]} |" + (f" {demo.written[i]} |" if demo else ""))
-    zeroshot = findings.results["zeroshot"]
+    zeroshot, grouped = scores["openmoji"]["zeroshot"], sum(row.count for row in findings.groups)
     parameters = sum(p.numel() for name, p in pipeline.model.named_parameters() if not name.startswith("vae.")) / 1e6
 
     config = hub.read_config(MINI)
@@ -153,8 +165,8 @@ Measured with `{command}`; sigma 0, {args.precision}, one seed; resized to 128 p
 Equal captions count as positives. "pictures" are Open Clip Art and stamps with titles and tags as captions; the class names of "photos" were
 never seen in training. Chance is {100 / 256:.1f} % for R@1 among 256.
 
-Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["accuracy"])} % of {zeroshot["count"]}
-({zeroshot["left_out_without_group"]} emoji without a group left out; always naming the largest group gives {percent(zeroshot["largest_class_share"])} %).
+Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["top_1"])} % of {grouped}
+({findings.without_group} emoji without a group left out; always naming the largest group gives {percent(zeroshot["largest_class_share"])} %).
 
 Captions on the same 256 held-out emoji, greedy, lower-case words:
 
@@ -168,7 +180,7 @@ The first {EXAMPLES} of the 256, not chosen:
     vae = json.loads((EMBEDDED / "config.json").read_text())
     parameters = sum(p.numel() for p in pipeline.vae.parameters()) / 1e6
     log = json.loads((EMBEDDED / "training.json").read_text())
-    lines = [f"| {name} | {scores[name]['vae_reconstruction']['count']} | {float(scores[name]['vae_reconstruction']['psnr']):.2f} |" for name in sets]
+    lines = [f"| {name} | {found_on[name]['vae_reconstruction'][0].count} | {scores[name]['vae_reconstruction']['psnr']:.2f} |" for name in sets]
     (EMBEDDED / "README.md").write_text(
         f"""---
 library_name: diffusers

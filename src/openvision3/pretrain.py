@@ -24,6 +24,7 @@ from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
+from openvision3.evaluate import protocol
 from openvision3.evaluate.openmoji import Functions
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
@@ -451,9 +452,11 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     if problems:
         results["skipped"] = len(problems)
     if captions:
-        retrieval = evaluate_retrieval(torch.cat(embeddings), run.embed_texts(captions), captions)
         results |= {name: sum(each) / len(each) for name, each in parts.items()}
-        results |= {name: float(value) for name, value in retrieval.items() if "_r@" in name}
+        image_embedding, text_embedding = torch.cat(embeddings), run.embed_texts(captions)
+        if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # of NaN nothing can be said, and the losses say it already
+            retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
+            results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}
     return results
 
 

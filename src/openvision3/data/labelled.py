@@ -188,7 +188,7 @@ def read_labels(source: Source, key: str = "", names: Sequence[str] = (), *, lea
     if small:
         left_out[f"class of fewer than {least} pictures"] = small
     indices = tuple(index for index, number in of.items() if number in renumbered)
-    value_of = {number: value for value, number in reversed(place.items())}
+    value_of = {number: value for value, number in place.items()}
     values = like.values if like is not None else tuple(value_of.get(i, names[i]) for i in kept)
     return Labels(tuple(names[i] for i in kept), values, indices, tuple(renumbered[of[index]] for index in indices), dict(left_out))
 

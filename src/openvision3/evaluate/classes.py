@@ -32,8 +32,8 @@ class Classification:
     classes: list[ClassRow]
 
 
-def ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """scores (B, C), labels (B,) -> place of the true class from 0 on. Of equal scores the class that is named first goes first.
+def ranks(scores: Tensor, labels: Tensor, equal: float = 0.0) -> Tensor:
+    """scores (B, C), labels (B,) -> place of the true class from 0 on. Of scores within `equal` the class that is named first goes first.
 
     So scores that say nothing always name the first class.
 
@@ -44,7 +44,7 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
         raise ValueError("some scores of classes are NaN or infinite; look at the features or embeddings they come from")
     own = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
-    return ((scores > own) | ((scores == own) & before)).sum(1)
+    return ((scores > own + equal) | ((scores >= own - equal) & before)).sum(1)
 
 
 def accuracies(rank: Tensor, labels: Sequence[int], names: Sequence[str], how: str, *, first_few: bool = False) -> Classification:
@@ -57,10 +57,10 @@ def accuracies(rank: Tensor, labels: Sequence[int], names: Sequence[str], how: s
     right = label[rank == 0].bincount(minlength=len(names))
     rows = [ClassRow(name, int(n), int(r) / int(n)) for name, n, r in zip(names, counts, right, strict=True) if n]
     count = len(labels)
-    found = [number("top_1", (rank == 0).double().mean(), count, f"share of pictures named rightly: {how}")]
+    found = [number("top_1", (rank == 0).double().mean().item(), count, f"share of pictures named rightly: {how}")]
     if first_few and len(names) > FIRST_FEW:
         found.append(
-            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}")
+            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean().item(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}")
         )
     mean = sum(row.accuracy for row in rows) / len(rows)
     found.append(number("mean_class_accuracy", mean, count, f"mean over the {len(rows)} classes that occur of the share named rightly: {how}"))

@@ -12,7 +12,9 @@ from torch import Tensor
 from openvision3.data import samples
 from openvision3.data.images import to_pil, to_tensor
 from openvision3.evaluate.captioning import evaluate_captions
-from openvision3.evaluate.reconstruction import Result, psnr, summary
+from openvision3.evaluate.classes import ClassRow
+from openvision3.evaluate.protocol import Number, number
+from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
 
 
@@ -29,9 +31,12 @@ class Functions:
 
 @dataclass
 class Findings:
-    """Named results, and the pictures and captions behind them for a page."""
+    """Numbers by what they are of, and the groups, pictures and captions behind them for a page."""
 
-    results: dict[str, Result]
+    results: dict[str, list[Number]]
+    groups: list[ClassRow]
+    without_group: int
+    """emoji that zero-shot classification leaves out"""
     emoji: tuple[samples.Emoji, ...]
     written: list[str]
     psnr: list[float]
@@ -54,20 +59,27 @@ def evaluate_openmoji(model: Functions, size: int = 128, count: int = 256) -> Fi
     emoji = data.evaluation(count)
     pictures = list(drawings(emoji, size))
     own, vae = (torch.cat([psnr(p, f(p).cpu()) for p in pictures]) for f in (model.reconstruct, model.vae_reconstruct))
-    results: dict[str, Result] = {"reconstruction": summary(own, f"{size}x{size}"), "vae_reconstruction": summary(vae, f"{size}x{size}")}
+    results = {"reconstruction": [psnr_number(own, size)], "vae_reconstruction": [psnr_number(vae, size)]}
     image_embedding = torch.cat([model.embed_images(p).cpu() for p in pictures])
     names = [e.name for e in emoji]
     text_embedding = model.embed_texts(names).cpu()
-    results["retrieval"] = evaluate_retrieval(image_embedding, text_embedding, names)
+    results["retrieval"] = evaluate_retrieval(image_embedding, text_embedding, names, range(len(names)))
     written = [caption for p in pictures for caption in model.caption(p)]
-    results["captions"] = evaluate_captions(written, names)
+    results["captions"] = evaluate_captions(written, [[name] for name in names], "simple")  # the same numbers on every machine
 
     groups = sorted({e.group for e in data.train if e.group})
     classes = class_embedding([model.embed_texts([e.name for e in data.train if e.group == g]).cpu() for g in groups])
     grouped = {i: groups.index(e.group) for i, e in enumerate(emoji) if e.group}
-    zeroshot = evaluate_classification(image_embedding[list(grouped)], classes, list(grouped.values()), groups)
-    results["zeroshot"] = {**zeroshot, "left_out_without_group": len(emoji) - len(grouped)}
-    return Findings(results, emoji, written, own.tolist(), vae.tolist())
+    without = len(emoji) - len(grouped)
+    prompts = f"the mean text embedding of the names of its training emoji; {without} emoji without a group are left out"
+    zeroshot = evaluate_classification(image_embedding[list(grouped)], classes, list(grouped.values()), groups, prompts)
+    results["zeroshot"] = zeroshot.numbers
+    return Findings(results, zeroshot.classes, without, emoji, written, own.tolist(), vae.tolist())
+
+
+def psnr_number(values: Tensor, size: int) -> Number:
+    """PSNR of each picture (N,) in dB -> the number of the set."""
+    return number("psnr", values.mean().item(), len(values), f"PSNR per picture on uint8 in dB, mean over pictures, {size}x{size}, sigma 0")
 
 
 def rebuilt_rows(emoji: Sequence[samples.Emoji], model: Functions, size: int = 128) -> list[tuple[Image.Image, ...]]:

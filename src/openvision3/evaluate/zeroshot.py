@@ -17,7 +17,8 @@ from openvision3.evaluate.protocol import Number, number
 SCORES_AT_ONCE = 2**24
 """similarities that are in memory at a time: 64 MB"""
 EQUAL = 1e-6
-"""Similarities this close are a tie, and a tie counts against the model: rounding must not decide, nor may a model that says nothing score."""
+"""Cosines this close are a tie, for rounding must not decide: columns of a product of matrices differ in the last bits. In retrieval a
+tie counts against the model, so that one that says nothing gets nothing; among classes the first named is taken."""
 
 
 def evaluate_retrieval(
@@ -68,10 +69,10 @@ def evaluate_retrieval(
         ("text_to_image", _best_ranks(text, image, pictures_of), f"{pictures} pictures"),
     ):
         found += [
-            number(f"{way}_r@{k}", (rank <= k).double().mean(), len(rank), f"share with a right one among the first {k} of {what} by cosine; {shared}")
+            number(f"{way}_r@{k}", (rank <= k).double().mean().item(), len(rank), f"share with a right one among the first {k} of {what} by cosine; {shared}")
             for k in ks
         ]
-        middle = rank.double().quantile(0.5)
+        middle = rank.double().quantile(0.5).item()
         found.append(number(f"{way}_median_rank", middle, len(rank), f"median place of the best placed right one among {what} by cosine, from 1; {shared}"))
     return found
 
@@ -98,7 +99,7 @@ def evaluate_classification(
 ) -> Classification:
     """(N, E) pictures of class labels[i] against (C, E) class embeddings -> accuracy of the nearest class, and that of each class.
 
-    `prompts` says what a class embedding was made of. Of equally near classes the first named is taken.
+    `prompts` says what a class embedding was made of. Of equally near classes (within EQUAL) the first named is taken.
 
     Raises:
         ValueError: no pictures, unlike counts, or embeddings that are no numbers.
@@ -110,6 +111,6 @@ def evaluate_classification(
     chunk = max(1, SCORES_AT_ONCE // len(classes))
     for start in range(0, len(labels), chunk):
         scores = image_embedding[start : start + chunk].float() @ classes.float().to(image_embedding.device).T
-        found.append(ranks(scores, label[start : start + chunk]))
+        found.append(ranks(scores, label[start : start + chunk], EQUAL))
     how = f"zero-shot, the nearest of {len(names)} classes by cosine, a class is {prompts}"
     return accuracies(torch.cat(found), labels, names, how, first_few=True)
