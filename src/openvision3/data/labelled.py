@@ -136,7 +136,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     names = [" ".join(line.split()) for line in lines]
     while names and not names[-1]:
         names.pop()
-    if not all(names):
+    if not names or not all(names):
         raise ValueError(
             f"{path} {'has an empty line ' + str(names.index('') + 1) if names else 'is empty'}; class names are one a line, and a line is a number"
         )
