@@ -144,6 +144,8 @@ def test_another_set_is_read_with_the_classes_of_the_first(tmp_path):
     train = read_labels(folder(tmp_path / "train", {"n01443537": 3, "n01440764": 3, "n01484850": 1}), names=["tench", "goldfish", "shark"], least=2)
     test = read_labels(folder(tmp_path / "test", {"n01443537": 1, "n01484850": 2}), like=train)
     assert test.names == train.names == ("tench", "goldfish") and test.classes == (1,) and test.left_out == {"class not in the list": 2}
+    with pytest.raises(ValueError, match=r"no picture is of one of the 2 classes asked for, such as tench; seen: dog ..."):
+        read_labels(folder(tmp_path / "strange", {"dog": 2}), like=train)
     numbers = [shard(tmp_path / f"{n}.tar", [str(v).encode() for v in values], "cls") for n, values in enumerate(([0, 2, 2], [2, 1]))]
     train = read_labels(ShardSource(numbers[:1]), names=["a", "b", "c"], least=0)
     assert read_labels(ShardSource(numbers[1:]), like=train).classes == (2, 1)

@@ -128,7 +128,7 @@ def test_the_probe_chooses_l2_on_a_fifth_and_fits_all_with_it():
     train, labels = clusters(120, 0, spread=1.6)
     test, test_labels = clusters(200, 1, spread=1.6)
     numbers = evaluate_linear_probe(train, labels, test, test_labels, NAMES)
-    chosen = float(re.search(r"L2 (\S+)", numbers[0].detail)[1])
+    chosen = float(re.search(r"L2 ([^,]+)", numbers[0].detail)[1])
 
     held = held_out(labels)
     mean, scale = standard(train[~held].double())

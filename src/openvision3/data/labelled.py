@@ -178,11 +178,16 @@ def read_labels(source: Source, key: str = "", names: Sequence[str] = (), *, lea
     of = {index: place[value] for index, value in said.items() if value in place}
     if len(of) < len(said):
         left_out["class not in the list"] = len(said) - len(of)
+    if not of:
+        raise ValueError(
+            f"no picture is of one of the {len(names)} classes asked for, such as {names[0]}; seen: {', '.join(sorted(set(said.values()))[:3])} ..."
+        )
     counts = Counter(of.values())
     kept = list(range(len(names))) if like is not None or least <= 0 else [i for i in range(len(names)) if counts[i] >= least]
-    if not of or not kept:
-        seen = max(counts.values(), default=0)
-        raise ValueError(f"no class has {max(1, least)} pictures, the largest of {len(counts)} has {seen}; give more pictures or ask for fewer with least")
+    if not kept:
+        raise ValueError(
+            f"no class has {least} pictures, the largest of {len(counts)} has {max(counts.values())}; give more pictures or ask for fewer with least"
+        )
     renumbered = {old: new for new, old in enumerate(kept)}
     small = sum(counts[i] for i in counts if i not in renumbered)
     if small:

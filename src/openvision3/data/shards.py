@@ -444,9 +444,9 @@ def open_source(
             shards = Tars(each.tars, [tar_labels[path] for path in each.tars], index=index, cache=kept, watch=watch)
             group.append(ShardSource(shards, caption_keys, only, area, watch))
         groups.append(group)
-    for each in (source for group in groups for source in group):
-        if isinstance(each, _PictureSource):
-            each.evaluation_crop = crop
+    for source in (source for group in groups for source in group):
+        if isinstance(source, _PictureSource):
+            source.evaluation_crop = crop
     sources = [group[0] if len(group) == 1 else MixedSource(group) for group in groups]
     source = sources[0] if len(sources) == 1 else MixedSource(sources, weights)
     source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for each in found for path in each.missing]
