@@ -237,7 +237,8 @@ def test_statistics_come_back_from_a_file_as_they_went(tmp_path):
     whole = Statistics.of(vectors(9, 4))
     whole.save(tmp_path / "s.npz")
     back = Statistics.load(tmp_path / "s.npz")
-    assert back.count == 9 and torch.equal(back.mean, whole.mean) and torch.equal(back.covariance, whole.covariance)
+    assert back.count == 9 and torch.equal(back.mean, whole.mean)
+    torch.testing.assert_close(back.covariance, whole.covariance, rtol=1e-14, atol=1e-14)
     with np.load(tmp_path / "s.npz") as file:  # as ADM's evaluator reads it
         assert np.allclose(file["mu"], whole.mean) and np.allclose(file["sigma"], np.cov(vectors(9, 4).numpy(), rowvar=False))
 
@@ -292,9 +293,9 @@ def test_files_that_hold_no_pictures_are_one_line(tmp_path):
 # -- Frechet --------------------------------------------------------------------------------------------------------
 
 
-def gaussian(mean: torch.Tensor, covariance: torch.Tensor, count: int | None = None) -> Statistics:
+def gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> Statistics:
     found = Statistics(len(mean))
-    found.count, found.mean, found.covariance = count, mean.double(), covariance.double()
+    found.count, found.mean, found.scatter = None, mean.double(), covariance.double()
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,8 +306,13 @@ class Statistics:
     def __init__(self, width: int):
         self.count: int | None = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
-        self.covariance = torch.zeros(width, width, dtype=torch.float64)
-        """divided by count - 1; zeros for fewer than two"""
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)
+        """sum of squares about the mean; the covariance itself where the count is not known"""
+
+    @property
+    def covariance(self) -> Tensor:
+        """Divided by count - 1; zeros for fewer than two."""
+        return self.scatter if self.count is None else self.scatter / max(self.count - 1, 1)
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
@@ -324,8 +330,9 @@ class Statistics:
             raise ValueError("features are not finite: look for NaN in the pictures or for fp16 in the network")
         rows = features.detach().cpu().double()
         mean = rows.mean(0)
+        self._move(len(rows), mean)
         rows = rows - mean
-        self._merge(len(rows), mean, rows.T @ rows)
+        self.scatter.addmm_(rows.T, rows)
 
     def merge(self, other: Statistics) -> None:
         """Take in what another one has seen."""
@@ -333,14 +340,15 @@ class Statistics:
             raise ValueError(f"statistics of width {len(other.mean)} cannot join those of width {len(self.mean)}")
         count = other._known()
         if count:
-            self._merge(count, other.mean, other.covariance * (count - 1))
+            self._move(count, other.mean)
+            self.scatter += other.scatter
 
-    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque 1979: the sums of squares about each mean, and what the distance of the means adds."""
+    def _move(self, count: int, mean: Tensor) -> None:
+        """Count and mean with `count` more about `mean`, and what the distance of the two means adds to the scatter (Chan, Golub and LeVeque 1979)."""
         before = self._known()
-        both, step = before + count, mean - self.mean
-        scatter = scatter + max(before - 1, 0) * self.covariance + torch.outer(step, step) * (before * count / both)
-        self.count, self.mean, self.covariance = both, self.mean + step * (count / both), scatter / max(both - 1, 1)
+        self.count, step = before + count, mean - self.mean
+        self.scatter.addr_(step, step, alpha=before * count / self.count)
+        self.mean = self.mean + step * (count / self.count)
 
     def _known(self) -> int:
         if self.count is None:
@@ -356,8 +364,7 @@ class Statistics:
         found.count = int(distributed.total(torch.tensor(count)))
         found.mean = distributed.total(self.mean * count) / max(found.count, 1)
         step = self.mean - found.mean
-        scatter = self.covariance * max(count - 1, 0) + torch.outer(step, step) * count
-        found.covariance = distributed.total(scatter) / max(found.count - 1, 1)
+        found.scatter = distributed.total(self.scatter + torch.outer(step, step) * count)
         return found
 
     def save(self, path: str | Path) -> None:
@@ -383,7 +390,7 @@ class Statistics:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"{path} holds a mean of shape {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}; legal are (D,) and (D, D)")
         found = cls(0)
-        found.count, found.mean, found.covariance = count, mean, covariance
+        found.count, found.mean, found.scatter = count, mean, covariance * (1 if count is None else max(count - 1, 1))
         return found
 
 
@@ -409,7 +416,7 @@ def read_pictures(path: str | Path, batch: int = 64) -> Iterator[Tensor]:
                 if len(pixels) < rows * math.prod(shape[1:]):
                     raise ValueError(f"it ends before picture {start + rows} of {shape[0]}")
                 yield to_tensor(torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(rows, *shape[1:]).copy()).permute(0, 3, 1, 2).contiguous())
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of pictures, {legal}: {' '.join(str(error).split())}") from error
 
 
@@ -463,7 +470,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
 
     Subsets are drawn without repeats from each side, `size` of it or half a side where that is fewer. With `paired`, row i of
     both belongs to one picture (an original and what was made of it): then a picture is not compared with its own copy
-    (Gretton et al. 2012, lemma 6, remark), without which the estimate for copies would be biased, and equal sets have 0.
+    (the U-statistic for as many x as y beside lemma 6 of Gretton et al. 2012), without which the estimate for copies would be biased, and equal sets have 0.
 
     Raises:
         ValueError: unlike widths, or fewer than two samples a side; with `paired`, unlike counts.
@@ -484,16 +491,22 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
     return KernelDistance(_squared_discrepancy(x, y, paired), float(drawn.mean()), float(drawn.std(correction=0)), subsets, size)
 
 
-def _squared_discrepancy(x: Tensor, y: Tensor, paired: bool, chunk: int = 1024) -> float:
-    def mean_kernel(a: Tensor, b: Tensor, without_diagonal: bool) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=a.device)
-        for rows in a.split(chunk):
-            total += (rows @ b.T / a.shape[1] + 1).pow(3).sum()
-        if without_diagonal:
-            total -= ((a * b).sum(1) / a.shape[1] + 1).pow(3).sum()
-        return float(total) / (len(a) * (len(b) - without_diagonal))
+def _squared_discrepancy(x: Tensor, y: Tensor, paired: bool, chunk: int = 256) -> float:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1).pow(3)
 
-    return mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, paired)
+    def within(a: Tensor) -> float:
+        """Mean over pairs of two different ones, each computed once."""
+        total = torch.zeros((), dtype=torch.float64, device=a.device)
+        for start in range(0, len(a), chunk):
+            block = kernel(a[start : start + chunk], a[start:])
+            total += block[:, :chunk].triu(1).sum() + block[:, chunk:].sum()
+        return float(total) * 2 / (len(a) * (len(a) - 1))
+
+    between = sum(float(kernel(rows, y).sum()) for rows in x.split(chunk))
+    if paired:
+        between -= float(((x * y).sum(1) / x.shape[1] + 1).pow(3).sum())
+    return within(x) + within(y) - 2 * between / (len(x) * (len(y) - paired))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
