@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test check format test-slow bench clean
+.PHONY: setup demo test check format test-slow bench results clean
 
 setup: $(VENV)/.done
 
@@ -45,6 +45,19 @@ bench: setup
 	@test -n "$(SHARDS)" || echo "make bench SHARDS='data/*.tar' times the reader and the latent cache, too; pixel_share.py trains for an hour"
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)
+
+# What docs/results.md says of the shipped mini and of the two branches: an hour or two. DATA: a folder with pictures/ and photos/.
+MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple
+ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --precision fp32 --compile off --out results/ablations
+
+results: setup
+	$(MEASURE) --data openmoji --count 256 --out results/openmoji
+	@test -n "$(DATA)" || echo "pictures and photos: needs data; make results DATA=FOLDER, with pictures/train-*.tar, pictures/val-*.tar, photos/val-*.tar in it"
+	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/pictures/val-*.tar' --train '$(DATA)/pictures/train-*.tar' --label-key category --out results/pictures
+	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/photos/val-*.tar' --label-key category --out results/photos
+	$(BIN)/openvision3 evaluate table results/openmoji $(if $(DATA),results/pictures results/photos) --out results/summary.html
+	$(BIN)/openvision3 ablate synergy $(ABLATE)
+	$(BIN)/openvision3 ablate balance $(ABLATE)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -436,12 +436,12 @@ def _tell(work: Evaluation) -> None:
 
 def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[NotRun]) -> None:
     """A line a metric and a column a model; what was not run below, with what it needs."""
+    from rich.console import Console
     from rich.table import Table
 
     from openvision3.evaluate.results import shown
-    from openvision3.progress import console
 
-    screen = console()
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
@@ -455,7 +455,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
             made.add_row(line.metric, *(shown(line.metric, line.values[model]) if model in line.values else "" for model in models))
         screen.print(made)
     for what, who in _grouped(not_run):
-        screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim")
+        screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)
 
 
 def _grouped(not_run: Sequence[NotRun]) -> list[tuple[str, list[str]]]:

@@ -1,0 +1,266 @@
+"""openvision3 evaluate: every number with its protocol, the same on any batch size and number of processes, and like beside like alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_pipeline import make_pipeline, write_photo
+
+from openvision3 import cli
+from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
+
+KINDS = ("circle", "square", "star")
+
+
+def labelled(folder: Path, each: int, seed: int) -> Path:
+    """Pictures in a sub-folder a class, with a caption each."""
+    for number, kind in enumerate(KINDS):
+        for i in range(each):
+            path = write_photo(folder / kind / f"{i}.png", 48, 40, seed + 10 * i + 100 * number)
+            path.with_suffix(".txt").write_text(f"a {kind} number {i}" if i else f"a {kind}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    make_pipeline().save(root / "model")
+    labelled(root / "data", 3, 0)
+    labelled(root / "train", 5, 5)
+    return root
+
+
+def arguments(root: Path, *more: str) -> list[str]:
+    return [str(root / "model"), "--data", str(root / "data"), "--size", "32", *more]
+
+
+@pytest.fixture(scope="module")
+def everything(root) -> Path:
+    out = root / "all"
+    argv = ["evaluate", "all", *arguments(root, "--train", str(root / "train"), "--least", "2", "--k", "3", "--tokenizer", "simple", "--out", str(out))]
+    assert cli.main(argv) == 0
+    return out
+
+
+def rows(folder: Path) -> dict[tuple[str, str], dict]:
+    return {(row["model"], row["metric"]): row for row in json.loads((folder / "results.json").read_text())["rows"]}
+
+
+def test_every_kind_is_measured_and_every_row_says_how(everything, root):
+    found = rows(everything)
+    ours, vae = str(root / "model"), "VAE embedded"
+    for metric in ("psnr", "ssim", "EfficientNet-Lite0 feature distance", "KID on EfficientNet-Lite0 features", "knn_top_1", "linear_probe_top_1"):
+        assert (ours, metric) in found and (vae, metric) in found
+    for metric in ("psnr, sigma 0.4", "image_to_text_r@1", "text_to_image_r@10", "exact_match", "bleu_4", "rouge_l", "cider", "zeroshot_top_1"):
+        assert (ours, metric) in found
+    for row in found.values():
+        assert row["how"] and "torch" in row["library"] and row["resolution"] == "32x32" and row["crop"] and row["dtype"] == "fp32" and row["count"] == 9
+        assert re.fullmatch("[0-9a-f]{64}", row["data_sha256"]) and re.fullmatch("[0-9a-f]{64}", row["model_sha256"])
+        assert bool(row["network"]) == bool(row["network_sha256"]) and row["seed"] == 0 and row["guidance"] == "none" and row["labels"]
+    assert found[vae, "psnr"]["value"] >= found[ours, "psnr"]["value"]
+    assert "80 templates" in found[ours, "zeroshot_top_1"]["how"]
+
+
+def test_what_was_not_run_is_listed_with_what_it_needs_and_never_a_number(everything):
+    results = Results.load(everything)
+    missing = {each.metric: each.needs for each in results.not_run}
+    assert "openvision3 fetch" in missing["rfid"] and "openvision3 fetch" in missing["lpips"] and "meteor" in missing
+    assert not {"rfid", "lpips", "meteor"} & {row.metric for row in results.rows}
+    assert any(each.model == "VAE embedded" and each.metric == "captioning" for each in results.not_run)
+
+
+def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
+    page = (everything / "report.html").read_text()
+    for heading in (
+        "Numbers",
+        "Rebuilding",
+        "The worst",
+        "the nearest captions",
+        "captions of the first",
+        "zero-shot by class",
+        "Published numbers",
+        "How it was",
+    ):
+        assert heading in page
+    assert "published (paper v2), not measured here" in page and not re.search(r"src=.https?:", page)
+
+
+def test_every_pictures_score_is_kept(everything, root):
+    lines = [json.loads(line) for line in (everything / "pictures.jsonl").read_text().splitlines()]
+    own = [line for line in lines if line["model"] == str(root / "model") and "psnr" in line]
+    assert len({line["key"] for line in own}) == len(own) == 9
+    assert sum(line["psnr"] for line in own) / 9 == pytest.approx(rows(everything)[str(root / "model"), "psnr"]["value"], abs=1e-3)
+    assert sum("written" in line for line in lines) == 9
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, other = rows(a), rows(b)
+    assert one.keys() == other.keys()
+    for name, row in one.items():
+        close = 1e-3 if name[1].startswith("psnr") else 1e-4
+        assert row["value"] == pytest.approx(other[name]["value"], abs=close), name
+        assert {k: v for k, v in row.items() if k not in ("value", "spread")} == {k: v for k, v in other[name].items() if k not in ("value", "spread")}
+
+
+@pytest.mark.parametrize("batch", ["1", "4"])
+def test_the_numbers_do_not_depend_on_the_batch_size(everything, root, batch):
+    out = root / f"batch-{batch}"
+    more = ("--train", str(root / "train"), "--least", "2", "--k", "3", "--tokenizer", "simple", "--batch", batch, "--out", str(out))
+    assert cli.main(["evaluate", "all", *arguments(root, *more)]) == 0
+    assert_same(everything, out)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one_and_no_picture_twice(everything, root):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    more = ("--train", str(root / "train"), "--least", "2", "--k", "3", "--tokenizer", "simple", "--out", str(root / "two"))
+    argv = [sys.executable, "-m", "openvision3", "evaluate", "all", *arguments(root, *more)]
+    both = [
+        subprocess.Popen(
+            argv,
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "results:" in told[0][0] and not told[1][0], "rank 0 alone speaks"
+    assert_same(everything, root / "two")
+
+
+def test_a_metric_without_its_weights_is_refused_before_anything_is_measured(root, capsys, tmp_path):
+    for metric, told in (("rfid", "inception"), ("lpips", "lpips")):
+        assert cli.main(["evaluate", "reconstruction", *arguments(root, "--metrics", "psnr", metric, "--out", str(tmp_path / "x"))]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and told in error.lower() and "openvision3 fetch" in error
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, capsys):
+    data = labelled(tmp_path / "data", 2, 40)
+    (data / "star" / "9.png").write_bytes(b"not a picture")
+    argv = ["evaluate", "retrieval", str(root / "model"), "--data", str(data), "--size", "32", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    assert "1 pictures skipped: 1 not an image" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["count"] for row in found["rows"]} == {6} and found["skipped"][0]["key"].endswith("star/9.png")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["reconstructoin"], "nearest is reconstruction"),
+        (["reconstruction", "--peer", "flux-vea"], "flux-vea"),
+        (["reconstruction", "--peer", "omnitokenizer"], "published numbers only"),
+        (["reconstruction", "--metrics", "fid"], "legal are psnr"),
+        (["retrieval", "--peer-folder", "flux-vae=x"], "not among the peers"),
+        (["retrieval", "--size", "40"], "multiple of 16"),
+        (["retrieval", "no-such-model"], "no such model"),
+        (["probe", "--train"], "name them with --train"),
+    ],
+)
+def test_bad_input_is_one_line(root, argv, told, capsys, tmp_path):
+    data = [] if "no-such-model" in argv else ["--data", str(root / "data")]
+    model = [str(root / "model")] if argv[1:2] and argv[1].startswith("--") and argv[1] != "--train" else []
+    argv = [word for word in argv if word != "--train"]
+    assert cli.main(["evaluate", argv[0], *model, *argv[1:], *data, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_peer_whose_weights_are_absent_says_what_to_fetch(root, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert cli.main(["evaluate", "reconstruction", *arguments(root, "--peer", "flux-vae,ours", "--out", str(tmp_path / "out"))]) == 2
+    error = capsys.readouterr().err
+    assert "openvision3 fetch flux-vae" in error and "black-forest-labs/FLUX.1-schnell" in error and "Apache-2.0" in error
+
+
+def test_a_probe_is_not_measured_on_what_it_was_fitted_to(root, capsys, tmp_path):
+    assert cli.main(["evaluate", "probe", *arguments(root, "--train", str(root / "data"), "--out", str(tmp_path / "out"))]) == 2
+    assert "must not be measured on what it was fitted to" in capsys.readouterr().err
+
+
+def test_a_published_protocol_must_hold(root, capsys, tmp_path, monkeypatch):
+    from openvision3.evaluate import suite
+
+    monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
+    assert cli.main(["evaluate", "reconstruction", *arguments(root, "--protocol", "rfid-val50k", "--out", str(tmp_path / "out"))]) == 2
+    assert "50,000 of them; seen 9" in capsys.readouterr().err
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+SETTING = Setting("set", "0" * 64, "64x64", "square", "fp32", 0)
+
+
+def row(model: str = "a", metric: str = "psnr", value: float = 1.0, setting: Setting = SETTING, **changes) -> Row:
+    return Row(model, "", Number(metric, value, changes.pop("count", 9), changes.pop("how", "mean"), **changes), setting)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        row("b", count=10),
+        row("b", how="pooled"),
+        row("b", network="Inception", network_sha256="1" * 64),
+        *(
+            row("b", setting=Setting(**{**SETTING.__dict__, **change}))
+            for change in ({"resolution": "128x128"}, {"crop": "adm"}, {"dtype": "bf16"}, {"seed": 1})
+        ),
+        row("b", setting=Setting(**{**SETTING.__dict__, "data_sha256": "2" * 64})),
+    ],
+    ids=lambda r: str(r.protocol)[-60:],
+)
+def test_two_unlike_protocols_cannot_stand_in_one_table(other):
+    with pytest.raises(ValueError, match="cannot stand in one table"):
+        table([row("a"), other])
+    assert [len(lines) for _, lines in split([row("a"), other])] == [1, 1]
+
+
+def test_like_numbers_stand_side_by_side_whatever_the_library_and_the_path():
+    elsewhere = row("b", value=2.0, library="another version", setting=Setting(**{**SETTING.__dict__, "data": "/other/path"}), detail="L2 3")
+    [(_, [line])] = split([row("a"), elsewhere])
+    assert {name: number.value for name, number in line.values.items()} == {"a": 1.0, "b": 2.0}
+    with pytest.raises(ValueError, match="there twice"):
+        table([row("a"), row("a", value=3.0)])
+
+
+def test_results_come_back_from_their_file_as_they_were(everything, tmp_path):
+    results = Results.load(everything)
+    assert Results.load(results.save(tmp_path)) == results
+    for text in ("{}", "[]", "x", json.dumps({"format": 99}), json.dumps({"format": 1, "rows": [{}]})):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="no results file"):
+            Results.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="openvision3 evaluate writes them"):
+        Results.load(tmp_path / "none")
+
+
+def test_several_evaluations_are_one_page_with_the_papers_first_figure(everything, root, tmp_path, capsys):
+    assert (
+        cli.main(
+            ["evaluate", "table", str(everything), str(root / "batch-1" if (root / "batch-1").exists() else everything), "--out", str(tmp_path / "t.html")]
+        )
+        == 0
+    )
+    page = (tmp_path / "t.html").read_text()
+    assert "first figure" in page and "How it was measured" in page and "not run" in capsys.readouterr().out
+    assert cli.main(["evaluate", "table", "--out", str(tmp_path / "t.html")]) == 2
+
+
+def test_shares_are_shown_as_percent_and_psnr_in_db():
+    told = {metric: shown(metric, Number(metric, 0.5, 1, "x", spread=0.1)) for metric in ("psnr", "image_to_text_r@1", "knn_top_1", "KID on x", "ssim")}
+    assert told == {"psnr": "0.50 dB", "image_to_text_r@1": "50.0 %", "knn_top_1": "50.0 %", "KID on x": "0.5000 ± 0.1000", "ssim": "0.5000"}
