@@ -42,7 +42,7 @@ bench: setup
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py
-	@test -n "$(SHARDS)" || echo "make bench SHARDS='data/*.tar' times the reader and the latent cache, too; pixel_share.py trains for an hour"
+	@test -n "$(SHARDS)" || echo "make bench SHARDS='data/*.tar' times the reader and the latent cache, too"
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)
 

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_peers import save_clip, save_vae
 from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli
+from openvision3.evaluate import published
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
 
@@ -186,6 +188,27 @@ def test_a_peer_whose_weights_are_absent_says_what_to_fetch(root, capsys, tmp_pa
     assert cli.main(["evaluate", "reconstruction", *arguments(root, "--peer", "flux-vae,ours", "--out", str(tmp_path / "out"))]) == 2
     error = capsys.readouterr().err
     assert "openvision3 fetch flux-vae" in error and "black-forest-labs/FLUX.1-schnell" in error and "Apache-2.0" in error
+
+
+def test_peers_stand_beside_ours_and_what_the_paper_says_of_them_in_a_column_of_its_own(root, capsys, tmp_path):
+    save_vae(tmp_path / "flux", "flux-vae")
+    save_clip(tmp_path / "clip")
+    peers = ("--peer", "flux-vae,clip-b16,ours", "--peer-folder", f"flux-vae={tmp_path / 'flux'}", f"clip-b16={tmp_path / 'clip'}")
+    ours = str(root / "model")
+    assert cli.main(["evaluate", "reconstruction", *arguments(root, *peers, "--out", str(tmp_path / "a"))]) == 0
+    results, told = Results.load(tmp_path / "a"), capsys.readouterr().out
+    assert {row.model for row in results.rows if row.metric == "psnr"} == {"flux-vae", ours}
+    assert [(each.model, each.metric) for each in results.not_run if "cannot reconstruct" in each.needs] == [("clip-b16", "reconstruction")]
+    assert "not run" in told and "rfid" not in {row.metric for row in results.rows}
+    assert cli.main(["evaluate", "retrieval", *arguments(root, *peers, "--out", str(tmp_path / "b"))]) == 0
+    assert {row.model for row in Results.load(tmp_path / "b").rows} == {"clip-b16", ours}
+
+
+def test_a_published_number_is_never_in_the_column_of_a_measured_one():
+    lines = published.beside("unitok", ["psnr", "lpips", "rfid"])
+    assert {heading: values for heading, values in lines.items() if "ImageNet, 256 x 256" in heading and "COCO" not in heading and "net not" not in heading}
+    assert all("not measured here" in heading and heading.startswith("unitok, ") for heading in lines)
+    assert published.beside("mini", ["psnr"]) == {}
 
 
 def test_a_probe_is_not_measured_on_what_it_was_fitted_to(root, capsys, tmp_path):

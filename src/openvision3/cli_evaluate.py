@@ -439,6 +439,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     from rich.console import Console
     from rich.table import Table
 
+    from openvision3.evaluate import published
     from openvision3.evaluate.results import shown
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -451,8 +452,12 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
         made.add_column("")
         for model in models:
             made.add_column(model, justify="right")
+        columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
+        for heading, _ in columns:
+            made.add_column(heading, justify="right", style="dim")
         for line in lines:
-            made.add_row(line.metric, *(shown(line.metric, line.values[model]) if model in line.values else "" for model in models))
+            measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
+            made.add_row(line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))
         screen.print(made)
     for what, who in _grouped(not_run):
         screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)

@@ -50,8 +50,17 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
         made += f"<p>{html.escape(setting.data)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
+        columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
         made += report.table(
-            ("", *models), [(line.metric, *(shown(line.metric, line.values[m]) if m in line.values else "" for m in models)) for line in lines]
+            ("", *models, *(heading for heading, _ in columns)),
+            [
+                (
+                    line.metric,
+                    *(shown(line.metric, line.values[m]) if m in line.values else "" for m in models),
+                    *(values.get(line.metric, "") for _, values in columns),
+                )
+                for line in lines
+            ],
         )
     if not_run:
         made += "<p>Not run:</p>" + report.table(("model", "metric", "needs"), [(each.model, each.metric, each.needs) for each in not_run])

@@ -6,6 +6,7 @@ for row in rows("unitok"):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SOURCE = "OpenVision 3, arXiv 2601.15369"
@@ -89,3 +90,18 @@ PUBLISHED: tuple[Published, ...] = (
 def rows(model: str) -> list[Published]:
     """What is published of this model, in the order of the tables; nothing where nothing is."""
     return [each for each in PUBLISHED if each.model == model]
+
+
+NAMES = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
+"""A published metric -> ours of that name. The protocols are not the same."""
+
+
+def beside(model: str, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{heading of a column: {metric of ours: what was published of the model}}, for a column beside the measured one."""
+    found: dict[str, dict[str, str]] = {}
+    for each in PUBLISHED:
+        metric = NAMES.get(each.metric, "")
+        if each.model == model and metric in metrics and each.protocol in REBUILT:
+            column = found.setdefault(f"{model}, {each.protocol}: {each.heading}", {})
+            column[metric] = f"{each.value:g}"
+    return found
