@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from openvision3 import cli, cli_data
+from openvision3.ablate import ABLATIONS, AblationOptions, base_config
+from openvision3.cli_evaluate import KINDS, TableOptions
+from openvision3.cli_evaluate import Options as EvaluateOptions
 from openvision3.estimate.sizes import Options
 from openvision3.recipes import IN_TURN, RECIPES
 
@@ -27,7 +30,7 @@ def commands(text: str) -> Iterator[list[str]]:
         words = shlex.split(told)
         if "slurm.sbatch" in line:
             words = ["train", *words]
-        if words and words[0] in cli.VERBS and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE")):
+        if words and words[0] in cli.VERBS and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE", "NAME", "WHAT")):
             yield words
 
 
@@ -42,6 +45,12 @@ def check(words: list[str]) -> None:
             _, fields = cli.parse(Options, fields, "estimate", return_unknown_args=True)
         for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
             cli._configured(recipe, fields)
+    elif verb == "ablate":
+        options, fields = cli.parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
+        ABLATIONS[rest[0]].cells(options.recipe, base_config(options, cli._configured(options.recipe, fields)))
+    elif verb == "evaluate":
+        cli.parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
+        assert rest[0] in (*KINDS, "all", "table")
     elif verb == "data":
         needed = {"recaption": ["--model", "x", "--out", "x"], "latents": ["--out", "x"]}.get(rest[0], [])
         given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
