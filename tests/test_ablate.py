@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,25 @@ def test_two_processes_share_a_grid_and_neither_trains_what_the_other_has(comman
     for run in (tmp_path / "out").glob("*/seed-*"):
         steps = [row["step"] for row in numbers(run) if "train/loss" in row]
         assert steps == sorted(set(steps)), "trained twice"
+
+
+@pytest.mark.slow
+def test_a_grid_in_two_processes_gives_the_numbers_of_one(synergy, command, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "openvision3", "ablate", "token_norm", "--out", str(tmp_path / "out"), *command, "--seeds", "0"]
+    both = [
+        subprocess.Popen(
+            argv, env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and b"page:" in told[0] and not told[1]
+    for a, b in zip(numbers(tmp_path / "out" / "base" / "seed-0"), numbers(synergy / "base" / "seed-0"), strict=True):
+        if "train/loss" in a:
+            assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-3)
 
 
 # -- what cells change ---------------------------------------------------------------------------------------------

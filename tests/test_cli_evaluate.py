@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_perceptual import files  # noqa: F401  random LPIPS files
 from tiny_peers import save_clip, save_vae
 from tiny_pipeline import make_pipeline, write_photo
 
@@ -149,6 +150,14 @@ def test_a_metric_without_its_weights_is_refused_before_anything_is_measured(roo
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and told in error.lower() and "openvision3 fetch" in error
         assert not (tmp_path / "x").exists()
+
+
+def test_lpips_is_measured_where_its_two_files_are(root, tmp_path, files):  # noqa: F811
+    backbone, linear = files / "alex.pth", files / "alex_linear.pth"
+    more = ("--metrics", "psnr", "lpips", "--lpips-backbone", str(backbone), "--lpips-linear", str(linear), "--out", str(tmp_path / "out"))
+    assert cli.main(["evaluate", "reconstruction", *arguments(root, *more)]) == 0
+    found = rows(tmp_path / "out")[str(root / "model"), "lpips"]
+    assert found["network"] == "LPIPS alex" and found["network_sha256"] and "LPIPS v0.1 (alex)" in found["how"] and found["value"] > 0
 
 
 def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, capsys):

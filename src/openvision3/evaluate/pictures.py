@@ -71,13 +71,18 @@ class Pictures:
                 self.problems.append(each)
 
     def collect(self, what: str, function: Callable[[Batch], Sequence[T]]) -> dict[int, T]:
-        """What `function` says of each usable picture, by its index, in the order of the pictures, on every rank."""
+        """What `function` says of each usable picture, by its index, in the order of the pictures, on every rank.
+
+        Raises:
+            OtherRankFailed: another rank has failed, and says why.
+        """
         found: list[tuple[int, T]] = []
-        for batch in self.batches(what):
-            said = function(batch)
-            if len(said) != len(batch.indices):
-                raise ValueError(f"{what}: {len(said)} results for {len(batch.indices)} pictures")
-            found += zip(batch.indices, said, strict=True)
+        with distributed.together():
+            for batch in self.batches(what):
+                said = function(batch)
+                if len(said) != len(batch.indices):
+                    raise ValueError(f"{what}: {len(said)} results for {len(batch.indices)} pictures")
+                found += zip(batch.indices, said, strict=True)
         everywhere = distributed.gather_objects(found)
         self.share_problems()
         return dict(sorted((pair for part in everywhere for pair in part), key=lambda pair: pair[0]))
