@@ -404,6 +404,25 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     return 0
 
 
+def fetch(
+    names: Positional[Annotated[tuple[str, ...], arg(metavar="{NAME ...,all}", help="what to fetch, or to check")]] = (),
+    to: str = "",
+    list: bool = False,
+    check: bool = False,
+    json: Json = False,
+) -> int:
+    """Get weights, tokenizers and statistics of others, each with its source, licence and hash.
+
+    Args:
+        to: the folder that gets a sub-folder for each; none: ~/.cache/openvision3, where commands look for it.
+        list: say what there is, from where, under which terms, and whether it is here.
+        check: read what is here and compare it with its hashes; without names, all of it.
+    """
+    from openvision3 import cli_fetch
+
+    return cli_fetch.run(names, to, list, check, json)
+
+
 def doctor(json: Json = False) -> int:
     """Look at this machine: versions, what is fast, what is missing and what to do."""
     from openvision3.doctor import examine
@@ -423,7 +442,8 @@ def doctor(json: Json = False) -> int:
 
 
 VERBS: dict[str, Callable[..., int]] = {
-    f.__name__: f for f in (demo, train, estimate, watch, compare, ablate, evaluate, data, reconstruct, caption, classify, encode, info, doctor)
+    f.__name__: f
+    for f in (demo, train, estimate, watch, compare, ablate, evaluate, data, fetch, reconstruct, caption, classify, encode, info, doctor)
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from openvision3.config import RunConfig
+from openvision3.fetch import at_hand
 from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig
 from openvision3.model.reconstruction import LatentDecoderConfig
@@ -127,15 +128,15 @@ EPOCH = 1_280_000
 """Samples of what the paper calls an epoch."""
 
 BERT = "bert-base-uncased/tokenizer.json"
-"""The paper's vocabulary: a file that the user brings."""
+"""The paper's vocabulary: a file that `openvision3 fetch bert-base-uncased` or the user brings."""
 
-LPIPS = ("lpips/vgg16-397923af.pth", "lpips/vgg.pth")
-"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that the user brings."""
+LPIPS = ("lpips-vgg/vgg16-397923af.pth", "lpips-vgg/vgg.pth")
+"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that `openvision3 fetch lpips-vgg` or the user brings."""
 
 
 def _paper(encoder: str, decoder: str) -> RunConfig:
     """Table 1, low_res, for an encoder and latent decoder of these sizes."""
-    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=BERT)
+    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=at_hand(BERT))
     config.model = ModelConfig(
         encoder=EncoderConfig(encoder),
         latent_decoder=LatentDecoderConfig(decoder),
@@ -164,7 +165,7 @@ def _high_res(low_res: Callable[[], RunConfig]) -> RunConfig:
     config.steps, config.optimizer = _schedule(config.batch, 400, 4e-7, 20)
     loss = config.model.loss
     loss.lambda_perceptual, loss.perceptual = 0.5, "lpips-vgg"
-    loss.lpips_backbone, loss.lpips_linear = LPIPS
+    loss.lpips_backbone, loss.lpips_linear = map(at_hand, LPIPS)
     return config
 
 

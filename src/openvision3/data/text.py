@@ -77,7 +77,7 @@ class TextTokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"no such tokenizer: {path}; name a tokenizer.json with --tokenizer: the paper's is that of huggingface.co/google-bert/bert-base-uncased "
-                "(Apache-2.0); --tokenizer '' trains one on the captions"
+                "(Apache-2.0), which `openvision3 fetch bert-base-uncased` gets; --tokenizer '' trains one on the captions"
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))

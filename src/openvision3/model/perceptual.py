@@ -213,7 +213,7 @@ class Lpips(nn.Module):
     with the five learned channel weights from the LPIPS repository (`weights/v0.1/vgg.pth`, `alex.pth`).
 
     Raises:
-        ValueError: an unknown `net`, or a file whose tensors do not fit it.
+        FileNotFoundError: a file is missing. ValueError: an unknown `net`, or a file whose tensors do not fit it.
     """
 
     def __init__(self, net: str, backbone: str | Path, linear: str | Path):
@@ -222,6 +222,9 @@ class Lpips(nn.Module):
             raise ValueError(f"lpips net {net!r} is unknown; legal are vgg and alex")
         self.net, self.files = net, (Path(backbone), Path(linear))
         self.layers, self.taps = (_vgg16(), _VGG_TAPS) if net == "vgg" else (_alexnet(), _ALEX_TAPS)
+        for path in (backbone, linear):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"no such weights file: {path}; `openvision3 fetch lpips-{net}` gets the two that LPIPS needs")
         state = load_foreign_pickle(backbone)
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         try:

@@ -82,7 +82,7 @@ class VAE(nn.Module):
         """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
 
         Raises:
-            FileNotFoundError: no such folder, or a hub id that is not in the local cache and cannot be fetched.
+            FileNotFoundError: no such folder, or a hub id that was not fetched before and is not in the hub's local cache.
             ValueError: the folder holds no VAE, one of another class, or weights that do not fit its config.
         """
         name = str(name)
@@ -225,26 +225,20 @@ def _locate(name: str) -> Path:
     """embedded | folder | hub id -> the folder that holds config.json."""
     folder = EMBEDDED if name == "embedded" else Path(name)
     if not folder.is_dir():
-        folder = _fetch_from_hub(name)
+        folder = _from_hub_here(name)
     for candidate in (folder / "vae", folder):
         if (candidate / "config.json").is_file():
             return candidate
     raise ValueError(f"{folder} holds no VAE: a config.json in diffusers' layout was looked for there and in its sub-folder vae")
 
 
-def _fetch_from_hub(name: str) -> Path:
+def _from_hub_here(name: str) -> Path:
+    """A hub id -> its folder on this machine: fetched by `openvision3 fetch`, or in the cache of the hub's client. Nothing is downloaded."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"no such VAE: {name}; legal are embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
         )
-    from huggingface_hub import snapshot_download
+    from openvision3.fetch import find_hub
 
-    try:
-        found = snapshot_download(
-            name, allow_patterns=[f"{folder}{file}" for folder in ("", "vae/") for file in ("config.json", "diffusion_pytorch_model.safetensors")]
-        )
-    except Exception as error:  # the hub client raises a dozen kinds; all mean the same here
-        raise FileNotFoundError(
-            f"the VAE {name} is neither a folder here nor can it be had from the hub ({type(error).__name__}); download it and name its folder"
-        ) from error
-    return Path(found)
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    return find_hub(name, (tuple(f"vae/{file}" for file in files), files), "the VAE")
