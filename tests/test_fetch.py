@@ -336,3 +336,16 @@ def test_a_vae_named_by_its_hub_id_is_found_where_it_was_fetched_and_never_downl
     shutil.rmtree(snapshot)
     shutil.copytree(home / "flux-vae" / "vae", snapshot)
     assert VAE.load("some/other").sha256 == vae.sha256
+
+
+def test_every_peer_can_be_fetched_under_its_own_name_from_its_own_place():
+    """But VILA-U, of whose folder no file names are known."""
+    from openvision3.evaluate.peers import PEERS
+
+    for name, peer in PEERS.items():
+        if name != "vila-u":
+            assert ASSETS[name].hub == peer.hub, name
+            files = {file.name.removeprefix("vae/") for file in ASSETS[name].files}
+            for wanted in peer.files:
+                if "/" not in wanted.removeprefix("vae/") and not wanted.startswith("vae/ as"):
+                    assert files & set(wanted.removeprefix("vae/").split(" or ")), (name, wanted)

@@ -442,8 +442,7 @@ def doctor(json: Json = False) -> int:
 
 
 VERBS: dict[str, Callable[..., int]] = {
-    f.__name__: f
-    for f in (demo, train, estimate, watch, compare, ablate, evaluate, data, fetch, reconstruct, caption, classify, encode, info, doctor)
+    f.__name__: f for f in (demo, train, estimate, watch, compare, ablate, evaluate, data, fetch, reconstruct, caption, classify, encode, info, doctor)
 }
 
 

@@ -84,7 +84,7 @@ _ALL = (
         used_by=_VAE_OPTION,
     ),
     Asset(
-        "sd-vae-ft-mse",
+        "sd-vae",
         (
             File("config.json", (), "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e", _SEVERAL, 547),
             File("diffusion_pytorch_model.safetensors", (), "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", _SEVERAL, 334_643_276),
@@ -94,7 +94,7 @@ _ALL = (
         hub="stabilityai/sd-vae-ft-mse",
         used_by=_VAE_OPTION,
     ),
-    Asset("sd-vae-ft-ema", _vae(), "comparing VAEs", "MIT", hub="stabilityai/sd-vae-ft-ema", used_by=_VAE_OPTION),
+    Asset("sd-vae-ema", _vae(), "comparing VAEs", "MIT", hub="stabilityai/sd-vae-ft-ema", used_by=_VAE_OPTION),
     Asset(
         "sd3-vae",
         _vae("vae/"),
@@ -171,38 +171,33 @@ _ALL = (
     *(
         Asset(
             name,
-            tuple(map(File, ("config.json", "preprocessor_config.json", "vocab.json", "merges.txt", weights))),
+            tuple(map(File, ("config.json", "preprocessor_config.json", "tokenizer.json", weights))),
             "comparing with CLIP",
-            hub=f"openai/{name}",
+            hub=f"openai/{hub}",
             note="copies of its hub page show no licence",
         )
-        for name, weights in (("clip-vit-base-patch16", "pytorch_model.bin"), ("clip-vit-large-patch14", "model.safetensors"))
+        for name, hub, weights in (("clip-b16", "clip-vit-base-patch16", "pytorch_model.bin"), ("clip-l14", "clip-vit-large-patch14", "model.safetensors"))
     ),
     Asset(
-        "siglip-base-patch16-256",
-        tuple(
-            map(
-                File,
-                (
-                    *("config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model"),
-                    *("tokenizer.json", "tokenizer_config.json", "model.safetensors"),
-                ),
-            )
-        ),
+        "siglip-b16",
+        tuple(map(File, ("config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"))),
         "comparing with SigLIP",
         "Apache-2.0",
-        hub="google/siglip-base-patch16-256",
+        hub="google/siglip-base-patch16-224",
+    ),
+    *(
+        Asset(
+            name,
+            (*_OPEN_CLIP, File("vocab.txt")),
+            "comparing with OpenVision",
+            "Apache-2.0 on the cards of its family",
+            hub=f"UCSC-VLAA/{hub}",
+            note="file names are those of its family, not looked up here",
+        )
+        for name, hub in (("openvision1-b16", "openvision-vit-base-patch16-224"), ("openvision1-l14", "openvision-vit-large-patch14-224"))
     ),
     Asset(
-        "openvision-vit-large-patch14-224",
-        (*_OPEN_CLIP, File("tokenizer.json")),
-        "comparing with OpenVision",
-        "Apache-2.0 on the cards of its family",
-        hub="UCSC-VLAA/openvision-vit-large-patch14-224",
-        note="file names are those of its family, not looked up here",
-    ),
-    Asset(
-        "openvision2-vit-large-patch14-224",
+        "openvision2-l14",
         _OPEN_CLIP,
         "comparing with OpenVision 2",
         hub="UCSC-VLAA/openvision2-vit-large-patch14-224-vision-only",
@@ -210,23 +205,34 @@ _ALL = (
     ),
     *(
         Asset(
-            f"openvision3-vit-{name}",
+            name,
             (_OPEN_CLIP[0], File("open_clip_pytorch_model.bin", (), sha256, hash_from)),
-            "the importer of the authors' encoders (with flux-vae)",
-            hub=f"UCSC-VLAA/openvision3-vit-{name}",
+            "the authors' released encoders (with flux-vae)",
+            hub=f"UCSC-VLAA/openvision3-vit-{hub}",
         )
-        for name, sha256, hash_from in (
-            ("base-patch2-32", "", ""),
-            ("base-patch2-28", "", ""),
-            ("large-patch2-32", "e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69", "its page on the hub"),
+        for name, hub, sha256, hash_from in (
+            ("openvision3-b2-256", "base-patch2-32", "", ""),
+            ("openvision3-b2-224", "base-patch2-28", "", ""),
+            ("openvision3-l2-256", "large-patch2-32", "e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69", "its page on the hub"),
         )
     ),
+    *(
+        Asset(
+            f"rae-{name}",
+            _vae(),
+            "comparing with RAE (diffusers' AutoencoderRAE)",
+            hub=f"nyu-visionx/RAE-{hub}-ViTXL-n08",
+            note="file names are diffusers' usual ones, not looked up here",
+        )
+        for name, hub in (("dinov2", "dinov2-wReg-base"), ("mae", "mae-base-p16"), ("siglip2", "siglip2-base-p16-i256"))
+    ),
     Asset(
-        "rae-dinov2-base",
-        _vae(),
-        "comparing with RAE (diffusers' AutoencoderRAE)",
-        hub="nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",
-        note="file names are diffusers' usual ones, not looked up here",
+        "unitok",
+        (File("unitok_tokenizer.pth"),),
+        "comparing with UniTok: put it into a checkout of github.com/FoundationVision/UniTok",
+        "MIT",
+        hub="FoundationVision/unitok_tokenizer",
+        note="a pickle, which the checkout's own code opens",
     ),
 )
 ASSETS = {asset.name: asset for asset in _ALL}

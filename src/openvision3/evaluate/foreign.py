@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from openvision3.evaluate.protocol import Functions
+from openvision3.fetch import ASSETS, default_folder
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,14 @@ class Request:
 
 
 def find(name: str, peer: Peer, folder: str) -> Path:
+    """The folder that was named, else where `openvision3 fetch` has put it, else the hub client's cache. Raises FileNotFoundError."""
     if folder:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no such folder: {folder}; {needed(name, peer)}")
         return Path(folder)
+    fetched = default_folder() / name
+    if fetched.is_dir() and any(fetched.iterdir()):
+        return fetched
     from huggingface_hub import snapshot_download
 
     try:
@@ -109,7 +114,8 @@ def find(name: str, peer: Peer, folder: str) -> Path:
 
 
 def needed(name: str, peer: Peer) -> str:
-    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}): openvision3 fetch {name}, or name their folder"
+    how = f"openvision3 fetch {name}, or name their folder" if name in ASSETS else "get them there, and name their folder"
+    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}): {how} with --peer-folder {name}=FOLDER"
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
 from openvision3.evaluate.reconstruction import evaluate_reconstruction, noise_curve
 from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
-from openvision3.fetch import find as locate
+from openvision3.fetch import find
 from openvision3.model.perceptual import EfficientNetDistance, Lpips
 
 TEXTS_AT_ONCE = 256
@@ -75,6 +75,10 @@ class Networks:
     """(metric, what it needs)"""
 
 
+OFFLINE = ("psnr", "ssim", "distance", "kid")
+"""what needs no weights but those that come with the package"""
+
+
 def reconstruction_networks(
     metrics: Sequence[str], inception: str = "", lpips_net: str = "alex", lpips_backbone: str = "", lpips_linear: str = "", device: str = "cpu"
 ) -> Networks:
@@ -92,14 +96,16 @@ def reconstruction_networks(
             build()
         except FileNotFoundError as error:
             if metrics or named:
-                raise
+                raise FileNotFoundError(f"{error}; without it run --metrics {' '.join(OFFLINE)}") from error
             found.missing.append((metric, str(error)))
 
     def rfid() -> None:
-        found.extractors.append(Inception(inception or locate("inception-2015")).to(device))
+        found.extractors.append(Inception(inception or find("inception-2015", needed_by="rFID")).to(device))
 
     def lpips() -> None:
-        backbone, linear = lpips_backbone or locate(f"lpips-{lpips_net}-backbone"), lpips_linear or locate(f"lpips-{lpips_net}")
+        asset = f"lpips-{lpips_net}"
+        names = {"alex": ("alexnet-owt-7be5be79.pth", "alex.pth"), "vgg": ("vgg16-397923af.pth", "vgg.pth")}[lpips_net]
+        backbone, linear = (given or find(asset, name, needed_by="LPIPS") for given, name in zip((lpips_backbone, lpips_linear), names, strict=True))
         found.lpips = Lpips(lpips_net, backbone, linear).to(device)
 
     def distance() -> None:
