@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from tiny_pipeline import write_photo
 from openvision3 import cli
 from openvision3.ablate import ABLATIONS, AblationOptions, Cell, base_config, changed, finished, operations, phases
 from openvision3.compare import Group, protocol, read_groups, tables
-from openvision3.config import RunConfig, flat, load_config, to_dict
+from openvision3.config import flat, to_dict
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.pipeline import load
 from openvision3.recipes import RECIPES, base_low_res, mini_low_res, tiny
 from openvision3.watch import Curves
 
@@ -55,6 +58,15 @@ def test_each_cell_is_trained_once_a_seed_in_a_folder_that_says_what_it_changes(
     assert all(finished(synergy / cell / f"seed-{seed}") for cell in cells for seed in (0, 1))
 
 
+def test_a_frozen_encoder_is_saved_with_the_heads_and_stays_what_it_was(synergy):
+    first, last = (load(synergy / "encoder_learns_from=nothing" / f"seed-{seed}").model for seed in (0, 1))
+    torch.manual_seed(0)
+    fresh = OpenVision3(first.config, first.vae, first.vocabulary, first.pad_id).init_weights()
+    for name, value in fresh.encoder.named_parameters():
+        assert torch.equal(first.encoder.get_parameter(name), value) == (not name.startswith("pool_")), name
+    assert not torch.equal(first.encoder.class_token, last.encoder.class_token)
+
+
 def test_the_page_holds_every_cell_and_the_mean_over_seeds(synergy):
     page = (synergy / "synergy.html").read_text()
     for label in ("both", "only understanding", "only reconstruction", "heads on a frozen random encoder"):
@@ -82,6 +94,44 @@ def test_equal_seeds_begin_with_equal_losses_in_every_cell_of_the_synergy(synerg
     assert first == pytest.approx([first[0]] * 3, abs=1e-5)
 
 
+def test_a_row_holds_the_seeds_that_all_rows_have(synergy, command, tmp_path, capsys):
+    out = shutil.copytree(synergy, tmp_path / "out")
+    shutil.rmtree(out / "encoder_learns_from=nothing" / "seed-1")
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command, "--draw"]) == 0
+    assert [row["seeds"] for row in json.loads((out / "synergy.json").read_text())["groups"]] == [[0]] * 4
+
+
+def test_a_cell_that_diverges_is_named_and_the_grid_goes_on(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [
+        "ablate",
+        "token_norm",
+        "--out",
+        str(out),
+        *command,
+        "--seeds",
+        "0",
+        "--optimizer.learning-rate",
+        "1e30",
+        "--steps",
+        "12",
+        "--optimizer.kind",
+        "adamw",
+    ]
+    assert cli.main(argv) == 2  # both cells are lost, and there is nothing to draw
+    assert len(list(out.glob("*/seed-0/DIVERGED"))) == 2
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
+    assert cli.main(argv) == 2 and {p: p.stat().st_mtime_ns for p in before} == before, "not tried again"
+
+
+def test_a_run_of_another_config_in_the_place_of_a_cell_is_refused(synergy, command, tmp_path, capsys):
+    out = shutil.copytree(synergy, tmp_path / "out")
+    path = out / "base" / "seed-0" / "config.json"
+    path.write_text(path.read_text().replace('"tau": 0.4', '"tau": 0.9'))
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command]) == 2
+    assert "model.loss.tau 0.9, not 0.4" in capsys.readouterr().err
+
+
 def test_another_base_in_the_same_folder_is_refused(synergy, command, capsys):
     assert cli.main(["ablate", "synergy", "--out", str(synergy), *command, "--model.loss.tau", "0.1"]) == 2
     assert "model.loss.tau 0.4, not 0.1" in capsys.readouterr().err
@@ -89,8 +139,9 @@ def test_another_base_in_the_same_folder_is_refused(synergy, command, capsys):
 
 def test_unfinished_runs_are_left_out_of_the_numbers_and_named(synergy, command, capsys):
     assert cli.main(["ablate", "synergy", "--out", str(synergy), *command, "--seeds", "0", "1", "7", "--draw"]) == 0
-    assert "4 runs are not finished" in capsys.readouterr().err
-    assert "seed-7" in (synergy / "synergy.html").read_text()
+    told = capsys.readouterr()
+    assert "4 runs are not finished" in told.err and "both, seed 7" in told.err
+    assert "both, seed 7" in (synergy / "synergy.html").read_text()
     assert cli.main(["ablate", "tau", "--out", str(synergy), *command, "--seeds", "7", "--draw"]) == 2
 
 
@@ -155,7 +206,19 @@ def test_every_cell_of_every_grid_is_a_legal_run_of_its_own(name, recipe):
     cells = ABLATIONS[name].cells(recipe, base)
     folders = [phases(cell, base, recipe)[-1][0] for cell in cells]
     assert len(set(folders)) >= len(cells) - (name == "pixel_share")  # equal compute at the base's own share is the base
+    assert all(len(folder) < 150 for folder in folders)
     assert len({cell.label for cell in cells}) == len(cells)
+
+
+def test_no_cell_of_one_grid_lies_in_the_folder_of_another_cell():
+    base = base_low_res()
+    base.steps, base.model.vae.name = 40, "embedded"
+    by_folder: dict[str, dict] = {}
+    for ablation in ABLATIONS.values():
+        for cell in ablation.cells("base_low_res", base):
+            for folder, config in phases(cell, base, "base_low_res"):
+                values = flat(to_dict(config))
+                assert by_folder.setdefault(folder, values) == values, folder
 
 
 def test_the_papers_balances_sizes_and_strengths_are_in_the_grids():
@@ -164,6 +227,21 @@ def test_the_papers_balances_sizes_and_strengths_are_in_the_grids():
     assert [c.changes["model.latent_decoder.size"] for c in ABLATIONS["decoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
     assert [c.changes["model.encoder.size"] for c in ABLATIONS["encoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
     assert [c.changes["model.loss.tau"] for c in ABLATIONS["tau"].cells("base_low_res", base)] == [0, 0.4, 0.8, 1.2]
+
+
+def test_the_second_phase_keeps_what_was_set_for_the_first_and_changes_by_ratios():
+    base = base_low_res()
+    base.steps, base.batch, base.optimizer.learning_rate, base.model.vae.name = 20_000, 1024, 3.2e-5, "embedded"
+    base.model.loss.perceptual = "lpips-alex"
+    (_, low), (_, high) = phases(ABLATIONS["two_phases"].cells("base_low_res", base)[0], base, "base_low_res")
+    assert (high.batch, high.size, high.model.loss.lambda_perceptual, high.model.loss.perceptual) == (512, 256, 0.5, "lpips-alex")
+    assert high.optimizer.learning_rate == pytest.approx(3.2e-5 * 6.4e-6 / 2.56e-4) and low.steps * low.batch == 10 * high.steps * high.batch
+
+
+def test_the_operations_of_a_frozen_encoder_are_its_forward_alone():
+    base = mini_low_res()
+    cells = {cell.label: operations(phases(cell, base, "mini_low_res"), "mini_low_res") for cell in ABLATIONS["synergy"].cells("mini_low_res", base)}
+    assert cells["heads on a frozen random encoder"] < 0.9 * cells["both"]
 
 
 @pytest.mark.parametrize("name", ["pixel_share", "two_phases"])
@@ -236,7 +314,7 @@ def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path)
     config["size"] = 64
     (other / "config.json").write_text(json.dumps(config))
     assert [len(members) for _, _, members in tables([base, Group("other", [Curves(other).read()])])] == [1, 1]
-    assert protocol(base.config, "val/psnr") != protocol(load_config(RunConfig, other / "config.json"), "val/psnr")
+    assert protocol(base, "val/psnr") != protocol(Group("other", [Curves(other).read()]), "val/psnr")
 
 
 def test_compare_refuses_what_is_no_run(tmp_path, capsys):
@@ -249,8 +327,6 @@ def test_compare_refuses_what_is_no_run(tmp_path, capsys):
 def test_gradients_reach_the_encoder_from_the_named_branch_alone():
     """The paper's figures: heads of the other branch learn on detached tokens, and their losses stay those of the whole model."""
     from tiny_pipeline import make_pipeline
-
-    from openvision3.model.openvision3 import OpenVision3
 
     pipeline = make_pipeline()
     batch = {

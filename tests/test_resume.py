@@ -60,6 +60,19 @@ def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
     assert_same_run(whole.out, broken.out)
 
 
+def test_a_crash_before_the_first_checkpoint_of_a_second_phase_starts_over_from_the_weights_of_the_first(tmp_path, monkeypatch):
+    first, whole, broken = (small(tmp_path, name) for name in ("first", "whole", "broken"))
+    pretrain(first, "tiny")
+    whole.init = broken.init = first.out
+    pretrain(whole, "tiny")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 2)
+        pretrain(broken, "tiny")
+    assert not complete_checkpoints(broken.out)
+    go_on(broken)
+    assert_same_run(whole.out, broken.out)
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, before, after):
     whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken", workers=before)

@@ -9,23 +9,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-from collections.abc import Callable, Iterator, Sequence
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openvision3 import distributed
+from openvision3.checkpoint import complete_checkpoints, read_state
 from openvision3.compare import Group, text_table, write_comparison
-from openvision3.config import RunConfig, flat, from_dict, load_config, save_config, to_dict
-from openvision3.doctor import choose_device
+from openvision3.config import RunConfig, flat, from_dict, load_config, to_dict
+from openvision3.data.batches import rows_of_a_process
+from openvision3.doctor import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.sizes import Options
 from openvision3.evaluate import report
+from openvision3.files import write_whole
 from openvision3.model.encoder import SIZES
+from openvision3.model.openvision3 import load_distance
 from openvision3.pretrain import FREE, pretrain
 from openvision3.progress import console
-from openvision3.recipes import IN_TURN
+from openvision3.recipes import IN_TURN, RECIPES
+from openvision3.train import NotFinite, Signals
 from openvision3.watch import Curves
 
 
@@ -60,7 +68,9 @@ def _synergy(recipe: str, base: RunConfig) -> list[Cell]:
 
 
 def _no_vae(recipe: str, base: RunConfig) -> list[Cell]:
-    return [Cell(f"VAE {base.model.vae.name}", {}), Cell("no VAE, pixels", {"model.vae.name": "pixels", "model.encoder.patch": 16, "model.loss.beta": 0.0})]
+    """Without a VAE the pixel loss is all there is of reconstruction, and costs no decoding: every row gets it, as every row gets the latent loss."""
+    pixels = {"model.vae.name": "pixels", "model.encoder.patch": 16, "model.loss.beta": 0.0, "pixel_share": 1.0}
+    return [Cell(f"VAE {base.model.vae.name}", {}), Cell("no VAE, pixels", pixels)]
 
 
 def _neighbours(size: str) -> list[str]:
@@ -79,15 +89,8 @@ def _encoder_size(recipe: str, base: RunConfig) -> list[Cell]:
 
 
 def _balance(recipe: str, base: RunConfig) -> list[Cell]:
-    told = {0.5: " (the paper's table)", 2.0: " (the article's words)"}
-    return [
-        Cell(f"und : rec 1 : {rec:g}" if rec >= 1 else f"und : rec {1 / rec:g} : 1", {"model.loss.omega_rec": rec, "model.loss.omega_und": 1.0})
-        if rec not in told
-        else Cell(
-            (f"und : rec 1 : {rec:g}" if rec >= 1 else f"und : rec {1 / rec:g} : 1") + told[rec], {"model.loss.omega_rec": rec, "model.loss.omega_und": 1.0}
-        )
-        for rec in (0.5, 1.0, 2.0, 4.0, 8.0, 20.0)
-    ]
+    told = {0.5: "2 : 1 (the paper's table)", 1.0: "1 : 1", 2.0: "1 : 2 (the article's words)", 4.0: "1 : 4", 8.0: "1 : 8", 20.0: "1 : 20"}
+    return [Cell(f"und : rec {name}", {"model.loss.omega_rec": rec, "model.loss.omega_und": 1.0}) for rec, name in told.items()]
 
 
 def _tau(recipe: str, base: RunConfig) -> list[Cell]:
@@ -106,19 +109,26 @@ def _pixel_share(recipe: str, base: RunConfig) -> list[Cell]:
 
 
 def _two_phases(recipe: str, base: RunConfig) -> list[Cell]:
+    """What the recipe of the second phase changes in that of the first: as a ratio where it is a batch, a rate or a number of steps."""
     pair = next((pair for pair in IN_TURN.values() if pair[0].__name__ == recipe), None)
     if pair is None:
         legal = ", ".join(dict.fromkeys(pair[0].__name__ for pair in IN_TURN.values()))
         raise ValueError(f"recipe {recipe} is no first phase; legal for this ablation are {legal}")
-    low, high = (flat(to_dict(phase())) for phase in pair)
-    own = {"init", "out", "steps", "optimizer.warmup_steps", "tokenizer", "eval_every", "save_every", "log_every", "keep"}
-    then = {name: value for name, value in high.items() if value != low[name] and name not in own}
+    low, high, own = (flat(to_dict(config)) for config in (pair[0](), pair[1](), base))
+    ratios = ("batch", "optimizer.learning_rate")
+    then = {name: high[name] for name in high if high[name] != low[name] == own[name] and name not in (*ratios, *NOT_OF_A_PHASE)}
+    if "size" not in then:
+        raise ValueError(f"size {base.size} is set for both phases, but the second differs from the first in its size; leave --size out")
+    alone = dict(then)
+    then |= {name: type(own[name])(own[name] * high[name] / low[name]) for name in ratios}
     then["steps"] = max(1, round(base.steps * high["steps"] / low["steps"]))
-    alone = {name: value for name, value in then.items() if name not in ("steps", "batch") and not name.startswith("optimizer.")}
     return [
         Cell(f"{base.size} px, then {then['size']} px", {}, then=then),
         Cell(f"{then['size']} px alone, equal compute", alone, equal_compute=True),
     ]
+
+
+NOT_OF_A_PHASE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")
 
 
 ABLATIONS = {
@@ -155,41 +165,57 @@ class AblationOptions:
 
 
 def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
-    """The recipe with the fields of the command line, as long as the options say; at most a tenth of it is the warm-up."""
+    """The recipe with the fields of the command line, as long as the options say."""
     config = copy.deepcopy(config)
-    config.steps = options.steps
-    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, options.steps // 10))
-    config.eval_every, config.save_every, config.minutes = max(1, options.steps // 4), max(1, options.steps // 2), 0.0
-    config.log_every, config.keep, config.keep_best = max(1, min(10, options.steps // 10)), 1, 0
+    if config.seed != RECIPES[options.recipe]().seed:
+        raise ValueError(f"seed {config.seed}: an ablation trains each cell once a seed; name them with --seeds")
+    config.steps, config.minutes, config.keep, config.keep_best, config.resume = options.steps, 0.0, 1, 0, False
+    return paced(config)
+
+
+def paced(config: RunConfig) -> RunConfig:
+    """At most a tenth is warm-up; four evaluations, two saves and ten lines, however short it is."""
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
+    config.eval_every, config.save_every = max(1, config.steps // 4), max(1, config.steps // 2)
+    config.log_every = max(1, min(10, config.steps // 10))
     return config
 
 
 def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     """Train what is missing of the grid and write NAME.html, NAME.json and NAME.png into the folder; 75 where a signal stopped it.
 
+    A cell whose loss does not stay finite is named on the page, and the grid goes on.
+
     Raises:
-        ValueError: an unknown name, a folder of another base; and what a run raises.
+        ValueError, FileNotFoundError: an unknown name, a folder of another base, and what would end any of the runs at its start.
     """
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {name}; legal are {', '.join(ABLATIONS)}")
     cells = ABLATIONS[name].cells(options.recipe, base)
     out = Path(options.out)
     plans = [(cell, phases(cell, base, options.recipe)) for cell in cells]
-    with distributed.started(choose_device(base.device)) as ranks:
+    device = choose_device(base.device)
+    with distributed.started(device) as ranks, Signals() as signals:
         with distributed.together():
-            if ranks.rank == 0:
-                _same_base(out, base)
+            for _, runs in plans:
+                for _, config in runs:
+                    rows_of_a_process(config.batch, ranks.world, config.micro_batch)
+                    if config.model.loss.lambda_perceptual:
+                        load_distance(config.model.loss)
+                operations(runs, options.recipe)  # raises where the VAE is not at hand
+            precision = _same_base(out, base, device, options.draw) if ranks.rank == 0 else ""
+        precision = distributed.from_first(precision)
         taken = 0
         for seed in () if options.draw else options.seeds:
             for cell, runs in plans:
-                status = _train(out, cell, runs, seed, ranks.rank)
-                if status == "stopped":
+                status = _train(out, cell, runs, seed, precision, signals)
+                if status == "stopped" or any(distributed.gather_objects(bool(signals.asked))):
                     return 75
                 taken += status == "taken"
         if ranks.rank == 0:
             if taken:
                 console().print(f"{taken} runs are being trained by another process; run this again when it has ended", markup=False)
-            _write(name, out, plans, options, base)
+            _write(name, out, plans, options, base, taken)
     return 0
 
 
@@ -197,12 +223,10 @@ def phases(cell: Cell, base: RunConfig, recipe: str) -> list[tuple[str, RunConfi
     """The runs of a cell as (folder, config), without a seed; the folder says what they change in the base."""
     config = changed(base, cell.changes)
     if cell.equal_compute:
-        config.steps = max(1, round(base_cost(cell, base, recipe) / sample_flops(config, recipe) / config.batch))
-        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
-    found = [(difference(base, config), config)]
+        config.steps = max(1, round(base_cost(cell, base, recipe) / step_operations(config, recipe)))
+    found = [(difference(base, config), paced(config))]
     if cell.then:
-        second = changed(config, cell.then)
-        second.optimizer.warmup_steps = min(second.optimizer.warmup_steps, max(1, second.steps // 10))
+        second = paced(changed(config, cell.then))
         found.append((f"{found[0][0]},then,{difference(config, second)}", second))
     return found
 
@@ -214,13 +238,14 @@ def base_cost(cell: Cell, base: RunConfig, recipe: str) -> float:
 
 
 def operations(runs: Sequence[tuple[str, RunConfig]], recipe: str) -> float:
-    """Of training them all."""
-    return sum(config.steps * config.batch * sample_flops(config, recipe) for _, config in runs)
+    """Of training them all, the optimiser's included."""
+    return sum(config.steps * step_operations(config, recipe) for _, config in runs)
 
 
-def sample_flops(config: RunConfig, recipe: str) -> float:
-    """Operations of a sample, forward and backward, by formula: the same whichever device is named, and a GPU need not be timed first."""
-    return estimate(config, recipe, Options(), parse_devices("h100"), advise=False).sample_flops
+def step_operations(config: RunConfig, recipe: str) -> float:
+    """Of one step, by formula: the same whichever device is named, and a GPU need not be timed first."""
+    found = estimate(config, recipe, Options(cached=bool(config.latents)), parse_devices("h100"), advise=False)
+    return config.batch * found.sample_flops + found.optimiser_flops
 
 
 def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -236,99 +261,150 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def difference(base: RunConfig, config: RunConfig) -> str:
-    """What differs, as a folder's name: base, tau=0.8, size=128,steps=30."""
+    """What differs, as a folder's name: base, tau=0.8, encoder.size=L, size=128,steps=30. Where files lie is no difference."""
     before, after = flat(to_dict(base)), flat(to_dict(config))
-    parts = [f"{name.rpartition('.')[2]}={after[name]}" for name in before if before[name] != after[name] and name not in (*FREE, "optimizer.warmup_steps")]
-    return ",".join(parts).replace("/", "-").replace(" ", "") or "base"
+    names = [name for name in before if before[name] != after[name] and name not in (*FREE, "optimizer.warmup_steps") and "lpips_" not in name]
+    parts = [f"{_shortest(name, before)}={after[name]}" for name in names]
+    return re.sub(r"[^\w.,=+-]", "-", ",".join(parts)) or "base"
 
 
-def _same_base(out: Path, base: RunConfig) -> None:
+def _shortest(name: str, names: Iterable[str]) -> str:
+    """The shortest end of a dotted name that no other has: omega_rec, but encoder.size."""
+    parts = name.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next(end for end in ends if end == name or sum(other == end or other.endswith(f".{end}") for other in names) == 1)
+
+
+def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
+    """The precision of all cells, which the first command settles; raises ValueError where `out` holds cells of another base."""
     path = out / "base.json"
     if not path.is_file():
+        if draw:
+            raise ValueError(f"{out} holds no ablation: nothing to draw")
         out.mkdir(parents=True, exist_ok=True)
-        save_config(base, path)
-        return
-    before, now = flat(to_dict(load_config(RunConfig, path))), flat(to_dict(base))
+        base = changed(base, {"precision": choose_precision(base.precision, device)[0]})
+        write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
+    kept = load_config(RunConfig, path)
+    before, now = flat(to_dict(kept)), flat(to_dict(base))
     for name, value in now.items():
-        if name not in FREE and name not in ("device", "precision") and before[name] != value:
+        if name not in (*FREE, "device") and before[name] != value and (name, value) != ("precision", "auto"):
             raise ValueError(f"{out} holds an ablation with {name} {before[name]!r}, not {value!r}; name another folder with --out")
+    return kept.precision
 
 
-def _train(out: Path, cell: Cell, runs: list[tuple[str, RunConfig]], seed: int, rank: int) -> str:
-    """finished, stopped, or taken: another process is at it."""
+def _train(out: Path, cell: Cell, runs: list[tuple[str, RunConfig]], seed: int, precision: str, signals: Signals) -> str:
+    """finished, diverged, stopped, or taken: another process is at it."""
     first = ""
     for folder, config in runs:
         place = out / folder / f"seed-{seed}"
-        with _claimed(place, rank) as mine:
-            if not distributed.from_first(mine):
+        with _claimed(place) as mine:
+            if not mine:
                 return "taken"
             config = copy.deepcopy(config)
-            config.seed, config.out, config.init = seed, str(place), first or config.init
+            config.seed, config.out, config.init, config.precision = seed, str(place), first or config.init, precision  # type: ignore[assignment]
             if first:
                 config.tokenizer = ""
-            config.resume = (place / "config.json").is_file()
-            if not finished(place):
-                if rank == 0:
+            with distributed.together():  # rank 0 looks: others may see an older state of a shared disk
+                state = _state(place, config) if distributed.rank() == 0 else ""
+            state = distributed.from_first(state)
+            config.resume = state == "begun"
+            if state in ("new", "begun"):
+                if distributed.rank() == 0:
                     console().print(f"{cell.label}, seed {seed}: {place}", markup=False)
-                if pretrain(config, "ablation").status == "stopped":
-                    return "stopped"
+                try:
+                    if pretrain(config, "ablation", signals).status == "stopped":
+                        return "stopped"
+                except NotFinite as error:  # on all ranks alike: such as a latent decoder that is too large
+                    if distributed.rank() == 0:
+                        write_whole(place / DIVERGED, f"{error}\n")
+                        console().print(f"{cell.label}, seed {seed}: {error}", markup=False)
+                    return "diverged"
+            elif state == "diverged":
+                return state
             first = str(place)
     return "finished"
 
 
+DIVERGED = "DIVERGED"
+"""The file in a run folder that says why it could not go on."""
+
+
+def _state(place: Path, config: RunConfig) -> str:
+    """new, begun, finished or diverged. Raises ValueError where the folder holds a run of another config."""
+    if not (place / "config.json").is_file():
+        return "new"
+    kept, asked = (flat(to_dict(each)) for each in (load_config(RunConfig, place / "config.json"), config))
+    apart = [name for name in asked if kept[name] != asked[name] and name not in (*FREE, "device", "init")]
+    if apart:
+        raise ValueError(f"{place} holds a run with {apart[0]} {kept[apart[0]]!r}, not {asked[apart[0]]!r}; name another folder with --out")
+    if (place / DIVERGED).is_file():
+        return "diverged"
+    return "finished" if finished(place) else "begun"
+
+
 def finished(place: Path) -> bool:
-    """Whether the run there has its last evaluation and its last checkpoint."""
-    return (place / "config.json").is_file() and Curves(place).read().finished and bool(_last_checkpoint(place))
-
-
-def _last_checkpoint(place: Path) -> bool:
-    from openvision3.checkpoint import complete_checkpoints, read_state
-
-    found = complete_checkpoints(place)
-    return bool(found) and read_state(found[-1]).step >= load_config(RunConfig, place / "config.json").steps
+    """Whether the run there has its last evaluation and its last checkpoint. What another process is writing just now counts as not finished."""
+    try:
+        steps = load_config(RunConfig, place / "config.json").steps
+        found = complete_checkpoints(place)
+        return bool(found) and read_state(found[-1]).step >= steps and Curves(place).read().step >= steps
+    except (ValueError, OSError):
+        return False
 
 
 @contextlib.contextmanager
-def _claimed(place: Path, rank: int) -> Iterator[bool]:
-    """Hold the run for as long as the block lasts; False where another process of this machine holds it."""
-    if rank:
-        yield True
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.parent / f".{place.name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+def _claimed(place: Path) -> Iterator[bool]:
+    """Hold the run for as long as the block lasts, for all ranks; False where another process of this machine holds it."""
+    with contextlib.ExitStack() as held:
+        mine = True
+        with distributed.together():
+            if distributed.rank() == 0:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(open(place.parent / f".{place.name}.lock", "w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    mine = False
+        yield distributed.from_first(mine)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def _write(name: str, out: Path, plans: Sequence[tuple[Cell, list[tuple[str, RunConfig]]]], options: AblationOptions, base: RunConfig) -> None:
-    """The page of what is finished; says what is not."""
-    groups, missing = [], []
-    for cell, runs in plans:
-        places = [out / runs[-1][0] / f"seed-{seed}" for seed in options.seeds]
-        done = [place for place in places if finished(place)]
-        missing += [str(place) for place in places if place not in done]
-        if done:
-            groups.append(Group(cell.label, [Curves(place).read() for place in done]))
-    if not groups:
+def _write(name: str, out: Path, plans: Sequence[tuple[Cell, list[tuple[str, RunConfig]]]], options: AblationOptions, base: RunConfig, taken: int) -> None:
+    """The page of what is finished; says what is not. Rows hold the seeds that all of them have, where there is such a seed."""
+    done = {cell.label: [seed for seed in options.seeds if finished(out / runs[-1][0] / f"seed-{seed}")] for cell, runs in plans}
+    lost = [
+        f"{cell.label}, seed {seed}" for cell, runs in plans for seed in options.seeds if any((out / f / f"seed-{seed}" / DIVERGED).is_file() for f, _ in runs)
+    ]
+    there = [seeds for seeds in done.values() if seeds]
+    if not there:
+        if taken:
+            return
         raise ValueError(f"no run of {name} is finished in {out}: nothing to draw")
+    common = set.intersection(*map(set, there))
+    groups = []
+    for cell, runs in plans:
+        seeds = [seed for seed in done[cell.label] if seed in common or not common]
+        if seeds:
+            steps = sum(config.steps for _, config in runs)
+            groups.append(Group(cell.label, [Curves(out / runs[-1][0] / f"seed-{seed}").read() for seed in seeds], steps))
+    missing = [f"{cell.label}, seed {seed}" for cell, _ in plans for seed in options.seeds if seed not in done[cell.label]]
     costs = [
         (cell.label, " then ".join(f"{config.steps:,} x {config.batch} at {config.size} px" for _, config in runs), f"{operations(runs, options.recipe):.3g}")
         for cell, runs in plans
     ]
     about = report.table(("", "steps x pictures", "operations of training"), costs)
-    if missing:
-        about += f"<p>Not finished, and not in the numbers: {', '.join(missing)}</p>"
-    seeds = ", ".join(map(str, options.seeds))
-    lead = f"{ABLATIONS[name].question} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {seeds}."
+    if lost:
+        about += f"<p>Ended early, for their loss did not stay finite: {html.escape('; '.join(lost))}.</p>"
+    left = [each for each in missing if each not in lost]
+    if left:
+        about += f"<p>Not finished, and not in the numbers: {html.escape('; '.join(left))}.</p>"
+    used = ", ".join(map(str, sorted(common))) or "unlike ones in each row"
+    lead = f"{ABLATIONS[name].question} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {used}."
     page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, [("Cells", about)])
     print(text_table(groups))
-    if missing:
-        console().print(f"{len(missing)} runs are not finished; the same command goes on", markup=False)
+    for told, which in (("are not finished; the same command goes on", left), ("ended early, for their loss did not stay finite", lost)):
+        if which:
+            console().print(f"{len(which)} runs {told}: {'; '.join(which)}", markup=False)
     print(f"page: {page.resolve()}")

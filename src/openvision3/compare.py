@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.evaluate import report
 from openvision3.files import write_whole
@@ -43,6 +46,12 @@ class Group:
 
     label: str
     runs: list[Curves]
+    all_steps: int = 0
+    """of all phases, where the run goes on from the weights of another; 0: of the run"""
+
+    @property
+    def steps(self) -> int:
+        return self.all_steps or self.runs[0].step
 
     @property
     def config(self) -> RunConfig:
@@ -60,32 +69,39 @@ def read_groups(names: Sequence[str]) -> list[Group]:
         if not run.values:
             raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
         settings = flat(to_dict(load_config(RunConfig, run.folder / "config.json")))
+        settings["init"] = re.sub(r"/seed-\d+$", "", settings["init"])  # the first phase of the same seed
         found.setdefault(str({name: value for name, value in settings.items() if name not in NOT_SETTINGS}), []).append(run)
     return [Group(str(runs[0].folder) + (f" and {len(runs) - 1} more seeds" if len(runs) > 1 else ""), runs) for runs in found.values()]
 
 
-def protocol(config: RunConfig, metric: str) -> tuple:
+def protocol(group: Group, metric: str = "") -> tuple:
     """What must be equal for two numbers of `metric` to stand in one column."""
+    config = group.config
     where = (config.val, config.size, config.caption_keys)
-    if metric == "val/loss":  # a sum with weights
-        weights = to_dict(config.model.loss)
-        return (*where, *(weights[name] for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual", "perceptual")))
-    if metric == "val/latent":
-        return (*where, config.model.vae.name)
-    if metric == "val/caption":  # cross-entropy a word piece
-        return (*where, config.tokenizer, config.init, config.vocabulary, config.data)
-    return where
+    loss = config.model.loss
+    latent, perceptual = (config.model.vae.name,), (loss.perceptual,)
+    contrastive, caption = (config.captions, config.sentences), (_words(group),)  # cross-entropies: of K sets of captions; of a word piece
+    weights = tuple(to_dict(loss)[name] for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual"))
+    parts = {"val/latent": latent, "val/perceptual": perceptual, "val/contrastive": contrastive, "val/caption": caption}
+    return (*where, *(weights + latent + perceptual + contrastive + caption if metric == "val/loss" else parts.get(metric, ())))
+
+
+def _words(group: Group) -> str:
+    """The vocabulary in which a caption loss is counted: a hash of the run's tokenizer.json."""
+    for checkpoint in reversed(complete_checkpoints(group.runs[0].folder)):
+        return hashlib.sha256((checkpoint / "tokenizer.json").read_bytes()).hexdigest()
+    return str((group.config.tokenizer, group.config.init, group.config.vocabulary, group.config.data))
 
 
 def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[Group]]]:
     """(what was evaluated on, metrics, groups): one table for each set and size, and in each only columns that mean the same in every row."""
     found: dict[tuple, list[Group]] = {}
     for group in groups:
-        found.setdefault(protocol(group.config, ""), []).append(group)
+        found.setdefault(protocol(group), []).append(group)
     made = []
     for (val, size, _), members in found.items():
         there = [name for name in METRICS if any(group.values(name) for group in members)]
-        columns = [name for name in there if len({protocol(group.config, name) for group in members}) == 1]
+        columns = [name for name in there if len({protocol(group, name) for group in members}) == 1]
         made.append((f"held-out pictures of {', '.join(val)}, {size}x{size}", columns, members))
     return made
 
@@ -112,7 +128,7 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "label": group.label,
             "runs": [str(run.folder) for run in group.runs],
             "seeds": [load_config(RunConfig, run.folder / "config.json").seed for run in group.runs],
-            "steps": group.runs[0].steps,
+            "steps": group.steps,
             "evaluated_on": {"val": list(group.config.val), "size": group.config.size},
             "values": {name: group.values(name) for name in METRICS if group.values(name)},
         }
@@ -166,7 +182,7 @@ def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
     head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "runs", "steps", *(column(name)[0] for name in columns)))
     body = ""
     for group in groups:
-        cells = [html.escape(group.label), str(len(group.runs)), f"{group.runs[0].step:,}"]
+        cells = [html.escape(group.label), str(len(group.runs)), f"{group.steps:,}"]
         for name in columns:
             told = spread(group.values(name), column(name)[1]) if group.values(name) else "not measured"
             cells.append(f"<b>{told}</b>" if best[name] == group.label else told)
@@ -228,8 +244,11 @@ def text_table(groups: Sequence[Group]) -> str:
     """The tables in plain text, one line a group."""
     lines = []
     for where, columns, members in tables(groups):
-        rows = [("", *(column(name)[0] for name in columns))]
-        rows += [(group.label, *(spread(group.values(name), column(name)[1]) if group.values(name) else "-" for name in columns)) for group in members]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 1)]
+        rows = [("", "runs", *(column(name)[0] for name in columns))]
+        rows += [
+            (group.label, str(len(group.runs)), *(spread(group.values(name), column(name)[1]) if group.values(name) else "-" for name in columns))
+            for group in members
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 2)]
         lines += [where, *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
     return "\n".join(lines).rstrip()

@@ -73,7 +73,7 @@ def save_model(
     """Write a model folder, whole or not at all: it is made beside its place and then takes it; an old model gives way last.
 
     `dtype` None keeps the weights as they are. `with_vae` None puts the VAE in where it is the embedded one.
-    `weights` stand for the model's own, where these are sharded or have gone on.
+    `weights` stand for the model's own that are trained, where these are sharded or have gone on.
 
     Raises:
         ValueError: the target exists and is not a model folder, or holds more than a model.
@@ -98,7 +98,8 @@ def save_model(
         _write_json(making / "config.json", to_dict(config))
         _write_json(making / "preprocessor_config.json", _preprocessor(size))
         tokenizer.save(making / "tokenizer.json")
-        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (weights or model.trained_state()).items()}
+        frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad and not name.startswith("vae.")}
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (frozen | weights if weights else model.trained_state()).items()}
         save_file(state, making / "model.safetensors", metadata={"format": "pt"})
         (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors' own is for the owner alone
         (making / "README.md").write_text(card or model_card(config), encoding="utf-8")

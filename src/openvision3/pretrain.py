@@ -127,7 +127,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             _check_same(checkpoint, out, vae, len(source), cache)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
-        if checkpoint or (config.init and not config.resume):  # of a checkpoint this reads what is frozen, the trained follows below
+        if checkpoint or config.init:  # of a checkpoint this reads what is frozen, the trained follows below
             hub.load_weights(model, checkpoint or hub.find_folder(config.init))
         if config.model.loss.lambda_perceptual:
             model.perceptual_distance()  # raises where its files are not at hand, before anything is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from openvision3.config import RunConfig
 from openvision3.estimate.arithmetic import FP32, NOTHING, PIXELS, PUBLISHED, Cost, VaeShape, linear, perceptual, transformer, vae_decode, vae_encode, vae_shape
 from openvision3.estimate.devices import Devices
+from openvision3.fetch import find_hub
 
 BERT = 30_524
 """pieces of bert-base-uncased, and the begin and end marks that it lacks"""
@@ -85,8 +87,11 @@ class Sizes:
                 "captioner": Captioner(model.captioner, self.vocabulary, encoder.size.width),
             }
         self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        self.trainable = sum(self.parameters.values()) + 1
-        lists = [m for part in parts.values() for m in part.modules() if isinstance(m, nn.ModuleList)]
+        if model.loss.encoder_learns_from == "nothing":
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_(name.startswith("pool_"))
+        self.trainable = sum(p.numel() for part in parts.values() for p in part.parameters() if p.requires_grad) + 1
+        lists = [m for part in parts.values() for m in part.modules() if isinstance(m, nn.ModuleList) and any(p.requires_grad for p in m.parameters())]
         self.in_blocks = sum(p.numel() for blocks in lists for p in blocks.parameters())
         self.largest_block = max(sum(p.numel() for p in block.parameters()) for blocks in lists for block in blocks)
         self.matrices: dict[tuple[int, int], int] = {}
@@ -178,6 +183,9 @@ def find_vae(name: str) -> VaeShape:
     if name == "pixels":
         return PIXELS
     folder = EMBEDDED if name == "embedded" else Path(name)
+    if name not in PUBLISHED and not folder.is_dir() and name.count("/") == 1:
+        with contextlib.suppress(FileNotFoundError):
+            folder = find_hub(name, (("vae/config.json",), ("config.json",)), "the VAE")
     for path in (folder / "vae" / "config.json", folder / "config.json"):
         if path.is_file():
             try:
@@ -225,6 +233,8 @@ def sample_costs(run: Sizes) -> dict[str, Cost]:
     }
     pixels = Cost(saved=3 * config.size**2 * 2 * FP32)  # the difference, and the rebuilt picture
     found["VAE decode"] = found["VAE decode"] + pixels
+    if model.loss.encoder_learns_from == "nothing":
+        found["encoder"] = found["encoder"].without_backward()
     if model.loss.lambda_perceptual:
         found["perceptual"] = perceptual(model.loss.perceptual, config.size, b)
     return found
