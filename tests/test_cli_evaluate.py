@@ -181,6 +181,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
         (["retrieval", "--size", "40"], "multiple of 16"),
         (["retrieval", "no-such-model"], "no such model"),
         (["probe", "--train"], "name them with --train"),
+        (["reconstruction", "--protocol", "rfid-coco", "--count", "5"], "leave out --count"),
     ],
 )
 def test_bad_input_is_one_line(root, argv, told, capsys, tmp_path):
@@ -229,8 +230,91 @@ def test_a_published_protocol_must_hold(root, capsys, tmp_path, monkeypatch):
     from openvision3.evaluate import suite
 
     monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
-    assert cli.main(["evaluate", "reconstruction", *arguments(root, "--protocol", "rfid-val50k", "--out", str(tmp_path / "out"))]) == 2
+    argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(root / "data"), "--protocol", "rfid-val50k", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
     assert "50,000 of them; seen 9" in capsys.readouterr().err
+
+
+def settings(folder: Path, metric: str) -> dict:
+    [found] = [row for row in json.loads((folder / "results.json").read_text())["rows"] if row["metric"] == metric and not row["model"].startswith("VAE")]
+    return {name: found[name] for name in ("data_sha256", "labels", "captions", "crop", "count")}
+
+
+def measured(root: Path, out: Path, kind: str, *more: str) -> Path:
+    assert cli.main(["evaluate", kind, str(root / "model"), "--size", "32", "--out", str(out), *more]) == 0
+    return out
+
+
+def test_equal_names_of_unlike_pictures_are_unlike_sets_and_unlike_names_of_equal_ones_are_not(root, tmp_path):
+    one, other, copy = labelled(tmp_path / "a" / "set", 2, 1), labelled(tmp_path / "b" / "set", 2, 9), labelled(tmp_path / "c" / "copy", 2, 1)
+    hashes = [settings(measured(root, tmp_path / f"out-{i}", "retrieval", "--data", str(d)), "image_to_text_r@1") for i, d in enumerate((one, other, copy))]
+    assert hashes[0]["data_sha256"] != hashes[1]["data_sha256"] and hashes[0]["captions"] == hashes[1]["captions"]
+    assert hashes[0]["data_sha256"] == hashes[2]["data_sha256"]
+    (one / "star" / "0.txt").write_text("another caption")
+    assert settings(measured(root, tmp_path / "again", "retrieval", "--data", str(one)), "image_to_text_r@1")["captions"] != hashes[0]["captions"]
+
+
+def test_other_classes_other_prompts_and_other_training_pictures_are_other_protocols(root, tmp_path):
+    data, train = ("--data", str(root / "data")), ("--train", str(root / "train"), "--least", "2", "--k", "3")
+    labels = [settings(measured(root, tmp_path / kind, "zeroshot", *data, "--prompts", kind), "zeroshot_top_1")["labels"] for kind in ("templates", "names")]
+    assert labels[0] != labels[1]
+    other = labelled(tmp_path / "train", 5, 77)
+    probes = [
+        settings(measured(root, tmp_path / f"probe-{i}", "probe", *data, "--train", str(folder), *train[2:]), "knn_top_1")["labels"]
+        for i, folder in enumerate((root / "train", other))
+    ]
+    assert probes[0] != probes[1] and "sub-folder" in probes[0]
+
+
+def test_training_pictures_are_found_among_the_test_pictures_however_they_are_spelled(root, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    for spelled in ("./data", "data/", str(root / "train" / ".." / "data")):
+        assert cli.main(["evaluate", "probe", str(root / "model"), "--data", "data", "--train", spelled, "--size", "32", "--out", str(tmp_path / "x")]) == 2
+        assert "must not be measured on what it was fitted to" in capsys.readouterr().err
+
+
+def test_one_picture_has_no_distance_of_sets_and_the_rest_is_measured(root, tmp_path):
+    results = Results.load(measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--count", "1"))
+    assert "psnr" in {row.metric for row in results.rows} and not any(row.metric.startswith("KID") for row in results.rows)
+    assert any(each.needs == "two pictures or more" for each in results.not_run)
+
+
+def test_a_file_name_that_is_no_text_ends_no_evaluation(root, tmp_path):
+    data = labelled(tmp_path / "data", 2, 3)
+    os.rename(os.fsencode(data / "star" / "1.png"), os.fsencode(data / "star") + b"/caf\xe9.png")
+    os.rename(os.fsencode(data / "star" / "1.txt"), os.fsencode(data / "star") + b"/caf\xe9.txt")
+    (data / "star" / "2.png").write_bytes(b"")
+    os.rename(os.fsencode(data / "star" / "2.png"), os.fsencode(data / "star") + b"/\xff.png")
+    out = measured(root, tmp_path / "out", "all", "--data", str(data), "--tokenizer", "simple")
+    assert (out / "report.html").is_file() and len(Results.load(out).skipped) == 1
+
+
+def test_peers_alone_need_no_model_of_ours(root, tmp_path):
+    save_vae(tmp_path / "flux", "flux-vae")
+    argv = ["evaluate", "reconstruction", "--data", str(root / "data"), "--size", "32", "--peer", "flux-vae", "--peer-folder", f"flux-vae={tmp_path / 'flux'}"]
+    assert cli.main([*argv, "--metrics", "psnr", "--out", str(tmp_path / "out")]) == 0
+    [row] = [row for row in Results.load(tmp_path / "out").rows if row.metric == "psnr"]
+    assert row.licence == "Apache-2.0" and "padded to multiples of 16" in row.note
+
+
+def test_what_is_left_out_is_told_on_the_page_in_the_file_and_on_the_terminal(root, tmp_path, capsys):
+    data = labelled(tmp_path / "data", 2, 3)
+    (data / "star" / "0.txt").unlink()
+    out = measured(root, tmp_path / "out", "retrieval", "--data", str(data))
+    assert "left out: retrieval" in capsys.readouterr().out and "without a caption" in (out / "report.html").read_text()
+    assert [(each["reason"], each["count"]) for each in Results.load(out).left_out] == [("without a caption", 1)]
+
+
+def test_names_are_shown_as_they_are_and_never_run(tmp_path, capsys):
+    bad = Row("[/b]<script>", "", Number("psnr", 1.0, 1, "<b>"), Setting("[a-c]*.tar", "0" * 64, "<i>", "square", "fp32", 0))
+    Results([bad], command="<script>").save(tmp_path / "r")
+    assert cli.main(["evaluate", "table", str(tmp_path / "r"), "--out", str(tmp_path / "t.html")]) == 0
+    page = (tmp_path / "t.html").read_text()
+    assert "<script>" not in page and "<i>" not in page and "[a-c]*.tar" in capsys.readouterr().out
+    values = json.loads((tmp_path / "r" / "results.json").read_text())
+    values["rows"][0]["value"] = "1"
+    (tmp_path / "r" / "results.json").write_text(json.dumps(values))
+    assert cli.main(["evaluate", "table", str(tmp_path / "r"), "--out", str(tmp_path / "t.html")]) == 2
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from openvision3.evaluate.protocol import Functions
     from openvision3.evaluate.results import NotRun, Results, Row
     from openvision3.evaluate.suite import Measured, Networks
+
+T = TypeVar("T")
 
 KINDS = ("reconstruction", "retrieval", "captioning", "zeroshot", "probe")
 METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
@@ -65,6 +67,10 @@ class Options:
     """keep shard samples whose JSON has these values, as in source=clipart"""
     index: str = ""
     """the folder where `data index` has put the indexes of shards; none: beside each shard"""
+    cache: str = ""
+    """the folder that remote shards are fetched into"""
+    cache_gb: float = 100.0
+    """most that the cache holds, in GB"""
     tokenizer: Literal["auto", "simple", "ptb"] = "auto"
     """captioning: how captions become words; ptb needs Java"""
     label_key: str = ""
@@ -103,8 +109,22 @@ class Options:
         for each in self.peer_folder:
             if "=" not in each:
                 raise ValueError(f"peer_folder {each!r} must look like NAME=FOLDER, such as flux-vae=weights/FLUX.1-schnell")
+        if self.protocol and (self.count or self.size not in (0, 256) or self.precision != "fp32"):
+            raise ValueError(f"protocol {self.protocol} is over the whole set, at 256 px and in fp32; leave out --count, --size and --precision, or --protocol")
         if self.protocol:
             self.size, self.crop, self.metrics = 256, "adm", tuple(dict.fromkeys([*(self.metrics or ("psnr", "ssim")), "rfid"]))
+
+
+def _check_protocol(work: Evaluation) -> None:
+    """Raises ValueError where pictures that cannot be read have broken a published protocol."""
+    if not work.options.protocol:
+        return
+    count, told = PROTOCOL_COUNTS[work.options.protocol]
+    seen = {row.number.count for row in work.results.rows if row.metric == "rfid"}
+    if seen != {count}:
+        raise ValueError(
+            f"protocol {work.options.protocol} is over {told}, {count:,} of them; measured on {', '.join(f'{n:,}' for n in sorted(seen)) or 'none'}"
+        )
 
 
 PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation pictures of ImageNet"), "rfid-coco": (5_000, "the pictures of COCO val2017")}
@@ -123,7 +143,6 @@ class Evaluation:
     """what reconstructions are compared by"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """by (kind, model)"""
-    reasons: list[str] = field(default_factory=list)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -165,22 +184,29 @@ HELP = (
 
 def run(kind: str, options: Options, command: Sequence[str]) -> int:
     """Measure, print the table, write the folder. Under torchrun the pictures are shared among the processes; the numbers are the same."""
+    import torch
+
     from openvision3 import distributed
     from openvision3.cli import _output_folder
     from openvision3.doctor import choose_device
 
     _output_folder(options.out)
-    with distributed.started(choose_device(options.device)) as ranks:
+    options.device = choose_device(options.device)
+    if options.precision == "fp32":  # cuDNN would take TF32 for it
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    with distributed.started(options.device) as ranks:
         start = time.perf_counter()
         with distributed.together():
             work = prepare(kind, options, command, ranks.rank)
         for each in work.kinds:
             MEASURE[each](work)
-        work.pictures.share_problems()
+        work.pictures.share()
         work.results.skipped = work.pictures.problems
         work.results.seconds = time.perf_counter() - start
-        if not work.results.rows:
-            raise ValueError("; ".join(dict.fromkeys(work.reasons)) or "nothing could be measured")
+        with distributed.together():
+            if not work.results.rows:
+                raise ValueError("; ".join(dict.fromkeys(each.needs for each in work.results.not_run)) or "nothing could be measured")
+            _check_protocol(work)
         if ranks.rank == 0:
             with distributed.alone():
                 _tell(work)
@@ -191,7 +217,6 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     """Everything that can fail for want of a file, before anything is measured."""
     from openvision3.data.samples import load_emoji
     from openvision3.data.shards import EmojiSource, Source, open_source
-    from openvision3.doctor import choose_device
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.results import Results
     from openvision3.evaluate.suite import reconstruction_networks
@@ -201,7 +226,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     networks = None
     if "reconstruction" in kinds:
         files = options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear
-        networks = reconstruction_networks(options.metrics, *files, device=choose_device(options.device))
+        networks = reconstruction_networks(options.metrics, *files, device=options.device)
     models, size = _models(options, kinds)
     source: Source
     if options.data == ("openmoji",):
@@ -228,11 +253,13 @@ def _told(command: Sequence[str]) -> str:
 def _places(options: Options) -> dict[str, Any]:
     from openvision3.config import read_rules
 
-    return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "index": options.index, "crop": options.crop}
+    places = {"index": options.index, "cache": options.cache, "cache_gb": options.cache_gb}
+    return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "crop": options.crop, **places}
 
 
 def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], int]:
     """The models that were asked for, all of them loaded, and the side of the pictures."""
+    from openvision3 import distributed, hub
     from openvision3.evaluate.peers import load_peer, vae_functions
     from openvision3.pipeline import load
 
@@ -242,18 +269,19 @@ def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], in
     if unused:
         raise ValueError(f"peer_folder names {unused[0]}, which is not among the peers {', '.join(asked)}; add it to --peer")
     found: list[Functions] = []
-    ours = load(options.model, device=options.device, precision=options.precision, vae=options.vae) if {"ours", "vae"} & set(asked) else None
+    folder = distributed.from_first(str(hub.find_folder(options.model))) if {"ours", "vae"} & set(asked) and distributed.world() > 1 else options.model
+    ours = load(folder, device=options.device, precision=options.precision, vae=options.vae) if {"ours", "vae"} & set(asked) else None
     for name in dict.fromkeys(asked):
         if name == "ours":
             assert ours is not None
-            found.append(ours.functions(options.model if options.model != "ours" else "ours"))
+            found.append(ours.functions(options.model))
         elif name == "vae":
             assert ours is not None
             if ours.vae.network is not None:
                 found.append(vae_functions(ours.vae, f"VAE {ours.vae.name}", options.precision))
         else:
-            found.append(load_peer(name, folders.get(name, ""), str(ours.device) if ours else options.device, options.precision))
-    if not found:
+            found.append(load_peer(name, folders.get(name, ""), options.device, options.precision))
+    if not found or ("vae" in options.peer and ours is not None and ours.vae.network is None):
         raise ValueError("this model has no VAE to measure alone; leave vae out of --peer")
     return found, options.size or (ours.size if ours else found[0].size)
 
@@ -271,30 +299,33 @@ def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured])
             done = measure(model)
         except CannotRun as error:
             work.results.not_run.append(NotRun(model.name, kind, str(error)))
-            work.reasons.append(str(error))
             continue
         work.measured[kind, model.name] = done
         work.results.rows += rows(work, model, done)
         work.results.not_run += [NotRun(model.name, metric, what) for metric, what in done.missing]
+        work.results.left_out += [{"model": model.name, "of": kind, "reason": why, "count": count} for why, count in done.left_out.items()]
 
 
-def rows(work: Evaluation, model: Functions, done: Measured, labels: str = "none") -> list[Row]:
+def rows(work: Evaluation, model: Functions, done: Measured) -> list[Row]:
     """Numbers -> rows with the setting they were measured in."""
     from openvision3.evaluate.results import Row, Setting
 
     options, pictures = work.options, work.pictures
-    emoji = options.data == ("openmoji",)
-    crop = "drawn at this size, white, 0.77 of the side" if emoji else CROPS[options.crop]
+    drawn = "emoji drawn at this size, white, 0.77 of the side"
+    crop = "; ".join(([drawn] if "openmoji" in options.data else []) + ([CROPS[options.crop]] if set(options.data) - {"openmoji"} else []))
+    keys = ", ".join(options.caption_keys) or "of the set"
+    labelled = f"JSON field {options.label_key}" if options.label_key else "emoji group, sub-folder or .cls member"
     setting = Setting(
-        ", ".join(options.data) + (" held out" if emoji else ""),
-        pictures.digest(done.keys),
+        ", ".join(f"{name} held out" if name == "openmoji" else name for name in options.data),
+        pictures.digest(done.used),
         f"{pictures.size}x{pictures.size}",
         crop,
         model.dtype,
         options.seed,
-        labels=done.shown.get("labels", labels),
+        labels="none" if done.labels == "none" else f"{labelled}; {done.labels}",
+        captions="none" if done.captions == "none" else f"{keys}, sha256 {done.captions}",
     )
-    return [Row(model.name, model.sha256, each, setting, model.note) for each in done.numbers]
+    return [Row(model.name, model.sha256, each, setting, model.note, model.licence) for each in done.numbers]
 
 
 CROPS = {
@@ -308,7 +339,8 @@ def _reconstruction(work: Evaluation) -> None:
 
     networks, options = work.networks, work.options
     assert networks is not None
-    _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed))
+    told = f"protocol {options.protocol}" if options.protocol else ""
+    _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed, told))
 
 
 def _retrieval(work: Evaluation) -> None:
@@ -327,19 +359,19 @@ def _zeroshot(work: Evaluation) -> None:
     from openvision3.evaluate.suite import class_texts, zeroshot
 
     options = work.options
-    with _labelled(work, "zeroshot"):
+
+    def read() -> tuple[Labels, list[list[str]], str]:
         kind = options.prompts
         if kind == "auto":
             kind = "captions" if options.data == ("openmoji",) and not options.label_key else "templates"
-        training = None
-        if kind == "captions":
-            source, training_labels = _training(work, least=1)
-            labels = _labels(work, like=training_labels)
-            training = (source, training_labels)
-        else:
-            labels = _labels(work)
-        texts, how = class_texts(labels, kind, training)
-        _each(work, "zeroshot", lambda model: _with_labels(zeroshot(model, work.pictures, labels, texts, how), options))
+        training = _training(work, least=1) if kind == "captions" else None
+        labels = _labels(work, like=training[1] if training else None)
+        return (labels, *class_texts(labels, kind, training))
+
+    found = _labelled(work, "zeroshot", read)
+    if found is not None:
+        labels, texts, how = found
+        _each(work, "zeroshot", lambda model: zeroshot(model, work.pictures, labels, texts, how))
 
 
 def _probe(work: Evaluation) -> None:
@@ -347,11 +379,18 @@ def _probe(work: Evaluation) -> None:
     from openvision3.evaluate.suite import probe
 
     options = work.options
-    with _labelled(work, "probe"):
+
+    def read() -> tuple[Any, Labels, Labels]:
         source, train_labels = _training(work, options.least)
-        labels = _labels(work, like=train_labels)
+        return source, train_labels, _labels(work, like=train_labels)
+
+    found = _labelled(work, "probe", read)
+    if found is not None:
+        source, train_labels, labels = found
         train = Pictures(source, work.pictures.size, options.batch, None, work.pictures.watch)
-        _each(work, "probe", lambda model: _with_labels(probe(model, train, train_labels, work.pictures, labels, options.k), options))
+        train.problems += source.problems
+        _each(work, "probe", lambda model: probe(model, train, train_labels, work.pictures, labels, options.k, options.device))
+        work.pictures.problems += [each for each in train.problems if each not in work.pictures.problems]
 
 
 MEASURE: dict[str, Callable[[Evaluation], None]] = {
@@ -363,22 +402,26 @@ MEASURE: dict[str, Callable[[Evaluation], None]] = {
 }
 
 
-def _with_labels(done: Measured, options: Options) -> Measured:
-    done.shown["labels"] = f"JSON field {options.label_key}" if options.label_key else "emoji group, sub-folder or .cls"
-    return done
+def _labelled(work: Evaluation, kind: str, read: Callable[[], T]) -> T | None:
+    """What `read` reads of the classes. Data without any, or without training pictures, are listed where everything is asked for.
 
-
-@contextlib.contextmanager
-def _labelled(work: Evaluation, kind: str) -> Iterator[None]:
-    """Data without classes, or without training pictures, is no error where everything is asked for: it is listed."""
+    Raises:
+        ValueError: they are lacking, and this kind alone was asked for.
+    """
+    from openvision3 import distributed
     from openvision3.evaluate.results import NotRun
 
+    found: T | None = None
+    lacking = ""
     try:
-        yield
-    except ValueError as error:
-        if len(work.kinds) == 1:
-            raise
-        work.results.not_run += [NotRun(model.name, kind, str(error)) for model in work.models]
+        found = read()
+    except (ValueError, OSError) as error:
+        lacking = str(error)
+    lacking = next(filter(None, distributed.gather_objects(lacking)), "")  # what one rank lacks, none has
+    if lacking:
+        work.results.not_run += [NotRun(model.name, kind, lacking) for model in work.models]
+        return None
+    return found
 
 
 def _names(options: Options) -> tuple[str, ...]:
@@ -406,10 +449,19 @@ def _training(work: Evaluation, least: int) -> tuple[Any, Labels]:
     names = options.train or (("openmoji",) if options.data == ("openmoji",) else ())
     if not names:
         raise ValueError("training pictures with classes are needed; name them with --train")
-    if set(names) & set(options.data) - {"openmoji"}:
-        raise ValueError(f"train and data share {', '.join(set(names) & set(options.data))}: a probe must not be measured on what it was fitted to")
+    shared = _files(names) & _files(options.data)
+    if shared:
+        raise ValueError(f"train and data share {min(shared)}: a probe must not be measured on what it was fitted to")
     source = open_source(names, **_places(options))
     return source, read_labels(source, options.label_key, _names(options), least=least)
+
+
+def _files(names: Sequence[str]) -> set[str]:
+    """The folders and shards that these names stand for, by their real paths."""
+    from openvision3.data.shards import find
+
+    found = [find(name) for name in names]
+    return {os.path.realpath(path) if "://" not in path else path for each in found for path in (*each.folders, *each.tars)}
 
 
 # -- what is told --------------------------------------------------------------------------------------------------
@@ -427,6 +479,8 @@ def _tell(work: Evaluation) -> None:
         print(path.read_text(encoding="utf-8"), end="")
     else:
         print_tables(split(work.results.rows), work.results.not_run)
+        for each in work.results.left_out:
+            print(f"left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
     skipped = count_reasons(work.results.skipped)
     if skipped:
         print(f"openvision3: {sum(skipped.values())} pictures skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}", file=sys.stderr)
@@ -438,6 +492,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     """A line a metric and a column a model; what was not run below, with what it needs."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from openvision3.evaluate import published
     from openvision3.evaluate.results import shown
@@ -446,18 +501,17 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
-        made = Table(
-            title=f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}", title_justify="left", box=None, pad_edge=False
-        )
+        title = Text(f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}")  # no name is markup
+        made = Table(title=title, title_justify="left", box=None, pad_edge=False)
         made.add_column("")
         for model in models:
-            made.add_column(model, justify="right")
+            made.add_column(Text(model), justify="right")
         columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
         for heading, _ in columns:
-            made.add_column(heading, justify="right", style="dim")
+            made.add_column(Text(heading), justify="right", style="dim")
         for line in lines:
             measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
-            made.add_row(line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))
+            made.add_row(*map(Text, (line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))))
         screen.print(made)
     for what, who in _grouped(not_run):
         screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)

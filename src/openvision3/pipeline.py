@@ -231,6 +231,7 @@ class Pipeline:
             embed_texts=lambda texts: self.embed_texts(texts).cpu(),
             caption=self.caption,
             features=lambda images: self.encode(images).mean(1).cpu(),
+            note=f"VAE {self.vae.name}, sha256 {self.vae.sha256 or 'none'}",
         )
 
     # -- the folder ------------------------------------------------------------------------------------------------
@@ -254,9 +255,10 @@ def load(name: str | Path = "mini", *, device: str | torch.device = "auto", prec
     device = choose_device(str(device))
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
-    model, tokenizer, config = hub.load_model(name, device=device, vae_dtype=dtype_of(precision), vae=vae)
+    folder = hub.find_folder(name)  # once: a run may save its next checkpoint in the meantime
+    model, tokenizer, config = hub.load_model(folder, device=device, vae_dtype=dtype_of(precision), vae=vae)
     pipeline = Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
-    pipeline.folder = hub.find_folder(name)
+    pipeline.folder = folder
     return pipeline
 
 

@@ -188,6 +188,8 @@ def adm_square(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if image.width * image.height * scale**2 > MAX_PIXELS:
+        raise ImageError("too large", f"{image.width} x {image.height} pixels become more than {MAX_PIXELS:,} with a short side of {size}")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from openvision3.evaluate.protocol import Functions
-from openvision3.fetch import ASSETS, default_folder
+from openvision3.fetch import ASSETS
+from openvision3.fetch import find as fetched
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Request:
     def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "") -> Functions:
         """What the loaders return, with what is known of every peer filled in."""
         assert set(can) == set(self.peer.can), f"{self.name} can {sorted(can)}, its row says {sorted(self.peer.can)}"
-        notes = "; ".join(part for part in (self.peer.note, note) if part)
+        notes = "; ".join(part for part in (self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
         return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, **can)
 
 
@@ -102,9 +103,10 @@ def find(name: str, peer: Peer, folder: str) -> Path:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no such folder: {folder}; {needed(name, peer)}")
         return Path(folder)
-    fetched = default_folder() / name
-    if fetched.is_dir() and any(fetched.iterdir()):
-        return fetched
+    if name in ASSETS and "checkout" not in peer.library:
+        with contextlib.suppress(FileNotFoundError):
+            found = fetched(name)
+            return found if found.is_dir() else found.parent
     from huggingface_hub import snapshot_download
 
     try:
@@ -115,7 +117,8 @@ def find(name: str, peer: Peer, folder: str) -> Path:
 
 def needed(name: str, peer: Peer) -> str:
     how = f"openvision3 fetch {name}, or name their folder" if name in ASSETS else "get them there, and name their folder"
-    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}): {how} with --peer-folder {name}=FOLDER"
+    beside = f", and {peer.library}" if "checkout" in peer.library else ""
+    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}){beside}: {how} with --peer-folder {name}=FOLDER"
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openvision3.data.images import to_pil
+from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
 from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, shown, split
 from openvision3.files import write_whole
@@ -26,11 +27,11 @@ COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#7
 def write_report(out: Path, work: Evaluation) -> Path:
     """report.html and pictures.jsonl (what each picture scored) in `out`. Returns the page."""
     results = work.results
-    sections = [("Numbers", _numbers(split(results.rows), results.not_run))]
-    write_whole(out / "pictures.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _per_picture(work)))
+    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out(results))]
+    write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in _per_picture(work)))
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
-    sections.append(("Published numbers", _published(results.rows)))
+    sections.append(("Published numbers", _published()))
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
     seen = f"{len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}"
@@ -49,7 +50,7 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
-        made += f"<p>{html.escape(setting.data)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
+        made += f"<p>{html.escape(f'{setting.data}, {setting.resolution}, {setting.dtype}')}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
         columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
         made += report.table(
             ("", *models, *(heading for heading, _ in columns)),
@@ -67,30 +68,36 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
     return made
 
 
+def _left_out(results: Results) -> str:
+    """Pictures that could not be read, and those that a metric leaves out."""
+    rows = [(each["of"], each["model"], each["reason"], each["count"]) for each in results.left_out]
+    rows += [("all", "", reason, count) for reason, count in count_reasons(results.skipped).items()]
+    return "<p>Left out:</p>" + report.table(("of", "model", "reason", "pictures"), rows) if rows else ""
+
+
 def _protocols(rows: Sequence[Row]) -> str:
     seen: dict[tuple, Row] = {}
     for row in rows:
         seen.setdefault(row.protocol, row)
     table = [
         (r.metric, f"{r.number.count:,}", r.number.how, r.number.network + (f" {r.number.network_sha256[:12]}" if r.number.network_sha256 else ""),
-         f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, labels {r.setting.labels}", r.number.library)
+         f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, "
+         f"labels: {r.setting.labels}, captions: {r.setting.captions}", r.number.library)
         for r in seen.values()
     ]  # fmt: skip
     models = {row.model: row for row in rows}
-    who = [(name, row.model_sha256 or "none", row.note) for name, row in models.items()]
+    who = [(name, row.model_sha256 or "none", row.licence, row.note) for name, row in models.items()]
     head = report.table(("metric", "N", "protocol", "network", "setting", "library"), table)
     data = {(row.setting.data, row.setting.data_sha256) for row in rows}
-    sets = report.table(("pictures", "sha256 of their names"), sorted(data))
-    return head + report.table(("model", "sha256 of its weights", "note"), who) + sets
+    sets = report.table(("pictures", "sha256 over them"), sorted(data))
+    return head + report.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
-def _published(rows: Sequence[Row]) -> str:
+def _published() -> str:
     """The paper's numbers, in a table of their own: their protocols are not those of the numbers above."""
-    listed = [
-        (each.model, f"{each.metric}, {each.protocol}", f"{each.value:g}", each.heading) for each in published.PUBLISHED if each.protocol in published.REBUILT
-    ]
+    listed = [(each.model, each.metric, each.protocol, f"{each.value:g}", each.heading) for each in published.PUBLISHED]
     note = "<p>From the paper, not measured here: ImageNet and COCO at 256 px with Inception, not to be compared with other sets, sizes or networks.</p>"
-    return note + report.table(("model", "metric", "value", ""), listed)
+    return note + report.table(("model", "metric", "protocol", "value", ""), listed)
 
 
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
@@ -198,8 +205,7 @@ def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, st
         for image, answers in zip(images, done.shown["answers"], strict=True):
             lines = "<br>".join(f'<span class="right">{html.escape(text)}</span>' if right else html.escape(text) for text, right in answers)
             cards += f'<div class="card">{report.picture(image, answers[0][0])}<p>{lines}</p></div>'
-        left_out = f"<p>{done.shown['left_out']} pictures without a caption are left out.</p>" if done.shown["left_out"] else ""
-        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", f'<div class="cards">{cards}</div>{left_out}'))
+        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", f'<div class="cards">{cards}</div>'))
     return sections
 
 
@@ -216,8 +222,7 @@ def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
     sections = []
     for name, done in measured.items():
         table = report.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
-        left_out = "; ".join(f"{count} {why}" for why, count in done.shown["left_out"].items())
-        sections.append((f"{name}: zero-shot by class", table + (f"<p>Left out: {html.escape(left_out)}.</p>" if left_out else "")))
+        sections.append((f"{name}: zero-shot by class", table))
     return sections
 
 
@@ -233,7 +238,7 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
             report.picture(figure_one(rows), "rebuilding, drawing and understanding of each model"),
         ),
         ("Numbers", _numbers(tables, not_run)),
-        ("Published numbers", _published(rows)),
+        ("Published numbers", _published()),
         ("How it was measured", _protocols(rows)),
         ("Commands", report.table(("command", "machine", "seconds"), [(each.command, _machine(each.environment), f"{each.seconds:.0f}") for each in results])),
     ]
@@ -264,17 +269,22 @@ def figure_one(rows: Sequence[Row]) -> bytes:
             panel.set_yticks([])
             continue
         models = list(dict.fromkeys(row.model for row in found))
-        sets = list(dict.fromkeys(_short(row.setting.data) for row in found))
+        sets = list(dict.fromkeys(map(_where, found)))
         for i, model in enumerate(models):
-            bars = [(sets.index(_short(row.setting.data)) + i / (len(models) + 1), row.number.value * factor) for row in found if row.model == model]
+            bars = [(sets.index(_where(row)) + i / (len(models) + 1), row.number.value * factor) for row in found if row.model == model]
             panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=COLOURS[i % len(COLOURS)], label=model)
-        panel.set_xticks([j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(sets))], sets, fontsize=8, rotation=15)
+        panel.set_xticks([j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(sets))], sets, fontsize=7)
         panel.tick_params(labelsize=8)
         panel.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _where(row: Row) -> str:
+    """Bars stand side by side only where their numbers may be compared: a group has one protocol."""
+    return f"{_short(row.setting.data)} {row.setting.resolution}\n{row.setting.dtype}, N {row.number.count:,}\n{row.setting.data_sha256[:6]}"
 
 
 def _short(data: str) -> str:

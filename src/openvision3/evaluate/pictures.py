@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.batches import evaluation_batches
+from openvision3.data.images import to_uint8
 from openvision3.data.shards import Source
 
 T = TypeVar("T")
@@ -31,6 +33,15 @@ class Batch(NamedTuple):
     captions: list[tuple[str, ...]]
 
 
+class Rows(NamedTuple):
+    """What was computed of each usable picture of all ranks, in the order of the pictures."""
+
+    indices: list[int]
+    captions: list[tuple[str, ...]]
+    values: Tensor
+    """(N, ...) on the CPU"""
+
+
 @dataclass
 class Pictures:
     """Some pictures of a source, all of one size. Each is seen by one rank, once; what cannot be read is listed in `problems`."""
@@ -43,6 +54,8 @@ class Pictures:
     watch: Watch = _plain
     """shows progress: (batches, what, how many)"""
     problems: list[dict[str, str]] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+    """sha256 of the view of each picture that was seen, by its index"""
 
     def __post_init__(self):
         if self.batch < 1:
@@ -56,16 +69,20 @@ class Pictures:
 
     def subset(self, indices: Sequence[int]) -> Pictures:
         """These pictures of the same source."""
-        return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems)
+        return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests)
 
     def batches(self, what: str) -> Iterator[Batch]:
         """This rank's pictures, a run of neighbours."""
         chosen, world, rank = self.chosen, distributed.world(), distributed.rank()
-        mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world]
+        mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world] if world > 1 else chosen
         found: list[dict[str, str]] = []
         rows = evaluation_batches(self.source, self.size, self.batch, found, mine)
         for row in self.watch(rows, what, -(-len(mine) // self.batch)):
-            yield Batch(*row)
+            batch = Batch(*row)
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                if index not in self.digests:
+                    self.digests[index] = sha256(to_uint8(image).numpy().tobytes()).hexdigest()
+            yield batch
         for each in found:
             if each not in self.problems:
                 self.problems.append(each)
@@ -84,13 +101,43 @@ class Pictures:
                     raise ValueError(f"{what}: {len(said)} results for {len(batch.indices)} pictures")
                 found += zip(batch.indices, said, strict=True)
         everywhere = distributed.gather_objects(found)
-        self.share_problems()
+        self.share()
         return dict(sorted((pair for part in everywhere for pair in part), key=lambda pair: pair[0]))
 
-    def share_problems(self) -> None:
-        """All ranks know what any of them could not read."""
-        self.problems[:] = list({str(each): each for part in distributed.gather_objects(self.problems) for each in part}.values())
+    def collect_rows(self, what: str, function: Callable[[Tensor], Tensor]) -> Rows:
+        """As `collect`, for a function of images that gives a row of numbers each. Raises OtherRankFailed."""
+        parts: list[Tensor] = []
+        seen: list[tuple[int, tuple[str, ...]]] = []
+        with distributed.together(), torch.no_grad():
+            for batch in self.batches(what):
+                parts.append(function(batch.images).float().cpu())
+                seen += zip(batch.indices, batch.captions, strict=True)
+                if len(parts[-1]) != len(batch.indices):
+                    raise ValueError(f"{what}: {len(parts[-1])} results for {len(batch.indices)} pictures")
+        widths = [tuple(part.shape[1:]) for part in parts[:1]]
+        shape = next((width for found in distributed.gather_objects(widths) for width in found), ())
+        values = distributed.gather_rows(torch.cat([torch.zeros(0, *shape), *parts]))
+        everywhere = [pair for part in distributed.gather_objects(seen) for pair in part]
+        self.share()
+        order = sorted(range(len(everywhere)), key=lambda i: everywhere[i][0])
+        return Rows([everywhere[i][0] for i in order], [everywhere[i][1] for i in order], values[order])
 
-    def digest(self, keys: Sequence[str]) -> str:
-        """sha256 of the keys of the pictures that were used: two evaluations with the same have seen pictures of the same names."""
-        return sha256("\n".join(sorted(keys)).encode("utf-8", "replace")).hexdigest()
+    def share(self) -> None:
+        """All ranks know what any of them has seen, and what it could not read."""
+        parts = distributed.gather_objects((self.problems, self.digests))
+        self.problems[:] = list({str(each): each for problems, _ in parts for each in problems}.values())
+        for _, digests in parts:
+            self.digests.update(digests)
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """sha256 over the views of these pictures: the same for the same pictures, whatever they are called and wherever they lie."""
+        return sha256("\n".join(self.digests[index] for index in sorted(indices)).encode()).hexdigest()
+
+
+def on_first(compute: Callable[[], T]) -> T:
+    """Rank 0 computes, all get the answer, or fail together."""
+    made: list[T] = []
+    with distributed.together():
+        if distributed.rank() == 0 or distributed.world() == 1:
+            made.append(compute())
+    return distributed.from_first(made)[0]

@@ -101,7 +101,7 @@ def beside(model: str, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for each in PUBLISHED:
         metric = NAMES.get(each.metric, "")
-        if each.model == model and metric in metrics and each.protocol in REBUILT:
+        if each.model == model and metric in metrics and each.protocol.startswith(REBUILT):
             column = found.setdefault(f"{model}, {each.protocol}: {each.heading}", {})
             column[metric] = f"{each.value:g}"
     return found

@@ -113,13 +113,14 @@ def evaluate_reconstruction(
     distance: EfficientNetDistance | None = None,
     lpips: Lpips | None = None,
     pictures: str = "",
+    seed: int = 0,
 ) -> Reconstruction:
     """Measure the pictures that this rank brings, together with those of all others. Every rank has to call it.
 
     PSNR and SSIM always; `distance` and `lpips` where they are given; KID on each extractor's features, and rFID where one of them
-    is Inception. A metric whose weights are missing says so when its network is built. `pictures` goes into every protocol: which
-    set, how cropped. `reconstruct` must do without other ranks, of which some may have fewer pictures: a sharded model stands
-    within `distributed.whole`.
+    is Inception, both of two pictures or more; `seed` is that of KID's subsets. A metric whose weights are missing says so when its
+    network is built. `pictures` goes into every protocol: which set, how cropped. `reconstruct` must do without other ranks, of which
+    some may have fewer pictures: a sharded model stands within `distributed.whole`.
 
     Raises:
         ValueError: no pictures, a place that comes twice, or pictures that cannot be measured.
@@ -157,7 +158,7 @@ def evaluate_reconstruction(
     if lpips is not None:
         numbers.append(over_pictures("lpips", "lpips", f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256()))
     for each in sets:
-        numbers += each.numbers(indices, where)
+        numbers += each.numbers(indices, where, seed) if len(indices) > 1 else []
     return Reconstruction(indices, keys, columns["psnr"], columns["ssim"], columns.get("distance"), columns.get("lpips"), numbers)
 
 
@@ -231,7 +232,7 @@ class _Set:
         self.places, self.last = [self.places[i] for i in wanted], last
         self.kept = [torch.cat([torch.zeros(0, 2, self.extractor.width), *self.kept])[wanted]]
 
-    def numbers(self, indices: list[int], where: str) -> list[Number]:
+    def numbers(self, indices: list[int], where: str, seed: int) -> list[Number]:
         """Given the places of all ranks' pictures. Rank 0 computes, all get the answer."""
         extractor = self.extractor
         self._forget_beyond(indices[:KID_PICTURES][-1])
@@ -245,7 +246,7 @@ class _Set:
                     how = f"Frechet distance between originals and reconstructions on pool_3 features; {extractor.preparation}; {where}"
                     how += frechet_warning(len(indices), extractor.width)
                     found.append(self._number("rfid", frechet_distance(*statistics), len(indices), how))
-                kid = kernel_distance(kept[:, 0], kept[:, 1], paired=True)
+                kid = kernel_distance(kept[:, 0], kept[:, 1], paired=True, seed=seed)
                 first = "all" if len(kept) == len(indices) else f"the first {len(kept)} by index"
                 how = (
                     f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no picture against its own copy "

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from openvision3.evaluate.captioning import words
+from openvision3.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -185,5 +186,5 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[tuple
 """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode("utf-8", "backslashreplace"))  # names of files may be no valid text
     return path

@@ -22,7 +22,7 @@ class Setting:
     data: str
     """the names of the set, as they were given"""
     data_sha256: str
-    """of the keys of its pictures"""
+    """over its pictures as they were evaluated"""
     resolution: str
     """such as 128x128"""
     crop: str
@@ -31,7 +31,9 @@ class Setting:
     seed: int
     guidance: str = "none"
     labels: str = "none"
-    """where the classes come from"""
+    """where the classes come from, and hashes of what stands for them"""
+    captions: str = "none"
+    """where the captions come from, and a hash of them"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Row:
     number: Number
     setting: Setting
     note: str = ""
+    licence: str = "unknown"
+    """of the model's weights"""
 
     @property
     def metric(self) -> str:
@@ -55,13 +59,25 @@ class Row:
         return (n.metric, n.count, n.how, n.network, n.network_sha256, *(value for name, value in asdict(self.setting).items() if name != "data"))
 
     def to_json(self) -> dict[str, Any]:
-        return {"model": self.model, "model_sha256": self.model_sha256, "note": self.note, **asdict(self.number), **asdict(self.setting)}
+        return {
+            "model": self.model,
+            "model_sha256": self.model_sha256,
+            "licence": self.licence,
+            "note": self.note,
+            **asdict(self.number),
+            **asdict(self.setting),
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
-        """Raises KeyError, TypeError for a row that lacks a field."""
+        """Raises KeyError, TypeError for a row that lacks a field, or has one of another type."""
+        own = {name: values[name] for name in ("model", "model_sha256", "note", "licence")}
         parts = [{name: values[name] for name in kind.__dataclass_fields__} for kind in (Number, Setting)]
-        return cls(values["model"], values["model_sha256"], Number(**parts[0]), Setting(**parts[1]), values["note"])
+        numbers = {"value": (int, float), "count": (int,), "seed": (int,), "spread": (int, float, type(None))}
+        for name, value in (*own.items(), *parts[0].items(), *parts[1].items()):
+            if not isinstance(value, numbers.get(name, (str,))):  # type: ignore[arg-type]
+                raise TypeError(f"{name} is {value!r}")
+        return cls(own["model"], own["model_sha256"], Number(**parts[0]), Setting(**parts[1]), own["note"], own["licence"])
 
 
 @dataclass
@@ -81,6 +97,8 @@ class Results:
     not_run: list[NotRun] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     """pictures that could not be read: {key, reason, detail}"""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """pictures that a metric leaves out: {model, of, reason, count}"""
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -97,8 +115,9 @@ class Results:
             "rows": [row.to_json() for row in self.rows],
             "not_run": [asdict(each) for each in self.not_run],
             "skipped": self.skipped,
+            "left_out": self.left_out,
         }
-        write_whole(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps(values, indent=1) + "\n")
         return path
 
     @classmethod
@@ -114,7 +133,7 @@ class Results:
                 raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
             rows = [Row.from_json(row) for row in values["rows"]]
             not_run = [NotRun(**each) for each in values["not_run"]]
-            return cls(rows, not_run, values["skipped"], values["command"], values["environment"], values["seconds"])
+            return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no results file of openvision3 evaluate: {type(error).__name__} {error}") from error
 
@@ -149,7 +168,11 @@ def table(rows: Iterable[Row]) -> list[Line]:
 
 def _unlike(a: Row, b: Row) -> str:
     one, other = a.to_json(), b.to_json()
-    apart = [name for name in one if one[name] != other[name] and name not in ("model", "model_sha256", "note", "value", "spread", "detail", "library", "data")]
+    apart = [
+        name
+        for name in one
+        if one[name] != other[name] and name not in ("model", "model_sha256", "licence", "note", "value", "spread", "detail", "library", "data")
+    ]
     return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from openvision3.data.labelled import Labels, prompts
 from openvision3.evaluate.captioning import evaluate_captions
+from openvision3.evaluate.classes import Classification
 from openvision3.evaluate.features import EfficientNetFeatures, Extractor, Inception
-from openvision3.evaluate.pictures import Pictures
+from openvision3.evaluate.pictures import Pictures, Rows, on_first
 from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
 from openvision3.evaluate.reconstruction import evaluate_reconstruction, noise_curve
@@ -34,8 +37,14 @@ class Measured:
     numbers: list[Number] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     """(metric, what it needs)"""
-    keys: list[str] = field(default_factory=list)
-    """of the pictures that were used"""
+    used: list[int] = field(default_factory=list)
+    """indices of the pictures that were used"""
+    labels: str = "none"
+    """where the classes come from, with hashes of what stands for them"""
+    captions: str = "none"
+    """sha256 of the captions that were compared with"""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """why pictures were left out: how many"""
     shown: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,8 +55,8 @@ def needs(model: Functions, *names: str) -> None:
         raise CannotRun(f"{model.name} cannot {' and '.join(lacking)}" + (f" ({model.note})" if model.note else ""))
 
 
-def _rows(found: dict[int, Any]) -> Tensor:
-    return torch.stack([torch.as_tensor(row) for row in found.values()])
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _embed_texts(model: Functions, texts: Sequence[str]) -> Tensor:
@@ -55,13 +64,10 @@ def _embed_texts(model: Functions, texts: Sequence[str]) -> Tensor:
     return torch.cat([model.embed_texts(texts[i : i + TEXTS_AT_ONCE]).cpu().float() for i in range(0, len(texts), TEXTS_AT_ONCE)])
 
 
-def image_embeddings(model: Functions, pictures: Pictures) -> dict[int, tuple[str, Any, tuple[str, ...]]]:
-    """{index: (key, unit vector, captions)} of all usable pictures. Raises CannotRun."""
+def image_embeddings(model: Functions, pictures: Pictures) -> Rows:
+    """Unit vectors (N, E) of all usable pictures. Raises CannotRun."""
     needs(model, "embed_images")
-    embed: Callable[[Tensor], Tensor] = model.embed_images  # type: ignore[assignment]
-    return pictures.collect(
-        f"{model.name}: embedding pictures", lambda batch: list(zip(batch.keys, embed(batch.images).float().cpu().numpy(), batch.captions, strict=True))
-    )
+    return pictures.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -121,13 +127,14 @@ def reconstruction_networks(
     return found
 
 
-def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sigmas: Sequence[float] = (), seed: int = 0) -> Measured:
+def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sigmas: Sequence[float] = (), seed: int = 0, protocol: str = "") -> Measured:
     """PSNR, SSIM and what the networks give, each picture's; then the error against noise on the tokens. Raises CannotRun."""
     needs(model, "reconstruct")
     rebuild: Callable[[Tensor], Tensor] = model.reconstruct  # type: ignore[assignment]
     rows = ((batch.indices, batch.keys, batch.images) for batch in pictures.batches(f"{model.name}: rebuilding"))
-    done = evaluate_reconstruction(rows, rebuild, extractors=networks.extractors, distance=networks.distance, lpips=networks.lpips)
-    pictures.share_problems()
+    told = {"extractors": networks.extractors, "distance": networks.distance, "lpips": networks.lpips, "pictures": protocol, "seed": seed}
+    done = evaluate_reconstruction(rows, rebuild, **told)  # type: ignore[arg-type]
+    pictures.share()
     curve: list[tuple[float, float, int]] = []
     if model.reconstruct_noisy is not None and sigmas:
         noisy = model.reconstruct_noisy
@@ -137,10 +144,13 @@ def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sig
     for sigma, value, count in curve:
         if sigma:
             numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
-    return Measured(numbers, list(networks.missing), done.keys, {"pictures": done, "curve": curve})
+    missing = list(networks.missing)
+    if len(done.indices) < 2:
+        missing += [(each.name, "two pictures or more") for each in networks.extractors]
+    return Measured(numbers, missing, done.indices, shown={"pictures": done, "curve": curve})
 
 
-def retrieval(model: Functions, pictures: Pictures, embedded: dict | None = None, shown: int = 12) -> Measured:
+def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None, shown: int = 12) -> Measured:
     """R@k both ways; every caption of a picture is a candidate. Pictures without a caption are left out and counted.
 
     Raises:
@@ -148,19 +158,27 @@ def retrieval(model: Functions, pictures: Pictures, embedded: dict | None = None
     """
     needs(model, "embed_images", "embed_texts")
     found = image_embeddings(model, pictures) if embedded is None else embedded
-    captioned = {index: row for index, row in found.items() if row[2]}
+    captioned = [row for row, captions in enumerate(found.captions) if captions]
     if not captioned:
         raise CannotRun("none of the pictures has a caption; name JSON fields of the shards with --caption-keys, or put x.txt beside x.jpg")
-    texts = [text for _, _, captions in captioned.values() for text in captions]
-    owners = [row for row, (_, _, captions) in enumerate(captioned.values()) for _ in captions]
-    images, words = _rows({index: row[1] for index, row in captioned.items()}), _embed_texts(model, texts)
-    numbers = evaluate_retrieval(images, words, texts, owners)
-    best = (images[:shown] @ words.T).topk(min(5, len(texts)), dim=1)
-    answers = [[(texts[j], texts[j] in row[2]) for j in line] for line, row in zip(best.indices.tolist(), captioned.values(), strict=False)]
+    texts = [text for row in captioned for text in found.captions[row]]
+    owners = [place for place, row in enumerate(captioned) for _ in found.captions[row]]
+    images = found.values[captioned]
+
+    def compute() -> tuple[list[Number], list[list[int]]]:
+        words = _embed_texts(model, texts)
+        nearest = (images[:shown] @ words.T).topk(min(5, len(texts)), dim=1).indices.tolist()
+        return evaluate_retrieval(images, words, texts, owners), nearest
+
+    numbers, nearest = on_first(compute)
+    answers = [[(texts[j], texts[j] in found.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
+    used = [found.indices[row] for row in captioned]
     return Measured(
         numbers,
-        keys=[row[0] for row in captioned.values()],
-        shown={"indices": list(captioned)[:shown], "answers": answers, "left_out": len(found) - len(captioned)},
+        used=used,
+        captions=_hash(texts),
+        left_out=_without("a caption", len(found.indices) - len(captioned)),
+        shown={"indices": used[:shown], "answers": answers},
     )
 
 
@@ -172,16 +190,25 @@ def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", sh
     captioned = {index: row for index, row in found.items() if row[2]}
     if not captioned:
         raise CannotRun("none of the pictures has a caption to compare with")
-    lacking: list[str] = []
     written, references = [row[1] for row in captioned.values()], [row[2] for row in captioned.values()]
-    numbers = evaluate_captions(written, references, tokenizer, lacking)
+
+    def compute() -> tuple[list[Number], list[str]]:
+        lacking: list[str] = []
+        return evaluate_captions(written, references, tokenizer, lacking), lacking
+
+    numbers, lacking = on_first(compute)
     cards = [(index, row[1], row[2][0]) for index, row in list(captioned.items())[:shown]]
     told = [{"key": key, "written": own, "true": list(true)} for key, own, true in captioned.values()]
     missing = [(metric, what) for line in lacking for metric, _, what in [line.partition(": ")]]
-    return Measured(numbers, missing, [row[0] for row in captioned.values()], {"cards": cards, "captions": told, "left_out": len(found) - len(captioned)})
+    left_out = _without("a caption", len(found) - len(captioned))
+    return Measured(numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, shown={"cards": cards, "captions": told})
 
 
-def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: dict | None = None) -> Measured:
+def _without(what: str, count: int) -> dict[str, int]:
+    return {f"without {what}": count} if count else {}
+
+
+def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: Rows | None = None) -> Measured:
     """The nearest class embedding, each made of the texts of that class; `how` says what these are.
 
     Raises:
@@ -190,12 +217,18 @@ def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Seq
     needs(model, "embed_images", "embed_texts")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
     found = image_embeddings(model, pictures.subset(labels.indices)) if embedded is None else embedded
-    used = {index: row for index, row in found.items() if index in class_of}
-    if not used:
+    rows = [row for row, index in enumerate(found.indices) if index in class_of]
+    if not rows:
         raise CannotRun("no usable picture has a class")
-    classes = class_embedding([_embed_texts(model, texts) for texts in texts_of])
-    done = evaluate_classification(_rows({i: row[1] for i, row in used.items()}), classes, [class_of[i] for i in used], labels.names, how)
-    return Measured(_named(done.numbers, "zeroshot"), keys=[row[0] for row in used.values()], shown={"classes": done.classes, "left_out": labels.left_out})
+    used = [found.indices[row] for row in rows]
+
+    def compute() -> Classification:
+        classes = class_embedding([_embed_texts(model, texts) for texts in texts_of])
+        return evaluate_classification(found.values[rows], classes, [class_of[index] for index in used], labels.names, how)
+
+    done = on_first(compute)
+    told = f"{len(labels.names)} classes, sha256 of their texts {_hash([list(texts) for texts in texts_of])}"
+    return Measured(_named(done.numbers, "zeroshot"), used=used, labels=told, left_out=labels.left_out, shown={"classes": done.classes})
 
 
 def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
@@ -221,26 +254,29 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) 
     return [prompts(name) for name in labels.names], "the mean text embedding of its name in CLIP's 80 templates"
 
 
-def features(model: Functions, pictures: Pictures, labels: Labels, what: str) -> tuple[Tensor, list[int], list[str]]:
-    """(features (n, F), classes, keys) of the usable pictures with a class. Raises CannotRun."""
+def features(model: Functions, pictures: Pictures, labels: Labels, what: str) -> tuple[Tensor, list[int], list[int]]:
+    """(features (n, F), classes, indices) of the usable pictures with a class. Raises CannotRun."""
     needs(model, "features")
-    see: Callable[[Tensor], Tensor] = model.features  # type: ignore[assignment]
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
-    found = pictures.subset(labels.indices).collect(
-        f"{model.name}: features of {what} pictures", lambda batch: list(zip(batch.keys, see(batch.images).float().cpu().numpy(), strict=True))
-    )
-    if not found:
+    found = pictures.subset(labels.indices).collect_rows(f"{model.name}: features of {what} pictures", model.features)  # type: ignore[arg-type]
+    if not found.indices:
         raise CannotRun(f"no usable {what} picture has a class")
-    return _rows({i: row[1] for i, row in found.items()}), [class_of[i] for i in found], [row[0] for row in found.values()]
+    return found.values, [class_of[index] for index in found.indices], found.indices
 
 
-def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pictures, labels: Labels, k: int = 20) -> Measured:
+def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pictures, labels: Labels, k: int = 20, device: str = "cpu") -> Measured:
     """k-NN and a logistic regression on frozen features: fitted on the one set, measured on the other. Raises CannotRun, ValueError."""
-    known, known_classes, _ = features(model, train, train_labels, "training")
-    seen, classes, keys = features(model, pictures, labels, "test")
-    numbers = _named(evaluate_knn(known, known_classes, seen, classes, labels.names, k), "knn")
-    numbers += _named(evaluate_linear_probe(known, known_classes, seen, classes, labels.names), "linear_probe")
-    return Measured(numbers, keys=keys, shown={"left_out": labels.left_out, "training_left_out": train_labels.left_out})
+    known, known_classes, trained_on = features(model, train, train_labels, "training")
+    seen, classes, used = features(model, pictures, labels, "test")
+
+    def compute() -> list[Number]:
+        inside, outside = known.to(device), seen.to(device)
+        numbers = _named(evaluate_knn(inside, known_classes, outside, classes, labels.names, k), "knn")
+        return numbers + _named(evaluate_linear_probe(inside, known_classes, outside, classes, labels.names), "linear_probe")
+
+    told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.digest(trained_on)[:16]}"
+    left_out = labels.left_out | {f"training: {why}": count for why, count in train_labels.left_out.items()}
+    return Measured(on_first(compute), used=used, labels=told, left_out=left_out)
 
 
 def _named(numbers: Sequence[Number], what: str) -> list[Number]:
