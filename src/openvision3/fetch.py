@@ -52,6 +52,10 @@ class Asset:
     """how a command finds it where it is not in the default folder"""
     note: str = ""
 
+    def __post_init__(self):
+        if not self.used_by and self.needed_by.startswith("comparing"):
+            object.__setattr__(self, "used_by", f"openvision3 evaluate ... --peer {self.name} --peer-folder {self.name}=FOLDER")
+
     @property
     def source(self) -> str:
         return f"{HUB}/{self.hub}" if self.hub else f"https://{urlsplit(self.files[0].urls[0]).hostname}"
@@ -146,8 +150,9 @@ _ALL = (
                 95_628_359,
             ),
         ),
-        "FID, sFID, Inception Score, precision and recall",
+        "rFID (later gFID, sFID, Inception Score, precision and recall)",
         "unknown for the weights (converted from Google's); torch-fidelity's code is Apache-2.0",
+        used_by="openvision3 evaluate ... --inception FOLDER/weights-inception-2015-12-05-6726825d.pth",
     ),
     Asset(
         "adm-imagenet256",
