@@ -178,8 +178,8 @@ _ALL = (
             name,
             tuple(map(File, ("config.json", "preprocessor_config.json", "tokenizer.json", weights))),
             "comparing with CLIP",
+            "MIT in github.com/openai/CLIP; its hub page shows none",
             hub=f"openai/{hub}",
-            note="copies of its hub page show no licence",
         )
         for name, hub, weights in (("clip-b16", "clip-vit-base-patch16", "pytorch_model.bin"), ("clip-l14", "clip-vit-large-patch14", "model.safetensors"))
     ),

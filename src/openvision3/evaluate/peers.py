@@ -3,7 +3,7 @@
     peer = load_peer("flux-vae", "weights/FLUX.1-schnell")
     evaluate_reconstruction(batches, peer.reconstruct)
 
-Nothing is downloaded: weights come from a folder, or from what the Hugging Face cache of this machine has already.
+Nothing is downloaded: weights come from a folder, from where `openvision3 fetch` has put them, or from the Hugging Face cache of this machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PUBLISHED_ONLY = ("rae-clip", "omnitokenizer")
 
 
 def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str = "fp32") -> Functions:
-    """A peer by name, from `folder` or, where that is empty, from the local Hugging Face cache. fp32, or bf16 where it is asked for.
+    """A peer by name, from `folder` or, where that is empty, from what was fetched or is in the local Hugging Face cache. fp32, or bf16 where it is asked for.
 
     Raises:
         ValueError: an unknown name or precision, files of another model, a package that is missing or does not fit.
@@ -315,7 +315,8 @@ def _first(hub: str, patch: int, size: int = 224) -> Peer:
 
 def _second(hub: str, patch: int, size: int = 224) -> Peer:
     note = "released without a text tower"
-    return Peer(_openvision, ("features",), size, hub, OPEN_CLIP_FILES, "Apache-2.0", "", OPEN_CLIP_PIXELS, {"channels": 3, "patch": patch}, note)
+    licence = "unknown; others call it Apache-2.0"
+    return Peer(_openvision, ("features",), size, hub, OPEN_CLIP_FILES, licence, "", OPEN_CLIP_PIXELS, {"channels": 3, "patch": patch}, note)
 
 
 def _third(hub: str, side: int) -> Peer:
@@ -325,6 +326,7 @@ def _third(hub: str, side: int) -> Peer:
     return Peer(_openvision, ("features",), side * 8, hub, files, licence, "diffusers", LATENTS, expects, note)
 
 
+CLIP_LICENCE = "MIT in github.com/openai/CLIP; its hub page shows none"
 UNTRIED = "never run on the real checkout"
 
 PEERS: dict[str, Peer] = {
@@ -336,8 +338,8 @@ PEERS: dict[str, Peer] = {
     "rae-dinov2": _raes("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", "dinov2"),
     "rae-mae": _raes("nyu-visionx/RAE-mae-base-p16-ViTXL-n08", "mae"),
     "rae-siglip2": _raes("nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08", "siglip2"),
-    "clip-b16": _texts("openai/clip-vit-base-patch16", "MIT", "clip", 16),
-    "clip-l14": _texts("openai/clip-vit-large-patch14", "MIT", "clip", 14),
+    "clip-b16": _texts("openai/clip-vit-base-patch16", CLIP_LICENCE, "clip", 16),
+    "clip-l14": _texts("openai/clip-vit-large-patch14", CLIP_LICENCE, "clip", 14),
     "siglip-b16": _texts("google/siglip-base-patch16-224", "Apache-2.0", "siglip", 16),
     "openvision1-b16": _first("UCSC-VLAA/openvision-vit-base-patch16-224", 16),
     "openvision1-l14": _first("UCSC-VLAA/openvision-vit-large-patch14-224", 14),
