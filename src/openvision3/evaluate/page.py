@@ -230,12 +230,14 @@ def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
 
 
 def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun], results: Sequence[Results]) -> Path:
-    """One page of several results, beginning with the paper's first figure for all that was measured."""
+    """One page of several results, beginning with the paper's first figure for all that was measured, which stands beside it as .png."""
     rows = [row for each in results for row in each.rows]
+    drawn = figure_one(rows)
+    write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            report.picture(figure_one(rows), "rebuilding, drawing and understanding of each model"),
+            report.picture(drawn, "rebuilding, drawing and understanding of each model"),
         ),
         ("Numbers", _numbers(tables, not_run)),
         ("Published numbers", _published()),
@@ -246,9 +248,9 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
 
 
 PANELS = (
-    ("rebuilding: rFID", ("rfid",), 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
-    ("rebuilding: KID on EfficientNet-Lite0", ("KID on EfficientNet-Lite0 features",), 1.0, "not run"),
-    ("drawing: gFID", ("gfid",), 1.0, "not run: needs a trained RAE\nand Inception's weights"),
+    ("rebuilding: rFID, lower is better", ("rfid",), 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
+    ("rebuilding: KID, EfficientNet-Lite0, lower is better", ("KID on EfficientNet-Lite0 features",), 1.0, "not run"),
+    ("drawing: gFID, lower is better", ("gfid",), 1.0, "not run: needs a trained RAE\nand Inception's weights"),
     ("understanding: R@1, picture to text, %", ("image_to_text_r@1",), 100.0, "not run"),
 )
 
@@ -257,7 +259,7 @@ def figure_one(rows: Sequence[Row]) -> bytes:
     """A panel for rFID, KID, gFID and understanding, a bar for each model and set; a panel without numbers says what it needs. PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(PANELS), 3.6))
+    figure = Figure(figsize=(3.7 * len(PANELS), 3.6))
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
     for panel, (title, metrics, factor, otherwise) in zip(panels, PANELS, strict=True):
         found = [row for row in rows if row.metric in metrics]
