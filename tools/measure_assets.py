@@ -131,7 +131,7 @@ never seen in training. Chance is {100 / 256:.1f} % for R@1 among 256.
 Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["zeroshot_top_1"])} % of
 {zeroshot["zeroshot_top_1"].count} emoji with a group (always naming the largest group gives {percent(zeroshot["zeroshot_largest_class_share"])} %).
 
-Captions on the same 256 held-out emoji, greedy, simple tokeniser where one is needed ({found["openmoji"].own["cider"].how.split(",")[1].strip()}):
+Captions on the same 256 held-out emoji, greedy; lower-case words, CIDEr by the {found["openmoji"].own["cider"].how.split(",")[1].strip()}:
 
 {chr(10).join(captions)}
 
