@@ -36,7 +36,7 @@ METRICS = (
 CURVES = ("train/pixel", "train/latent", "train/perceptual", "train/contrastive", "train/caption", "val/psnr", "val/pixel", "val/latent", "val/contrastive",
           "val/caption", "val/image_to_text_r@1", "train/loss")  # fmt: skip
 NOT_SETTINGS = ("out", "resume", "workers", "track", "index", "cache", "cache_gb", "log_every", "eval_every", "save_every", "keep", "keep_best", "seed")
-COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
+COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#1e293b", "#60a5fa", "#78716c")
 LARGER_IS_BETTER = ("psnr", "_r@")
 
 
@@ -142,6 +142,8 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
     from matplotlib.lines import Line2D
 
     shown = [name for name in names if any(name in run.values for group in groups for run in group.runs)]
+    if len({protocol(group, "val/loss") for group in groups}) > 1:  # sums with unlike weights
+        shown = [name for name in shown if not name.endswith("/loss")]
     columns = min(4, max(1, len(shown)))
     lines = max(1, -(-len(shown) // columns))
     head = 0.28 * -(-len(groups) // 2) + 0.1
