@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openvision3.data.images import to_uint8
 from openvision3.evaluate import foreign, peers
-from openvision3.evaluate.foreign import Pixels, WordPieceIds, pixels_of, resize, sha256_of
+from openvision3.evaluate.foreign import Pixels, WordPieceIds, pixels_of, resize, weights_sha256
 from openvision3.evaluate.peers import PEERS, PUBLISHED_ONLY, load_peer
 from openvision3.evaluate.protocol import Functions, values
 from openvision3.evaluate.published import PUBLISHED, rows
@@ -452,7 +452,7 @@ def test_the_hash_is_of_the_file_and_of_several_shards_of_their_hashes(built, tm
     assert len(files) > 1
     peer = load_peer("clip-b16", str(tmp_path))
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    assert peer.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest() == sha256_of(reversed(files))
+    assert peer.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest() == weights_sha256(reversed(files))
     close(peer.embed_images(pictures()), load_peer("clip-b16", str(folder)).embed_images(pictures()), 1e-6)
     files[0].unlink()
     with pytest.raises((FileNotFoundError, ValueError)) as caught:

@@ -12,7 +12,6 @@ put together for that, so that any number of processes can go on.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from openvision3 import distributed
+from openvision3.files import sha256_of
 from openvision3.optimizer import Optimizers
 
 FORMAT = 1
@@ -266,8 +266,7 @@ def _sums(folder: Path) -> dict[str, str]:
     """{file: sha256}: torch's reader takes a flipped bit for a weight."""
     found = {}
     for path in sorted(folder.iterdir()):
-        with open(path, "rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.name] = sha256_of(path)
     return found
 
 

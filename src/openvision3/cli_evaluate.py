@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels
     from openvision3.evaluate.pictures import Pictures
+    from openvision3.evaluate.pictures import Rows as EvaluatedRows
     from openvision3.evaluate.protocol import Functions
     from openvision3.evaluate.results import NotRun, Results, Row
     from openvision3.evaluate.suite import Measured, Networks
@@ -141,6 +142,8 @@ class Evaluation:
     results: Results
     networks: Networks | None = None
     """what reconstructions are compared by"""
+    embedded: dict[str, EvaluatedRows] = field(default_factory=dict)
+    """unit vectors of all pictures by model, made once for all kinds that want them"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """by (kind, model)"""
 
@@ -344,9 +347,14 @@ def _reconstruction(work: Evaluation) -> None:
 
 
 def _retrieval(work: Evaluation) -> None:
-    from openvision3.evaluate.suite import retrieval
+    from openvision3.evaluate.suite import image_embeddings, needs, retrieval
 
-    _each(work, "retrieval", lambda model: retrieval(model, work.pictures))
+    def measure(model: Functions) -> Measured:
+        needs(model, "embed_images", "embed_texts")
+        work.embedded[model.name] = image_embeddings(model, work.pictures)
+        return retrieval(model, work.pictures, work.embedded[model.name])
+
+    _each(work, "retrieval", measure)
 
 
 def _captioning(work: Evaluation) -> None:
@@ -371,7 +379,7 @@ def _zeroshot(work: Evaluation) -> None:
     found = _labelled(work, "zeroshot", read)
     if found is not None:
         labels, texts, how = found
-        _each(work, "zeroshot", lambda model: zeroshot(model, work.pictures, labels, texts, how))
+        _each(work, "zeroshot", lambda model: zeroshot(model, work.pictures, labels, texts, how, work.embedded.get(model.name)))
 
 
 def _probe(work: Evaluation) -> None:
@@ -403,11 +411,7 @@ MEASURE: dict[str, Callable[[Evaluation], None]] = {
 
 
 def _labelled(work: Evaluation, kind: str, read: Callable[[], T]) -> T | None:
-    """What `read` reads of the classes. Data without any, or without training pictures, are listed where everything is asked for.
-
-    Raises:
-        ValueError: they are lacking, and this kind alone was asked for.
-    """
+    """What `read` reads of the classes; None for data without any, or without training pictures, which are listed with what they lack."""
     from openvision3 import distributed
     from openvision3.evaluate.results import NotRun
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
 import json
@@ -18,7 +17,7 @@ from PIL import Image
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.evaluate import report
-from openvision3.files import write_whole
+from openvision3.files import sha256_of, write_whole
 from openvision3.watch import Curves, open_runs
 
 METRICS = (
@@ -89,7 +88,7 @@ def protocol(group: Group, metric: str = "") -> tuple:
 def _words(group: Group) -> str:
     """The vocabulary in which a caption loss is counted: a hash of the run's tokenizer.json."""
     for checkpoint in reversed(complete_checkpoints(group.runs[0].folder)):
-        return hashlib.sha256((checkpoint / "tokenizer.json").read_bytes()).hexdigest()
+        return sha256_of(checkpoint / "tokenizer.json")
     return str((group.config.tokenizer, group.config.init, group.config.vocabulary, group.config.data))
 
 

@@ -7,7 +7,6 @@ urllib and not the hub's client: most of what is fetched is on no hub, and a res
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from openvision3 import __version__
-from openvision3.files import write_whole
+from openvision3.files import sha256_of, write_whole
 
 ATTEMPTS = 4
 """in a row that bring nothing new"""
@@ -103,12 +102,6 @@ def check_url(url: str, before: str = "") -> None:
         raise SourceError(f"{url} cannot be fetched; legal are http and https")
     if parts.scheme == "http" and urlsplit(before).scheme == "https":
         raise SourceError(f"{before} redirects to {url}, which is not encrypted; refused")
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _once(url: str, target: Path, part: Path, before: Callable[[Downloaded], None], what: str, token: str, size: int | None, checked: bool) -> Downloaded:
@@ -204,7 +197,7 @@ def _receive(answer: Any, file: IO[bytes], total: int | None, start: int, what: 
 def _finish(file: IO[bytes], state: _Part, part: Path, target: Path, before: Callable[[Downloaded], None]) -> Downloaded:
     """Check the whole part and give it its name, all under its lock. A wrong one is dropped."""
     os.fsync(file.fileno())
-    got = Downloaded(digest(part), part.stat().st_size, state.commit)
+    got = Downloaded(sha256_of(part), part.stat().st_size, state.commit)
     try:
         if state.sha256 and got.sha256 != state.sha256:
             raise SourceError(f"{state.url} came with sha256 {got.sha256}, expected {state.sha256} as its hub tells; dropped, fetch it again")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from openvision3.download import Downloaded, SourceError, check_url, digest, download
-from openvision3.files import write_whole
+from openvision3.download import Downloaded, SourceError, check_url, download
+from openvision3.files import sha256_of, write_whole
 
 HUB = "https://huggingface.co"
 UNKNOWN = "unknown"
@@ -381,7 +381,7 @@ def _check_hash(subject: str, seen: str, file: File, record: dict[str, dict[str,
 def _check_file(path: Path, file: File, record: dict[str, dict[str, Any]]) -> str:
     """The sha256 of a file that is here and is what it should be. Raises ValueError."""
     _check_size(path, file, record)
-    seen = digest(path)
+    seen = sha256_of(path)
     _check_hash(f"{path} has", seen, file, record, "it is damaged or another file: remove it and fetch again")
     return seen
 

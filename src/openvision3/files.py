@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import socket
 import time
@@ -38,6 +39,12 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
     finally:
         with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
             making.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of the bytes of a file, in hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def half_written(path: Path) -> list[Path]:

@@ -6,7 +6,6 @@ recorded, and a load with other weights is refused. Loads are strict.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from openvision3.config import flat, from_dict, nearest, to_dict
 from openvision3.data.text import TextTokenizer
+from openvision3.files import sha256_of
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
 from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
 
@@ -164,23 +164,18 @@ def _save_vae(vae: VAE, folder: Path) -> str:
     """
     source = EMBEDDED if vae.name == "embedded" else Path(vae.name)
     for place in (source / "vae", source):
-        if vae.sha256 and (place / _VAE_WEIGHTS).is_file() and _sha256(place / _VAE_WEIGHTS) == vae.sha256:
+        if vae.sha256 and (place / _VAE_WEIGHTS).is_file() and sha256_of(place / _VAE_WEIGHTS) == vae.sha256:
             folder.mkdir()
             for name in ("config.json", _VAE_WEIGHTS):
                 shutil.copyfile(place / name, folder / name)
             return vae.sha256
     vae.network.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    return _sha256(folder / _VAE_WEIGHTS)
+    return sha256_of(folder / _VAE_WEIGHTS)
 
 
 def weights_sha256(folder: Path) -> str:
     """Of a model folder's model.safetensors."""
-    return _sha256(folder / "model.safetensors")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(folder / "model.safetensors")
 
 
 def _preprocessor(size: int) -> dict[str, Any]:

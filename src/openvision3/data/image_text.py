@@ -22,6 +22,7 @@ from torch import Tensor
 
 from openvision3.data.batches import draw_seed
 from openvision3.data.images import ImageError
+from openvision3.files import sha256_of
 
 EXTRA = "transformers is not installed; pip install 'openvision3[transformers]'"
 
@@ -80,8 +81,7 @@ def identify(model: str, revision: str = "", download: bool = False) -> Identity
     whole = hashlib.sha256()
     for path in sorted(p for p in Path(model).iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja") and p.is_file()):
         whole.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
+        whole.update(bytes.fromhex(sha256_of(path)))
     return Identity(Path(model).resolve().name, f"sha256:{whole.hexdigest()[:16]}")
 
 
@@ -141,7 +141,7 @@ class ImageTextModel:
         except (ValueError, TypeError, IndexError, KeyError) as error:
             mark = getattr(self.processor, "image_token", None)
             hint = f"; it has no chat template, so put its mark for the picture into --prompt: '{mark} ...'" if mark and mark not in self.text else ""
-            raise ValueError(f"{name} does not take a picture with the prompt {self.wording.prompt!r}: {_short(error)}{hint}") from error
+            raise ValueError(f"{name} does not take a picture with the prompt {self.wording.prompt!r}: {short(error)}{hint}") from error
 
     def _prepare(self, pictures: Sequence[Image.Image]) -> Any:
         text = {"text": [self.text] * len(pictures)} if self.text else {}
@@ -169,7 +169,7 @@ class ImageTextModel:
         except (ValueError, TypeError, ZeroDivisionError) as error:  # one of them, such as a line a thousand times as long as high: which?
             answers = [self._refused(picture) for picture in pictures]
             if not any(answers):
-                raise ValueError(f"the processor takes each of {len(pictures)} pictures but not all together: {_short(error)}; try --batch 1") from error
+                raise ValueError(f"the processor takes each of {len(pictures)} pictures but not all together: {short(error)}; try --batch 1") from error
             taken = [i for i, answer in enumerate(answers) if answer is None]
             inputs = self._prepare([pictures[i] for i in taken]) if taken else None
         left = [i for i, answer in enumerate(answers) if answer is None]
@@ -184,7 +184,7 @@ class ImageTextModel:
         try:
             self._prepare([picture])
         except (ValueError, TypeError, ZeroDivisionError) as error:
-            return ImageError("refused by the processor", f"{picture.width} x {picture.height} pixels: {_short(error)}")
+            return ImageError("refused by the processor", f"{picture.width} x {picture.height} pixels: {short(error)}")
         return None
 
 
@@ -235,17 +235,18 @@ def _loading(name: str, download: bool) -> Iterator[Any]:
     try:
         yield transformers
     except ImportError as error:
-        raise ValueError(f"{name} needs a package that is not installed: {_short(error)}") from error
+        raise ValueError(f"{name} needs a package that is not installed: {short(error)}") from error
     except OSError as error:
         local = "" if download or Path(name).is_dir() else "; it is neither a folder nor in the local cache: name a folder, or allow --download"
-        raise ValueError(f"{name} cannot be loaded{local or ': ' + _short(error)}") from error
+        raise ValueError(f"{name} cannot be loaded{local or ': ' + short(error)}") from error
     except (ValueError, KeyError, AttributeError) as error:
-        said = _short(error)
+        said = short(error)
         if "Unrecognized configuration class" in str(error):
             said = "it is no model that turns pictures and words into words; legal is what AutoModelForImageTextToText of transformers reads"
         raise ValueError(f"{name} cannot be loaded: {said}") from error
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """What foreign code says when it fails, in one line of at most 200 characters."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else line[:199] + "…"

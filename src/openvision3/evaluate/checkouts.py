@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from openvision3.data.image_text import short
+from openvision3.model.perceptual import load_foreign_pickle
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def unitok(folder: Path, weights: Path, device: str) -> Checkout:
         from models.unitok import UniTok
         from utils.config import Args
 
-        saved = torch.load(weights, map_location="cpu", weights_only=True)
+        saved: Any = load_foreign_pickle(weights)
         settings = Args()
         settings.load_state_dict(saved["args"])
         network: Any = UniTok(settings)
@@ -77,17 +79,12 @@ def _loading(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"the checkout of {name} in {folder} cannot be imported: {_short(error)}; install what it needs, or name another folder") from error
+        raise ValueError(f"the checkout of {name} in {folder} cannot be imported: {short(error)}; install what it needs, or name another folder") from error
     except Exception as error:  # whatever foreign code raises
-        raise ValueError(f"{name} cannot be loaded from {folder}: {type(error).__name__}: {_short(error)}") from error
+        raise ValueError(f"{name} cannot be loaded from {folder}: {type(error).__name__}: {short(error)}") from error
     finally:
         sys.path.remove(str(folder))
         constants.HF_HUB_OFFLINE = offline
         for module in [module for module in sys.modules if module.split(".")[0] in names]:
             del sys.modules[module]
         sys.modules.update(hidden)
-
-
-def _short(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:199] + "…"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openvision3 import distributed
 from openvision3.data.images import to_tensor, to_uint8
+from openvision3.fetch import ASSETS
 from openvision3.files import write_whole
 from openvision3.model.perceptual import EFFICIENTNET_SHA256, load_efficientnet, load_foreign_pickle
 
@@ -50,9 +51,8 @@ def _exact(device: torch.device) -> Iterator[None]:
 
 # -- Inception ------------------------------------------------------------------------------------------------------
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_WEIGHTS = ASSETS["inception-2015"].files[0]
+INCEPTION_FILE, INCEPTION_URL, INCEPTION_SHA256 = _WEIGHTS.name, _WEIGHTS.urls[0], _WEIGHTS.sha256
 INCEPTION_SIDE = 299
 SPATIAL_CHANNELS = 7
 """Of mixed_6/conv, 17 x 17 each: the first ones, which keep sFID's covariance as wide as FID's (Nash et al. 2021; ADM's evaluator)."""

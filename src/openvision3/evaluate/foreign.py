@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from openvision3.data.image_text import short
 from openvision3.evaluate.protocol import Functions
 from openvision3.fetch import ASSETS
 from openvision3.fetch import find as fetched
+from openvision3.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -235,12 +237,9 @@ def shards(path: Path) -> list[Path]:
     return found
 
 
-def sha256_of(files: Iterable[Path]) -> str:
+def weights_sha256(files: Iterable[Path]) -> str:
     """Of one file its own hash; of several the hash of their hashes in hexadecimal, joined in the order of their names."""
-    hashes = []
-    for path in sorted(files):
-        with open(path, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    hashes = [sha256_of(path) for path in sorted(files)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -272,8 +271,3 @@ def complete(asked: Request, wrong: Sequence[Any]) -> None:
     """The libraries would go on with random numbers. Raises ValueError."""
     if wrong:
         raise ValueError(f"the weights in {asked.folder} do not fit its config.json: {len(wrong)} missing or of another shape, the first is {wrong[0]}")
-
-
-def short(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:199] + "…"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openvision3.data.image_text import short
 from openvision3.data.images import PATCH, padded
 from openvision3.evaluate.checkouts import Checkout, unitok, vila_u
 from openvision3.evaluate.foreign import (
@@ -31,13 +32,13 @@ from openvision3.evaluate.foreign import (
     library_of,
     pixels_of,
     resize,
-    sha256_of,
     shards,
-    short,
     told,
+    weights_sha256,
 )
 from openvision3.evaluate.protocol import Functions
 from openvision3.model.open_clip import OpenClipText, OpenClipViT
+from openvision3.model.perceptual import load_foreign_pickle
 from openvision3.model.vae import VAE
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -144,7 +145,7 @@ def _rae(asked: Request) -> Functions:
         "reconstruct": lambda images: asked.run(at_its_size(rebuilt, size), images),
         "features": lambda images: asked.run(features, images),
     }
-    return asked.functions(can, sha256_of(shards(weights)), size)
+    return asked.functions(can, weights_sha256(shards(weights)), size)
 
 
 # -- CLIP and SigLIP: transformers ----------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def _two_towers(asked: Request) -> Functions:
         "embed_texts": lambda texts: _embed_texts(asked, text_embedding, ids, texts),
         "features": lambda images: asked.run(pooled, images),
     }
-    return asked.functions(can, sha256_of(shards(weights)), pixels.size)
+    return asked.functions(can, weights_sha256(shards(weights)), pixels.size)
 
 
 def _embed_texts(asked: Request, embed: Callable[[Tensor], Tensor], ids: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> Tensor:
@@ -236,7 +237,7 @@ def _openvision(asked: Request) -> Functions:
         can["embed_images"] = lambda images: F.normalize(asked.run(lambda x: vit(prepare(x))[0], images), dim=1)
         can["embed_texts"] = lambda texts: _embed_texts(asked, tower, ids, texts)
     can["features"] = lambda images: asked.run(lambda x: vit(prepare(x))[1].float().mean(1), images)
-    return asked.functions(can, sha256_of([weights]), size, note)
+    return asked.functions(can, weights_sha256([weights]), size, note)
 
 
 def _latents_of(asked: Request) -> VAE:
@@ -251,7 +252,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found: Any = load_foreign_pickle(path)
     return {key.removeprefix("module."): value for key, value in found.get("state_dict", found).items()}
 
 
@@ -272,7 +273,7 @@ def _checkout(load: Callable[[Path, Path, str], Checkout]) -> Callable[[Request]
         hashed = [weights]
         if weights.is_dir():
             hashed = list(weights.glob("*.safetensors")) or list(weights.glob("*.bin")) or [asked.file(f"{weights.name}/model.safetensors")]
-        return asked.functions(can, sha256_of(hashed), dtype="as its code does")
+        return asked.functions(can, weights_sha256(hashed), dtype="as its code does")
 
     return loader
 

@@ -99,9 +99,9 @@ NAMES = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
 def beside(model: str, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
     """{heading of a column: {metric of ours: what was published of the model}}, for a column beside the measured one."""
     found: dict[str, dict[str, str]] = {}
-    for each in PUBLISHED:
+    for each in rows(model):
         metric = NAMES.get(each.metric, "")
-        if each.model == model and metric in metrics and each.protocol.startswith(REBUILT):
+        if metric in metrics and each.protocol.startswith(REBUILT):
             column = found.setdefault(f"{model}, {each.protocol}: {each.heading}", {})
             column[metric] = f"{each.value:g}"
     return found

@@ -136,14 +136,16 @@ def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sig
     done = evaluate_reconstruction(rows, rebuild, **told)  # type: ignore[arg-type]
     pictures.share()
     curve: list[tuple[float, float, int]] = []
-    if model.reconstruct_noisy is not None and sigmas:
+    strengths = [sigma for sigma in sigmas if sigma]  # without noise it is what was just measured
+    if model.reconstruct_noisy is not None and strengths:
         noisy = model.reconstruct_noisy
         again = ((batch.indices, [f"{seed} {key}" for key in batch.keys], batch.images) for batch in pictures.batches(f"{model.name}: rebuilding from noise"))
-        curve = noise_curve(again, noisy, sigmas)
+        curve = noise_curve(again, noisy, strengths)
     numbers = list(done.numbers)
     for sigma, value, count in curve:
-        if sigma:
-            numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
+        numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
+    if curve and 0 in sigmas:
+        curve = sorted([(0.0, sum(done.psnr) / len(done.psnr), len(done.psnr)), *curve])
     missing = list(networks.missing)
     if len(done.indices) < 2:
         missing += [(each.name, "two pictures or more") for each in networks.extractors]

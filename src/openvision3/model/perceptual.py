@@ -8,13 +8,14 @@ Both are frozen and take images in [-1, 1].
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openvision3.files import sha256_of
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -132,7 +133,7 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
     if not path.is_file():
         raise FileNotFoundError(f"no such weights file: {path}")
     if sha256 is not None:
-        seen = _sha256(path)
+        seen = sha256_of(path)
         if seen != sha256:
             raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it is damaged or another file")
     try:
@@ -142,11 +143,6 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
     return state
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -243,7 +239,7 @@ class Lpips(nn.Module):
 
     def sha256(self) -> str:
         """Of the backbone's file and of the linear one, joined by a plus."""
-        return "+".join(_sha256(path) for path in self.files)
+        return "+".join(sha256_of(path) for path in self.files)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         x = (images - self.get_buffer("shift")) / self.get_buffer("scale")

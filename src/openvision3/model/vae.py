@@ -7,7 +7,6 @@ images = vae.decode(latents)         # gradient reaches `latents`, never the wei
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from openvision3.files import sha256_of
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "vae"
 
@@ -111,7 +112,7 @@ class VAE(nn.Module):
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:
             raise ValueError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing, foreign or of another shape, the first is {wrong[0]}")
-        return cls(network, name=name, shift=shift, dtype=dtype, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+        return cls(network, name=name, shift=shift, dtype=dtype, sha256=sha256_of(weights))
 
     @property
     def licence(self) -> str:
