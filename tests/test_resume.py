@@ -143,7 +143,7 @@ import os, signal, sys
 from openvision3 import checkpoint, cli, pretrain, progress
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
-def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 advance, replace, rmtree, save = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
 evaluation = pretrain.quick_evaluation
 def at_step(self, done):
