@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from openvision3.evaluate import features
+from openvision3.evaluate import extractors
 
 
 def random_state() -> dict[str, torch.Tensor]:
     """Tensors with the names of the real file, scaled so that activations neither vanish nor grow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "load_foreign_pickle", lambda *_: {})
-        patch.setattr(features.Inception, "load_state_dict", lambda *_, **__: None)
-        shapes = {name: value.shape for name, value in features.Inception(__file__).state_dict().items()}
+        patch.setattr(extractors, "load_foreign_pickle", lambda *_: {})
+        patch.setattr(extractors.Inception, "load_state_dict", lambda *_, **__: None)
+        shapes = {name: value.shape for name, value in extractors.Inception(__file__).state_dict().items()}
     generator, state = torch.Generator().manual_seed(0), {}
     for name, shape in sorted(shapes.items()):
         if name.endswith("num_batches_tracked"):
@@ -30,9 +30,9 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def random_inception(path: Path, state: dict[str, torch.Tensor] | None = None) -> features.Inception:
+def random_inception(path: Path, state: dict[str, torch.Tensor] | None = None) -> extractors.Inception:
     """Inception from a file of these tensors, with the check of its sha256 set to that file."""
     torch.save(random_state() if state is None else state, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-        return features.Inception(path)
+        patch.setattr(extractors, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        return extractors.Inception(path)

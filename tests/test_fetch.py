@@ -13,11 +13,12 @@ import pytest
 from test_download import BYTES, SHA256, names, server  # noqa: F401
 from tiny_pipeline import pipeline
 
-from openvision3 import cli, fetch
+from openvision3 import cli
 from openvision3 import download as downloading
-from openvision3.fetch import ASSETS, Asset, File, find, find_hub
+from openvision3.fetch import find, find_hub
 from openvision3.model.vae import VAE
 from openvision3.recipes import base_high_res, base_low_res
+from openvision3.sources import ASSETS, Asset, File
 
 OTHER = BYTES[::-1]
 
@@ -46,7 +47,8 @@ def two(server, monkeypatch) -> Asset:  # noqa: F811
         "MIT",
     )
     hub = Asset("hub", (File("vae/config.json"),), "a test", "MIT", hub="owner/repo", gated=True)
-    monkeypatch.setattr(fetch, "ASSETS", ASSETS | {"two": foreign, "hub": hub})
+    for asset in (foreign, hub):
+        monkeypatch.setitem(ASSETS, asset.name, asset)
     monkeypatch.setattr("openvision3.cli_fetch.ASSETS", {"two": foreign, "hub": hub})
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     return foreign
@@ -130,7 +132,7 @@ def test_other_bytes_than_the_published_ones_are_refused_and_dropped(two, home, 
 def test_the_first_digits_of_a_hash_are_enforced(two, home, server, monkeypatch, capsys):  # noqa: F811
     def with_hash(digits):
         asset = replace(two, files=(File("big.pth", (f"{server.url}/mirror",), digits, "its name"),))
-        monkeypatch.setattr(fetch, "ASSETS", {"two": asset})
+        monkeypatch.setitem(ASSETS, "two", asset)
 
     with_hash("01234567")
     assert "expected one that begins with 01234567 (its name); dropped" in refused(capsys, "two")

@@ -18,7 +18,8 @@ from test_perceptual import files  # noqa: F401  random LPIPS files
 from openvision3 import distributed
 from openvision3.data.images import to_tensor, to_uint8
 from openvision3.evaluate import reconstruction
-from openvision3.evaluate.features import EfficientNetFeatures, Inception, Statistics, frechet_distance, kernel_distance
+from openvision3.evaluate.extractors import EfficientNetFeatures, Inception
+from openvision3.evaluate.features import Statistics, frechet_distance, kernel_distance
 from openvision3.evaluate.protocol import values
 from openvision3.evaluate.reconstruction import evaluate_reconstruction, noise_curve, psnr, ssim
 from openvision3.model.perceptual import EfficientNetDistance, Lpips
@@ -247,7 +248,7 @@ def test_the_curve_over_noise_refuses_nonsense():
 SCRIPT = """
 import sys, torch
 from openvision3 import distributed
-from openvision3.evaluate import features, reconstruction
+from openvision3.evaluate import reconstruction
 import test_reconstruction_metrics as here
 folder, split = sys.argv[1], int(sys.argv[2])
 with distributed.started() as ranks:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3 import fetch
-from openvision3.fetch import ASSETS, Asset
+from openvision3.sources import ASSETS, Asset, named
 
 
 def run(names: Sequence[str], to: str, list_all: bool, check: bool, json: bool) -> int:
@@ -19,7 +19,7 @@ def run(names: Sequence[str], to: str, list_all: bool, check: bool, json: bool) 
     if not names and not list_all and not check:
         raise ValueError("nothing named; name what to fetch, or all: openvision3 fetch --list shows what there is")
     folder = Path(to).expanduser() if to else fetch.default_folder()
-    assets = list(ASSETS.values()) if not names or "all" in names else [fetch.named(name) for name in dict.fromkeys(names)]
+    assets = list(ASSETS.values()) if not names or "all" in names else [named(name) for name in dict.fromkeys(names)]
     if list_all:
         return _list(assets, folder, json)
     return _check(assets, folder, json, bool(names)) if check else _fetch(assets, folder, json)
@@ -51,10 +51,10 @@ def _list(assets: Sequence[Asset], folder: Path, json: bool) -> int:
     return 0
 
 
-def _check(assets: Sequence[Asset], folder: Path, json: bool, named: bool) -> int:
+def _check(assets: Sequence[Asset], folder: Path, json: bool, asked: bool) -> int:
     found, damaged = [], 0
     for asset in assets:
-        if not named and fetch.state(asset, folder) == "absent":
+        if not asked and fetch.state(asset, folder) == "absent":
             continue
         problems = fetch.check(asset, folder)
         state = "damaged" if problems else fetch.state(asset, folder)

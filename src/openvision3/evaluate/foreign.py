@@ -22,9 +22,9 @@ from torch import Tensor
 
 from openvision3.data.image_text import short
 from openvision3.evaluate.protocol import Functions
-from openvision3.fetch import ASSETS
 from openvision3.fetch import find as fetched
 from openvision3.files import sha256_of
+from openvision3.sources import ASSETS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.images import to_tensor, to_uint8
-from openvision3.evaluate.features import Extractor, Inception, Statistics, frechet_distance, frechet_warning, kernel_distance
+from openvision3.evaluate.extractors import Extractor, Inception
+from openvision3.evaluate.features import Statistics, frechet_distance, frechet_warning, kernel_distance
 from openvision3.evaluate.protocol import Number, number
 from openvision3.model.perceptual import EFFICIENTNET_SHA256, EfficientNetDistance, Lpips
 

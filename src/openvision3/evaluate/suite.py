@@ -14,7 +14,7 @@ from torch import Tensor
 from openvision3.data.labelled import Labels, prompts
 from openvision3.evaluate.captioning import evaluate_captions
 from openvision3.evaluate.classes import Classification
-from openvision3.evaluate.features import EfficientNetFeatures, Extractor, Inception
+from openvision3.evaluate.extractors import EfficientNetFeatures, Extractor, Inception
 from openvision3.evaluate.pictures import Pictures, Rows, on_first
 from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
