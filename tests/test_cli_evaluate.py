@@ -114,7 +114,8 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", ["1", "4"])
-def test_the_numbers_do_not_depend_on_the_batch_size(everything, root, batch):
+def test_the_numbers_do_not_depend_on_how_many_pictures_or_texts_go_at_once(everything, root, batch, monkeypatch):
+    monkeypatch.setattr("openvision3.evaluate.suite.TEXTS_AT_ONCE", 3)
     out = root / f"batch-{batch}"
     more = ("--train", str(root / "train"), "--least", "2", "--k", "3", "--tokenizer", "simple", "--batch", batch, "--out", str(out))
     assert cli.main(["evaluate", "all", *arguments(root, *more)]) == 0

@@ -267,12 +267,8 @@ def test_a_peer_is_what_its_row_says_and_does_not_see_its_neighbours(built, name
         close(peer.embed_texts(texts[1:2]), peer.embed_texts(texts)[1:2])
 
 
-def test_many_texts_go_through_in_parts(built, monkeypatch):
+def test_texts_are_a_list_of_one_or_more(built):
     peer = load_peer("clip-b16", str(built("clip-b16")[0]))
-    texts = ["a", "b", "ab cd", "c d", "d"]
-    whole = peer.embed_texts(texts)
-    monkeypatch.setattr(peers, "TEXTS_AT_ONCE", 2)
-    close(peer.embed_texts(texts), whole)
     for wrong in ([], "a text"):
         with pytest.raises(ValueError, match="legal is a list of texts"):
             peer.embed_texts(wrong)

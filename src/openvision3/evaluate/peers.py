@@ -42,7 +42,6 @@ from openvision3.model.perceptual import load_foreign_pickle
 from openvision3.model.vae import VAE
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TEXTS_AT_ONCE = 256
 PUBLISHED_ONLY = ("rae-clip", "omnitokenizer")
 """What the paper compares with and nobody can load here: only published numbers stand for it (published.py)."""
 
@@ -188,11 +187,10 @@ def _two_towers(asked: Request) -> Functions:
 
 
 def _embed_texts(asked: Request, embed: Callable[[Tensor], Tensor], ids: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """Texts -> unit vectors (B, E), some hundred at a time. Raises ValueError for none at all, or one text instead of a list."""
+    """Texts -> unit vectors (B, E). Raises ValueError for none at all, or one text instead of a list."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"texts {texts!r:.80} cannot be embedded; legal is a list of texts, such as ['a red heart']")
-    parts = [asked.run(embed, ids(texts[i : i + TEXTS_AT_ONCE])) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-    return F.normalize(torch.cat(parts), dim=1)
+    return F.normalize(asked.run(embed, ids(texts)), dim=1)
 
 
 # -- OpenVision 1 and 2, and the released encoders of 3: open_clip's files, our own blocks --------------------------
