@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +19,11 @@ from test_perceptual import files  # noqa: F401  random LPIPS files
 from tiny_peers import save_clip, save_vae
 from tiny_pipeline import make_pipeline, write_photo
 
-from openvision3 import cli
+from openvision3 import cli, cli_evaluate
 from openvision3.evaluate import published
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
+from openvision3.sources import ASSETS
 
 KINDS = ("circle", "square", "star")
 
@@ -153,9 +158,15 @@ def test_a_metric_without_its_weights_is_refused_before_anything_is_measured(roo
         assert not (tmp_path / "x").exists()
 
 
-def test_lpips_is_measured_where_its_two_files_are(root, tmp_path, files):  # noqa: F811
-    backbone, linear = files / "alex.pth", files / "alex_linear.pth"
-    more = ("--metrics", "psnr", "lpips", "--lpips-backbone", str(backbone), "--lpips-linear", str(linear), "--out", str(tmp_path / "out"))
+def test_lpips_is_measured_where_its_two_published_files_are_and_only_there(root, tmp_path, files, monkeypatch, capsys):  # noqa: F811
+    paths = files / "alex.pth", files / "alex_linear.pth"
+    more = ("--metrics", "psnr", "lpips", "--lpips-backbone", str(paths[0]), "--lpips-linear", str(paths[1]), "--out", str(tmp_path / "out"))
+    assert cli.main(["evaluate", "reconstruction", *arguments(root, *more)]) == 2
+    assert "would not be what its name says" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    asset = ASSETS["lpips-alex"]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    published_files = tuple(replace(file, sha256=mark) for file, mark in zip(asset.files, hashes, strict=True))
+    monkeypatch.setitem(ASSETS, "lpips-alex", replace(asset, files=published_files))
     assert cli.main(["evaluate", "reconstruction", *arguments(root, *more)]) == 0
     found = rows(tmp_path / "out")[str(root / "model"), "lpips"]
     assert found["network"] == "LPIPS alex" and found["network_sha256"] and "LPIPS v0.1 (alex)" in found["how"] and found["value"] > 0
@@ -177,6 +188,10 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
         (["reconstructoin"], "nearest is reconstruction"),
         (["reconstruction", "--peer", "flux-vea"], "flux-vea"),
         (["reconstruction", "--peer", "omnitokenizer"], "published numbers only"),
+        (["reconstruction", "--peer", "our"], "legal are ours, vae, flux-vae"),
+        (["reconstruction", "--peer", "ours, nothing,flux-vae"], "'nothing' is unknown"),
+        (["captioning", "--peer", "flux-vae"], "flux-vae can be measured by reconstruction and probe only"),
+        (["retrieval", "--protocol", "rfid-coco"], "is one of reconstruction"),
         (["reconstruction", "--metrics", "fid"], "legal are psnr"),
         (["retrieval", "--peer-folder", "flux-vae=x"], "not among the peers"),
         (["retrieval", "--size", "40"], "multiple of 16"),
@@ -209,7 +224,7 @@ def test_peers_stand_beside_ours_and_what_the_paper_says_of_them_in_a_column_of_
     assert cli.main(["evaluate", "reconstruction", *arguments(root, *peers, "--out", str(tmp_path / "a"))]) == 0
     results, told = Results.load(tmp_path / "a"), capsys.readouterr().out
     assert {row.model for row in results.rows if row.metric == "psnr"} == {"flux-vae", ours}
-    assert [(each.model, each.metric) for each in results.not_run if "cannot reconstruct" in each.needs] == [("clip-b16", "reconstruction")]
+    assert [(each.model, each.metric) for each in results.not_run if "clip-b16 can be measured by" in each.needs] == [("clip-b16", "reconstruction")]
     assert "not run" in told and "rfid" not in {row.metric for row in results.rows}
     assert cli.main(["evaluate", "retrieval", *arguments(root, *peers, "--out", str(tmp_path / "b"))]) == 0
     assert {row.model for row in Results.load(tmp_path / "b").rows} == {"clip-b16", ours}
@@ -225,6 +240,76 @@ def test_a_published_number_is_never_in_the_column_of_a_measured_one():
 def test_a_probe_is_not_measured_on_what_it_was_fitted_to(root, capsys, tmp_path):
     assert cli.main(["evaluate", "probe", *arguments(root, "--train", str(root / "data"), "--out", str(tmp_path / "out"))]) == 2
     assert "must not be measured on what it was fitted to" in capsys.readouterr().err
+
+
+def test_test_pictures_that_are_training_pictures_too_are_left_out_and_counted(root, capsys, tmp_path):
+    train = shutil.copytree(root / "train", tmp_path / "train")
+    shutil.copy(root / "data" / "star" / "0.png", train / "star" / "of-the-test.png")
+    argv = ("--train", str(train), "--least", "2", "--k", "3")
+    out = measured(root, tmp_path / "out", "probe", "--data", str(root / "data"), *argv)
+    assert "1 that are training pictures too" in capsys.readouterr().out
+    assert {row["count"] for row in json.loads((out / "results.json").read_text())["rows"]} == {8}
+    copy = shutil.copytree(root / "train", tmp_path / "copy")
+    assert cli.main(["evaluate", "probe", *arguments(root, *argv, "--out", str(tmp_path / "x"))[:1], "--data", str(copy), "--size", "32", *argv]) == 2
+    assert "must not be measured on what it was fitted to" in capsys.readouterr().err
+
+
+def test_what_one_kind_cannot_do_with_costs_no_other_its_numbers(root, tmp_path):
+    out = measured(root, tmp_path / "out", "all", "--data", str(root / "data"), "--train", str(root / "train"), "--least", "2", "--k", "1000")
+    results = Results.load(out)
+    assert {"psnr", "linear_probe_top_1", "zeroshot_top_1"} <= {row.metric for row in results.rows}
+    assert any(each.metric == "knn" and "k 1000 must be" in each.needs for each in results.not_run)
+
+
+def test_a_kill_loses_no_kind_that_was_measured(root, tmp_path, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli_evaluate.MEASURE, "captioning", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        assert cli.main(["evaluate", "all", *arguments(root, "--out", str(tmp_path / "out"))])
+    results = Results.load(tmp_path / "out")
+    assert {"psnr", "image_to_text_r@1"} <= {row.metric for row in results.rows}
+    assert {each.metric for each in results.not_run if "not measured yet" in each.needs} == {"captioning", "zeroshot", "probe"}
+
+
+def test_only_the_metrics_that_are_named_are_measured(root, tmp_path):
+    for names, expected in ((["ssim"], {"ssim"}), (["psnr"], {"psnr", "psnr, sigma 0.4"})):
+        out = measured(root, tmp_path / names[0], "reconstruction", "--data", str(root / "data"), "--sigmas", "0", "0.4", "--metrics", *names)
+        assert {row.metric for row in Results.load(out).rows} == expected
+
+
+def test_pictures_that_are_named_twice_are_refused(root, tmp_path, capsys):
+    argv = ["evaluate", "retrieval", str(root / "model"), "--data", str(root / "data"), str(root / "train" / ".." / "data"), "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    assert "is named twice" in capsys.readouterr().err
+
+
+def test_pictures_of_which_none_can_be_read_are_counted(root, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    assert cli.main(["evaluate", "reconstruction", str(root / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
+    assert "none of 1 pictures can be read: 1 not an image" in capsys.readouterr().err
+
+
+def test_what_only_has_published_numbers_stands_beside_what_is_measured(root, tmp_path, capsys):
+    out = measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--peer", "ours,rae-clip", "--metrics", "psnr")
+    assert {row.model for row in Results.load(out).rows} == {str(root / "model")}
+    assert "rae-clip stands with published numbers only" in capsys.readouterr().out
+
+
+def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_hold(root, tmp_path, capsys, monkeypatch):
+    from openvision3.evaluate import suite
+
+    data = labelled(tmp_path / "data", 2, 3)
+    (data / "star" / "1.png").write_bytes(b"no picture")
+    monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
+    monkeypatch.setitem(cli_evaluate.PROTOCOL_COUNTS, "rfid-coco", (6, "six pictures"))
+    argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(data), "--protocol", "rfid-coco", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2
+    assert "over six pictures, 6 of them; measured on 5" in capsys.readouterr().err
+    [row] = [row for row in Results.load(tmp_path / "out").rows if row.metric == "psnr" and not row.model.startswith("VAE")]
+    assert "NOT protocol rfid-coco" in row.number.how
 
 
 def test_a_published_protocol_must_hold(root, capsys, tmp_path, monkeypatch):
@@ -277,7 +362,7 @@ def test_training_pictures_are_found_among_the_test_pictures_however_they_are_sp
 def test_one_picture_has_no_distance_of_sets_and_the_rest_is_measured(root, tmp_path):
     results = Results.load(measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--count", "1"))
     assert "psnr" in {row.metric for row in results.rows} and not any(row.metric.startswith("KID") for row in results.rows)
-    assert any(each.needs == "two pictures or more" for each in results.not_run)
+    assert {each.metric for each in results.not_run if each.needs == "two pictures or more"} == {"KID on EfficientNet-Lite0 features"}
 
 
 def test_a_file_name_that_is_no_text_ends_no_evaluation(root, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 
 from openvision3 import cli, cli_data
 from openvision3.ablate import ABLATIONS, AblationOptions, base_config
-from openvision3.cli_evaluate import KINDS, TableOptions
+from openvision3.cli_evaluate import KINDS
 from openvision3.cli_evaluate import Options as EvaluateOptions
+from openvision3.cli_results import TableOptions
 from openvision3.estimate.sizes import Options
 from openvision3.recipes import IN_TURN, RECIPES
 

@@ -37,7 +37,7 @@ class Server(ThreadingHTTPServer):
         self.headers: dict[str, dict[str, str | None]] = {}
         self.slow: set[str] = set()
         self.silent: set[str] = set()
-        self.ranges = True
+        self.ranges, self.minds_if_range = True, True
         self.gets: list[tuple[str, dict[str, str]]] = []
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         mark = f'"{hashlib.md5(data).hexdigest()}"'
         start, found = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         headers = {"ETag": mark}
-        if found and server.ranges and self.headers.get("If-Range") == mark:
+        if found and server.ranges and (self.headers.get("If-Range") == mark or not server.minds_if_range):
             start = int(found[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         headers["Content-Length"] = str(len(data) - start)
@@ -114,6 +114,31 @@ def get(server: Server, target, path: str = "/file", before=keep, **named) -> Do
 
 def names(folder) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) if folder.exists() else []
+
+
+def test_two_versions_are_never_joined_even_by_a_server_that_does_not_mind_if_range(server, tmp_path):
+    server.minds_if_range, server.cuts["/file"] = False, [1 << 19, 0, 0, 0]
+    with pytest.raises(SourceError, match="are kept"):
+        get(server, tmp_path / "file")
+    server.cuts.clear()
+    server.files["/file"] = BYTES[::-1]
+    assert get(server, tmp_path / "file").sha256 == hashlib.sha256(BYTES[::-1]).hexdigest()
+    assert "Range" in server.asked("/file")[-2] and "Range" not in server.asked("/file")[-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "headers", "told"),
+    [
+        (b"", {}, "is empty"),
+        (b"", {"Content-Length": None, "Transfer-Encoding": None}, "is empty"),
+        (b"<html>sign in</html>", {"Content-Type": "text/html; charset=utf-8"}, "answers with a page to read instead of weights.pth"),
+    ],
+)
+def test_an_empty_file_or_a_page_to_read_is_no_file(server, tmp_path, data, headers, told):
+    server.files["/file"], server.headers["/file"] = data, headers
+    with pytest.raises(SourceError, match=told):
+        get(server, tmp_path / "weights.pth", checked=True)
+    assert names(tmp_path) == []
 
 
 def test_a_file_comes_whole_into_a_folder_that_is_made(server, tmp_path):

@@ -20,9 +20,9 @@ from torch import Tensor
 from openvision3.data.images import to_uint8
 from openvision3.evaluate import foreign, peers
 from openvision3.evaluate.foreign import Pixels, WordPieceIds, pixels_of, resize, weights_sha256
-from openvision3.evaluate.peers import PEERS, PUBLISHED_ONLY, load_peer
+from openvision3.evaluate.peers import PEERS, load_peer
 from openvision3.evaluate.protocol import Functions, values
-from openvision3.evaluate.published import PUBLISHED, rows
+from openvision3.evaluate.published import ONLY, PUBLISHED, rows
 from openvision3.evaluate.reconstruction import evaluate_reconstruction
 from openvision3.evaluate.zeroshot import evaluate_retrieval
 from openvision3.model.open_clip import OpenClipViT
@@ -516,7 +516,7 @@ def test_every_row_of_the_table_is_whole():
     page = (Path(__file__).parent.parent / "docs" / "peers.md").read_text()
     for name, peer in PEERS.items():
         assert f"`{name}`" in page and peer.hub in page, name
-    assert all(f"`{name}`" in page for name in PUBLISHED_ONLY)
+    assert all(f"`{name}`" in page for name in ONLY)
 
 
 def test_published_numbers_name_their_version_and_are_the_papers():
@@ -532,4 +532,4 @@ def test_published_numbers_name_their_version_and_are_the_papers():
         assert each.version in ("v1", "v2", "v1 or v2") and "not measured here" in each.heading and each.source.endswith("2601.15369")
     assert len(set(PUBLISHED)) == len(PUBLISHED) and rows("nobody") == []
     for model in {each.model for each in PUBLISHED}:
-        assert model in PEERS or model in PUBLISHED_ONLY or " + " in model, model
+        assert model in PEERS or model in ONLY or " + " in model, model

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
@@ -494,8 +495,10 @@ def _output_folder(name: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder with --out")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"no permission to write into {existing}; name another folder with --out")
+    try:  # to ask for permission is not enough: root has it on a disk that cannot be written to
+        tempfile.TemporaryDirectory(dir=existing, prefix=".openvision3-").cleanup()
+    except OSError as error:
+        raise ValueError(f"nothing can be written into {existing} ({error.strerror}); name another folder with --out") from error
     return folder
 
 

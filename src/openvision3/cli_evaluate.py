@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from json import dumps
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -37,7 +36,8 @@ class Options:
     out: str = "evaluation"
     """the folder of results.json, pictures.jsonl and report.html"""
     peer: tuple[str, ...] = ()
-    """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too"""
+    """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too.
+    A probe of ours always stands beside vae, its floor"""
     peer_folder: tuple[str, ...] = ()
     """where a peer's weights are, as in flux-vae=weights/FLUX.1-schnell; none: where openvision3 fetch has put them"""
     protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
@@ -51,7 +51,7 @@ class Options:
     batch: int = 32
     """pictures at a time: it does not change the numbers"""
     metrics: tuple[str, ...] = ()
-    """of reconstruction: psnr, ssim, distance, kid, lpips, rfid; none: all whose weights are here"""
+    """of reconstruction: psnr (also against noise), ssim, distance, kid, lpips, rfid; none: all whose weights are here"""
     sigmas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8, 1.2)
     """reconstruction: strengths of noise on the tokens for the curve of errors"""
     inception: str = ""
@@ -98,13 +98,15 @@ class Options:
     """results.json on stdout instead of the table"""
 
     def __post_init__(self):
-        self.peer = tuple(name for each in self.peer for name in each.split(",") if name)
+        self.peer = tuple(name.strip() for each in self.peer for name in each.split(",") if name.strip())
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
-            raise ValueError(f"metric {unknown[0]} is unknown; legal are {', '.join(METRICS)}")
+            raise ValueError(f"metric {unknown[0]} is unknown; legal are {', '.join(METRICS)} (MODEL stands before the options)")
         for name, low in (("count", 0), ("size", 0), ("batch", 1), ("k", 1), ("least", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")
+        if self.size % 16:
+            raise ValueError(f"size {self.size} must be a multiple of 16, such as {max(16, round(self.size / 16) * 16)}")
         if any(not 0 <= sigma < 100 for sigma in self.sigmas):
             raise ValueError(f"sigmas {self.sigmas} must be numbers from 0 on")
         for each in self.peer_folder:
@@ -116,16 +118,19 @@ class Options:
             self.size, self.crop, self.metrics = 256, "adm", tuple(dict.fromkeys([*(self.metrics or ("psnr", "ssim")), "rfid"]))
 
 
-def _check_protocol(work: Evaluation) -> None:
-    """Raises ValueError where pictures that cannot be read have broken a published protocol."""
-    if not work.options.protocol:
-        return
-    count, told = PROTOCOL_COUNTS[work.options.protocol]
-    seen = {row.number.count for row in work.results.rows if row.metric == "rfid"}
-    if seen != {count}:
-        raise ValueError(
-            f"protocol {work.options.protocol} is over {told}, {count:,} of them; measured on {', '.join(f'{n:,}' for n in sorted(seen)) or 'none'}"
-        )
+def _broken(work: Evaluation) -> str:
+    """How pictures that cannot be read have broken a published protocol; the rows then say that it does not hold. Empty where it holds."""
+    name = work.options.protocol
+    count, told = PROTOCOL_COUNTS.get(name, (0, ""))
+    seen = sorted({row.number.count for row in work.results.rows if row.metric in ("psnr", "ssim", "rfid")} - {count})
+    if not name or not seen:
+        return ""
+
+    def marked(row: Row) -> Row:
+        return replace(row, number=replace(row.number, how=row.number.how.replace(f"protocol {name}", f"NOT protocol {name}, of which pictures are missing")))
+
+    work.results.rows = [marked(row) for row in work.results.rows]
+    return f"protocol {name} is over {told}, {count:,} of them; measured on {', '.join(f'{n:,}' for n in seen)}: the rows say that it does not hold"
 
 
 PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation pictures of ImageNet"), "rfid-coco": (5_000, "the pictures of COCO val2017")}
@@ -158,6 +163,8 @@ def evaluate(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     kind, rest = argv[0], list(argv[1:])
     if kind == "table":
+        from openvision3.cli_results import table
+
         return table(rest)
     if kind not in (*KINDS, "all"):
         from openvision3.config import nearest
@@ -165,6 +172,8 @@ def evaluate(argv: Sequence[str]) -> int:
         legal = [*KINDS, "all", "table"]
         raise ValueError(f"unknown evaluation {kind}; legal are {', '.join(legal)}; nearest is {nearest(kind, legal) or 'none'}")
     options = parse(Options, rest, f"{program} {kind}", description=f"{kind}: {WHAT[kind]}")
+    if options.protocol and kind not in ("reconstruction", "all"):
+        raise ValueError(f"protocol {options.protocol} is one of reconstruction; leave it out of {kind}")
     return run(kind, options, [program.split()[0], "evaluate", *argv])
 
 
@@ -192,6 +201,7 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
     from openvision3 import distributed
     from openvision3.cli import _output_folder
     from openvision3.doctor import choose_device
+    from openvision3.evaluate.results import NotRun
 
     _output_folder(options.out)
     options.device = choose_device(options.device)
@@ -201,19 +211,37 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
         start = time.perf_counter()
         with distributed.together():
             work = prepare(kind, options, command, ranks.rank)
-        for each in work.kinds:
+        for place, each in enumerate(work.kinds, 1):
             MEASURE[each](work)
-        work.pictures.share()
-        work.results.skipped = work.pictures.problems
-        work.results.seconds = time.perf_counter() - start
+            work.pictures.share()
+            work.results.skipped = work.pictures.problems
+            work.results.seconds = time.perf_counter() - start
+            if ranks.rank == 0 and work.kinds[place:] and work.results.rows:  # so that a kill loses one kind and not all
+                later = [NotRun(model.name, what, "not measured yet: stopped before") for what in work.kinds[place:] for model in work.models]
+                with distributed.alone():
+                    replace(work.results, not_run=[*work.results.not_run, *later]).save(Path(options.out))
         with distributed.together():
             if not work.results.rows:
-                raise ValueError("; ".join(dict.fromkeys(each.needs for each in work.results.not_run)) or "nothing could be measured")
-            _check_protocol(work)
+                raise ValueError(_nothing(work))
+        broken = _broken(work)
         if ranks.rank == 0:
             with distributed.alone():
                 _tell(work)
+        if broken:
+            raise ValueError(broken)
     return 0
+
+
+def _nothing(work: Evaluation) -> str:
+    """Why there is not one number."""
+    from openvision3.data.shards import count_reasons
+
+    reasons = list(dict.fromkeys(each.needs for each in work.results.not_run))
+    skipped = count_reasons(work.pictures.problems)
+    if skipped and not set(work.pictures.chosen) & set(work.pictures.digests):
+        read = f"none of {len(work.pictures.chosen)} pictures can be read: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}"
+        return f"{read}; `openvision3 data check` names them"
+    return "; ".join(reasons) or "nothing could be measured"
 
 
 def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> Evaluation:
@@ -230,7 +258,8 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     if "reconstruction" in kinds:
         files = options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear
         networks = reconstruction_networks(options.metrics, *files, device=options.device)
-    models, size = _models(options, kinds)
+    asked, idle = _asked(options, kinds)
+    models, size = _models(options, asked)
     source: Source
     if options.data == ("openmoji",):
         source = EmojiSource(load_emoji().evaluation(options.count or 1_000_000))
@@ -243,7 +272,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         count, told = PROTOCOL_COUNTS[options.protocol]
         if len(pictures.chosen) != count:
             raise ValueError(f"protocol {options.protocol} is over {told}, {count:,} of them; seen {len(pictures.chosen):,}")
-    results = Results(command=_told(command), environment=environment())
+    results = Results(not_run=idle, command=_told(command), environment=environment())
     return Evaluation(options, kinds, models, pictures, results, networks)
 
 
@@ -260,21 +289,20 @@ def _places(options: Options) -> dict[str, Any]:
     return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "crop": options.crop, **places}
 
 
-def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], int]:
-    """The models that were asked for, all of them loaded, and the side of the pictures."""
+def _models(options: Options, asked: Sequence[str]) -> tuple[list[Functions], int]:
+    """The models of these names, all of them loaded, and the side of the pictures."""
     from openvision3 import distributed, hub
     from openvision3.evaluate.peers import load_peer, vae_functions
     from openvision3.pipeline import load
 
-    asked = options.peer or (("ours", "vae") if set(kinds) & {"reconstruction", "probe"} else ("ours",))
     folders = dict(each.split("=", 1) for each in options.peer_folder)
-    unused = sorted(folders.keys() - set(asked))
+    unused = sorted(folders.keys() - {*asked, *options.peer})
     if unused:
         raise ValueError(f"peer_folder names {unused[0]}, which is not among the peers {', '.join(asked)}; add it to --peer")
     found: list[Functions] = []
     folder = distributed.from_first(str(hub.find_folder(options.model))) if {"ours", "vae"} & set(asked) and distributed.world() > 1 else options.model
     ours = load(folder, device=options.device, precision=options.precision, vae=options.vae) if {"ours", "vae"} & set(asked) else None
-    for name in dict.fromkeys(asked):
+    for name in asked:
         if name == "ours":
             assert ours is not None
             found.append(ours.functions(options.model))
@@ -284,9 +312,40 @@ def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], in
                 found.append(vae_functions(ours.vae, f"VAE {ours.vae.name}", options.precision))
         else:
             found.append(load_peer(name, folders.get(name, ""), options.device, options.precision))
+            if distributed.rank() == 0 and found[-1].note.startswith("NOT "):
+                print(f"openvision3: {name}: {found[-1].note.split(';')[0]}", file=sys.stderr)
     if not found or ("vae" in options.peer and ours is not None and ours.vae.network is None):
         raise ValueError("this model has no VAE to measure alone; leave vae out of --peer")
     return found, options.size or (ours.size if ours else found[0].size)
+
+
+def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotRun]]:
+    """The models to load, each once, and those that can do nothing of what is asked for. Raises ValueError: an unknown name, or none is left."""
+    from openvision3.config import nearest
+    from openvision3.evaluate import published
+    from openvision3.evaluate.peers import PEERS
+    from openvision3.evaluate.results import NotRun
+    from openvision3.evaluate.suite import NEEDS
+
+    names = options.peer or (("ours", "vae") if "reconstruction" in kinds else ("ours",))
+    names = tuple(dict.fromkeys((*names, *(("vae",) if "probe" in kinds and "ours" in names else ()))))
+    legal = ["ours", "vae", *PEERS, *published.ONLY]
+    found: list[str] = []
+    idle: list[NotRun] = []
+    for name in names:
+        if name not in legal:
+            close = nearest(name, legal)
+            raise ValueError(f"peer {name!r} is unknown; legal are {', '.join(legal)}{f'; nearest is {close}' if close else ''}")
+        can = [kind for kind, functions in NEEDS.items() if name in PEERS and set(functions) <= set(PEERS[name].can)]
+        if name in published.ONLY:
+            idle.append(NotRun(name, kinds[0], f"{name} stands with published numbers only, of reconstruction"))
+        elif name in PEERS and not set(can) & set(kinds):
+            idle.append(NotRun(name, kinds[0], f"{name} can be measured by {' and '.join(can)} only"))
+        else:
+            found.append(name)
+    if not found:
+        raise ValueError("; ".join(each.needs for each in idle) + "; name a --peer that can be measured here, such as ours")
+    return found, idle
 
 
 # -- each kind -----------------------------------------------------------------------------------------------------
@@ -294,13 +353,13 @@ def _models(options: Options, kinds: Sequence[str]) -> tuple[list[Functions], in
 
 def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured]) -> None:
     """Measure every model; one that cannot goes to `not_run`."""
+    from openvision3.distributed import OtherRankFailed
     from openvision3.evaluate.results import NotRun
-    from openvision3.evaluate.suite import CannotRun
 
     for model in work.models:
         try:
             done = measure(model)
-        except CannotRun as error:
+        except (ValueError, OtherRankFailed) as error:  # CannotRun, or pictures and numbers that it cannot do with: the others are worth having
             work.results.not_run.append(NotRun(model.name, kind, str(error)))
             continue
         work.measured[kind, model.name] = done
@@ -342,15 +401,15 @@ def _reconstruction(work: Evaluation) -> None:
 
     networks, options = work.networks, work.options
     assert networks is not None
-    told = f"protocol {options.protocol}" if options.protocol else ""
-    _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed, told))
+    told = f"protocol {options.protocol} (of its count, crop and size; that these are its pictures is not checked)" if options.protocol else ""
+    _each(work, "reconstruction", lambda model: reconstruction(model, work.pictures, networks, options.sigmas, options.seed, told, options.metrics))
 
 
 def _retrieval(work: Evaluation) -> None:
     from openvision3.evaluate.suite import image_embeddings, needs, retrieval
 
     def measure(model: Functions) -> Measured:
-        needs(model, "embed_images", "embed_texts")
+        needs(model, "retrieval")
         work.embedded[model.name] = image_embeddings(model, work.pictures)
         return retrieval(model, work.pictures, work.embedded[model.name])
 
@@ -472,7 +531,7 @@ def _files(names: Sequence[str]) -> set[str]:
 
 
 def _tell(work: Evaluation) -> None:
-    from openvision3.data.shards import count_reasons
+    from openvision3.cli_results import print_tables, tell_left_out
     from openvision3.evaluate.page import write_report
     from openvision3.evaluate.results import split
 
@@ -483,79 +542,5 @@ def _tell(work: Evaluation) -> None:
         print(path.read_text(encoding="utf-8"), end="")
     else:
         print_tables(split(work.results.rows), work.results.not_run)
-        for each in work.results.left_out:
-            print(f"left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
-    skipped = count_reasons(work.results.skipped)
-    if skipped:
-        print(f"openvision3: {sum(skipped.values())} pictures skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}", file=sys.stderr)
-    if not work.options.json:
+        tell_left_out(work.results)
         print(f"results: {path}\nreport: {page.resolve()}")
-
-
-def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[NotRun]) -> None:
-    """A line a metric and a column a model; what was not run below, with what it needs."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from openvision3.evaluate import published
-    from openvision3.evaluate.results import shown
-
-    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    for setting, lines in tables:
-        models = list(dict.fromkeys(model for line in lines for model in line.values))
-        counts = sorted({number.count for line in lines for number in line.values.values()})
-        title = Text(f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}")  # no name is markup
-        made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        made.add_column("")
-        for model in models:
-            made.add_column(Text(model), justify="right")
-        columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
-        for heading, _ in columns:
-            made.add_column(Text(heading), justify="right", style="dim")
-        for line in lines:
-            measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
-            made.add_row(*map(Text, (line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))))
-        screen.print(made)
-    for what, who in _grouped(not_run):
-        screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)
-
-
-def _grouped(not_run: Sequence[NotRun]) -> list[tuple[str, list[str]]]:
-    found: dict[str, list[str]] = {}
-    for each in not_run:
-        found.setdefault(each.needs, []).append(f"{each.metric} of {each.model}")
-    return list(found.items())
-
-
-def table(argv: Sequence[str]) -> int:
-    """Results of several evaluations on one page, like beside like."""
-    from openvision3.cli import parse
-    from openvision3.evaluate.page import write_summary
-    from openvision3.evaluate.results import Results, split
-
-    options = parse(TableOptions, argv, "openvision3 evaluate table")
-    if not options.results:
-        raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
-    found = [Results.load(path) for path in options.results]
-    all_rows = [row for each in found for row in each.rows]
-    not_run = [one for each in found for one in each.not_run]
-    tables = split(list(dict.fromkeys(all_rows)))
-    page = write_summary(Path(options.out), tables, not_run, found)
-    if options.json:
-        print(dumps([row.to_json() for row in all_rows], indent=1, ensure_ascii=False))
-    else:
-        print_tables(tables, not_run)
-        print(f"page: {page.resolve()}")
-    return 0
-
-
-@dataclass
-class TableOptions:
-    """Which results, and where the page goes."""
-
-    results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
-    out: str = "evaluations.html"
-    """the page"""
-    json: bool = False
-    """all rows on stdout instead of the tables"""

@@ -116,6 +116,9 @@ def _once(url: str, target: Path, part: Path, before: Callable[[Downloaded], Non
             if not start or found is None or (int(found[1]), int(found[2])) != (start, state.total):
                 _drop(part)
                 raise _Broken("answered with another part than was asked for")
+            if not _same_version(answer.headers, state.validator):  # not every server minds If-Range
+                _drop(part)
+                raise _Broken("the file has changed since its first part came")
         else:
             start, length = 0, answer.headers.get("Content-Length", "")
             told.total = int(length) if length.isdecimal() else None
@@ -123,6 +126,10 @@ def _once(url: str, target: Path, part: Path, before: Callable[[Downloaded], Non
             state = told
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise SourceError(f"{url} is sent as {answer.headers['Content-Encoding']}, which was not asked for")
+        if answer.headers.get_content_type() == "text/html" and target.suffix not in (".html", ".htm"):
+            raise SourceError(f"{url} answers with a page to read instead of {target.name}: it wants a login or a consent, or has moved")
+        if state.total == 0:
+            raise SourceError(f"{url} is empty")
         if size is not None and state.total is not None and size != state.total:
             raise SourceError(f"{url} is {state.total:,} bytes, expected {size:,}: another file")
         if state.total is None and not getattr(answer, "chunked", False) and not checked:
@@ -198,6 +205,9 @@ def _finish(file: IO[bytes], state: _Part, part: Path, target: Path, before: Cal
     """Check the whole part and give it its name, all under its lock. A wrong one is dropped."""
     os.fsync(file.fileno())
     got = Downloaded(sha256_of(part), part.stat().st_size, state.commit)
+    if not got.size:
+        _drop(part)
+        raise SourceError(f"{state.url} is empty")
     try:
         if state.sha256 and got.sha256 != state.sha256:
             raise SourceError(f"{state.url} came with sha256 {got.sha256}, expected {state.sha256} as its hub tells; dropped, fetch it again")
@@ -245,6 +255,12 @@ def _validator(headers: Message) -> str:
     """What If-Range takes: a strong ETag, else the date."""
     mark = headers.get("ETag", "")
     return mark if mark.startswith('"') else headers.get("Last-Modified", "")
+
+
+def _same_version(headers: Message, validator: str) -> bool:
+    """Whether a part comes from the version that `validator` names, as far as its headers tell."""
+    seen = headers.get("ETag" if validator.startswith('"') else "Last-Modified", validator)
+    return seen.removeprefix("W/") == validator
 
 
 def _check_room(target: Path, needed: int) -> None:

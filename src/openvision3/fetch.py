@@ -149,6 +149,12 @@ def _check_file(path: Path, file: File, record: dict[str, dict[str, Any]]) -> st
     return seen
 
 
+def check_published(name: str, file: str, path: Path) -> None:
+    """Raises ValueError where `path` does not hold the bytes that are published as this file of an asset; what is not known of them passes."""
+    found = next(f for f in named(name).files if f.name == file)
+    _check_hash(f"{path} has", sha256_of(path), found, {}, f"a number from it would not be what its name says; get it with `openvision3 fetch {name}`")
+
+
 def check(asset: Asset, folder: Path) -> list[str]:
     """Read every byte that is here; one line for each file that is not what it should be."""
     place, problems = folder / asset.name, []

@@ -31,22 +31,33 @@ REQUEUE = "REQUEUE"
 """The file in a run folder that says: stopped by a signal, saved, start again with --resume."""
 
 
+QUIET = 30.0
+"""seconds between two lines of progress where there is no terminal for a bar"""
+
+
 def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Go through `items` with a bar on a terminal, and silently elsewhere."""
+    """Go through `items` with a bar on a terminal; elsewhere with a line every half minute."""
     screen = console()
     if not screen.is_terminal:
-        yield from items
+        start = told = time.perf_counter()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.perf_counter()
+            if now - told >= QUIET:
+                told = now
+                left = f" of {total:,}, left {duration((now - start) / done * (total - done))}" if total else ""
+                screen.print(f"{what}: {done:,}{left}", markup=False)
         return
     with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True) as bar:
         yield from bar.track(items, total=total)
 
 
 @contextlib.contextmanager
-def counting(what: str, unit: str, total: int, *, silent: bool = False, every: float = 30.0) -> Iterator[Callable[[int], None]]:
+def counting(what: str, unit: str, total: int, *, silent: bool = False, every: float = QUIET) -> Iterator[Callable[[int], None]]:
     """Call what this gives with how many more are done: a bar with speed and time left on a terminal, elsewhere a line every half minute."""
     screen, start, done = console(), time.perf_counter(), 0
     told = start

@@ -428,6 +428,7 @@ def open_source(
     if weights and len(weights) != len(names):
         raise ValueError(f"{len(weights)} weights for {len(names)} sources; give one for each of: {' '.join(names)}")
     found = [find(name) for name in names]
+    _each_once(names, found)
     folders = [path for each in found for path in each.folders]
     tars = [path for each in found for path in each.tars]
     folder_labels, tar_labels = dict(zip(folders, labels(folders), strict=True)), dict(zip(tars, labels(tars), strict=True))
@@ -467,6 +468,17 @@ class Found:
     folders: list[str]
     tars: list[str]
     missing: list[str]
+
+
+def _each_once(names: tuple[str, ...], found: list[Found]) -> None:
+    """Raises ValueError where two names stand for the same shard or folder, whose pictures would then count twice."""
+    of: dict[str, str] = {}
+    for name, each in zip(names, found, strict=True):
+        for path in (*each.folders, *each.tars, *(["openmoji"] if each.openmoji else [])):
+            place = path if "://" in path else os.path.realpath(path)
+            if place in of:
+                raise ValueError(f"{path} is named twice, by {of[place]} and by {name}, so that its pictures would count twice; name it once")
+            of[place] = name
 
 
 def find(name: str) -> Found:

@@ -95,8 +95,16 @@ class Request:
     def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "") -> Functions:
         """What the loaders return, with what is known of every peer filled in."""
         assert set(can) == set(self.peer.can), f"{self.name} can {sorted(can)}, its row says {sorted(self.peer.can)}"
-        notes = "; ".join(part for part in (self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
+        notes = "; ".join(part for part in (other_weights(self.name, sha256), self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
         return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, **can)
+
+
+def other_weights(name: str, sha256: str) -> str:
+    """What a peer's rows have to say where its weights are known to be others than the published ones; "" where they are these or nothing is known."""
+    published = [file.sha256 for file in ASSETS[name].files if file.sha256 and file.name.endswith((".safetensors", ".bin"))] if name in ASSETS else []
+    if len(published) != 1 or sha256.startswith(published[0]):
+        return ""
+    return f"NOT the published weights: sha256 {sha256[:12]}..., theirs is {published[0][:12]}..."
 
 
 def find(name: str, peer: Peer, folder: str) -> Path:
@@ -264,6 +272,8 @@ def told(asked: Request) -> Iterator[None]:
         yield
     except (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else short(error)
+        if isinstance(error, SafetensorError | EOFError) or "Unable to load weights" in what:
+            what = "its file of weights is cut short or damaged; get it anew"
         raise ValueError(f"{asked.name} cannot be loaded from {asked.folder}: {what}") from error
 
 

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openvision3.config import nearest
 from openvision3.data.image_text import short
 from openvision3.data.images import PATCH, padded
+from openvision3.evaluate import published
 from openvision3.evaluate.checkouts import Checkout, unitok, vila_u
 from openvision3.evaluate.foreign import (
     Peer,
@@ -42,8 +44,6 @@ from openvision3.model.perceptual import load_foreign_pickle
 from openvision3.model.vae import VAE
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PUBLISHED_ONLY = ("rae-clip", "omnitokenizer")
-"""What the paper compares with and nobody can load here: only published numbers stand for it (published.py)."""
 
 
 def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str = "fp32") -> Functions:
@@ -53,10 +53,11 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
         ValueError: an unknown name or precision, files of another model, a package that is missing or does not fit.
         FileNotFoundError: what is not here, with where to get it and under which licence.
     """
-    if name in PUBLISHED_ONLY:
+    if name in published.ONLY:
         raise ValueError(f"{name} stands with published numbers only and cannot be measured here; peers that can are {', '.join(PEERS)}")
     if name not in PEERS:
-        raise ValueError(f"peer {name!r} is unknown; legal are {', '.join(PEERS)}")
+        close = nearest(name, PEERS)
+        raise ValueError(f"peer {name!r} is unknown; legal are {', '.join(PEERS)}{f'; nearest is {close}' if close else ''}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown for a peer; legal are fp32 and bf16 (fp16 gives NaN in VAEs)")
     peer = PEERS[name]

@@ -206,6 +206,12 @@ class _Rows:
         return places.tolist(), [keys[i] for i in order.tolist()], scores[order], sizes
 
 
+def metrics_of(extractor: Extractor) -> list[str]:
+    """What is measured on its features."""
+    kid = f"KID on {extractor.name} features"
+    return ["rfid", kid] if isinstance(extractor, Inception) else [kid]
+
+
 class _Set:
     """Features of originals and reconstructions: their statistics for rFID, and the first of them themselves for KID."""
 
@@ -253,7 +259,7 @@ class _Set:
                     f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no picture against its own copy "
                     f"(spread: standard deviation over {kid.subsets} subsets of {kid.size}); {extractor.preparation}; {where}"
                 )
-                found.append(self._number(f"KID on {extractor.name} features", kid.value, len(kept), how, kid.spread))
+                found.append(self._number(metrics_of(extractor)[-1], kid.value, len(kept), how, kid.spread))
         return distributed.from_first(found)
 
     def _number(self, metric: str, value: float, count: int, how: str, spread: float | None = None) -> Number:

@@ -80,7 +80,7 @@ class Row:
         return cls(own["model"], own["model_sha256"], Number(**parts[0]), Setting(**parts[1]), own["note"], own["licence"])
 
 
-@dataclass
+@dataclass(frozen=True)
 class NotRun:
     """A metric that was not measured, and what it needs."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from openvision3.evaluate.extractors import EfficientNetFeatures, Extractor, Inc
 from openvision3.evaluate.pictures import Pictures, Rows, on_first
 from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
-from openvision3.evaluate.reconstruction import evaluate_reconstruction, noise_curve
+from openvision3.evaluate.reconstruction import evaluate_reconstruction, metrics_of, noise_curve
 from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
-from openvision3.fetch import find
+from openvision3.fetch import check_published, find
 from openvision3.model.perceptual import EfficientNetDistance, Lpips
 
 TEXTS_AT_ONCE = 256
@@ -48,11 +49,29 @@ class Measured:
     shown: dict[str, Any] = field(default_factory=dict)
 
 
-def needs(model: Functions, *names: str) -> None:
-    """Raises CannotRun where the model has no such function."""
-    lacking = [name for name in names if getattr(model, name) is None]
+NEEDS = {
+    "reconstruction": ("reconstruct",),
+    "retrieval": ("embed_images", "embed_texts"),
+    "captioning": ("caption",),
+    "zeroshot": ("embed_images", "embed_texts"),
+    "probe": ("features",),
+}
+"""The functions of a model that each kind of evaluation calls."""
+
+CANNOT = {
+    "reconstruct": "rebuild pictures",
+    "embed_images": "embed pictures",
+    "embed_texts": "embed texts",
+    "caption": "write captions",
+    "features": "be probed",
+}
+
+
+def needs(model: Functions, kind: str) -> None:
+    """Raises CannotRun where the model lacks what this kind of evaluation calls."""
+    lacking = [CANNOT[name] for name in NEEDS[kind] if getattr(model, name) is None]
     if lacking:
-        raise CannotRun(f"{model.name} cannot {' and '.join(lacking)}" + (f" ({model.note})" if model.note else ""))
+        raise CannotRun(f"{model.name} cannot {' or '.join(lacking)}")
 
 
 def _hash(value: Any) -> str:
@@ -65,8 +84,7 @@ def _embed_texts(model: Functions, texts: Sequence[str]) -> Tensor:
 
 
 def image_embeddings(model: Functions, pictures: Pictures) -> Rows:
-    """Unit vectors (N, E) of all usable pictures. Raises CannotRun."""
-    needs(model, "embed_images")
+    """Unit vectors (N, E) of all usable pictures."""
     return pictures.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
 
 
@@ -91,7 +109,8 @@ def reconstruction_networks(
     """The networks of `metrics`; of none: of all whose weights are here, the others in `missing`.
 
     Raises:
-        FileNotFoundError, ValueError: the weights of a metric that was asked for by name, with where to get them and what runs without.
+        FileNotFoundError: the weights of a metric that was asked for by name, with where to get them and what runs without.
+        ValueError: weights that are here and are not the published ones.
     """
     found = Networks()
 
@@ -102,7 +121,7 @@ def reconstruction_networks(
             build()
         except FileNotFoundError as error:
             if metrics or named:
-                raise FileNotFoundError(f"{error}; without it run --metrics {' '.join(OFFLINE)}") from error
+                raise FileNotFoundError(f"{error}; --metrics {' '.join(OFFLINE)} needs no such file") from error
             found.missing.append((metric, str(error)))
 
     def rfid() -> None:
@@ -112,6 +131,9 @@ def reconstruction_networks(
         asset = f"lpips-{lpips_net}"
         names = {"alex": ("alexnet-owt-7be5be79.pth", "alex.pth"), "vgg": ("vgg16-397923af.pth", "vgg.pth")}[lpips_net]
         backbone, linear = (given or find(asset, name, needed_by="LPIPS") for given, name in zip((lpips_backbone, lpips_linear), names, strict=True))
+        for name, path in zip(names, (backbone, linear), strict=True):
+            if Path(path).is_file():  # Lpips says what is missing
+                check_published(asset, name, Path(path))
         found.lpips = Lpips(lpips_net, backbone, linear).to(device)
 
     def distance() -> None:
@@ -127,28 +149,40 @@ def reconstruction_networks(
     return found
 
 
-def reconstruction(model: Functions, pictures: Pictures, networks: Networks, sigmas: Sequence[float] = (), seed: int = 0, protocol: str = "") -> Measured:
-    """PSNR, SSIM and what the networks give, each picture's; then the error against noise on the tokens. Raises CannotRun."""
-    needs(model, "reconstruct")
+def reconstruction(
+    model: Functions,
+    pictures: Pictures,
+    networks: Networks,
+    sigmas: Sequence[float] = (),
+    seed: int = 0,
+    protocol: str = "",
+    metrics: Sequence[str] = (),
+) -> Measured:
+    """PSNR, SSIM and what the networks give, each picture's; then the error against noise on the tokens. `metrics` leaves out others; none: all.
+
+    Raises:
+        CannotRun: the model rebuilds no pictures.
+    """
+    needs(model, "reconstruction")
     rebuild: Callable[[Tensor], Tensor] = model.reconstruct  # type: ignore[assignment]
     rows = ((batch.indices, batch.keys, batch.images) for batch in pictures.batches(f"{model.name}: rebuilding"))
     told = {"extractors": networks.extractors, "distance": networks.distance, "lpips": networks.lpips, "pictures": protocol, "seed": seed}
     done = evaluate_reconstruction(rows, rebuild, **told)  # type: ignore[arg-type]
     pictures.share()
     curve: list[tuple[float, float, int]] = []
-    strengths = [sigma for sigma in sigmas if sigma]  # without noise it is what was just measured
+    strengths = [sigma for sigma in sigmas if sigma and (not metrics or "psnr" in metrics)]  # without noise it is what was just measured
     if model.reconstruct_noisy is not None and strengths:
         noisy = model.reconstruct_noisy
         again = ((batch.indices, [f"{seed} {key}" for key in batch.keys], batch.images) for batch in pictures.batches(f"{model.name}: rebuilding from noise"))
         curve = noise_curve(again, noisy, strengths)
-    numbers = list(done.numbers)
+    numbers = [each for each in done.numbers if not metrics or each.metric not in ("psnr", "ssim") or each.metric in metrics]
     for sigma, value, count in curve:
         numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
     if curve and 0 in sigmas:
         curve = sorted([(0.0, sum(done.psnr) / len(done.psnr), len(done.psnr)), *curve])
     missing = list(networks.missing)
     if len(done.indices) < 2:
-        missing += [(each.name, "two pictures or more") for each in networks.extractors]
+        missing += [(metric, "two pictures or more") for each in networks.extractors for metric in metrics_of(each)]
     return Measured(numbers, missing, done.indices, shown={"pictures": done, "curve": curve})
 
 
@@ -158,7 +192,7 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
     Raises:
         CannotRun: no captions, or a model that embeds no texts.
     """
-    needs(model, "embed_images", "embed_texts")
+    needs(model, "retrieval")
     found = image_embeddings(model, pictures) if embedded is None else embedded
     captioned = [row for row, captions in enumerate(found.captions) if captions]
     if not captioned:
@@ -186,7 +220,7 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
 
 def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", shown: int = 24) -> Measured:
     """Written captions against all those of each picture. Raises CannotRun: no captions to compare with, or a model that writes none."""
-    needs(model, "caption")
+    needs(model, "captioning")
     write: Callable[[Tensor], list[str]] = model.caption  # type: ignore[assignment]
     found = pictures.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
     captioned = {index: row for index, row in found.items() if row[2]}
@@ -216,7 +250,7 @@ def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Seq
     Raises:
         CannotRun: a model without texts, or no usable picture with a class.
     """
-    needs(model, "embed_images", "embed_texts")
+    needs(model, "zeroshot")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
     found = image_embeddings(model, pictures.subset(labels.indices)) if embedded is None else embedded
     rows = [row for row, index in enumerate(found.indices) if index in class_of]
@@ -258,7 +292,7 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) 
 
 def features(model: Functions, pictures: Pictures, labels: Labels, what: str) -> tuple[Tensor, list[int], list[int]]:
     """(features (n, F), classes, indices) of the usable pictures with a class. Raises CannotRun."""
-    needs(model, "features")
+    needs(model, "probe")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
     found = pictures.subset(labels.indices).collect_rows(f"{model.name}: features of {what} pictures", model.features)  # type: ignore[arg-type]
     if not found.indices:
@@ -267,18 +301,37 @@ def features(model: Functions, pictures: Pictures, labels: Labels, what: str) ->
 
 
 def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pictures, labels: Labels, k: int = 20, device: str = "cpu") -> Measured:
-    """k-NN and a logistic regression on frozen features: fitted on the one set, measured on the other. Raises CannotRun, ValueError."""
+    """k-NN and a logistic regression on frozen features: fitted on the one set, measured on those of the other that are not in it. Raises CannotRun."""
     known, known_classes, trained_on = features(model, train, train_labels, "training")
     seen, classes, used = features(model, pictures, labels, "test")
+    fitted_to = {train.digests[index] for index in trained_on}
+    apart = [row for row, index in enumerate(used) if pictures.digests[index] not in fitted_to]
+    both = len(used) - len(apart)
+    if not apart:
+        raise CannotRun(f"all {both} test pictures are training pictures too (equal pixels): a probe must not be measured on what it was fitted to")
+    seen, classes, used = seen[apart], [classes[row] for row in apart], [used[row] for row in apart]
 
-    def compute() -> list[Number]:
+    def compute() -> tuple[list[Number], list[tuple[str, str]]]:
         inside, outside = known.to(device), seen.to(device)
-        numbers = _named(evaluate_knn(inside, known_classes, outside, classes, labels.names, k), "knn")
-        return numbers + _named(evaluate_linear_probe(inside, known_classes, outside, classes, labels.names), "linear_probe")
+        numbers: list[Number] = []
+        missing: list[tuple[str, str]] = []
+        tests: dict[str, Callable[[], list[Number]]] = {
+            "knn": lambda: evaluate_knn(inside, known_classes, outside, classes, labels.names, k),
+            "linear_probe": lambda: evaluate_linear_probe(inside, known_classes, outside, classes, labels.names),
+        }
+        for name, test in tests.items():
+            try:
+                numbers += _named(test(), name)
+            except ValueError as error:  # such as fewer training pictures than neighbours: the other can do with them
+                missing.append((name, str(error)))
+        return numbers, missing
 
+    numbers, missing = on_first(compute)
     told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.digest(trained_on)[:16]}"
     left_out = labels.left_out | {f"training: {why}": count for why, count in train_labels.left_out.items()}
-    return Measured(on_first(compute), used=used, labels=told, left_out=left_out)
+    if both:
+        left_out["that are training pictures too (equal pixels)"] = both
+    return Measured(numbers, missing, used, labels=told, left_out=left_out)
 
 
 def _named(numbers: Sequence[Number], what: str) -> list[Number]:

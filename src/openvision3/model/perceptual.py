@@ -8,7 +8,6 @@ Both are frozen and take images in [-1, 1].
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -138,7 +137,7 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
             raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it is damaged or another file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # bytes that are no pickle make the reader raise whatever they lead it to
         raise ValueError(f"{path} is not a file of tensors ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")

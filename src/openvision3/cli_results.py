@@ -1,0 +1,104 @@
+"""Results on the terminal, and `openvision3 evaluate table`: those of several evaluations, like beside like."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from openvision3.evaluate.results import NotRun, Results
+
+
+def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[NotRun]) -> None:
+    """A line a metric and a column a model; what was not run below, with what it needs."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from openvision3.evaluate import published
+    from openvision3.evaluate.results import shown
+
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    only_published = list(dict.fromkeys(each.model for each in not_run if each.model in published.ONLY))
+    for setting, lines in tables:
+        models = list(dict.fromkeys(model for line in lines for model in line.values))
+        counts = sorted({number.count for line in lines for number in line.values.values()})
+        title = f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}"
+        screen.print(title, markup=False, style="italic", soft_wrap=True)  # no name is markup, and a title of the table would be broken to its width
+        made = Table(box=None, pad_edge=False)
+        made.add_column("")
+        for model in models:
+            made.add_column(Text(model), justify="right")
+        columns = [column for model in (*models, *only_published) for column in published.beside(model, [line.metric for line in lines]).items()]
+        for heading, _ in columns:
+            made.add_column(Text(heading), justify="right", style="dim")
+        for line in lines:
+            measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
+            made.add_row(*map(Text, (line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))))
+        screen.print(made)
+    for what, who in _grouped(not_run):
+        screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)
+
+
+def tell_left_out(results: Results, of: str = "") -> None:
+    """Pictures that a metric leaves out, and on stderr those that could not be read; `of` names the evaluation where there are several."""
+    from openvision3.data.shards import count_reasons
+
+    where = f"{of}: " if of else ""
+    for each in results.left_out:
+        print(f"{where}left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
+    skipped = count_reasons(results.skipped)
+    if skipped:
+        told = f"{sum(skipped.values())} pictures skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}"
+        print(f"openvision3: {where}{told}", file=sys.stderr)
+
+
+def _grouped(not_run: Sequence[NotRun]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for each in not_run:
+        found.setdefault(each.needs, []).append(f"{each.metric} of {each.model}")
+    return list(found.items())
+
+
+def table(argv: Sequence[str]) -> int:
+    """Results of several evaluations on one page, like beside like."""
+    from openvision3.cli import _output_folder, parse
+    from openvision3.evaluate.page import write_summary
+    from openvision3.evaluate.results import Results, split
+
+    options = parse(TableOptions, argv, "openvision3 evaluate table")
+    if not options.results:
+        raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
+    _output_folder(str(Path(options.out).parent))
+    given = list({os.path.realpath(path): path for path in options.results}.values())
+    found = [Results.load(path) for path in given]
+    all_rows = list(dict.fromkeys(row for each in found for row in each.rows))
+    not_run = list(dict.fromkeys(one for each in found for one in each.not_run))
+    tables = split(all_rows)
+    page = write_summary(Path(options.out), tables, not_run, found)
+    if options.json:
+        print(dumps([row.to_json() for row in all_rows], indent=1, ensure_ascii=False))
+    else:
+        print_tables(tables, not_run)
+        for path, each in zip(given, found, strict=True):
+            tell_left_out(each, path)
+        print(f"page: {page.resolve()}")
+    return 0
+
+
+@dataclass
+class TableOptions:
+    """Which results, and where the page goes."""
+
+    results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
+    out: str = "evaluations.html"
+    """the page"""
+    json: bool = False
+    """all rows on stdout instead of the tables"""
