@@ -1,8 +1,11 @@
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from openvision3.model.perceptual import EfficientNetDistance, Lpips, load_efficientnet, load_foreign_pickle
 
@@ -119,6 +122,15 @@ def test_a_foreign_pickle_gives_tensors_or_an_error(tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"{name}\.pth"):
             load_foreign_pickle(tmp_path / f"{name}.pth")
     assert "ran code" not in capsys.readouterr().out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(st.binary(max_size=40), st.sampled_from([b"root:x:0:0:root:/root:/bin/bash\n", b"PK\x03\x04", b"\x80\x02}q\x00."])))
+def test_bytes_that_are_no_weights_are_a_value_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "bytes.pth"
+    path.write_bytes(data)
+    with contextlib.suppress(ValueError):
+        assert isinstance(load_foreign_pickle(path), dict)
 
 
 # -- EfficientNet-Lite0, against a forward with its batch norms unfolded ---------------------------------------------------
