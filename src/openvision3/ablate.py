@@ -282,7 +282,9 @@ def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
         if draw:
             raise ValueError(f"{out} holds no ablation: nothing to draw")
         out.mkdir(parents=True, exist_ok=True)
-        base = changed(base, {"precision": choose_precision(base.precision, device)[0]})
+        precision, why = choose_precision(base.precision, device)
+        console().print(f"all cells in {precision} ({why})", markup=False)
+        base = changed(base, {"precision": precision})
         write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
     kept = load_config(RunConfig, path)
     before, now = flat(to_dict(kept)), flat(to_dict(base))
