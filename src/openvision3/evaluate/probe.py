@@ -25,6 +25,8 @@ SMALL = 1e-7
 """largest part of the gradient at which a fit has ended"""
 MOST = 2000
 """iterations of a fit that does not end"""
+AT_ONCE = 100
+"""iterations of one history"""
 HELD_OUT = 5
 """one in so many training pictures of each class chooses L2"""
 
@@ -147,22 +149,29 @@ def standard(features: Tensor) -> tuple[Tensor, Tensor]:
 def fit(features: Tensor, label: Tensor, weight: Tensor, l2: float) -> Tensor:
     """Minimise mean cross entropy + l2 / 2 x the squares of the weights, bias free, from `weight` (F + 1, C), last row the bias, on.
 
-    Convex, so where L-BFGS ends (gradient under SMALL, or MOST iterations) does not depend on where it began.
+    Convex, so where L-BFGS ends (gradient under SMALL, or MOST iterations) does not depend on where it began. It searches in coordinates in which
+    the bound on the Hessian of Boehning 1992 (half the second moments of the features, plus l2) is the unit matrix: some 50 steps instead of 2,000.
     """
-    weight = weight.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight], max_iter=MOST, max_eval=2 * MOST, tolerance_grad=SMALL, tolerance_change=0.0, history_size=20, line_search_fn="strong_wolfe"
-    )
+    ones = torch.cat([features, features.new_ones(len(features), 1)], 1)
+    bound = ones.T @ ones / (2 * len(ones))
+    bound.diagonal()[:-1] += l2
+    root = torch.linalg.cholesky(bound)
+    moved = (root.T @ weight).requires_grad_()
+    small = SMALL / root.abs().sum(1).max().item()  # of the gradient in these coordinates, so that in those of the weights it is under SMALL
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective(features, label, weight, l2)
+        moved.grad = None
+        loss = objective(features, label, torch.linalg.solve_triangular(root.T, moved, upper=True), l2)
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
-    return weight.detach()
+    for _ in range(MOST // AT_ONCE):  # near the end its history misleads it for thousands of steps: a new one ends in tens
+        optimizer = torch.optim.LBFGS([moved], max_iter=AT_ONCE, tolerance_grad=small, tolerance_change=0.0, history_size=20, line_search_fn="strong_wolfe")
+        with torch.enable_grad():
+            optimizer.step(closure)  # type: ignore[arg-type]
+        if moved.grad is not None and moved.grad.abs().max() <= small:
+            break
+    return torch.linalg.solve_triangular(root.T, moved.detach(), upper=True)
 
 
 def objective(features: Tensor, label: Tensor, weight: Tensor, l2: float) -> Tensor:
