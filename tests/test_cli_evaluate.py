@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli
 from openvision3.evaluate import published
+from openvision3.evaluate.page import bar_groups
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
 
@@ -376,6 +378,18 @@ def test_several_evaluations_are_one_page_with_the_papers_first_figure(everythin
     page = (tmp_path / "t.html").read_text()
     assert "first figure" in page and "How it was measured" in page and "not run" in capsys.readouterr().out
     assert cli.main(["evaluate", "table", "--out", str(tmp_path / "t.html")]) == 2
+
+
+@pytest.mark.parametrize("apart", [{"captions": "others"}, {"crop": "adm"}, {"seed": 1}, {"how": "pooled"}, {"network": "another"}, {"dtype": "bf16"}], ids=str)
+def test_bars_of_unlike_protocols_are_in_unlike_groups_with_unlike_labels(apart):
+    setting = replace(SETTING, **{name: value for name, value in apart.items() if hasattr(SETTING, name)})
+    other = row("b", setting=setting, **{name: value for name, value in apart.items() if not hasattr(SETTING, name)})
+    (one, first), (two, second) = bar_groups([row("a"), other, row("c"), row("a")])
+    assert one != two and (set(first), set(second)) == ({"a", "c"}, {"b"})
+
+
+def test_one_model_measured_twice_hides_neither_bar():
+    assert [numbers["a"].value for _, numbers in bar_groups([row("a"), row("a", value=3.0)])] == [1.0, 3.0]
 
 
 def test_shares_are_shown_as_percent_and_psnr_in_db():

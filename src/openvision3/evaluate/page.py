@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from openvision3.data.images import to_pil
 from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
+from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, shown, split
 from openvision3.files import write_whole
 
@@ -248,45 +249,55 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
 
 
 PANELS = (
-    ("rebuilding: rFID, lower is better", ("rfid",), 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
-    ("rebuilding: KID, EfficientNet-Lite0, lower is better", ("KID on EfficientNet-Lite0 features",), 1.0, "not run"),
-    ("drawing: gFID, lower is better", ("gfid",), 1.0, "not run: needs a trained RAE\nand Inception's weights"),
-    ("understanding: R@1, picture to text, %", ("image_to_text_r@1",), 100.0, "not run"),
+    ("rebuilding: rFID, lower is better", "rfid", 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
+    ("rebuilding: KID, EfficientNet-Lite0, lower is better", "KID on EfficientNet-Lite0 features", 1.0, "not run"),
+    ("drawing: gFID, lower is better", "gfid", 1.0, "not run: needs a trained RAE\nand Inception's weights"),
+    ("understanding: R@1, picture to text, %", "image_to_text_r@1", 100.0, "not run"),
 )
 
 
 def figure_one(rows: Sequence[Row]) -> bytes:
-    """A panel for rFID, KID, gFID and understanding, a bar for each model and set; a panel without numbers says what it needs. PNG."""
+    """A panel for rFID, KID, gFID and understanding, a bar for each model and protocol; a panel without numbers says what it needs. PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(3.7 * len(PANELS), 3.6))
+    figure = Figure(figsize=(3.7 * len(PANELS), 3.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    for panel, (title, metrics, factor, otherwise) in zip(panels, PANELS, strict=True):
-        found = [row for row in rows if row.metric in metrics]
+    drawn = [bar_groups([row for row in rows if row.metric == metric]) for _, metric, _, _ in PANELS]
+    names = dict.fromkeys(model for groups in drawn for _, numbers in groups for model in numbers)
+    colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(names)}
+    for panel, (title, _, factor, otherwise), groups in zip(panels, PANELS, drawn, strict=True):
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-        if not found:
+        if not groups:
             panel.text(0.5, 0.5, otherwise, ha="center", va="center", fontsize=9, transform=panel.transAxes)
             panel.set_xticks([])
             panel.set_yticks([])
             continue
-        models = list(dict.fromkeys(row.model for row in found))
-        sets = list(dict.fromkeys(map(_where, found)))
+        models = [model for model in colours if any(model in numbers for _, numbers in groups)]
         for i, model in enumerate(models):
-            bars = [(sets.index(_where(row)) + i / (len(models) + 1), row.number.value * factor) for row in found if row.model == model]
-            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=COLOURS[i % len(COLOURS)], label=model)
-        panel.set_xticks([j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(sets))], sets, fontsize=7)
+            bars = [(j + i / (len(models) + 1), numbers[model].value * factor) for j, (_, numbers) in enumerate(groups) if model in numbers]
+            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=colours[model])
+        places = [j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(groups))]
+        panel.set_xticks(places, [label for label, _ in groups], fontsize=7, rotation=90 if len(groups) > 4 else 0)  # more do not fit side by side
         panel.tick_params(labelsize=8)
-        panel.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
+    if colours:
+        figure.legend(handles=[Patch(color=colours[model], label=model) for model in colours], loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def _where(row: Row) -> str:
-    """Bars stand side by side only where their numbers may be compared: a group has one protocol."""
-    return f"{_short(row.setting.data)} {row.setting.resolution}\n{row.setting.dtype}, N {row.number.count:,}\n{row.setting.data_sha256[:6]}"
+def bar_groups(rows: Sequence[Row]) -> list[tuple[str, dict[str, Number]]]:
+    """Rows of one metric -> (label, numbers by model): like stands beside like alone, as in the tables, and no two groups have one label."""
+    found = [(_where(setting, line), line.values) for setting, [line] in split(list(dict.fromkeys(rows)))]
+    labels = [label for label, _ in found]
+    return [(f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label, numbers) for i, (label, numbers) in enumerate(found)]
+
+
+def _where(setting: Setting, line: Line) -> str:
+    count = next(iter(line.values.values())).count
+    return f"{_short(setting.data)} {setting.resolution}\n{setting.dtype}, N {count:,}\n{setting.data_sha256[:6]}"
 
 
 def _short(data: str) -> str:
