@@ -86,8 +86,8 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
     page = (everything / "report.html").read_text()
     for heading in (
         "Numbers",
-        "Rebuilding",
-        "The worst",
+        "Rebuilding: PSNR of all pictures, and against noise on the tokens",
+        "All pictures, from the worst",
         "the nearest captions",
         "captions of the first",
         "zero-shot by class",
@@ -95,7 +95,28 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
         "How it was",
     ):
         assert heading in page
-    assert "published (paper v2), not measured here" in page and not re.search(r"src=.https?:", page)
+    assert not re.search(r"src=.https?:", page)
+
+
+def scores(page: str, model: str) -> list[float]:
+    """What the model has in the order of the pictures on the page."""
+    return [float(value) for value in re.findall(rf"<figcaption>[^<]* {re.escape(model)} ([\d.]+) dB", page)]
+
+
+def test_few_pictures_are_each_shown_once_from_the_worst_to_the_best(everything, root):
+    page = (everything / "report.html").read_text()
+    found = scores(page, str(root / "model"))
+    assert len(found) == 9 and found == sorted(found) and "The first pictures" not in page and "The best" not in page
+
+
+def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_noise_without_a_curve(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("openvision3.evaluate.page.FIRST", 3)
+    monkeypatch.setattr("openvision3.evaluate.page.EXTREME", 2)
+    out = measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--metrics", "psnr", "--sigmas", "0")
+    page, found = (out / "report.html").read_text(), sorted(json.loads(line)["psnr"] for line in (out / "pictures.jsonl").read_text().splitlines()[:9])
+    assert all(heading in page for heading in ("The first pictures", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
+    assert scores(page, str(root / "model"))[3:] == pytest.approx([*found[:2], *found[:-3:-1]], abs=0.06)
+    assert "Rebuilding: PSNR of all pictures" in page and "against noise" not in page
 
 
 def test_every_pictures_score_is_kept(everything, root):
@@ -213,6 +234,7 @@ def test_peers_stand_beside_ours_and_what_the_paper_says_of_them_in_a_column_of_
     assert {row.model for row in results.rows if row.metric == "psnr"} == {"flux-vae", ours}
     assert [(each.model, each.metric) for each in results.not_run if "cannot reconstruct" in each.needs] == [("clip-b16", "reconstruction")]
     assert "not run" in told and "rfid" not in {row.metric for row in results.rows}
+    assert f"from the worst of {ours} to the best" in (tmp_path / "a" / "report.html").read_text(), "ours is told of, wherever it stands"
     assert cli.main(["evaluate", "retrieval", *arguments(root, *peers, "--out", str(tmp_path / "b"))]) == 0
     assert {row.model for row in Results.load(tmp_path / "b").rows} == {"clip-b16", ours}
 

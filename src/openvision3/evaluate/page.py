@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from openvision3.cli_evaluate import Evaluation
 
 FIRST, EXTREME = 12, 6
-"""pictures that a page shows: the first ones, and the best and the worst"""
+"""pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""
 AMPLIFIED = 4
 COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
 
@@ -122,25 +122,17 @@ def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
     if not measured:
         return []
     curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
-    drawn = report.picture(_spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves), "PSNR of all pictures, and against noise")
-    sections = [("Rebuilding: all pictures, and against noise on the tokens", drawn)]
-    first = next(iter(measured.values())).shown["pictures"]
-    for title, places in (
-        ("The first pictures", list(range(min(FIRST, len(first.keys))))),
-        ("The worst", first.worst(EXTREME)),
-        ("The best", first.best(EXTREME)),
-    ):
-        sections.append(
-            (
-                f"{title}{'' if title.startswith('The first') else f' of {next(iter(measured))}'}: original | {_columns(work, measured)}",
-                _figures(work, measured, places),
-            )
-        )
-    return sections
-
-
-def _columns(work: Evaluation, measured: dict[str, Any]) -> str:
-    return " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
+    heading = f"Rebuilding: PSNR of all pictures{', and against noise on the tokens' if curves else ''}"
+    drawn = _spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves)
+    own = work.options.model if work.options.model in measured else next(iter(measured))  # whose worst and best are shown: ours, wherever it stands
+    found = measured[own].shown["pictures"]
+    if (count := len(found.keys)) <= FIRST + 2 * EXTREME:
+        places = {f"All pictures, from the worst of {own} to the best": found.worst(count)}
+    else:
+        places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
+    columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
+    figures = [(f"{title}: original | {columns}", _figures(work, measured, which)) for title, which in places.items()]
+    return [(heading, report.picture(drawn, heading)), *figures]
 
 
 def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> str:
@@ -167,25 +159,26 @@ def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) 
 
 
 def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
-    """How PSNR spreads over the pictures, and how it falls with the noise. PNG."""
+    """How PSNR spreads over the pictures, and how it falls with the noise, where there are curves. PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 3.2))
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(10 if curves else 5, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(values)}
     low, high = min(min(v) for v in values.values()), max(max(v) for v in values.values())
-    for i, (name, found) in enumerate(values.items()):
-        left.hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=COLOURS[i % len(COLOURS)], label=name)
-    left.set_title("PSNR of each picture, dB", fontsize=10, loc="left")
-    left.legend(frameon=False, fontsize=8)
-    for i, (name, points) in enumerate(curves.items()):
-        right.plot(*zip(*points, strict=True), marker="o", color=COLOURS[list(values).index(name) % len(COLOURS)] if name in values else COLOURS[i], label=name)
-    right.set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
-    right.set_visible(bool(curves))
-    for panel in (left, right):
+    for name, found in values.items():
+        panels[0].hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name], label=name)
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_title("pictures, over the PSNR of each, dB", fontsize=10, loc="left")
+    for name, points in curves.items():
+        panels[1].plot(*zip(*points, strict=True), marker="o", color=colours[name])
+        panels[1].set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
+    for panel in panels:
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
