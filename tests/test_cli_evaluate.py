@@ -18,9 +18,9 @@ from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli
 from openvision3.evaluate import published
-from openvision3.evaluate.page import bar_groups
+from openvision3.evaluate.page import bar_groups, write_summary
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
+from openvision3.evaluate.results import NotRun, Results, Row, Setting, shown, split, table
 
 KINDS = ("circle", "square", "star")
 
@@ -91,7 +91,7 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
         "the nearest captions",
         "captions of the first",
         "zero-shot by class",
-        "Published numbers",
+        "Published numbers, not measured here",
         "How it was",
     ):
         assert heading in page
@@ -117,6 +117,24 @@ def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_nois
     assert all(heading in page for heading in ("The first pictures", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
     assert scores(page, str(root / "model"))[3:] == pytest.approx([*found[:2], *found[:-3:-1]], abs=0.06)
     assert "Rebuilding: PSNR of all pictures" in page and "against noise" not in page
+
+
+@pytest.fixture(scope="module")
+def retrieved(root) -> Path:
+    (root / "retrieved").mkdir()
+    (root / "retrieved" / "pictures.jsonl").write_text("{}\n")
+    return measured(root, root / "retrieved", "retrieval", "--data", str(root / "data"))
+
+
+def test_published_numbers_are_those_of_metrics_that_stand_on_the_page(retrieved):
+    assert "Published numbers" not in (retrieved / "report.html").read_text()
+    header, found = published.compact({"psnr", "lpips", "image_to_text_r@1"})
+    assert header == ("model", "set", "PSNR", "LPIPS (net not stated)", "paper")
+    assert ("unitok", "ImageNet, 256 x 256", "25.34", "0.132", "v1 or v2") in found and "omnitokenizer" not in {row[0] for row in found}
+
+
+def test_no_score_of_a_picture_is_no_file_and_none_is_left_from_before(everything, retrieved):
+    assert (everything / "pictures.jsonl").stat().st_size and not (retrieved / "pictures.jsonl").exists()
 
 
 def test_every_pictures_score_is_kept(everything, root):
@@ -400,6 +418,21 @@ def test_several_evaluations_are_one_page_with_the_papers_first_figure(everythin
     page = (tmp_path / "t.html").read_text()
     assert "first figure" in page and "How it was measured" in page and "not run" in capsys.readouterr().out
     assert cli.main(["evaluate", "table", "--out", str(tmp_path / "t.html")]) == 2
+
+
+def test_a_summary_says_what_was_left_out_and_once_what_was_not_run(tmp_path):
+    def results(**more) -> Results:
+        needs = [NotRun("a", "rfid", "Inception"), NotRun("b", "rfid", "Inception"), NotRun("a", "lpips", "AlexNet")]
+        return Results([row(), row("b")], needs, command="evaluate", **more)
+
+    one = results(skipped=[{"key": "x", "reason": "truncated", "detail": ""}] * 7)
+    other = results(left_out=[{"of": "retrieval", "model": "b", "reason": "without a caption", "count": 5}])
+    given = [one, one, other]
+    page = write_summary(tmp_path / "t.html", [], [each for one in given for each in one.not_run], given).read_text()
+    assert "2 evaluations" in page
+    assert page.count("<td>Inception</td>") == page.count("<td>rfid of a, rfid of b</td>") == page.count("<td>AlexNet</td>") == 1
+    for line in ((1, "all", "", "truncated", 7), (2, "retrieval", "b", "without a caption", 5)):
+        assert page.count("".join(f"<td>{cell}</td>" for cell in line)) == 1
 
 
 @pytest.mark.parametrize("apart", [{"captions": "others"}, {"crop": "adm"}, {"seed": 1}, {"how": "pooled"}, {"network": "another"}, {"dtype": "bf16"}], ids=str)

@@ -26,13 +26,16 @@ COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#7
 
 
 def write_report(out: Path, work: Evaluation) -> Path:
-    """report.html and pictures.jsonl (what each picture scored) in `out`. Returns the page."""
+    """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
     results = work.results
-    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out(results))]
-    write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in _per_picture(work)))
+    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out([results]))]
+    if scores := _per_picture(work):
+        write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in scores))
+    else:
+        (out / "pictures.jsonl").unlink(missing_ok=True)  # of an evaluation before
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
-    sections.append(("Published numbers", _published()))
+    sections += _published(results.rows)
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
     seen = f"{len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}"
@@ -64,16 +67,23 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
                 for line in lines
             ],
         )
-    if not_run:
-        made += "<p>Not run:</p>" + report.table(("model", "metric", "needs"), [(each.model, each.metric, each.needs) for each in not_run])
+    needs: dict[str, dict[str, None]] = {}
+    for each in not_run:
+        needs.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None  # once, however many evaluations say so
+    if needs:
+        made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in needs.items()])
     return made
 
 
-def _left_out(results: Results) -> str:
-    """Pictures that could not be read, and those that a metric leaves out."""
-    rows = [(each["of"], each["model"], each["reason"], each["count"]) for each in results.left_out]
-    rows += [("all", "", reason, count) for reason, count in count_reasons(results.skipped).items()]
-    return "<p>Left out:</p>" + report.table(("of", "model", "reason", "pictures"), rows) if rows else ""
+def _left_out(results: Sequence[Results]) -> str:
+    """Pictures that could not be read, and those that a metric leaves out; of several evaluations with the number of each."""
+    rows: list[tuple[Any, ...]] = []
+    for number, one in enumerate(results, start=1):
+        rows += [(number, each["of"], each["model"], each["reason"], each["count"]) for each in one.left_out]
+        rows += [(number, "all", "", reason, count) for reason, count in count_reasons(one.skipped).items()]
+    several = len(results) > 1
+    header = ("evaluation", "of", "model", "reason", "pictures")
+    return "<p>Left out:</p>" + report.table(header if several else header[1:], rows if several else [row[1:] for row in rows]) if rows else ""
 
 
 def _protocols(rows: Sequence[Row]) -> str:
@@ -94,11 +104,11 @@ def _protocols(rows: Sequence[Row]) -> str:
     return head + report.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
-def _published() -> str:
-    """The paper's numbers, in a table of their own: their protocols are not those of the numbers above."""
-    listed = [(each.model, each.metric, each.protocol, f"{each.value:g}", each.heading) for each in published.PUBLISHED]
-    note = "<p>From the paper, not measured here: ImageNet and COCO at 256 px with Inception, not to be compared with other sets, sizes or networks.</p>"
-    return note + report.table(("model", "metric", "protocol", "value", ""), listed)
+def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The paper's numbers by the names of these metrics, if any, in a section of their own: their protocols are not those of the numbers above."""
+    header, listed = published.compact({row.metric for row in rows})
+    note = f"<p>From the paper ({html.escape(published.SOURCE)}), not to be compared with numbers of other sets, sizes or networks.</p>"
+    return [("Published numbers, not measured here", note + report.table(header, listed))] if listed else []
 
 
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
@@ -225,20 +235,23 @@ def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
 
 def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun], results: Sequence[Results]) -> Path:
     """One page of several results, beginning with the paper's first figure for all that was measured, which stands beside it as .png."""
+    results = [each for i, each in enumerate(results) if each not in results[:i]]
     rows = [row for each in results for row in each.rows]
     drawn = figure_one(rows)
+    told = "<p>Bars of one protocol stand side by side; groups of one name and unlike protocols are numbered in the order of the list below.</p>"
+    commands = [(i, each.command, _machine(each.environment), f"{each.seconds:.0f}") for i, each in enumerate(results, start=1)]
     write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            report.picture(drawn, "rebuilding, drawing and understanding of each model"),
+            report.picture(drawn, "rebuilding, drawing and understanding of each model") + told,
         ),
-        ("Numbers", _numbers(tables, not_run)),
-        ("Published numbers", _published()),
+        ("Numbers", _numbers(tables, not_run) + _left_out(results)),
+        *_published(rows),
         ("How it was measured", _protocols(rows)),
-        ("Commands", report.table(("command", "machine", "seconds"), [(each.command, _machine(each.environment), f"{each.seconds:.0f}") for each in results])),
+        ("Commands", report.table(("evaluation", "command", "machine", "seconds"), commands)),
     ]
-    return report.write_page(path, "Evaluations", f"{len(results)} evaluations.", sections)
+    return report.write_page(path, "Evaluations", f"{len(results)} evaluation{'s' if len(results) > 1 else ''}.", sections)
 
 
 PANELS = (
