@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from tiny_pipeline import write_photo
 
 from openvision3 import cli
 from openvision3.ablate import ABLATIONS, AblationOptions, Cell, base_config, changed, finished, operations, phases
-from openvision3.compare import Group, protocol, read_groups, tables
+from openvision3.compare import Group, protocol, read_groups, tables, write_comparison
 from openvision3.config import flat, to_dict
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.pipeline import load
@@ -315,6 +316,16 @@ def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path)
     (other / "config.json").write_text(json.dumps(config))
     assert [len(members) for _, _, members in tables([base, Group("other", [Curves(other).read()])])] == [1, 1]
     assert protocol(base, "val/psnr") != protocol(Group("other", [Curves(other).read()]), "val/psnr")
+
+
+def test_every_one_of_several_equal_bests_is_bold_and_nothing_else(synergy, tmp_path):
+    groups = [Group(label, [Curves(synergy / "base" / "seed-0").read()]) for label in ("one", "same", "other")]
+    for points in groups[2].runs[0].values.values():
+        points.update(dict.fromkeys(points, -1.0))  # the worst PSNR and the best loss
+    page = write_comparison(tmp_path / "page.html", "Compared", "", groups).read_text()
+    one, same, other = (re.search(f"<tr><td>{label}</td>(.*?)</tr>", page).group(1).split("<td>")[3:] for label in ("one", "same", "other"))
+    assert one == same and any("<b>" in cell for cell in one)
+    assert all(("<b>" in a) != ("<b>" in b) for a, b in zip(one, other, strict=True))
 
 
 def test_compare_refuses_what_is_no_run(tmp_path, capsys):

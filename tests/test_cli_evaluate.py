@@ -21,8 +21,9 @@ from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli, cli_evaluate
 from openvision3.evaluate import published
+from openvision3.evaluate.page import bar_groups, write_summary
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Results, Row, Setting, shown, split, table
+from openvision3.evaluate.results import NotRun, Results, Row, Setting, shown, split, table
 from openvision3.sources import ASSETS
 
 KINDS = ("circle", "square", "star")
@@ -89,16 +90,55 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
     page = (everything / "report.html").read_text()
     for heading in (
         "Numbers",
-        "Rebuilding",
-        "The worst",
+        "Rebuilding: PSNR of all pictures, and against noise on the tokens",
+        "All pictures, from the worst",
         "the nearest captions",
         "captions of the first",
         "zero-shot by class",
-        "Published numbers",
+        "Published numbers, not measured here",
         "How it was",
     ):
         assert heading in page
-    assert "published (paper v2), not measured here" in page and not re.search(r"src=.https?:", page)
+    assert not re.search(r"src=.https?:", page)
+
+
+def scores(page: str, model: str) -> list[float]:
+    """What the model has in the order of the pictures on the page."""
+    return [float(value) for value in re.findall(rf"<figcaption>[^<]* {re.escape(model)} ([\d.]+) dB", page)]
+
+
+def test_few_pictures_are_each_shown_once_from_the_worst_to_the_best(everything, root):
+    page = (everything / "report.html").read_text()
+    found = scores(page, str(root / "model"))
+    assert len(found) == 9 and found == sorted(found) and "The first pictures" not in page and "The best" not in page
+
+
+def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_noise_without_a_curve(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("openvision3.evaluate.page.FIRST", 3)
+    monkeypatch.setattr("openvision3.evaluate.page.EXTREME", 2)
+    out = measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--metrics", "psnr", "--sigmas", "0")
+    page, found = (out / "report.html").read_text(), sorted(json.loads(line)["psnr"] for line in (out / "pictures.jsonl").read_text().splitlines()[:9])
+    assert all(heading in page for heading in ("The first pictures", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
+    assert scores(page, str(root / "model"))[3:] == pytest.approx([*found[:2], *found[:-3:-1]], abs=0.06)
+    assert "Rebuilding: PSNR of all pictures" in page and "against noise" not in page
+
+
+@pytest.fixture(scope="module")
+def retrieved(root) -> Path:
+    (root / "retrieved").mkdir()
+    (root / "retrieved" / "pictures.jsonl").write_text("{}\n")
+    return measured(root, root / "retrieved", "retrieval", "--data", str(root / "data"))
+
+
+def test_published_numbers_are_those_of_metrics_that_stand_on_the_page(retrieved):
+    assert "Published numbers" not in (retrieved / "report.html").read_text()
+    header, found = published.compact({"psnr", "lpips", "image_to_text_r@1"})
+    assert header == ("model", "set", "PSNR", "LPIPS (net not stated)", "paper")
+    assert ("unitok", "ImageNet, 256 x 256", "25.34", "0.132", "v1 or v2") in found and "omnitokenizer" not in {row[0] for row in found}
+
+
+def test_no_score_of_a_picture_is_no_file_and_none_is_left_from_before(everything, retrieved):
+    assert (everything / "pictures.jsonl").stat().st_size and not (retrieved / "pictures.jsonl").exists()
 
 
 def test_every_pictures_score_is_kept(everything, root):
@@ -226,6 +266,7 @@ def test_peers_stand_beside_ours_and_what_the_paper_says_of_them_in_a_column_of_
     assert {row.model for row in results.rows if row.metric == "psnr"} == {"flux-vae", ours}
     assert [(each.model, each.metric) for each in results.not_run if "clip-b16 can be measured by" in each.needs] == [("clip-b16", "reconstruction")]
     assert "not run" in told and "rfid" not in {row.metric for row in results.rows}
+    assert f"from the worst of {ours} to the best" in (tmp_path / "a" / "report.html").read_text(), "ours is told of, wherever it stands"
     assert cli.main(["evaluate", "retrieval", *arguments(root, *peers, "--out", str(tmp_path / "b"))]) == 0
     assert {row.model for row in Results.load(tmp_path / "b").rows} == {"clip-b16", ours}
 
@@ -461,6 +502,33 @@ def test_several_evaluations_are_one_page_with_the_papers_first_figure(everythin
     page = (tmp_path / "t.html").read_text()
     assert "first figure" in page and "How it was measured" in page and "not run" in capsys.readouterr().out
     assert cli.main(["evaluate", "table", "--out", str(tmp_path / "t.html")]) == 2
+
+
+def test_a_summary_says_what_was_left_out_and_once_what_was_not_run(tmp_path):
+    def results(**more) -> Results:
+        needs = [NotRun("a", "rfid", "Inception"), NotRun("b", "rfid", "Inception"), NotRun("a", "lpips", "AlexNet")]
+        return Results([row(), row("b")], needs, command="evaluate", **more)
+
+    one = results(skipped=[{"key": "x", "reason": "truncated", "detail": ""}] * 7)
+    other = results(left_out=[{"of": "retrieval", "model": "b", "reason": "without a caption", "count": 5}])
+    given = [one, one, other]
+    page = write_summary(tmp_path / "t.html", [], [each for one in given for each in one.not_run], given).read_text()
+    assert "2 evaluations" in page
+    assert page.count("<td>Inception</td>") == page.count("<td>rfid of a, rfid of b</td>") == page.count("<td>AlexNet</td>") == 1
+    for line in ((1, "all", "", "truncated", 7), (2, "retrieval", "b", "without a caption", 5)):
+        assert page.count("".join(f"<td>{cell}</td>" for cell in line)) == 1
+
+
+@pytest.mark.parametrize("apart", [{"captions": "others"}, {"crop": "adm"}, {"seed": 1}, {"how": "pooled"}, {"network": "another"}, {"dtype": "bf16"}], ids=str)
+def test_bars_of_unlike_protocols_are_in_unlike_groups_with_unlike_labels(apart):
+    setting = replace(SETTING, **{name: value for name, value in apart.items() if hasattr(SETTING, name)})
+    other = row("b", setting=setting, **{name: value for name, value in apart.items() if not hasattr(SETTING, name)})
+    (one, first), (two, second) = bar_groups([row("a"), other, row("c"), row("a")])
+    assert one != two and (set(first), set(second)) == ({"a", "c"}, {"b"})
+
+
+def test_one_model_measured_twice_hides_neither_bar():
+    assert [numbers["a"].value for _, numbers in bar_groups([row("a"), row("a", value=3.0)])] == [1.0, 3.0]
 
 
 def test_shares_are_shown_as_percent_and_psnr_in_db():

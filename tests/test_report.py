@@ -59,6 +59,14 @@ def test_every_picture_in_the_page_is_a_whole_png(page):
         assert image.format == "PNG"
 
 
+def test_a_wide_table_scrolls_in_its_own_box_and_long_words_break_so_that_the_page_does_not_scroll(page):
+    made = report.table(("sha256", "number"), [("0" * 64, "image_to_text_median_rank")])
+    assert '<td class="long">' + "0" * 64 in made and "<td>image_to_text_median_rank" in made
+    for text in (made, page):
+        assert text.count("<table") == text.count('<div class="table"><table') > 0
+    assert ".table { overflow-x: auto }" in page and ".long { overflow-wrap: anywhere" in page
+
+
 def test_captions_and_names_are_text_and_never_html(page):
     parsed = Page(page)
     assert "script" not in parsed.tags

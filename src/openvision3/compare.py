@@ -175,20 +175,19 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
 
 
 def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
-    """HTML; the best mean of each column is bold."""
-    best = {}
-    for name in columns:
-        means = {group.label: statistics.mean(group.values(name)) for group in groups if group.values(name)}
-        best[name] = (max if any(part in name for part in LARGER_IS_BETTER) else min)(means, key=means.__getitem__) if len(means) > 1 else ""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "runs", "steps", *(column(name)[0] for name in columns)))
-    body = ""
-    for group in groups:
-        cells = [html.escape(group.label), str(len(group.runs)), f"{group.steps:,}"]
-        for name in columns:
-            told = spread(group.values(name), column(name)[1]) if group.values(name) else "not measured"
-            cells.append(f"<b>{told}</b>" if best[name] == group.label else told)
-        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
+    """HTML; the best mean of each column is bold, all of them where it is there several times."""
+    header = ("", "runs", "steps", *(column(name)[0] for name in columns))
+    rows = [[group.label, str(len(group.runs)), f"{group.steps:,}"] for group in groups]
+    bold = set()
+    for x, name in enumerate(columns, start=len(rows[0])):
+        found = [group.values(name) for group in groups]
+        means = [statistics.mean(values) for values in found if values]
+        best = (max if any(part in name for part in LARGER_IS_BETTER) else min)(means)
+        for y, values in enumerate(found):
+            rows[y].append(spread(values, column(name)[1]) if values else "not measured")
+            if len(means) > 1 and values and statistics.mean(values) == best:
+                bold.add((y, x))
+    return report.table(header, rows, bold)
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:

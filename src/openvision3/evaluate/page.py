@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from openvision3.data.images import to_pil
 from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
+from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, shown, split
 from openvision3.files import write_whole
 
@@ -19,19 +20,22 @@ if TYPE_CHECKING:
     from openvision3.cli_evaluate import Evaluation
 
 FIRST, EXTREME = 12, 6
-"""pictures that a page shows: the first ones, and the best and the worst"""
+"""pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""
 AMPLIFIED = 4
 COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
 
 
 def write_report(out: Path, work: Evaluation) -> Path:
-    """report.html and pictures.jsonl (what each picture scored) in `out`. Returns the page."""
+    """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
     results = work.results
-    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out(results))]
-    write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in _per_picture(work)))
+    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out([results]))]
+    if scores := _per_picture(work):
+        write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in scores))
+    else:
+        (out / "pictures.jsonl").unlink(missing_ok=True)  # of an evaluation before
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
-    sections.append(("Published numbers", _published()))
+    sections += _published(results.rows)
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
     seen = f"{len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}"
@@ -63,16 +67,23 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
                 for line in lines
             ],
         )
-    if not_run:
-        made += "<p>Not run:</p>" + report.table(("model", "metric", "needs"), [(each.model, each.metric, each.needs) for each in not_run])
+    needs: dict[str, dict[str, None]] = {}
+    for each in not_run:
+        needs.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None  # once, however many evaluations say so
+    if needs:
+        made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in needs.items()])
     return made
 
 
-def _left_out(results: Results) -> str:
-    """Pictures that could not be read, and those that a metric leaves out."""
-    rows = [(each["of"], each["model"], each["reason"], each["count"]) for each in results.left_out]
-    rows += [("all", "", reason, count) for reason, count in count_reasons(results.skipped).items()]
-    return "<p>Left out:</p>" + report.table(("of", "model", "reason", "pictures"), rows) if rows else ""
+def _left_out(results: Sequence[Results]) -> str:
+    """Pictures that could not be read, and those that a metric leaves out; of several evaluations with the number of each."""
+    rows: list[tuple[Any, ...]] = []
+    for number, one in enumerate(results, start=1):
+        rows += [(number, each["of"], each["model"], each["reason"], each["count"]) for each in one.left_out]
+        rows += [(number, "all", "", reason, count) for reason, count in count_reasons(one.skipped).items()]
+    several = len(results) > 1
+    header = ("evaluation", "of", "model", "reason", "pictures")
+    return "<p>Left out:</p>" + report.table(header if several else header[1:], rows if several else [row[1:] for row in rows]) if rows else ""
 
 
 def _protocols(rows: Sequence[Row]) -> str:
@@ -93,11 +104,11 @@ def _protocols(rows: Sequence[Row]) -> str:
     return head + report.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
-def _published() -> str:
-    """The paper's numbers, in a table of their own: their protocols are not those of the numbers above."""
-    listed = [(each.model, each.metric, each.protocol, f"{each.value:g}", each.heading) for each in published.PUBLISHED]
-    note = "<p>From the paper, not measured here: ImageNet and COCO at 256 px with Inception, not to be compared with other sets, sizes or networks.</p>"
-    return note + report.table(("model", "metric", "protocol", "value", ""), listed)
+def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The paper's numbers by the names of these metrics, if any, in a section of their own: their protocols are not those of the numbers above."""
+    header, listed = published.compact({row.metric for row in rows})
+    note = f"<p>From the paper ({html.escape(published.SOURCE)}), not to be compared with numbers of other sets, sizes or networks.</p>"
+    return [("Published numbers, not measured here", note + report.table(header, listed))] if listed else []
 
 
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
@@ -121,25 +132,17 @@ def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
     if not measured:
         return []
     curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
-    drawn = report.picture(_spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves), "PSNR of all pictures, and against noise")
-    sections = [("Rebuilding: all pictures, and against noise on the tokens", drawn)]
-    first = next(iter(measured.values())).shown["pictures"]
-    for title, places in (
-        ("The first pictures", list(range(min(FIRST, len(first.keys))))),
-        ("The worst", first.worst(EXTREME)),
-        ("The best", first.best(EXTREME)),
-    ):
-        sections.append(
-            (
-                f"{title}{'' if title.startswith('The first') else f' of {next(iter(measured))}'}: original | {_columns(work, measured)}",
-                _figures(work, measured, places),
-            )
-        )
-    return sections
-
-
-def _columns(work: Evaluation, measured: dict[str, Any]) -> str:
-    return " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
+    heading = f"Rebuilding: PSNR of all pictures{', and against noise on the tokens' if curves else ''}"
+    drawn = _spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves)
+    own = work.options.model if work.options.model in measured else next(iter(measured))  # whose worst and best are shown: ours, wherever it stands
+    found = measured[own].shown["pictures"]
+    if (count := len(found.keys)) <= FIRST + 2 * EXTREME:
+        places = {f"All pictures, from the worst of {own} to the best": found.worst(count)}
+    else:
+        places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
+    columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
+    figures = [(f"{title}: original | {columns}", _figures(work, measured, which)) for title, which in places.items()]
+    return [(heading, report.picture(drawn, heading)), *figures]
 
 
 def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> str:
@@ -166,25 +169,26 @@ def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) 
 
 
 def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
-    """How PSNR spreads over the pictures, and how it falls with the noise. PNG."""
+    """How PSNR spreads over the pictures, and how it falls with the noise, where there are curves. PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 3.2))
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(10 if curves else 5, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(values)}
     low, high = min(min(v) for v in values.values()), max(max(v) for v in values.values())
-    for i, (name, found) in enumerate(values.items()):
-        left.hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=COLOURS[i % len(COLOURS)], label=name)
-    left.set_title("PSNR of each picture, dB", fontsize=10, loc="left")
-    left.legend(frameon=False, fontsize=8)
-    for i, (name, points) in enumerate(curves.items()):
-        right.plot(*zip(*points, strict=True), marker="o", color=COLOURS[list(values).index(name) % len(COLOURS)] if name in values else COLOURS[i], label=name)
-    right.set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
-    right.set_visible(bool(curves))
-    for panel in (left, right):
+    for name, found in values.items():
+        panels[0].hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name], label=name)
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_title("pictures, over the PSNR of each, dB", fontsize=10, loc="left")
+    for name, points in curves.items():
+        panels[1].plot(*zip(*points, strict=True), marker="o", color=colours[name])
+        panels[1].set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
+    for panel in panels:
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -231,62 +235,75 @@ def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
 
 def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun], results: Sequence[Results]) -> Path:
     """One page of several results, beginning with the paper's first figure for all that was measured, which stands beside it as .png."""
+    results = [each for i, each in enumerate(results) if each not in results[:i]]
     rows = [row for each in results for row in each.rows]
     drawn = figure_one(rows)
+    told = "<p>Bars of one protocol stand side by side; groups of one name and unlike protocols are numbered in the order of the list below.</p>"
+    commands = [(i, each.command, _machine(each.environment), f"{each.seconds:.0f}") for i, each in enumerate(results, start=1)]
     write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            report.picture(drawn, "rebuilding, drawing and understanding of each model"),
+            report.picture(drawn, "rebuilding, drawing and understanding of each model") + told,
         ),
-        ("Numbers", _numbers(tables, not_run)),
-        ("Published numbers", _published()),
+        ("Numbers", _numbers(tables, not_run) + _left_out(results)),
+        *_published(rows),
         ("How it was measured", _protocols(rows)),
-        ("Commands", report.table(("command", "machine", "seconds"), [(each.command, _machine(each.environment), f"{each.seconds:.0f}") for each in results])),
+        ("Commands", report.table(("evaluation", "command", "machine", "seconds"), commands)),
     ]
-    return report.write_page(path, "Evaluations", f"{len(results)} evaluations.", sections)
+    return report.write_page(path, "Evaluations", f"{len(results)} evaluation{'s' if len(results) > 1 else ''}.", sections)
 
 
 PANELS = (
-    ("rebuilding: rFID, lower is better", ("rfid",), 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
-    ("rebuilding: KID, EfficientNet-Lite0, lower is better", ("KID on EfficientNet-Lite0 features",), 1.0, "not run"),
-    ("drawing: gFID, lower is better", ("gfid",), 1.0, "not run: needs a trained RAE\nand Inception's weights"),
-    ("understanding: R@1, picture to text, %", ("image_to_text_r@1",), 100.0, "not run"),
+    ("rebuilding: rFID, lower is better", "rfid", 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
+    ("rebuilding: KID, EfficientNet-Lite0, lower is better", "KID on EfficientNet-Lite0 features", 1.0, "not run"),
+    ("drawing: gFID, lower is better", "gfid", 1.0, "not run: needs a trained RAE\nand Inception's weights"),
+    ("understanding: R@1, picture to text, %", "image_to_text_r@1", 100.0, "not run"),
 )
 
 
 def figure_one(rows: Sequence[Row]) -> bytes:
-    """A panel for rFID, KID, gFID and understanding, a bar for each model and set; a panel without numbers says what it needs. PNG."""
+    """A panel for rFID, KID, gFID and understanding, a bar for each model and protocol; a panel without numbers says what it needs. PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(3.7 * len(PANELS), 3.6))
+    figure = Figure(figsize=(3.7 * len(PANELS), 3.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    for panel, (title, metrics, factor, otherwise) in zip(panels, PANELS, strict=True):
-        found = [row for row in rows if row.metric in metrics]
+    drawn = [bar_groups([row for row in rows if row.metric == metric]) for _, metric, _, _ in PANELS]
+    names = dict.fromkeys(model for groups in drawn for _, numbers in groups for model in numbers)
+    colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(names)}
+    for panel, (title, _, factor, otherwise), groups in zip(panels, PANELS, drawn, strict=True):
         panel.set_title(title, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-        if not found:
+        if not groups:
             panel.text(0.5, 0.5, otherwise, ha="center", va="center", fontsize=9, transform=panel.transAxes)
             panel.set_xticks([])
             panel.set_yticks([])
             continue
-        models = list(dict.fromkeys(row.model for row in found))
-        sets = list(dict.fromkeys(map(_where, found)))
+        models = [model for model in colours if any(model in numbers for _, numbers in groups)]
         for i, model in enumerate(models):
-            bars = [(sets.index(_where(row)) + i / (len(models) + 1), row.number.value * factor) for row in found if row.model == model]
-            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=COLOURS[i % len(COLOURS)], label=model)
-        panel.set_xticks([j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(sets))], sets, fontsize=7)
+            bars = [(j + i / (len(models) + 1), numbers[model].value * factor) for j, (_, numbers) in enumerate(groups) if model in numbers]
+            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=colours[model])
+        places = [j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(groups))]
+        panel.set_xticks(places, [label for label, _ in groups], fontsize=7, rotation=90 if len(groups) > 4 else 0)  # more do not fit side by side
         panel.tick_params(labelsize=8)
-        panel.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
+    if colours:
+        figure.legend(handles=[Patch(color=colours[model], label=model) for model in colours], loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def _where(row: Row) -> str:
-    """Bars stand side by side only where their numbers may be compared: a group has one protocol."""
-    return f"{_short(row.setting.data)} {row.setting.resolution}\n{row.setting.dtype}, N {row.number.count:,}\n{row.setting.data_sha256[:6]}"
+def bar_groups(rows: Sequence[Row]) -> list[tuple[str, dict[str, Number]]]:
+    """Rows of one metric -> (label, numbers by model): like stands beside like alone, as in the tables, and no two groups have one label."""
+    found = [(_where(setting, line), line.values) for setting, [line] in split(list(dict.fromkeys(rows)))]
+    labels = [label for label, _ in found]
+    return [(f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label, numbers) for i, (label, numbers) in enumerate(found)]
+
+
+def _where(setting: Setting, line: Line) -> str:
+    count = next(iter(line.values.values())).count
+    return f"{_short(setting.data)} {setting.resolution}\n{setting.dtype}, N {count:,}\n{setting.data_sha256[:6]}"
 
 
 def _short(data: str) -> str:

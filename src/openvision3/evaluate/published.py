@@ -6,7 +6,7 @@ for row in rows("unitok"):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 SOURCE = "OpenVision 3, arXiv 2601.15369"
@@ -108,3 +108,15 @@ def beside(model: str, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
             column = found.setdefault(f"{model}, {each.protocol}: {each.heading}", {})
             column[metric] = f"{each.value:g}"
     return found
+
+
+def compact(metrics: Collection[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows) of all that is published by the name of one of these metrics of ours: a row a model, set and version of the paper."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for each in PUBLISHED:
+        if NAMES.get(each.metric) in metrics:
+            where, _, more = each.protocol.partition("; ")
+            found.setdefault((each.model, where, each.version), {})[f"{each.metric} ({more})" if more else each.metric] = f"{each.value:g}"
+    columns = dict.fromkeys(column for values in found.values() for column in values)
+    rows = [(model, where, *(values.get(column, "") for column in columns), version) for (model, where, version), values in found.items()]
+    return ("model", "set", *columns, "paper"), rows

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from openvision3.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem }
 .lead { opacity: .75; margin-top: 0 } img { max-width: 100%; border-radius: 6px }
 .number, .card, figure { border: 1px solid var(--line); border-radius: 8px; padding: .6rem }
 .numbers { display: flex; flex-wrap: wrap; gap: .8rem } .number { background: var(--soft); min-width: 9rem }
 .number b { display: block; font-size: 1.5rem } .number span { font-size: .85rem; opacity: .75 }
+.table { overflow-x: auto } .table + .table { margin-top: 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line) }
+.long { overflow-wrap: anywhere; min-width: 9rem }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem } .card { display: flex; gap: .8rem; align-items: center }
-.card img { width: 72px; height: 72px; background: white } .card p { margin: 0; font-size: .9rem } .card small { opacity: .65 } .card .right { color: #17803d }
+.card img { width: 72px; height: 72px; background: white } .card p { margin: 0; font-size: .9rem; min-width: 0 }
+.card small { opacity: .65 } .card .right { color: #17803d }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1rem }
 figure { margin: 0 } .rows img { width: 100%; background: white } figure div { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem }
-.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem } .wide img { width: 100% }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1rem } .wide img { width: 100% }
 .right { color: #17803d; font-weight: 600 }
 figcaption { font-size: .85rem; margin-top: .3rem }
 footer { margin-top: 3rem; font-size: .85rem; opacity: .75 }
@@ -147,10 +150,21 @@ def numbers(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="numbers">{boxes}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+LONG = 32
+"""characters of a word, such as a sha256 or a path, that may be broken anywhere"""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], bold: Collection[tuple[int, int]] = ()) -> str:
+    """`bold` are (row, column). A table wider than the page scrolls in a box of its own."""
+
+    def cell(tag: str, content: Any, strong: bool = False) -> str:
+        text = html.escape(str(content))
+        long = ' class="long"' if any(len(word) > LONG for word in str(content).split()) else ""
+        return f"<{tag}{long}>{f'<b>{text}</b>' if strong else text}</{tag}>"
+
+    head = "".join(cell("th", each) for each in header)
+    body = "".join("<tr>" + "".join(cell("td", each, (y, x) in bold) for x, each in enumerate(row)) + "</tr>" for y, row in enumerate(rows))
+    return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def caption_cards(items: Sequence[tuple[Image.Image, str, str]]) -> str:
