@@ -13,7 +13,7 @@ import pytest
 from test_download import BYTES, SHA256, names, server  # noqa: F401
 from tiny_pipeline import pipeline
 
-from openvision3 import cli
+from openvision3 import cli, cli_fetch
 from openvision3 import download as downloading
 from openvision3.fetch import find, find_hub
 from openvision3.model.vae import VAE
@@ -204,6 +204,20 @@ def test_another_folder_is_taken_and_how_to_use_it_is_told(two, home, tmp_path, 
     assert "file is a file; name a folder with --to" in refused(capsys, "two", "--to", "file")
 
 
+def test_a_folder_that_cannot_be_made_is_told_of_before_anything_is_asked_for(two, server, capsys, monkeypatch):  # noqa: F811
+    def no_folder(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", no_folder)
+    told = refused(capsys, "two", "hub", "--to", "new/folder")
+    assert "nothing can be written into new/folder (" in told and "Read-only file system); name another folder with --to" in told and server.gets == []
+
+
+def test_names_are_divided_by_commas_too(two, home):
+    assert cli.main(["fetch", "two,hub"]) == 0
+    assert {path.parent.name for path in home.glob("*/fetched.json")} == {"two", "hub"}
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +277,20 @@ def test_the_list_names_everything_with_its_state(two, home, capsys):
     assert told["state"] == "incomplete" and told["files"][0]["sha256"] == SHA256 and told["licence"] == "MIT"
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100, 149, 150, 160, 250])
+def test_no_name_state_or_licence_is_cut_on_any_terminal(home, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    assert cli_fetch._list(list(ASSETS.values()), home, False) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert "\u2026" not in "".join(lines) and max(map(len, lines[:-2])) <= columns
+    rows = [line.split()[:2] for line in lines if re.match(r"[a-z0-9]", line)]
+    assert [row for row in rows if row[0] in ASSETS] == [[name, "absent"] for name in ASSETS]
+    if columns < cli_fetch.WIDE:
+        seen = " ".join(" ".join(lines).split())
+        assert all(f"licence {asset.licence}{' (gated)' if asset.gated else ''}; for {asset.needed_by}; from " in seen for asset in ASSETS.values())
+
+
 def test_the_real_list_is_shown_without_a_network_or_torch(home):
     code = (
         "import socket, sys\nsocket.socket.connect = None\nfrom openvision3.cli import main\n"
@@ -280,7 +308,7 @@ def test_check_of_an_empty_place(home, capsys):
 
 
 def test_find_gives_what_was_fetched(two, home):
-    with pytest.raises(FileNotFoundError, match=r"^FID needs big\.pth; get it with `openvision3 fetch two` \(MIT, https://127\.0\.0\.1\)$"):
+    with pytest.raises(FileNotFoundError, match=r"^FID needs big\.pth; get it with `openvision3 fetch two` \(licence: MIT; from 127\.0\.0\.1\)$"):
         find("two", "big.pth", needed_by="FID")
     assert cli.main(["fetch", "two", "hub"]) == 0
     assert find("two", "big.pth") == home / "two/big.pth"
@@ -296,7 +324,10 @@ def test_find_gives_what_was_fetched(two, home):
 
 
 def test_find_sees_the_caches_of_torch_and_of_the_hub(two, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"needs weights-inception.*get it with `openvision3 fetch inception-2015` \(unknown for the weights"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"needs weights-inception.*get it with `openvision3 fetch inception-2015` \(licence: unknown for the weights.*from github\.com/toshas",
+    ):
         find("inception-2015")
     checkpoints = tmp_path / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -323,7 +354,8 @@ def in_hub_cache(cache: Path, hub: str, *files: str) -> Path:
 def test_a_vae_named_by_its_hub_id_is_found_where_it_was_fetched_and_never_downloaded(home, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", None)
     with pytest.raises(
-        FileNotFoundError, match=r"the VAE needs black-forest-labs/FLUX\.1-schnell, .*get it with `openvision3 fetch flux-vae` \(Apache-2\.0, gated"
+        FileNotFoundError,
+        match=r"the VAE needs black-forest-labs/FLUX\.1-schnell, .*get it with `openvision3 fetch flux-vae` \(licence: Apache-2\.0; gated, from",
     ):
         VAE.load("black-forest-labs/FLUX.1-schnell")
     with pytest.raises(FileNotFoundError, match=r"the VAE needs some/other, .*`hf download some/other`, or name a folder"):
@@ -341,13 +373,12 @@ def test_a_vae_named_by_its_hub_id_is_found_where_it_was_fetched_and_never_downl
 
 
 def test_every_peer_can_be_fetched_under_its_own_name_from_its_own_place():
-    """But VILA-U, of whose folder no file names are known."""
     from openvision3.evaluate.peers import PEERS
 
     for name, peer in PEERS.items():
-        if name != "vila-u":
-            assert ASSETS[name].hub == peer.hub, name
-            files = {file.name.removeprefix("vae/") for file in ASSETS[name].files}
-            for wanted in peer.files:
-                if "/" not in wanted.removeprefix("vae/") and not wanted.startswith("vae/ as"):
-                    assert files & set(wanted.removeprefix("vae/").split(" or ")), (name, wanted)
+        assert ASSETS[name].hub == peer.hub, name
+        names = [file.name.removeprefix("vae/") for file in ASSETS[name].files]
+        files = {*names, *(each.split("/")[0] for each in names)}
+        for wanted in peer.files:
+            if "/" not in wanted.removeprefix("vae/") and not wanted.startswith("vae/ as"):
+                assert files & set(wanted.removeprefix("vae/").split(" or ")), (name, wanted)

@@ -11,11 +11,16 @@ from typing import Any
 from openvision3 import fetch
 from openvision3.sources import ASSETS, Asset, named
 
+WIDE = 150
+"""columns of a terminal from which on each asset has a row of a table; narrower ones show it in two lines or more"""
+COLOURS = {"here": "green", "damaged": "red", "incomplete": "yellow"}
+
 
 def run(names: Sequence[str], to: str, list_all: bool, check: bool, json: bool) -> int:
     """Exit code 2 where something could not be fetched or is damaged. Raises ValueError, OSError: nothing was done."""
     if list_all and check:
         raise ValueError("--list and --check are two commands; name one of them")
+    names = [name for each in names for name in each.split(",") if name]
     if not names and not list_all and not check:
         raise ValueError("nothing named; name what to fetch, or all: openvision3 fetch --list shows what there is")
     folder = Path(to).expanduser() if to else fetch.default_folder()
@@ -31,22 +36,28 @@ def _list(assets: Sequence[Asset], folder: Path, json: bool) -> int:
         print(dumps(found, indent=2))
         return 0
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
     screen = Console(highlight=False)
     if not screen.is_terminal:
         screen.width = 200
+    wide = screen.width >= WIDE
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("name", "state", "size", "licence", "needed by", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "size", "source"))
-    colours = {"here": "green", "damaged": "red", "incomplete": "yellow"}
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "state", "size"))
+    longest = max(len(asset.name) for asset in assets)
     for asset, told in zip(assets, found, strict=True):
-        colour = colours.get(told["state"], "dim")
-        licence = asset.licence + (" (gated)" if asset.gated else "")
-        table.add_row(
-            asset.name, f"[{colour}]{told['state']}[/]", fetch.size_in_words(told["files"]), licence, asset.needed_by, asset.source.removeprefix("https://")
-        )
-    screen.print(table)
+        state, size = told["state"], fetch.size_in_words(told["files"])
+        coloured = f"[{COLOURS.get(state, 'dim')}]{state}[/]"
+        source, licence = asset.source.removeprefix("https://"), asset.licence + (" (gated)" if asset.gated else "")
+        if wide:
+            table.add_row(asset.name, coloured, size, licence, asset.needed_by, source)
+        else:
+            screen.print(f"[bold]{asset.name:{longest}}[/]  {coloured}{' ' * (10 - len(state))}  {size}")
+            screen.print(Padding(f"licence {licence}; for {asset.needed_by}; from {source}", (0, 0, 0, 4)))
+    if wide:
+        screen.print(table)
     print(f"\nin {folder}; get one with: openvision3 fetch NAME; read what is here with: openvision3 fetch --check")
     return 0
 
@@ -75,6 +86,8 @@ def _fetch(assets: Sequence[Asset], folder: Path, json: bool) -> int:
     """One after the other; of several, those that cannot be had are named on stderr and do not keep the others from coming."""
     found: list[dict[str, Any]] = []
     failed = 0
+    if not folder.is_dir() or any(fetch.state(asset, folder) != "here" for asset in assets):
+        fetch.check_writable(folder)
     for asset in assets:
         try:
             told = fetch.fetch(asset, folder)
@@ -87,7 +100,7 @@ def _fetch(assets: Sequence[Asset], folder: Path, json: bool) -> int:
             continue
         found.append(fetch.describe(asset, folder))
         if not json:
-            print(f"{asset.name} -> {folder / asset.name}  ({asset.licence}, {asset.source})")
+            print(f"{asset.name} -> {folder / asset.name}  ({asset.terms})")
             for line in told:
                 print(f"  {line}", flush=True)
             if folder != fetch.default_folder():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def find(name: str, file: str = "", *, needed_by: str = "", folder: Path | None 
         for cached in _in_other_caches(asset, wanted):
             return cached / one.name if one else cached
     what = file or (one.name if one else f"the {len(wanted)} files of {name}")
-    raise FileNotFoundError(f"{needed_by or asset.needed_by} needs {what}; get it with `openvision3 fetch {name}` ({_terms(asset)}, {asset.source})")
+    raise FileNotFoundError(f"{needed_by or asset.needed_by} needs {what}; get it with `openvision3 fetch {name}` ({asset.terms})")
 
 
 def at_hand(path: str) -> str:
@@ -70,18 +71,11 @@ def find_hub(hub: str, choices: tuple[tuple[str, ...], ...], needed_by: str) -> 
         for cached in _in_hub_cache(hub, files):
             return cached
     if assets:
-        raise FileNotFoundError(
-            f"{needed_by} needs {hub}, which is not on this machine; get it with `openvision3 fetch {assets[0].name}` ({_terms(assets[0])}, {assets[0].source})"
-        )
+        raise FileNotFoundError(f"{needed_by} needs {hub}, which is not on this machine; get it with `openvision3 fetch {assets[0].name}` ({assets[0].terms})")
     raise FileNotFoundError(
         f"{needed_by} needs {hub}, which is not on this machine, and nothing is downloaded by itself; get it with `hf download {hub}`, "
         "or name a folder that holds it"
     )
-
-
-def _terms(asset: Asset) -> str:
-    licence = "licence unknown" if asset.licence == UNKNOWN else asset.licence
-    return f"{licence}, gated" if asset.gated else licence
 
 
 def _in_other_caches(asset: Asset, files: list[File]) -> list[Path]:
@@ -222,14 +216,27 @@ def describe(asset: Asset, folder: Path) -> dict[str, Any]:
 # -- fetching ----------------------------------------------------------------------------------------------------------
 
 
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where nothing can be written into a folder, or into its first parent that is there; leaves nothing behind.
+
+    It is tried: permissions do not tell, for root has all of them, on /proc and on a disk that is read only, too.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder with --to")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".openvision3-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written into {folder} ({there}: {error.strerror}); name another folder with --to") from error
+
+
 def fetch(asset: Asset, folder: Path) -> list[str]:
     """Have all files of an asset in `folder`, each checked; returns one line for each file.
 
     Raises:
         ValueError: a file has another hash than the one that is published or was recorded. OSError: source or disk.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --to")
     place, told = folder / asset.name, []
     for file in asset.files:
         path, record = place / file.name, read_record(place)

@@ -49,7 +49,19 @@ class Asset:
 
     @property
     def source(self) -> str:
-        return f"{HUB}/{self.hub}" if self.hub else f"https://{urlsplit(self.files[0].urls[0]).hostname}"
+        """Where it comes from, in short: the hub's or GitHub's repository, else the host."""
+        if self.hub:
+            return f"{HUB}/{self.hub}"
+        url = urlsplit(self.files[0].urls[0])
+        if url.hostname in ("github.com", "raw.githubusercontent.com"):
+            return "https://github.com/" + "/".join(url.path.split("/")[1:3])
+        return f"https://{url.hostname}"
+
+    @property
+    def terms(self) -> str:
+        """How it is licensed and where it comes from, to stand in brackets."""
+        licence = "licence unknown" if self.licence == UNKNOWN else f"licence: {self.licence}"
+        return f"{licence}; {'gated, ' if self.gated else ''}from {self.source.removeprefix('https://')}"
 
 
 def _vae(folder: str = "", sha256: str = "", hash_from: str = "", size: int | None = None) -> tuple[File, ...]:
@@ -60,8 +72,8 @@ _OPEN_CLIP = (File("open_clip_config.json"), File("open_clip_pytorch_model.bin")
 _LPIPS_WEIGHTS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
 _LPIPS_LICENCE = "channel weights BSD-2-Clause; backbone torchvision's BSD-3-Clause, trained on ImageNet, whose terms may bind too"
 _LPIPS_SEEN = "seen on bytes in the PyPI wheel lpips 0.1.4"
+_SD_VAE_HASHES = "github.com/Ornn8/bside-olivia-community: tests/installer/test_video_vae_offline.py"
 _VAE_OPTION = "--model.vae.name FOLDER or --vae FOLDER"
-_SEVERAL = "as several public repositories record it"
 
 _ALL = (
     Asset(
@@ -69,7 +81,7 @@ _ALL = (
         _vae(
             "vae/",
             "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3",
-            f"{_SEVERAL} for FLUX.1; huggingface.co/YuCollection/FLUX.1-schnell-Diffusers shows it for a copy",
+            "github.com/KAIST-VICLab/ReFlowSET: vae_audit/README.md",
             167_666_902,
         ),
         "the paper's recipes and the released OpenVision 3 encoders",
@@ -81,8 +93,8 @@ _ALL = (
     Asset(
         "sd-vae",
         (
-            File("config.json", (), "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e", _SEVERAL, 547),
-            File("diffusion_pytorch_model.safetensors", (), "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", _SEVERAL, 334_643_276),
+            File("config.json", (), "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e", _SD_VAE_HASHES, 547),
+            File("diffusion_pytorch_model.safetensors", (), "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", _SD_VAE_HASHES, 334_643_276),
         ),
         "comparing VAEs",
         "MIT",
@@ -108,8 +120,7 @@ _ALL = (
                 "vgg16-397923af.pth",
                 ("https://download.pytorch.org/models/vgg16-397923af.pth",),
                 "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-                f"its name has the first 8 digits, the others {_SEVERAL}",
-                553_433_881,
+                "its name; all digits of a copy in huggingface.co/Keiser41/mangaaa: model/vgg16-397923af.pth",
             ),
             File("vgg.pth", (f"{_LPIPS_WEIGHTS}/vgg.pth",), "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", _LPIPS_SEEN, 7289),
         ),
@@ -120,7 +131,12 @@ _ALL = (
     Asset(
         "lpips-alex",
         (
-            File("alexnet-owt-7be5be79.pth", ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",), "7be5be79", "its name"),
+            File(
+                "alexnet-owt-7be5be79.pth",
+                ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",),
+                "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+                "its name; all digits of a copy in huggingface.co/CSWRY/VOSR: torch_cache/checkpoints/alexnet-owt-7be5be79.pth",
+            ),
             File("alex.pth", (f"{_LPIPS_WEIGHTS}/alex.pth",), "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", _LPIPS_SEEN, 6009),
         ),
         "LPIPS (AlexNet)",
@@ -137,7 +153,8 @@ _ALL = (
                     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
                 ),
                 "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-                f"its name has the first 8 digits, the others {_SEVERAL}, under both URLs",
+                "its name; all digits in github.com/snap-research/discoscene: models/inception_model.py, for the second URL; "
+                "with the size in huggingface.co/RaphaelLiu/EvalCrafter-Models/commit/6040b4d",
                 95_628_359,
             ),
         ),
@@ -209,7 +226,12 @@ _ALL = (
         for name, hub, sha256, hash_from in (
             ("openvision3-b2-256", "base-patch2-32", "", ""),
             ("openvision3-b2-224", "base-patch2-28", "", ""),
-            ("openvision3-l2-256", "large-patch2-32", "e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69", "its page on the hub"),
+            (
+                "openvision3-l2-256",
+                "large-patch2-32",
+                "e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69",
+                "huggingface.co/UCSC-VLAA/openvision3-vit-large-patch2-32/blob/main/open_clip_pytorch_model.bin",
+            ),
         )
     ),
     *(
@@ -229,6 +251,30 @@ _ALL = (
         "MIT",
         hub="FoundationVision/unitok_tokenizer",
         note="a pickle, which the checkout's own code opens",
+    ),
+    Asset(
+        "vila-u",
+        tuple(map(File, ("vision_tower/config.json", "vision_tower/model.safetensors", "vision_tower/preprocessor_config.json"))),
+        "comparing with VILA-U: put vision_tower into a checkout of github.com/mit-han-lab/vila-u",
+        "MIT on its hub page",
+        hub="mit-han-lab/vila-u-7b-256",
+        note="its hub page shows 2.71 GB for the weights",
+    ),
+    Asset(
+        "imagenet-names",
+        (
+            File(
+                "imagenet_names.txt",
+                (
+                    "https://raw.githubusercontent.com/opencv/opencv/ab110c0ad1b3ca22fc65d150b9acff68b2295ac8/"
+                    "samples/data/dnn/classification_classes_ILSVRC2012.txt",
+                ),
+            ),
+        ),
+        "the class names of ImageNet-1k in zero-shot",
+        "OpenCV's: BSD-3-Clause in its LICENSE of 2021",
+        used_by="openvision3 evaluate zeroshot ... --classes FOLDER/imagenet_names.txt",
+        note="in the order of the WordNet ids, each with its synonyms; not the wording of CLIP's authors",
     ),
 )
 ASSETS = {asset.name: asset for asset in _ALL}
