@@ -364,7 +364,7 @@ PEERS: dict[str, Peer] = {
         256,
         "mit-han-lab/vila-u-7b-256",
         ("vila_u/model/multimodal_encoder/rqvaesigliptransformer", "vision_tower"),
-        "see its model card (the code is on github.com/mit-han-lab/vila-u)",
+        "MIT on its hub page (the code is on github.com/mit-han-lab/vila-u)",
         "a checkout of github.com/mit-han-lab/vila-u; transformers 4",
         SQUARE,
         note=UNTRIED + "; its decoder computes in bf16",
