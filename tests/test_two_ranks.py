@@ -65,8 +65,12 @@ def alone(data) -> Path:
     return data / "alone"
 
 
-def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.05) -> None:
-    """Losses to 1e-5, weights to a share of the learning rate; but not key biases, whose true gradient is zero: there Adam steps on rounding."""
+def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.02) -> None:
+    """Losses to 1e-5, weights to a share of the learning rate; but not key biases, whose true gradient is zero: there Adam steps on rounding.
+
+    It does so wherever a gradient is near zero, in a few entries of a tensor, and in which depends on the processor: so the root mean square of the
+    differences is held to the share, and each of them to half a step. A sample lost or seen twice moves most entries by more than that.
+    """
     rows = [metrics(one), metrics(other)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     for first, second in zip(*rows, strict=True):
@@ -81,7 +85,7 @@ def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.05) -> None
         if name.endswith("qkv.bias"):
             width = len(value) // 3
             difference[width : 2 * width] = 0
-        assert difference.max() <= share_of_rate * RATE, name
+        assert difference.pow(2).mean().sqrt() <= share_of_rate * RATE and difference.max() <= RATE / 2, name
 
 
 @pytest.mark.parametrize(
