@@ -10,7 +10,6 @@ import io
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from openvision3 import __version__
-from openvision3.files import write_whole
+from openvision3.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from openvision3.config import RunConfig
@@ -492,13 +491,7 @@ def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool
 def _output_folder(name: str) -> Path:
     """Check that files can be written there. It is made with the first of them."""
     folder = Path(name)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --out")
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:  # to ask for permission is not enough: root has it on a disk that cannot be written to
-        tempfile.TemporaryDirectory(dir=existing, prefix=".openvision3-").cleanup()
-    except OSError as error:
-        raise ValueError(f"nothing can be written into {existing} ({error.strerror}); name another folder with --out") from error
+    check_writable(folder, "--out")
     return folder
 
 

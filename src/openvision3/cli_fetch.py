@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3 import fetch
+from openvision3.files import check_writable
 from openvision3.sources import ASSETS, Asset, named
 
 WIDE = 150
@@ -87,7 +88,7 @@ def _fetch(assets: Sequence[Asset], folder: Path, json: bool) -> int:
     found: list[dict[str, Any]] = []
     failed = 0
     if not folder.is_dir() or any(fetch.state(asset, folder) != "here" for asset in assets):
-        fetch.check_writable(folder)
+        check_writable(folder, "--to")
     for asset in assets:
         try:
             told = fetch.fetch(asset, folder)

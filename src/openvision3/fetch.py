@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -214,21 +213,6 @@ def describe(asset: Asset, folder: Path) -> dict[str, Any]:
 
 
 # -- fetching ----------------------------------------------------------------------------------------------------------
-
-
-def check_writable(folder: Path) -> None:
-    """Raises ValueError where nothing can be written into a folder, or into its first parent that is there; leaves nothing behind.
-
-    It is tried: permissions do not tell, for root has all of them, on /proc and on a disk that is read only, too.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder with --to")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=there, prefix=".openvision3-"):
-            pass
-    except OSError as error:
-        raise ValueError(f"nothing can be written into {folder} ({there}: {error.strerror}); name another folder with --to") from error
 
 
 def fetch(asset: Asset, folder: Path) -> list[str]:

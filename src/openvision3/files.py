@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,20 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
     finally:
         with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
             making.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises ValueError where no files can be written into a folder, or into its first parent that is there; leaves nothing behind.
+
+    It is tried: permissions do not tell, for root has all of them, on /proc and on a disk that is read only, too. `option` names the folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder with {option}")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".openvision3-").cleanup()
+    except OSError as error:
+        raise ValueError(f"nothing can be written into {folder} ({there}: {error.strerror}); name another folder with {option}") from error
 
 
 def sha256_of(path: str | Path) -> str:
