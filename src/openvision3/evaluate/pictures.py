@@ -77,7 +77,7 @@ class Pictures:
         mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world] if world > 1 else chosen
         found: list[dict[str, str]] = []
         rows = evaluation_batches(self.source, self.size, self.batch, found, mine)
-        for row in self.watch(rows, what, -(-len(mine) // self.batch)):
+        for row in self.watch(rows, f"{what}, {self.batch} at a time", -(-len(mine) // self.batch)):
             batch = Batch(*row)
             for index, image in zip(batch.indices, batch.images, strict=True):
                 if index not in self.digests:
