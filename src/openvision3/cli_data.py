@@ -305,7 +305,7 @@ def _print_shards(flawed: list) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from openvision3.data.shards import count_reasons
+    from openvision3.data.shards import reasons_in_words
 
     if not flawed:
         return
@@ -314,8 +314,7 @@ def _print_shards(flawed: list) -> None:
         table.columns[column].justify = "right"
     shown = sorted(flawed, key=lambda each: -len(each.problems))[:20]
     for each in shown:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(list(each.problems)).items())
-        table.add_row(each.shard, f"{each.samples:,}", f"{each.usable:,}", reasons)
+        table.add_row(each.shard, f"{each.samples:,}", f"{each.usable:,}", reasons_in_words(list(each.problems)))
     screen = Console(markup=False, highlight=False)
     screen.print(table)
     if len(flawed) > len(shown):

@@ -105,8 +105,10 @@ class Options:
         for name, low in (("count", 0), ("size", 0), ("batch", 1), ("k", 1), ("least", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")
-        if self.size % 16:
-            raise ValueError(f"size {self.size} must be a multiple of 16, such as {max(16, round(self.size / 16) * 16)}")
+        if self.size:
+            from openvision3.data.images import check_size
+
+            check_size(self.size)
         if any(not 0 <= sigma < 100 for sigma in self.sigmas):
             raise ValueError(f"sigmas {self.sigmas} must be numbers from 0 on")
         for each in self.peer_folder:
@@ -234,12 +236,11 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
 
 def _nothing(work: Evaluation) -> str:
     """Why there is not one number."""
-    from openvision3.data.shards import count_reasons
+    from openvision3.data.shards import reasons_in_words
 
     reasons = list(dict.fromkeys(each.needs for each in work.results.not_run))
-    skipped = count_reasons(work.pictures.problems)
-    if skipped and not set(work.pictures.chosen) & set(work.pictures.digests):
-        read = f"none of {len(work.pictures.chosen)} pictures can be read: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}"
+    if work.pictures.problems and not set(work.pictures.chosen) & set(work.pictures.digests):
+        read = f"none of {len(work.pictures.chosen)} pictures can be read: {reasons_in_words(work.pictures.problems)}"
         return f"{read}; `openvision3 data check` names them"
     return "; ".join(reasons) or "nothing could be measured"
 
@@ -321,9 +322,8 @@ def _models(options: Options, asked: Sequence[str]) -> tuple[list[Functions], in
 
 def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotRun]]:
     """The models to load, each once, and those that can do nothing of what is asked for. Raises ValueError: an unknown name, or none is left."""
-    from openvision3.config import nearest
     from openvision3.evaluate import published
-    from openvision3.evaluate.peers import PEERS
+    from openvision3.evaluate.peers import PEERS, unknown_peer
     from openvision3.evaluate.results import NotRun
     from openvision3.evaluate.suite import NEEDS
 
@@ -334,8 +334,7 @@ def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotR
     idle: list[NotRun] = []
     for name in names:
         if name not in legal:
-            close = nearest(name, legal)
-            raise ValueError(f"peer {name!r} is unknown; legal are {', '.join(legal)}{f'; nearest is {close}' if close else ''}")
+            raise unknown_peer(name, legal)
         can = [kind for kind, functions in NEEDS.items() if name in PEERS and set(functions) <= set(PEERS[name].can)]
         if name in published.ONLY:
             idle.append(NotRun(name, kinds[0], f"{name} stands with published numbers only, of reconstruction"))

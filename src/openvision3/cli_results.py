@@ -23,7 +23,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     from rich.text import Text
 
     from openvision3.evaluate import published
-    from openvision3.evaluate.results import shown
+    from openvision3.evaluate.results import by_need, shown
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     only_published = list(dict.fromkeys(each.model for each in not_run if each.model in published.ONLY))
@@ -43,28 +43,19 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
             measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
             made.add_row(*map(Text, (line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))))
         screen.print(made)
-    for what, who in _grouped(not_run):
+    for what, who in by_need(not_run):
         screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)
 
 
 def tell_left_out(results: Results, of: str = "") -> None:
     """Pictures that a metric leaves out, and on stderr those that could not be read; `of` names the evaluation where there are several."""
-    from openvision3.data.shards import count_reasons
+    from openvision3.data.shards import reasons_in_words
 
     where = f"{of}: " if of else ""
     for each in results.left_out:
         print(f"{where}left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
-    skipped = count_reasons(results.skipped)
-    if skipped:
-        told = f"{sum(skipped.values())} pictures skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}"
-        print(f"openvision3: {where}{told}", file=sys.stderr)
-
-
-def _grouped(not_run: Sequence[NotRun]) -> list[tuple[str, list[str]]]:
-    found: dict[str, list[str]] = {}
-    for each in not_run:
-        found.setdefault(each.needs, []).append(f"{each.metric} of {each.model}")
-    return list(found.items())
+    if results.skipped:
+        print(f"openvision3: {where}{len(results.skipped)} pictures skipped: {reasons_in_words(results.skipped)}", file=sys.stderr)
 
 
 def table(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from openvision3.data.images import check_size
 from openvision3.model.openvision3 import ModelConfig
 from openvision3.optimizer import OptimizerConfig
 
@@ -104,8 +105,7 @@ class RunConfig:
     """go on from the last checkpoint in the run folder"""
 
     def __post_init__(self):
-        if self.size % 16 or self.size < 16:
-            raise ValueError(f"size {self.size} must be a multiple of 16, such as {max(16, round(self.size / 16) * 16)}")
+        check_size(self.size)
         for name in ("steps", "batch", "captions", "vocabulary", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")

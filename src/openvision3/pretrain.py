@@ -21,7 +21,7 @@ from openvision3.data import samples
 from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch, rows_of_a_process
 from openvision3.data.images import ImageError, to_pil
 from openvision3.data.latents import CachedSource, LatentCache
-from openvision3.data.shards import EmojiSource, Source, count_reasons, open_source
+from openvision3.data.shards import EmojiSource, Source, open_source, reasons_in_words
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.evaluate import protocol
@@ -203,7 +203,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         for name, dropped in samples_dropped(config.data).items():
             run.say(f"openmoji: {dropped} emoji left out: {name}")
         if run.list_skipped(batches.problems):
-            run.say(f"{len(batches.problems)} problems found in the data, listed in {out}/skipped.jsonl: {_counts(batches.problems)}")
+            run.say(f"{len(batches.problems)} problems found in the data, listed in {out}/skipped.jsonl: {reasons_in_words(batches.problems)}")
         if len(source) < config.batch:
             run.say(fewer_than_a_batch(len(source), config.batch))
         if config.optimizer.warmup_steps >= config.steps:
@@ -226,7 +226,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             return found
 
         status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate, signals=signals)
-        counts = f"; skipped samples: {_counts(batches.problems)}" if batches.problems else ""
+        counts = f"; skipped samples: {reasons_in_words(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
         pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from, cache)
@@ -372,7 +372,7 @@ def _evaluation_source(config: RunConfig) -> Source:
     source = open_source(config.val, held_out=True, **_places(config))
     problems: list[dict[str, str]] = []
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
-        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {_counts(problems)}")
+        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
     return source
 
 
@@ -473,7 +473,3 @@ def _training_record(
         **({"latents": cache.sha256} if cache is not None else {}),
         **({"started_from": started_from} if started_from else {}),
     }
-
-
-def _counts(problems: list[dict[str, str]]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(problems).items())

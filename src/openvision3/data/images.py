@@ -378,6 +378,12 @@ def _decode_fast(data: bytes, width: int, height: int, scale: int) -> np.ndarray
     return pixels if pixels.shape[:2] == wanted else None
 
 
+def check_size(size: int) -> None:
+    """Raises ValueError for a side of pictures that tokens do not fill."""
+    if size < PATCH or size % PATCH:
+        raise ValueError(f"size {size} must be a multiple of {PATCH}, such as {max(PATCH, round(size / PATCH) * PATCH)}")
+
+
 def padded(length: int) -> int:
     """The smallest multiple of 16 that holds `length` pixels."""
     return math.ceil(length / PATCH) * PATCH

@@ -530,3 +530,8 @@ def _braces(pattern: str) -> list[str]:
 def count_reasons(problems: list[dict[str, str]]) -> dict[str, int]:
     """{reason: how many}, most frequent first."""
     return dict(Counter(p["reason"] for p in problems).most_common())
+
+
+def reasons_in_words(problems: list[dict[str, str]]) -> str:
+    """3 not an image, 1 truncated: most frequent first; "" of none."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(problems).items())

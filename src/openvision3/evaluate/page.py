@@ -13,7 +13,7 @@ from openvision3.data.images import to_pil
 from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, shown, split
+from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, by_need, shown, split
 from openvision3.files import write_whole
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
                 for line in lines
             ],
         )
-    needs: dict[str, dict[str, None]] = {}
-    for each in not_run:
-        needs.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None  # once, however many evaluations say so
-    if needs:
-        made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in needs.items()])
+    if not_run:
+        made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
     return made
 
 

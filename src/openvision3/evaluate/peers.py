@@ -9,7 +9,7 @@ Nothing is downloaded: weights come from a folder, from where `openvision3 fetch
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,16 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
     if name in published.ONLY:
         raise ValueError(f"{name} stands with published numbers only and cannot be measured here; peers that can are {', '.join(PEERS)}")
     if name not in PEERS:
-        close = nearest(name, PEERS)
-        raise ValueError(f"peer {name!r} is unknown; legal are {', '.join(PEERS)}{f'; nearest is {close}' if close else ''}")
+        raise unknown_peer(name, PEERS)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown for a peer; legal are fp32 and bf16 (fp16 gives NaN in VAEs)")
     peer = PEERS[name]
     return peer.load(Request(name, peer, find(name, peer, folder), device, precision))
+
+
+def unknown_peer(name: str, legal: Collection[str]) -> ValueError:
+    close = nearest(name, legal)
+    return ValueError(f"peer {name!r} is unknown; legal are {', '.join(legal)}{f'; nearest is {close}' if close else ''}")
 
 
 # -- VAEs and RAE: diffusers ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.batches import evaluation_batches
-from openvision3.data.images import to_uint8
+from openvision3.data.images import check_size, to_uint8
 from openvision3.data.shards import Source
 
 T = TypeVar("T")
@@ -60,8 +60,7 @@ class Pictures:
     def __post_init__(self):
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} must be at least 1")
-        if self.size < 16 or self.size % 16:
-            raise ValueError(f"size {self.size} must be a multiple of 16, such as {max(16, round(self.size / 16) * 16)}")
+        check_size(self.size)
 
     @property
     def chosen(self) -> Sequence[int]:

@@ -89,6 +89,14 @@ class NotRun:
     needs: str
 
 
+def by_need(not_run: Iterable[NotRun]) -> list[tuple[str, list[str]]]:
+    """[(what is needed, ["metric of model", ...])]: each once, however many evaluations say so."""
+    found: dict[str, dict[str, None]] = {}
+    for each in not_run:
+        found.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None
+    return [(what, list(who)) for what, who in found.items()]
+
+
 @dataclass
 class Results:
     """What one command measured."""
