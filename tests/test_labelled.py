@@ -38,7 +38,7 @@ def shard(path: Path, values: list, member: str = "json", start: int = 0) -> str
 
 
 def test_emoji_are_labelled_by_group():
-    source = EmojiSource(samples.load_emoji().held_out)
+    source = EmojiSource(samples.load_emoji().test)
     found = read_labels(source)
     assert found.names == tuple(sorted(found.names)) and len(found.names) == 5
     assert all(source.emoji[index].group == found.names[number] for index, number in zip(found.indices, found.classes, strict=True))

@@ -28,7 +28,7 @@ from small_runs import assert_same_run, crash_at, metrics, pictures, small
 from openvision3.cache import LatentJob, write_latents
 from openvision3.cli import main
 from openvision3.config import RunConfig
-from openvision3.data import shards
+from openvision3.data import samples, shards
 from openvision3.data.batches import TextShape, TrainingBatches, draw_seed
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.latent_files import AGAIN, TENSORS, LatentSettings, Part
@@ -38,7 +38,7 @@ from openvision3.data.shards import FolderSource, Source
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
-from openvision3.pretrain import pretrain
+from openvision3.pretrain import _refuse_evaluated, pretrain
 
 SIZE, CROPS, PART = 32, 3, 4
 
@@ -152,6 +152,14 @@ def test_a_cache_keeps_keys_captions_and_families_of_its_source(cache, folder, v
     emoji.emoji = emoji.emoji[:6]  # type: ignore[attr-defined]
     drawn = CachedSource(write(tmp_path / "emoji", emoji, vae, crops=1))
     assert [(drawn.key(i), drawn.family(i), drawn.captions(i)) for i in range(6)] == [(emoji.key(i), emoji.family(i), emoji.captions(i)) for i in range(6)]
+
+
+def test_latents_of_emoji_that_are_evaluated_on_are_refused(vae, tmp_path):
+    trained, evaluated = (shards.EmojiSource(getattr(samples.load_emoji(), side)[:2]) for side in ("train", "test"))
+    _refuse_evaluated(write(tmp_path / "train", trained, vae, crops=1))
+    old = write(tmp_path / "old", shards.MixedSource([trained, evaluated]), vae, crops=1)
+    with pytest.raises(ValueError, match=rf"old holds 2 emoji that are evaluated on, such as {evaluated.emoji[0].name}: .* with openvision3 data latents"):
+        _refuse_evaluated(old)
 
 
 def test_processes_that_decode_change_no_byte(cache, folder, vae, tmp_path):

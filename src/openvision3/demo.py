@@ -1,4 +1,4 @@
-"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, evaluate it on held-out emoji, write one page."""
+"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, test it on emoji of other families, write one page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
     if outcome.status == "stopped":
         screen.print("the demo was stopped; no report is written", markup=False)
         return 75
-    screen.print("evaluating on held-out emoji ...", markup=False)
+    screen.print("evaluating on the test emoji ...", markup=False)
     run = outcome.pipeline.functions()
     vae = vae_functions(outcome.pipeline.vae, "VAE", outcome.precision)
     findings = evaluate_openmoji(run, vae)
@@ -92,7 +92,8 @@ def _render(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / "openmoji.png")
     dropped = "".join(f"; left out: {count} {why}" for why, count in data.dropped.items())
-    console().print(f"OpenMoji: {len(data.train)} emoji to train on, {len(data.held_out)} held out{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
+    sides = f"{len(data.train)} emoji to train on, {len(data.val)} to evaluate on the way, {len(data.test)} to test"
+    console().print(f"OpenMoji: {sides}{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
 
 
 def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tuple], seconds: float) -> Path:
@@ -139,7 +140,8 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
     phases = f"{before} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
     lead = (
         f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
-        "held-out emoji, whose base emoji was never seen in training in any skin tone; examples are the first of the set, not chosen."
+        "test emoji, of whose families (other skin tones, other genders, drawings that are alike) nothing was trained on, and others than those "
+        "evaluated on the way; examples are the first of the set, not chosen."
     )
     footer = "Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."
     return report.write_page(

@@ -279,6 +279,7 @@ def _open_data(config: RunConfig, vae: VAE) -> tuple[Source, LatentCache | None,
     cache = None
     if config.latents:
         cache = LatentCache.open(config.latents, vae_sha256=vae.sha256, scale=vae.scale, shift=vae.shift, size=config.size)
+        _refuse_evaluated(cache)
     try:
         source = open_source(config.data, area=config.crop_area, aliases=config.aliases, weights=config.weights, **_places(config))
     except (ValueError, OSError) as error:
@@ -300,6 +301,17 @@ def _open_data(config: RunConfig, vae: VAE) -> tuple[Source, LatentCache | None,
         raise ValueError(f"crop_area is {config.crop_area}, but the crops in {config.latents} cover {cache.settings.crop_area}; set --crop-area alike")
     opened = f"of {config.pixel_share:g} of the rows pictures are opened too" if config.pixel_share else "no picture is opened"
     return source, cache, f"latents of {len(cache):,} samples, {cache.settings.crops} crops each, are read from {config.latents}; {opened}"
+
+
+def _refuse_evaluated(cache: LatentCache) -> None:
+    """Raises ValueError where the cache holds emoji that are evaluated on: it was written when OpenMoji was split otherwise."""
+    emoji = samples.load_emoji()
+    evaluated = [each.name for each in emoji.val + emoji.test if cache.find(f"openmoji/{each.key}")]
+    if evaluated:
+        raise ValueError(
+            f"{cache.folder} holds {len(evaluated)} emoji that are evaluated on, such as {evaluated[0]}: OpenMoji was split otherwise when it was written; "
+            "write the latents anew with openvision3 data latents into another folder"
+        )
 
 
 def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int, cache: LatentCache | None) -> None:
@@ -358,18 +370,18 @@ def _places(config: RunConfig) -> dict[str, Any]:
 
 
 def _evaluation_source(config: RunConfig) -> Source:
-    """What is evaluated during training: 256 held-out emoji, or the first pictures of `val`.
+    """What is evaluated during training: 256 emoji of the val side, or the first pictures of `val`.
 
     Raises:
         ValueError: nothing to evaluate on, or the training data themselves.
     """
     if config.val == ("openmoji",):
-        return EmojiSource(samples.load_emoji().evaluation(EVALUATED))
+        return EmojiSource(samples.load_emoji().evaluation("val", EVALUATED))
     if not config.val:
         raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
     if set(config.val) & set(config.data) - {"openmoji"}:
         raise ValueError(f"val and data share {', '.join(set(config.val) & set(config.data) - {'openmoji'})}: evaluate on pictures that are not trained on")
-    source = open_source(config.val, held_out=True, **_places(config))
+    source = open_source(config.val, side="val", **_places(config))
     problems: list[dict[str, str]] = []
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
         raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")

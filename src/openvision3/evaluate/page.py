@@ -304,6 +304,6 @@ def _where(setting: Setting, line: Line) -> str:
 
 
 def _short(data: str) -> str:
-    """openmoji held out -> openmoji; DATA/photos/val-000.tar -> photos."""
+    """openmoji test -> openmoji; DATA/photos/val-000.tar -> photos."""
     first = data.split(",")[0].split(" ")[0]
     return Path(first).parent.name if first.endswith(".tar") else Path(first).name
