@@ -186,7 +186,7 @@ def test_class_names_are_one_a_line(tmp_path):
         with pytest.raises(ValueError, match=told):
             read_names(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-16 text"):
         read_names(path)
     with pytest.raises(FileNotFoundError, match="one name a line"):
         read_names(tmp_path / "none.txt")

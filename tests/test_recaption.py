@@ -140,7 +140,7 @@ def test_every_member_stays_as_it_was_and_the_json_gains_the_caption(tmp_path, m
 
 
 def test_a_sample_without_json_gets_one_behind_its_last_member_and_the_txt_is_its_old_caption(tmp_path):
-    content = {"a.jpg": drawing(0), "a.txt": b" old\n one ", "b.jpeg": drawing(1), "c/d.jpg": drawing(2), "c/d.json": b"{}"}
+    content = {"a.jpg": drawing(0), "a.txt": b" old\t one ", "b.jpeg": drawing(1), "c/d.jpg": drawing(2), "c/d.json": b"{}"}
     shard = write_shard(tmp_path / "in.tar", content)
     recaption([str(shard)], tmp_path / "out", TOLD, says(lambda picture, key: Answer(f"new {key}")))
     told = read_shard(tmp_path / "out" / "in.tar")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -78,13 +79,17 @@ def check(shards: Shards, caption_keys: tuple[str, ...] = (), decode: bool = Fal
     done += [Checked(path, problems=({"key": path, "reason": "missing", "detail": "no such shard"},)) for path in missing]
     problems = [problem for each in done for problem in each.problems]
     samples, usable, size = sum(d.samples for d in done), sum(d.usable for d in done), sum(d.bytes for d in done)
+    several: Counter[int] = sum((Counter(each.captions) for each in done), Counter())
     if json:
-        found = {"shards": len(done), "samples": samples, "usable": usable, "bytes": size, "reasons": count_reasons(problems)}
+        found = {"shards": len(done), "samples": samples, "usable": usable, "bytes": size, "captions": several, "reasons": count_reasons(problems)}
         print(dumps(found | {"problems": problems, "each": [asdict(each) for each in done]}, indent=2, ensure_ascii=False))
     else:
         _print_shards([each for each in done if each.problems])
         looked = "tar, members, JSON, captions and pictures" if decode else "tar, members, JSON and captions; pictures are decoded with --decode"
         print(f"{len(done):,} shards, {samples:,} samples, {size / 1e9:.2f} GB; {usable:,} samples without a flaw ({looked})")
+        if several:
+            each = f"{min(several)} to {max(several)}" if len(several) > 1 else f"{max(several)}"
+            print(f"  {several.total():,} samples have several captions ({each}): each line of a .txt is one; join the lines of a caption that is wrapped")
         _print_reasons(problems)
     return 2 if problems else 0
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
@@ -155,6 +156,7 @@ class TrainingBatches:
                 if not captions:
                     problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})
                     continue
+                captions = captions.led_by(draw_seed(self.seed, "caption", epoch, key))
                 if self.latents is not None:
                     pixels = self._has_pixels(*divmod(position, self.batch))
                     view: Tensor | CachedView = self.latents.view(self.source, index, seed=self.seed, epoch=epoch, pixels=pixels)
@@ -176,13 +178,13 @@ class TrainingBatches:
             last = min(first + NEAR, count)
         return epoch * count + first + draw_seed(self.seed, "instead", position, attempt) % (last - first)
 
-    def _choose(self, captions: tuple[str, ...], generator: torch.Generator) -> tuple[str, ...]:
+    def _choose(self, captions: Captions, generator: torch.Generator) -> tuple[str, ...]:
         """What is contrasted: the first caption and K - 1 others, drawn where there are more.
 
         With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and with `whole` the
         whole of it fills in for others that the sample lacks.
         """
-        first, others = captions[0], captions[1:]
+        first, others = captions[0], tuple(captions[1:])
         if len(others) >= self.shape.captions:
             picked = torch.randperm(len(others), generator=generator)[: self.shape.captions - 1].tolist()
             others = tuple(others[i] for i in picked)
@@ -319,12 +321,18 @@ def evaluation_batches(
 ) -> Iterator[tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]]:
     """(indices, keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
 
-    `indices` names the samples to take (None: all). A picture without a caption stays, with (): it can be rebuilt, if not retrieved.
+    `indices` names the samples to take (None: all). A picture without a caption that can be used stays, with (): it can be rebuilt, if not retrieved.
     """
     made: list[tuple[int, str, Tensor, tuple[str, ...]]] = []
     for index in range(len(source)) if indices is None else indices:
+        text = Captions()
         try:
-            text, image = source.captions(index), to_tensor(source.picture(index, size))
+            try:
+                text = source.captions(index)
+            except TextError as error:
+                if problems is not None:
+                    problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+            image = to_tensor(source.picture(index, size))
         except ImageError as error:
             if problems is not None:
                 problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})

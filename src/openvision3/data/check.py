@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from openvision3.data.captions import TextError
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.remote import fetch, remote_stamp
@@ -59,6 +61,8 @@ class Checked:
     usable: int = 0
     bytes: int = 0
     problems: tuple[Problem, ...] = ()
+    captions: dict[int, int] = field(default_factory=dict)
+    """number of captions, where a sample has several: samples that have so many"""
 
 
 def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = False) -> Checked:
@@ -69,8 +73,9 @@ def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = F
         with local_copy(shard, now) as path:
             index = scan(path)
             problems = [{**p, "key": f"{label}/{p['key']}" if p["key"] else shard} for p in index.problems]
-            usable = _usable(path, index, label, caption_keys, decode, problems) if len(index) else 0
-        return Checked(shard, len(index), usable, now.size, tuple(problems))
+            several: Counter[int] = Counter()
+            usable = _usable(path, index, label, caption_keys, decode, problems, several) if len(index) else 0
+        return Checked(shard, len(index), usable, now.size, tuple(problems), dict(several))
     except FileNotFoundError:
         return Checked(shard, problems=({"key": shard, "reason": "missing", "detail": "no such shard"},))
     except Exception as error:  # see write_index
@@ -78,7 +83,7 @@ def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = F
         return Checked(shard, problems=({"key": shard, "reason": reason, "detail": _line(error)},))
 
 
-def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, ...], decode: bool, problems: list[Problem]) -> int:
+def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, ...], decode: bool, problems: list[Problem], several: Counter[int]) -> int:
     source = ShardSource(Tars([path], [label], found=[index]), caption_keys)
     good = 0
     for sample in range(len(source)):
@@ -90,7 +95,13 @@ def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, .
         try:
             if source.broken_json(sample):
                 note("broken JSON", "empty, cut off or not an object")
-            if not source.captions(sample):
+            try:
+                captions = source.captions(sample)
+                several.update([len(captions)] if len(captions) > 1 else [])
+            except TextError as error:
+                captions = None
+                note(error.reason, str(error))
+            if captions == ():
                 note("no caption", f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank")
             if decode:
                 open_image(source.data(sample))

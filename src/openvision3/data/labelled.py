@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from openvision3.data.captions import read_text
 from openvision3.data.images import ImageError
 from openvision3.data.shards import Source
 from openvision3.data.tars import Watch, plain
@@ -129,10 +130,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file of class names at {path}; it holds one name a line")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text; class names are one a line") from error
+    lines = read_text(path).splitlines()
     names = [" ".join(line.split()) for line in lines]
     while names and not names[-1]:
         names.pop()

@@ -62,7 +62,8 @@ class _Samples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> _Views:
         key, settings = self.source.key(index), self.settings
         try:
-            words = {"captions": self.source.captions(index)} | ({"family": self.source.family(index)} if self.source.family(index) != key else {})
+            captions, family = self.source.captions(index), self.source.family(index)
+            words = {"captions": captions} | ({"alike": captions.alike} if captions.alike > 1 else {}) | ({"family": family} if family != key else {})
             drawn = [draw_crop(self.source, index, settings.size, settings.seed, crop) for crop in range(settings.crops)]
         except ImageError as error:
             return _Views(key, b"", None, [], {"key": key, "reason": error.reason, "detail": str(error)})

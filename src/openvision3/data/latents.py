@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openvision3.data.captions import Captions
 from openvision3.data.images import Box, ImageError, to_tensor
 from openvision3.data.index import Problem
 from openvision3.data.latent_files import (
@@ -188,8 +189,9 @@ class CachedSource:
         key, words = self.cache.sample(index)
         return words.get("family", key)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(self.cache.sample(index)[1]["captions"])
+    def captions(self, index: int) -> Captions:
+        words = self.cache.sample(index)[1]
+        return Captions(words["captions"], words.get("alike", 1))
 
     def value(self, index: int, name: str = "") -> str | None:
         return None

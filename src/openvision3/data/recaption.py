@@ -22,10 +22,11 @@ from typing import Any
 
 from PIL import Image
 
+from openvision3.data.captions import clean_captions, json_object
 from openvision3.data.image_text import Answer, Identity, Wording
 from openvision3.data.images import ImageError
 from openvision3.data.recaption_files import ORIGINAL, CaptionFolder, CaptionShard, Journal, Result
-from openvision3.data.shards import clean_captions, expand, json_object
+from openvision3.data.shards import expand
 from openvision3.files import half_written, write_whole
 
 SETTINGS = "recaption.json"
@@ -151,6 +152,7 @@ def recaption(
         else:
             try:
                 job.open(name, caption_key, replace)
+                tally.problems += job.problems
                 if job.damage:
                     tally.problems.append({"key": job.path, "reason": "damaged shard", "detail": f"{job.damage}; {len(job):,} samples before the damage"})
                 if job.damage and not len(job):
@@ -327,6 +329,6 @@ def _spaced(job: CaptionShard | CaptionFolder, name: str, count: int) -> Iterato
         done = CaptionShard(str(job.target), job.target)
         done.open(name, "", replace=True)
         job.open(name, "", replace=True)
-        told = [(str((values or {}).get(ORIGINAL, "")), str((values or {}).get(name, ""))) for values in done.values]
+        told = [(" / ".join(clean_captions([(values or {}).get(ORIGINAL)])), str((values or {}).get(name, ""))) for values in done.values]
     for index in range(0, len(told), max(1, len(told) // count)):
         yield index, *told[index]

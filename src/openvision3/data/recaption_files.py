@@ -16,8 +16,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_captions, decode_text, json_object, text_captions, too_large
 from openvision3.data.images import EXTENSIONS, ImageError, open_image
-from openvision3.data.shards import FolderSource, clean_captions, json_object
+from openvision3.data.index import Problem
+from openvision3.data.shards import FolderSource
 
 ORIGINAL = "org_caption"
 """Where the old caption goes, as in Recap-DataComp-1B."""
@@ -42,6 +44,7 @@ class CaptionShard:
         self.path, self.target = path, target
         self.size = os.path.getsize(path)
         self.damage = ""
+        self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         """Read the headers and the JSON. Raises ValueError: captions would be written over."""
@@ -66,12 +69,20 @@ class CaptionShard:
                 broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
                 self.values.append(None if broken else values)
                 if ORIGINAL not in values:
-                    if caption_key or "txt" not in parts:
-                        told = values.get(caption_key or "caption")
+                    try:
+                        old = self._old(file, values, parts, caption_key)
+                    except TextError as error:  # its bytes stay where they are; nothing is made up in their place
+                        self.problems.append({"key": f"{self.path} {stem}", "reason": error.reason, "detail": f"{error}; no {ORIGINAL} is written"})
                     else:
-                        told = self._data(file, parts["txt"]).decode("utf-8", "replace")
-                    if old := clean_captions([told]):
-                        values[ORIGINAL] = old[0]
+                        values |= {ORIGINAL: old[0] if len(old) == 1 else list(old)} if old else {}
+
+    def _old(self, file: BinaryIO, values: dict, parts: dict[str, _Member], caption_key: str) -> Captions:
+        """The captions that a sample has. Raises TextError."""
+        if caption_key or "txt" not in parts:
+            return clean_captions([values.get(caption_key or "caption")])
+        if parts["txt"].info.size > MAX_BYTES:
+            raise too_large("the .txt member")
+        return text_captions(decode_text(self._data(file, parts["txt"]), "the .txt member"))
 
     def _scan(self) -> None:
         with tarfile.open(self.path, "r:") as tar:
@@ -167,10 +178,18 @@ class CaptionFolder:
         self.path, self.target = folder, target
         self.source = FolderSource(folder)
         self.size = sum(path.stat().st_size for path in self.source.files)
+        self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         if caption_key:
             raise ValueError(f"--caption-key {caption_key} is for shards; the old captions of the folder {self.path} are its .txt files or table")
+        self.olds: list[list[str]] = []
+        for index in range(len(self)):
+            try:
+                self.olds.append(list(self.source.captions(index)))
+            except TextError as error:
+                self.olds.append([])
+                self.problems.append({"key": self.source.key(index), "reason": error.reason, "detail": f"{error}; no {ORIGINAL} is written"})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -183,7 +202,7 @@ class CaptionFolder:
 
     def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
         for index, result in enumerate(results):
-            old = list(self.source.captions(index))
+            old = self.olds[index]
             row = {
                 "file": self.key(index),
                 "caption": result.get("caption", old),

@@ -11,7 +11,6 @@ import bisect
 import csv
 import functools
 import glob
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3.data import samples
+from openvision3.data.captions import Captions, checked_text, clean_captions, decode_text, encoding_of, json_object, read_text, text_captions
 from openvision3.data.images import CROPS, EXTENSIONS, Box, ImageError, from_uint8, open_image, random_view, uint8_tensor
 from openvision3.data.index import is_remote
 from openvision3.data.order import Mix, Order, ShardShuffle, Shuffle, draw_seed
@@ -48,7 +48,7 @@ class Source(Protocol):
         """Samples of one family are alike; a sample of its own kind is its own family."""
         ...
 
-    def captions(self, index: int) -> tuple[str, ...]: ...
+    def captions(self, index: int) -> Captions: ...
 
     def value(self, index: int, name: str = "") -> str | None:
         """What the sample says under `name`, None where it says nothing. "" is what sources of its kind say classes by.
@@ -89,9 +89,9 @@ class EmojiSource:
     def family(self, index: int) -> str:
         return f"openmoji/{self.emoji[index].family or self.emoji[index].name}"
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> Captions:
         sample = self.emoji[index]
-        return (sample.name, *sample.aliases) if self.aliases else (sample.name,)
+        return Captions((sample.name, *sample.aliases) if self.aliases else (sample.name,))
 
     def value(self, index: int, name: str = "") -> str | None:
         return {"": self.emoji[index].group, "group": self.emoji[index].group, "name": self.emoji[index].name}.get(name)
@@ -177,9 +177,11 @@ class FolderSource(_PictureSource):
 
     def _read_table(self, path: Path) -> None:
         used, seen = 0, "nothing"
-        # utf-8-sig: spreadsheets begin a file with a byte order mark.
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = csv.DictReader(file) if path.suffix == ".csv" else (json_object(line) for line in file if line.strip())
+        with open(path, "rb") as file:
+            encoding = encoding_of(file.read(4))
+        # What is not of this encoding stays as surrogates, which `clean_captions` refuses for the images concerned.
+        with open(path, newline="", encoding=encoding, errors="surrogateescape") as lines:
+            rows = csv.DictReader(lines) if path.suffix == ".csv" else (json_object(line) for line in lines if line.strip())
             try:
                 for number, row in enumerate(rows, 1):
                     name = row.get("file") or row.get("file_name")
@@ -189,12 +191,15 @@ class FolderSource(_PictureSource):
                     else:
                         seen = ", ".join(map(str, row)) or "no JSON object"
                         self.problems.append(
-                            {"key": f"{self.label}/{path.name} row {number}", "reason": "broken caption row", "detail": f"no file named; seen: {seen}"}
+                            {"key": f"{self.label}/{path.name} row {number}", "reason": "broken caption row", "detail": f"no file named; seen: {seen:.200}"}
                         )
             except csv.Error as error:
                 raise ValueError(f"{path} is not a CSV file that can be read: {error}") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
         if not used:
-            raise ValueError(f"{path} needs the columns file and caption; seen: {seen}")
+            checked_text(seen, str(path))
+            raise ValueError(f"{path} needs the columns file and caption; seen: {seen:.200}")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -205,13 +210,13 @@ class FolderSource(_PictureSource):
     def data(self, index: int) -> Path:
         return self.files[index]
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        listed = clean_captions(self.table.get(str(self.files[index].relative_to(self.folder)), []))
+    def captions(self, index: int) -> Captions:
+        listed = clean_captions([self.table.get(str(self.files[index].relative_to(self.folder)), [])])
         text = self.files[index].with_suffix(".txt")
         if listed or not text.is_file():
             return listed
         try:
-            return clean_captions([text.read_text(encoding="utf-8-sig", errors="replace")])
+            return text_captions(read_text(text))
         except OSError as error:
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
@@ -288,11 +293,11 @@ class ShardSource(_PictureSource):
     def data(self, index: int) -> bytes:
         return self.tars.read(self._place(index), "picture") or b""
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> Captions:
         if self.caption_keys:
             values = self._json(self._place(index))
             return clean_captions([values.get(name) for name in self.caption_keys])
-        return clean_captions([(self.tars.read(self._place(index), "txt") or b"").decode("utf-8", "replace")])
+        return text_captions(decode_text(self.tars.read(self._place(index), "txt") or b"", "the .txt member"))
 
     def value(self, index: int, name: str = "") -> str | None:
         """A text or a number of the JSON under `name`; where there is none, the `.cls` member for "" and "cls".
@@ -303,7 +308,7 @@ class ShardSource(_PictureSource):
         place = self._place(index)
         found = self._json(place).get(name) if name else None
         if isinstance(found, bool) or not isinstance(found, str | int | float):
-            found = (self.tars.extra(place, "cls") or b"").decode("utf-8", "replace") if name in ("", "cls") else ""
+            found = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
         return str(found).strip() or None
 
     def order(self, seed: int, epoch: int) -> Order:
@@ -311,23 +316,6 @@ class ShardSource(_PictureSource):
             return Shuffle(len(self), seed, epoch)
         starts = self.tars.starts if self.kept is None else np.searchsorted(self.kept, self.tars.starts).tolist()
         return ShardShuffle(starts, WINDOW, seed, epoch)
-
-
-def json_object(text: str | bytes) -> dict:
-    """The object that `text` holds; {} where it is not JSON, or not an object."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def clean_captions(captions: list) -> tuple[str, ...]:
-    """The captions among these values (lists are opened, numbers and nulls are none), on one line, without blank ones."""
-    flat = [text for value in captions for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
-    lines = (" ".join(text.encode("utf-8", "replace").decode().split()) for text in flat)
-    return tuple(line for line in lines if line)
 
 
 class MixedSource:
@@ -363,7 +351,7 @@ class MixedSource:
         source, local = self._find(index)
         return source.family(local)
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> Captions:
         source, local = self._find(index)
         return source.captions(local)
 

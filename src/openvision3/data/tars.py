@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from openvision3.data import captions
 from openvision3.data.images import ImageError
 from openvision3.data.index import IndexFile, ShardIndex, Stamp, extra_members, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.remote import ShardCache
@@ -129,12 +130,14 @@ class Tars:
         """The bytes of a member, None where the sample has none of this kind.
 
         Raises:
-            ImageError: the shard has `vanished` or `changed` since it was opened, or is `unreadable`.
+            ImageError: the shard has `vanished` or `changed` since it was opened, or is `unreadable`. TextError: a text `too large`.
         """
         shard, sample, index = self._find(number)
         place = index.member(sample, kind)
         if place is None:
             return None
+        if kind != "picture" and place[1] > captions.MAX_BYTES:
+            raise captions.too_large(f"the .{kind} member")
         path = self.paths[shard]
         if sum(place) > index.stamp.size:
             raise ImageError("unreadable", f"the index of {path} is damaged: it names a place behind its end; run: openvision3 data index --again")

@@ -1,0 +1,137 @@
+"""Bytes -> text -> the captions of a sample: the one door for text, in shards, folders, tables and lists of class names.
+
+Nothing is guessed and nothing replaced: what is not text raises `TextError`, which a run counts by its reason.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from openvision3.data.images import ImageError
+
+MAX_BYTES = 4 << 20
+"""A longer text or JSON is skipped and counted, without being read: it would cost seconds each time it is met."""
+
+_MARKS = (  # UTF-32 before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class TextError(ImageError):
+    """The text of a sample cannot be used; its image may well be. Reason `not UTF-8` or `too large`."""
+
+
+class Captions(tuple[str, ...]):
+    """The captions of a sample. Each of the first `alike` says the same in other words, so that any of them may stand first:
+    the lines of one text, the list under one JSON field, the rows of a table for one image.
+    """
+
+    alike: int
+
+    def __new__(cls, texts: Iterable[str] = (), alike: int = 1) -> Captions:
+        captions = super().__new__(cls, texts)
+        captions.alike = min(alike, len(captions))
+        return captions
+
+    def led_by(self, draw: int) -> Captions:
+        """The same captions, the first of them drawn by this number from those that are alike."""
+        if self.alike < 2:
+            return self
+        chosen = draw % self.alike
+        return Captions((self[chosen], *self[:chosen], *self[chosen + 1 :]), self.alike)
+
+
+def encoding_of(head: bytes) -> str:
+    """The encoding that a byte-order mark at the start names, else UTF-8; Python's codec of that name drops the mark."""
+    return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8-sig")
+
+
+def decode_text(data: bytes, name: str = "the text") -> str:
+    """Text in the encoding of its byte-order mark (UTF-8, UTF-16, UTF-32), else in UTF-8; without the mark.
+
+    NULs at the end are padding. `name` begins the message.
+
+    Raises:
+        TextError: reason `not UTF-8`; NULs within are not text either, they are most often UTF-16 without its mark.
+    """
+    encoding = encoding_of(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        kind = encoding.removesuffix("-sig").upper()
+        raise TextError("not UTF-8", f"{name} is not {kind} text ({error.reason} {data[error.start : error.start + 1]!r}); save it as UTF-8") from error
+    return checked_text(text.rstrip("\0"), name)
+
+
+def checked_text(text: str, name: str = "the text") -> str:
+    """The text, as it is. A command line and JSON can give half characters (surrogates), which no tokenizer takes.
+
+    Raises:
+        TextError: reason `not UTF-8`, for surrogates and NULs.
+    """
+    if "\0" in text:
+        raise TextError("not UTF-8", f"{name} holds NUL bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError("not UTF-8", f"{name} is not UTF-8 text: {text!a:.60} holds half a character at {error.start}") from error
+    return text
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, see `decode_text`. Raises OSError, and TextError of more than MAX_BYTES."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise too_large(str(path))
+    return decode_text(data, str(path))
+
+
+def too_large(name: str) -> TextError:
+    return TextError("too large", f"{name} holds more than {MAX_BYTES >> 20} MiB of text")
+
+
+def text_captions(text: str) -> Captions:
+    """The captions in one text, a `.txt` file or member: each line that is not blank is one, as CLIP_benchmark's retrieval shards have it."""
+    return clean_captions([text.splitlines()])
+
+
+def clean_captions(values: Iterable[object]) -> Captions:
+    """The captions among these values (lists are opened, numbers and nulls are none), each on one line, without blank ones.
+
+    Those of the first value that has any are alike, see `Captions`.
+
+    Raises:
+        TextError: see `checked_text`.
+    """
+    groups = [[line for text in _texts(value) if (line := " ".join(checked_text(text, "the caption").split())) and is_visible(line)] for value in values]
+    return Captions([line for group in groups for line in group], alike=next((len(group) for group in groups if group), 1))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is a letter, a digit or a sign in it: of zero-width characters, accents and spaces alone tokenizers make nothing."""
+    return any(unicodedata.category(letter)[0] in "LNPS" and letter != "\ufffd" for letter in text)
+
+
+def json_object(text: str | bytes) -> dict:
+    """The object that `text` holds; {} where it is not JSON, or not an object. Of bytes the JSON standard decides the encoding."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
