@@ -285,7 +285,7 @@ def test_a_cell_that_breaks_the_config_is_refused_before_anything_runs():
 
 def test_an_unknown_ablation_is_one_line(capsys):
     assert cli.main(["ablate", "sinergy"]) == 2
-    assert "nearest is synergy" in capsys.readouterr().err
+    assert "Did you mean 'synergy'?" in capsys.readouterr().err
     assert cli.main(["ablate", "--help"]) == 0
     assert "does each branch help the other?" in capsys.readouterr().out
 

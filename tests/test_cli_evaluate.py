@@ -225,7 +225,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["reconstructoin"], "nearest is reconstruction"),
+        (["reconstructoin"], "Did you mean 'reconstruction'?"),
         (["reconstruction", "--peer", "flux-vea"], "flux-vea"),
         (["reconstruction", "--peer", "omnitokenizer"], "published numbers only"),
         (["reconstruction", "--peer", "our"], "legal are ours, vae, flux-vae"),

@@ -535,13 +535,13 @@ def test_json_is_one_value_with_all_numbers(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("nope", "unknown recipe nope"),
+        ("nope", "unknown recipe 'nope'"),
         ("base_low_res --gpus h100:8 --batch 100", "batch 100 cannot be divided among 8 devices; legal are multiples of 8"),
         ("base_low_res --gpus h100 --utilisation 2", "utilisation 2.0 must be above 0 and at most 1"),
         ("base_low_res --gpus h100 --model.vae.name foo/bar", "the VAE foo/bar is not at hand and its config not known"),
         ("base_low_res --gpus h100 --text-length 300", "text-length 300 is more than the model's 80 positions"),
         ("base_low_res --gpus h100 --model.vae.name pixels", "set --model.encoder.patch 16"),
-        ("base_low_res --gpus h100 --pixel-shar 1", "nearest is --pixel-share"),
+        ("base_low_res --gpus h100 --pixel-shar 1", "Did you mean '--pixel-share'?"),
         ("base_low_res --gpus h100 --crops 0", "crops 0 must be at least 1"),
     ],
 )

@@ -570,7 +570,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, model, other_mod
         ((shard, out, model, "--field", "org_caption"), "would write over the old caption"),
         ((shard, out, model, "--shard-split", "2/2"), "legal is RANK/WORLD"),
         ((shard, out, model, "--sheet", "a.jpg"), "ends in .png"),
-        ((shard, out, model, "--promt", "a"), "nearest is --prompt"),
+        ((shard, out, model, "--promt", "a"), "Did you mean '--prompt'?"),
     ):
         assert message in refused(capsys, *told, where=tmp_path), told
     write_shard(tmp_path / "mine" / "00000.tar", members(0, 1))

@@ -30,6 +30,7 @@ from openvision3.evaluate import report
 from openvision3.files import write_whole
 from openvision3.model.encoder import SIZES
 from openvision3.model.openvision3 import load_distance
+from openvision3.paths import PathName
 from openvision3.pretrain import FREE, pretrain
 from openvision3.progress import console
 from openvision3.recipes import IN_TURN, RECIPES
@@ -154,7 +155,7 @@ class AblationOptions:
     """optimiser steps of the base"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """each cell is trained once for each"""
-    out: str = "runs/ablate"
+    out: PathName = "runs/ablate"
     """the folder of all cells and pages; grids of one base share it"""
     draw: bool = False
     """train nothing: the pages anew from the runs that are there"""

@@ -10,16 +10,17 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import tyro
 from tyro.conf import Positional, arg
 
 from openvision3 import __version__
 from openvision3.files import check_writable, write_whole
+from openvision3.paths import PathName, expand_fields, expand_value
 
 if TYPE_CHECKING:
     from openvision3.config import RunConfig
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 STOPPED = 75
 """Exit code of a run that a signal ended after it had saved: run the same command with --resume."""
 
-Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
-Runs = Positional[Annotated[tuple[str, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
-Model = Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
+Pictures = Positional[Annotated[tuple[PathName, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
+Runs = Positional[Annotated[tuple[PathName, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
+Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda}", help="where to compute")]
 Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
-VaeFolder = Annotated[str, arg(metavar="FOLDER", help="the VAE, where the model's own is not at hand")]
+VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="the VAE, where the model's own is not at hand")]
 
 
-def demo(minutes: float = 5.0, out: str = "demo", seed: int = 0) -> int:
+def demo(minutes: float = 5.0, out: PathName = "demo", seed: int = 0) -> int:
     """Train the small model on OpenMoji for a few minutes and write a report of what it learned.
 
     Args:
@@ -93,12 +94,10 @@ def _train_in_turn(name: str, rest: Sequence[str]) -> int:
 
 def _recipe(argv: Sequence[str]) -> str:
     """Raises ValueError where the first argument names no recipe."""
-    from openvision3.config import nearest
     from openvision3.recipes import IN_TURN, RECIPES
 
-    names = [*RECIPES, *IN_TURN]
     if argv[0] not in RECIPES:
-        raise ValueError(f"unknown recipe {argv[0]}; legal are {', '.join(names)}; nearest is {nearest(argv[0], names) or 'none'}")
+        raise unknown("recipe", argv[0], [*RECIPES, *IN_TURN])
     return argv[0]
 
 
@@ -154,9 +153,7 @@ def ablate(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     name, rest = argv[0], list(argv[1:])
     if name not in ABLATIONS:
-        from openvision3.config import nearest
-
-        raise ValueError(f"unknown ablation {name}; legal are {', '.join(ABLATIONS)}; nearest is {nearest(name, ABLATIONS) or 'none'}")
+        raise unknown("ablation", name, ABLATIONS)
     program = f"{program} {name}"
     if "-h" in rest or "--help" in rest:
         parse(AblationOptions, ["--help"], program, description=ABLATIONS[name].question)
@@ -165,7 +162,7 @@ def ablate(argv: Sequence[str]) -> int:
     return run_grid(name, options, base_config(options, _configured(options.recipe, rest, program)))
 
 
-def compare(runs: Runs, out: str = "compare.html", json: Json = False) -> int:
+def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> int:
     """Put several runs on one page: where they ended, their curves, what they differ in, and their pictures.
 
     Args:
@@ -210,7 +207,7 @@ def evaluate(argv: Sequence[str]) -> int:
     return cli_evaluate.evaluate(argv)
 
 
-def watch(runs: Runs, once: bool = False, png: str = "", metrics: tuple[str, ...] = (), every: float = 2.0) -> int:
+def watch(runs: Runs, once: bool = False, png: PathName = "", metrics: tuple[str, ...] = (), every: float = 2.0) -> int:
     """Draw the curves of runs in the terminal while they are written.
 
     Args:
@@ -232,7 +229,7 @@ def watch(runs: Runs, once: bool = False, png: str = "", metrics: tuple[str, ...
 def reconstruct(
     pictures: Pictures,
     model: Model = "mini",
-    out: str = "reconstructed",
+    out: PathName = "reconstructed",
     size: int | None = None,
     beside: bool = False,
     device: Device = "auto",
@@ -340,7 +337,13 @@ def classify(
 
 
 def encode(
-    pictures: Pictures, model: Model = "mini", out: str = "tokens", size: int | None = None, device: Device = "auto", vae: VaeFolder = "", json: Json = False
+    pictures: Pictures,
+    model: Model = "mini",
+    out: PathName = "tokens",
+    size: int | None = None,
+    device: Device = "auto",
+    vae: VaeFolder = "",
+    json: Json = False,
 ) -> int:
     """Write tokens and the embedding of each picture as a .safetensors file.
 
@@ -406,7 +409,7 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
 
 def fetch(
     names: Positional[Annotated[tuple[str, ...], arg(metavar="{NAME ...,all}", help="what to fetch, or to check")]] = (),
-    to: str = "",
+    to: PathName = "",
     list: bool = False,
     check: bool = False,
     json: Json = False,
@@ -502,15 +505,35 @@ def _unused(stem: str, names: dict[str, int]) -> str:
 
 
 def parse(target: Any, argv: Sequence[str], program: str, **settings: Any) -> Any:
-    """tyro, with its boxed error as one line. Raises ValueError; `--help` exits as usual."""
+    """tyro, with its boxed error as one line, and `~` expanded in paths. Raises ValueError; `--help` exits as usual."""
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(target, args=list(argv), prog=program, **settings)
+        with contextlib.redirect_stderr(errors), contextlib.nullcontext() if {"-h", "--help"} & set(argv) else _wide_terminal():
+            parsed = tyro.cli(target, args=list(argv), prog=program, **settings)
+        made = parsed[0] if settings.get("return_unknown_args") else parsed
+        if isinstance(made, functools.partial):  # a verb, by `deferred`
+            hints = get_type_hints(made.func, include_extras=True)
+            return functools.partial(made.func, **{name: expand_value(hints[name], value) for name, value in made.keywords.items()})
+        expand_fields(made)
+        return parsed
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(_one_line(errors.getvalue(), program, _options(target, settings.get("default")))) from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """tyro breaks its messages at the terminal's width, and in the middle of a word; here no message is that wide."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000000"
+    try:
+        yield
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
 
 
 def _options(target: Any, default: Any) -> list[str]:
@@ -527,7 +550,7 @@ def deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
     @functools.wraps(verb)
     def bind(*args: Any, **named: Any) -> Callable[[], int]:
-        return functools.partial(verb, *args, **named)
+        return functools.partial(verb, **inspect.signature(verb).bind(*args, **named).arguments)
 
     return bind
 
@@ -543,10 +566,36 @@ def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
             paragraphs[-1].append(line)
     filled = [p for p in paragraphs if p]
     message = " ".join(filled[0]) if filled else "wrong arguments"
-    message = re.sub(r"^Error parsing \w+: ", "", message)  # the name of a class means nothing to who typed this
-    unknown = re.search(r"Unrecognized options: (--[^\s,]+)", message)
-    near = next(iter(difflib.get_close_matches(unknown.group(1), options, 1, cutoff=0.3)), "") if unknown else ""
-    return message.rstrip(".") + (f"; nearest is {near}" if near else "") + f"; see {program} --help"
+    message = re.sub(r"^Error parsing [A-Za-z]\w*: ", "", message).rstrip(".")  # the name of a class means nothing to who typed this
+    help_line = f"see `{program} --help`"
+    if extra := re.search(r"Unrecognized options: ([^\s,]+)", message):
+        word = extra.group(1).partition("=")[0]
+        return str(unknown("option", word, options, help_line)) if word.startswith("-") else f"{word!r} is one argument too many; {help_line}"
+    for pattern, words in TYRO_IN_WORDS.items():
+        message = re.sub(pattern, words, message)
+    return f"{message}; {help_line}"
+
+
+TYRO_IN_WORDS = {
+    r"^invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)$": r"\2 cannot be '\1'. Choose one of \3",
+    r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$": r"\1 must be a whole number, not \2",
+    r"^Error parsing (\S+): could not convert string to float: (.*)$": r"\1 must be a number, not \2",
+    r"^Error parsing (\S+): no type matching \{None\}\|INT could be instantiated from \[(.*?)\]\. Got errors: .*$": r"\1 must be a whole number, not \2",
+    r"^Error parsing (\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*?)\]\. Got errors: .*$": r"\1 must be a number, not \2",
+    r"^Error parsing (\S+): Could not parse arguments \[(.*)\] into .*$": r"\1 cannot be \2",
+    r"^Error parsing (\S+): ": r"\1: ",
+    r"^Missing value for argument '(\S+)'\. Expected 1 values$": r"\1 needs a value",
+    r"^Missing value for argument '(\S+)'\. Expected (\S+) values$": r"\1 needs \2 values",
+}
+"""What tyro says of values, and what is said in its place."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str], choose: str = "") -> ValueError:
+    """One line on a name that is none of `choices`: the most similar one, and all of them or where to find them."""
+    keys = {key: choice for choice in reversed([*choices]) for key in (choice.rpartition(".")[2].lstrip("-"), choice.lstrip("-"))}
+    near = difflib.get_close_matches(name.lstrip("-"), keys, 1, cutoff=0.5)
+    choose = choose or f"Choose one of {', '.join(choices)}"
+    return ValueError(f"unknown {what} {name!r}. " + (f"Did you mean {keys[near[0]]!r}? " if near else "") + choose[0].upper() + choose[1:])
 
 
 def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str, head: str) -> int:
@@ -557,8 +606,7 @@ def _run(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str
         return 0 if argv else 2
     verb = argv[0]
     if verb not in verbs:
-        near = difflib.get_close_matches(verb, verbs, 1, cutoff=0.5)
-        raise ValueError(f"unknown command {verb}; legal are {', '.join(verbs)}" + (f"; nearest is {near[0]}" if near else ""))
+        raise unknown("command", verb, verbs, f"Run `{program} --help` for all commands")
     if verbs[verb] in (train, estimate, ablate, evaluate, data):  # recipes and verbs have help of their own
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()

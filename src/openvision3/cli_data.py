@@ -20,19 +20,20 @@ from tyro.conf import Positional, arg
 
 from openvision3.cli import Device, Json
 from openvision3.files import write_whole
+from openvision3.paths import PathName
 
 if TYPE_CHECKING:
     from openvision3.data.recaption import Tally
 
 T = TypeVar("T")
 
-Shards = Positional[Annotated[tuple[str, ...], arg(metavar="SHARDS ...", help="shards, folders of them, globs, braces and URLs: data/{00000..00009}.tar")]]
-Data = Positional[Annotated[tuple[str, ...], arg(metavar="DATA ...", help="shards, folders and globs, braces as in data/{00000..00009}.tar")]]
+Shards = Positional[Annotated[tuple[PathName, ...], arg(metavar="SHARDS ...", help="shards, folders of them, globs, braces and URLs: data/{00000..00009}.tar")]]
+Data = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="shards, folders and globs, braces as in data/{00000..00009}.tar")]]
 
-Pictures = Positional[Annotated[tuple[str, ...], arg(metavar="DATA ...", help="openmoji, folders of pictures, shards such as data/{00000..00009}.tar")]]
+Pictures = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="openmoji, folders of pictures, shards such as data/{00000..00009}.tar")]]
 
 
-def index(shards: Shards, index: str = "", again: bool = False, workers: int = 0, json: Json = False) -> int:
+def index(shards: Shards, index: PathName = "", again: bool = False, workers: int = 0, json: Json = False) -> int:
     """Write what lies where in each shard, so that a run opens thousands of them at once.
 
     Args:
@@ -96,8 +97,8 @@ def check(shards: Shards, caption_keys: tuple[str, ...] = (), decode: bool = Fal
 
 def recaption(
     data: Data,
-    model: str,
-    out: str,
+    model: PathName,
+    out: PathName,
     prompt: str = "Describe this picture in one or two sentences.",
     field: str = "re_caption",
     caption_key: str = "",
@@ -113,7 +114,7 @@ def recaption(
     revision: str = "",
     download: bool = False,
     replace: bool = False,
-    sheet: str = "",
+    sheet: PathName = "",
 ) -> int:
     """Write the captions of shards or of a folder of pictures anew, with any picture-to-text model of transformers.
 
@@ -185,8 +186,8 @@ def recaption(
 
 def latents(
     data: Pictures,
-    out: str = "latents",
-    vae: str = "embedded",
+    out: PathName = "latents",
+    vae: PathName = "embedded",
     shift: bool | None = None,
     size: int = 128,
     crops: int = 4,
@@ -200,8 +201,8 @@ def latents(
     caption_keys: tuple[str, ...] = (),
     aliases: bool = False,
     part_samples: int = 1024,
-    index: str = "",
-    cache: str = "",
+    index: PathName = "",
+    cache: PathName = "",
     cache_gb: float = 100.0,
     engine: Literal["local", "ray"] = "local",
     actors: int = 0,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
+from openvision3.paths import NamedPath, PathName
+
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels
     from openvision3.evaluate.pictures import Pictures
@@ -30,15 +32,15 @@ METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
 class Options:
     """What is measured, on which pictures, how."""
 
-    model: Positional[Annotated[str, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]] = "mini"
-    data: tuple[str, ...] = ("openmoji",)
+    model: Positional[Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]] = "mini"
+    data: tuple[PathName, ...] = ("openmoji",)
     """openmoji (its test side), folders of pictures, shards and globs: data/{00000..00009}.tar"""
-    out: str = "evaluation"
+    out: PathName = "evaluation"
     """the folder of results.json, pictures.jsonl and report.html"""
     peer: tuple[str, ...] = ()
     """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too.
     A probe of ours always stands beside vae, its floor"""
-    peer_folder: tuple[str, ...] = ()
+    peer_folder: tuple[NamedPath, ...] = ()
     """where a peer's weights are, as in flux-vae=weights/FLUX.1-schnell; none: where openvision3 fetch has put them"""
     protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
     """a published protocol that must hold: ImageNet val 50,000 or COCO val2017 5,000 pictures, ADM crop, 256 px, rFID"""
@@ -54,21 +56,21 @@ class Options:
     """of reconstruction: psnr (also against noise), ssim, distance, kid, lpips, rfid; none: all whose weights are here"""
     sigmas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8, 1.2)
     """reconstruction: strengths of noise on the tokens for the curve of errors"""
-    inception: str = ""
+    inception: PathName = ""
     """weights-inception-2015-12-05-6726825d.pth, for rfid; none: where openvision3 fetch has put it"""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """the network of lpips"""
-    lpips_backbone: str = ""
+    lpips_backbone: PathName = ""
     """torchvision's alexnet or vgg16 checkpoint; none: where openvision3 fetch has put it"""
-    lpips_linear: str = ""
+    lpips_linear: PathName = ""
     """the channel weights of LPIPS v0.1"""
     caption_keys: tuple[str, ...] = ()
     """JSON fields of shards that hold captions, all of them count; none: the .txt member"""
     only: tuple[str, ...] = ()
     """keep shard samples whose JSON has these values, as in source=clipart"""
-    index: str = ""
+    index: PathName = ""
     """the folder where `data index` has put the indexes of shards; none: beside each shard"""
-    cache: str = ""
+    cache: PathName = ""
     """the folder that remote shards are fetched into"""
     cache_gb: float = 100.0
     """most that the cache holds, in GB"""
@@ -76,13 +78,13 @@ class Options:
     """captioning: how captions become words; ptb needs Java"""
     label_key: str = ""
     """zeroshot, probe: the JSON field with the class; none: the emoji's group, the sub-folder or the .cls member"""
-    classes: str = ""
+    classes: PathName = ""
     """zeroshot, probe: a file of class names, one a line"""
     least: int = 20
     """probe: classes with fewer training pictures are left out"""
     prompts: Literal["auto", "templates", "names", "captions"] = "auto"
     """zeroshot: CLIP's 80 templates, bare names, or captions of the training pictures of a class; auto: captions for emoji groups, else templates"""
-    train: tuple[str, ...] = ()
+    train: tuple[PathName, ...] = ()
     """probe: the training pictures; none: those of openmoji, where data is openmoji"""
     k: int = 20
     """probe: neighbours"""
@@ -90,7 +92,7 @@ class Options:
     """auto, cpu or cuda"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """what the models compute in"""
-    vae: str = ""
+    vae: PathName = ""
     """the folder of MODEL's VAE, where its own is not at hand"""
     seed: int = 0
     """of noise and of subsets"""
@@ -157,7 +159,7 @@ class Evaluation:
 
 def evaluate(argv: Sequence[str]) -> int:
     """Measure a model, and peers by the same code: openvision3 evaluate reconstruction|retrieval|captioning|zeroshot|probe|all MODEL --data ..."""
-    from openvision3.cli import parse
+    from openvision3.cli import parse, unknown
 
     program = "openvision3 evaluate"
     if not argv or argv[0] in ("-h", "--help"):
@@ -169,10 +171,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
         return table(rest)
     if kind not in (*KINDS, "all"):
-        from openvision3.config import nearest
-
-        legal = [*KINDS, "all", "table"]
-        raise ValueError(f"unknown evaluation {kind}; legal are {', '.join(legal)}; nearest is {nearest(kind, legal) or 'none'}")
+        raise unknown("evaluation", kind, [*KINDS, "all", "table"])
     options = parse(Options, rest, f"{program} {kind}", description=f"{kind}: {WHAT[kind]}")
     if options.protocol and kind not in ("reconstruction", "all"):
         raise ValueError(f"protocol {options.protocol} is one of reconstruction; leave it out of {kind}")

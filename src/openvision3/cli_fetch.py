@@ -24,7 +24,7 @@ def run(names: Sequence[str], to: str, list_all: bool, check: bool, json: bool) 
     names = [name for each in names for name in each.split(",") if name]
     if not names and not list_all and not check:
         raise ValueError("nothing named; name what to fetch, or all: openvision3 fetch --list shows what there is")
-    folder = Path(to).expanduser() if to else fetch.default_folder()
+    folder = Path(to) if to else fetch.default_folder()
     assets = list(ASSETS.values()) if not names or "all" in names else [named(name) for name in dict.fromkeys(names)]
     if list_all:
         return _list(assets, folder, json)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from openvision3.paths import PathName
+
 if TYPE_CHECKING:
     from openvision3.evaluate.results import NotRun, Results
 
@@ -88,8 +90,8 @@ def table(argv: Sequence[str]) -> int:
 class TableOptions:
     """Which results, and where the page goes."""
 
-    results: Positional[Annotated[tuple[str, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
-    out: str = "evaluations.html"
+    results: Positional[Annotated[tuple[PathName, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
+    out: PathName = "evaluations.html"
     """the page"""
     json: bool = False
     """all rows on stdout instead of the tables"""

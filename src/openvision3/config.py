@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from openvision3.data.images import check_size
 from openvision3.model.openvision3 import ModelConfig
 from openvision3.optimizer import OptimizerConfig
+from openvision3.paths import PathName
 
 T = TypeVar("T")
 
@@ -23,17 +24,17 @@ T = TypeVar("T")
 class RunConfig:
     """One training run, complete: the same config and seed give the same losses."""
 
-    data: tuple[str, ...] = ("openmoji",)
+    data: tuple[PathName, ...] = ("openmoji",)
     """openmoji, folders of pictures, shards such as data/{00000..00009}.tar or s3://...; several are mixed"""
     weights: tuple[float, ...] = ()
     """shares of the names in `data` in an epoch, such as 3 1; none: every sample once"""
-    index: str = ""
+    index: PathName = ""
     """the folder where `data index` has put the indexes of shards; none: beside each shard"""
-    cache: str = ""
+    cache: PathName = ""
     """the folder that remote shards are fetched into"""
     cache_gb: float = 100.0
     """most that the cache holds, in GB"""
-    val: tuple[str, ...] = ("openmoji",)
+    val: tuple[PathName, ...] = ("openmoji",)
     """what is evaluated on during training, never trained on; openmoji means its val side, whose families are in no other"""
     only: tuple[str, ...] = ()
     """keep shard samples whose JSON has these values, as in source=clipart"""
@@ -51,9 +52,9 @@ class RunConfig:
     """side of the training pictures in pixels, a multiple of 16"""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """share of a picture that a random crop covers"""
-    latents: str = ""
+    latents: PathName = ""
     """a folder of openvision3 data latents: read latents there, and open only pictures whose pixels are compared (pixel_share 0: none, data may be empty)"""
-    tokenizer: str = ""
+    tokenizer: PathName = ""
     """a tokenizer.json; none: that of --init, or a WordPiece trained on the captions"""
     vocabulary: int = 4096
     """largest vocabulary of a trained WordPiece"""
@@ -97,9 +98,9 @@ class RunConfig:
     """checkpoints of lowest val/loss kept besides, where evaluation and saving fall on the same steps"""
     track: tuple[str, ...] = ()
     """wandb, trackio or both, beside metrics.jsonl and tensorboard"""
-    out: str = ""
+    out: PathName = ""
     """the run folder; none: runs/RECIPE"""
-    init: str = ""
+    init: PathName = ""
     """start from the weights of a shipped model, a model folder or a run (a new optimiser)"""
     resume: bool = False
     """go on from the last checkpoint in the run folder"""

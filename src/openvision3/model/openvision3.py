@@ -18,6 +18,7 @@ from openvision3.model.perceptual import EfficientNetDistance, Lpips
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE, VAEConfig
+from openvision3.paths import PathName
 
 ROWS, PIXEL_ROWS, WORDS = range(3)
 """Places in `counts`."""
@@ -43,9 +44,9 @@ class LossConfig:
     """whose gradient reaches the encoder; the heads of the other branch train on detached tokens, and with nothing the encoder is frozen"""
     perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
     """which feature distance; LPIPS needs the two files below"""
-    lpips_backbone: str = ""
+    lpips_backbone: PathName = ""
     """torchvision's vgg16 or alexnet checkpoint, a local file"""
-    lpips_linear: str = ""
+    lpips_linear: PathName = ""
     """the LPIPS v0.1 channel weights, a local file"""
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openvision3.files import sha256_of
+from openvision3.paths import PathName
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "vae"
 
@@ -41,7 +42,7 @@ _TILE, _OVERLAP = 512, 64
 class VAEConfig:
     """Which VAE stands at both ends of the model, and how its latents are scaled."""
 
-    name: str = "embedded"
+    name: PathName = "embedded"
     """embedded, a diffusers folder, a hub id, or pixels (no VAE)"""
     shift: bool | None = None
     """subtract the VAE's shift_factor; unset: off for AutoencoderKL, as the authors do, on for AutoencoderTiny"""

@@ -1,0 +1,118 @@
+"""Paths on the command line: `~` is the home folder in every option that takes a path, and in no text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from tiny_pipeline import write_photo
+
+from openvision3 import cli, cli_data, cli_evaluate
+from openvision3.paths import expand_home, expand_value
+
+TEXTS = {
+    *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
+    *("device", "precision", "revision", "shard_split", "track", "size"),
+}
+"""Options that hold words, names or numbers in words. A new option of type str is a path, with the hint `PathName`, or stands here."""
+
+
+class Parsed(Exception):
+    pass
+
+
+def targets(monkeypatch) -> dict[str, Any]:
+    """What each command hands to `cli.parse`: a dataclass or a verb. Commands with help of their own are asked by a name that they know."""
+    seen: dict[str, Any] = {}
+    real = cli.parse
+
+    def parse(target: Any, argv: Any, program: str, **settings: Any) -> Any:
+        seen[f"{program} {target.__name__}"] = target
+        if settings.get("return_unknown_args"):
+            return real(target, argv, program, **settings)
+        raise Parsed
+
+    monkeypatch.setattr(cli, "parse", parse)
+    inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
+    for verb in cli.VERBS:
+        for rest in inner.get(verb, [""]):
+            with pytest.raises(Parsed):
+                cli._run([verb, *filter(None, [rest])], cli.VERBS, "openvision3", "")
+    return seen
+
+
+def holds_strings(hint: Any) -> bool:
+    return hint is str or (get_origin(hint) is not Literal and any(map(holds_strings, get_args(hint))))
+
+
+def strings(target: Any) -> dict[str, Any]:
+    """{name: hint} of the fields that hold strings, those of inner dataclasses by their names on the command line."""
+    hints = get_type_hints(target, include_extras=True)
+    hints.pop("return", None)
+    inner = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    found = {name: hint for name, hint in hints.items() if name not in inner and holds_strings(hint)}
+    return found | {f"{name}.{field}": hint for name, kind in inner.items() for field, hint in strings(kind).items()}
+
+
+def test_every_option_of_every_command_expands_the_tilde_or_holds_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = targets(monkeypatch)
+    assert len(seen) >= 19, sorted(seen)
+    wrong = []
+    for program, target in seen.items():
+        for name, hint in strings(target).items():
+            is_path = expand_value(hint, "~/x") == f"{tmp_path}/x" or expand_value(hint, "name=~/x") == f"name={tmp_path}/x"
+            if is_path == (name.rpartition(".")[2] in TEXTS):
+                wrong.append(f"{program}: {name}")
+    assert not wrong, f"give these the hint PathName, or name them in TEXTS: {wrong}"
+
+
+def parsed(monkeypatch, verb: str, *argv: str, verbs: Any = cli.VERBS) -> dict[str, Any]:
+    """The arguments that a verb gets."""
+    return cli.parse(cli.deferred(verbs[verb]), argv, f"openvision3 {verb}").keywords
+
+
+def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_and_nowhere_in_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parsed(monkeypatch, "classify", "~/a/*.png", "x~/b.png", "--model=~/m", "--vae", "~/v", "--labels", "~/not a path", "~")
+    assert found["pictures"] == (f"{tmp_path}/a/*.png", "x~/b.png") and found["model"] == f"{tmp_path}/m" and found["vae"] == f"{tmp_path}/v"
+    assert found["labels"] == ("~/not a path", "~")
+    found = parsed(monkeypatch, "recaption", "~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png", verbs=cli_data.VERBS)
+    assert [found[name] for name in ("data", "model", "out", "prompt", "sheet")] == [
+        (f"{tmp_path}/{{0..3}}.tar",),
+        f"{tmp_path}/m",
+        f"{tmp_path}/new",
+        "~/x",
+        f"{tmp_path}/s.png",
+    ]
+    options = cli.parse(cli_evaluate.Options, ["--peer-folder", "flux-vae=~/w", "--data", "~/a", "b", "--out=~/o"], "openvision3 evaluate")
+    assert options.peer_folder == (f"flux-vae={tmp_path}/w",) and options.data == (f"{tmp_path}/a", "b") and options.out == f"{tmp_path}/o"
+    config = cli._configured("tiny", ["--model.vae.name=~/vae", "--val=~/v", "--tokenizer=~/t.json", "--init", "~"])
+    assert (config.model.vae.name, config.val, config.tokenizer, config.init) == (f"{tmp_path}/vae", (f"{tmp_path}/v",), f"{tmp_path}/t.json", str(tmp_path))
+
+
+def test_a_home_that_is_not_known_is_refused_and_a_file_with_a_tilde_in_its_name_is_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^~nobody-here/x: the home folder ~nobody-here is unknown; write the whole path, or \./~nobody-here"):
+        expand_home("~nobody-here/x")
+    write_photo(tmp_path / "~lock.png")
+    (tmp_path / "~kept").mkdir()
+    assert [expand_home(path) for path in ("~lock.png", "~kept/x", "./~nobody-here/x", "a~b", "")] == [
+        "~lock.png",
+        "~kept/x",
+        "./~nobody-here/x",
+        "a~b",
+        "",
+    ]
+
+
+def test_no_command_makes_a_folder_called_tilde(monkeypatch, tmp_path, capsys):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write_photo(Path("home/a.png"))
+    assert cli.main(["encode", "~/a.png", "--out=~/tokens"]) == 0
+    assert os.listdir(tmp_path) == ["home"] and (tmp_path / "home" / "tokens" / "a.safetensors").is_file()
