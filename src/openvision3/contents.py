@@ -127,7 +127,10 @@ def _zip(head: bytes, source: bytes | str | os.PathLike) -> str:
 
 
 _MARKUP: tuple[tuple[Callable[[str], bool], str], ...] = (
-    (lambda text: text.startswith(("<!doctype html", "<html", "<head", "<body")) or "<html" in text[:1024], "a web page (HTML), perhaps of a login or an error"),
+    (
+        lambda text: text.startswith(("<!doctype html", "<html", "<head", "<body")) or "<html" in text[:1024],
+        "a web page (HTML), perhaps of a login or an error",
+    ),
     (lambda text: "<svg" in text and text.startswith("<"), f"SVG, a vector drawing: {_RENDER}"),
     (lambda text: text.startswith("<?xml") or bool(re.match(r"<[a-z]+[\s>]", text)), "XML"),
 )
@@ -135,7 +138,9 @@ _MARKUP: tuple[tuple[Callable[[str], bool], str], ...] = (
 
 def _text(head: bytes) -> str:
     """HTML, SVG, JSON, other text with how it begins, or bytes of no format that is known here with theirs."""
-    encoding = next((name for mark, name in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig")) if head.startswith(mark)), "utf-8")
+    encoding = next(
+        (name for mark, name in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig")) if head.startswith(mark)), "utf-8"
+    )
     text = head.decode(encoding, errors="ignore").strip()
     readable = sum(letter.isprintable() or letter.isspace() for letter in text)
     if len(text) * 4 < len(head) or readable < 0.9 * len(text):
