@@ -141,7 +141,7 @@ def test_a_broken_sample_is_replaced_counted_once_and_the_batch_stays_full(broke
     made = batches(broken, words, batch=4)
     rows = take(made, 0, 9)  # three epochs
     assert all(len(batch["images"]) == 4 for batch in rows)
-    usable = {draw_seed(broken.key(i)) for i in (0, 1, 2, 4, 6, 8, 10, 11)}
+    usable = {draw_seed(broken.sample_key(i)) for i in (0, 1, 2, 4, 6, 8, 10, 11)}
     seen = {int(key) for batch in rows for key in batch["sample_key"]}
     assert seen == usable
     assert count_reasons(made.problems) == {"no caption": 2, "not an image": 1, "too small": 1}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from shapes import tiny_config, tiny_vae
 from small_runs import Crash as Crashed
 from small_runs import assert_same_run, crash_at, metrics, pictures, small
+from test_shards import write_shard
 
 from openvision3.cache import LatentJob, write_latents
 from openvision3.cli import main
@@ -34,7 +37,7 @@ from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.latent_files import AGAIN, TENSORS, LatentSettings, Part
 from openvision3.data.latent_writer import LatentWriter
 from openvision3.data.latents import CachedSource, LatentCache
-from openvision3.data.shards import FolderSource, Source
+from openvision3.data.shards import FolderSource, Source, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
@@ -111,7 +114,7 @@ def environment(**changes: str) -> dict[str, str]:
 def test_an_entry_is_the_vae_of_the_crop_that_anyone_can_draw_again(cache, folder, vae):
     source = FolderSource(folder)
     for index in (0, 3, 9):
-        key = source.key(index)
+        key = source.sample_key(index)
         for crop in range(CROPS):
             latents, box = cache.read(key, crop)
             image, drawn = source.crop(index, SIZE, torch.Generator().manual_seed(draw_seed(7, "crop", key, crop)))
@@ -121,13 +124,13 @@ def test_an_entry_is_the_vae_of_the_crop_that_anyone_can_draw_again(cache, folde
             torch.testing.assert_close(latents.float(), expected, rtol=2**-8, atol=1e-5)
 
 
-def test_a_part_is_plain_safetensors_with_latents_boxes_and_its_vae(cache):
+def test_a_part_is_plain_safetensors_with_latents_boxes_and_its_vae(cache, folder):
     file = cache.folder / "part-000000.safetensors"
     found = load_file(file)
     assert found["latents"].shape == (PART, CROPS, 16, SIZE // 8, SIZE // 8) and found["latents"].dtype == torch.bfloat16
     assert found["boxes"].shape == (PART, CROPS, 4) and found["boxes"].dtype == torch.int32
     assert cache.settings.vae_sha256.encode() in file.read_bytes()[:2000]
-    assert torch.equal(found["latents"][2, 1], cache.read("pics/2.png", 1)[0])
+    assert torch.equal(found["latents"][2, 1], cache.read(FolderSource(folder).sample_key(2), 1)[0])
 
 
 def test_unusable_samples_are_left_out_counted_and_named(cache):
@@ -185,14 +188,63 @@ def test_latents_that_are_not_finite_are_left_out(folder, vae, tmp_path):
     assert not (tmp_path / "c" / "cache.json").exists()
 
 
-def test_samples_that_share_a_key_are_not_found_instead_of_mixed_up(vae, folder, tmp_path):
-    class Twice(FolderSource):
-        def key(self, index):
-            return "same" if index in (1, 8) else super().key(index)
+def test_a_copy_of_an_image_has_its_latents(vae, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pics")
+    shutil.copy(tmp_path / "pics/1.png", tmp_path / "pics/8.png")
+    source = FolderSource(tmp_path / "pics")
+    cache = write(tmp_path / "c", source, vae)
+    assert cache.values["skipped"] == {"not an image": 1}
+    assert cache.find(source.sample_key(8)) == cache.find(source.sample_key(1)) == (0, 1)
 
-    cache = write(tmp_path / "c", Twice(folder), vae)
-    assert cache.values["skipped"] == {"key twice": 2, "not an image": 1}
-    assert cache.find("same") is None and cache.find("pics/0.png") == (0, 0)
+
+def test_a_cache_fits_its_images_wherever_they_lie_and_whatever_is_named_beside_them(vae, tmp_path):
+    """Written from two folders of shards of equal names, it serves either alone, moved, packed anew or in folders."""
+    pixels = np.random.default_rng(0)
+    for place in ("a", "b"):
+        members = {}
+        for number in range(3):
+            out = io.BytesIO()
+            Image.fromarray(pixels.integers(0, 255, (40, 40, 3), np.uint8)).save(out, "PNG")
+            members |= {f"{number}.png": out.getvalue(), f"{number}.txt": b"a heart"}
+        write_shard(tmp_path / "d" / place / "00000.tar", members)
+    both = open_source((f"{tmp_path}/d/*/*.tar",))
+    cache = write(tmp_path / "c", both, vae)
+    written = [cache.read(both.sample_key(index), 0)[0] for index in range(6)]
+    assert len({latents.view(torch.int16).numpy().tobytes() for latents in written}) == 6
+    (tmp_path / "d/b").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/00000.tar").rename(tmp_path / "elsewhere/other.tar")
+    with tarfile.open(tmp_path / "elsewhere/other.tar") as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    words = TextTokenizer.train(["a heart"] * 2, 50)
+    for names, rows in ((("d/a/*.tar",), range(3)), (("elsewhere",), range(3, 6)), (("unpacked",), range(3, 6)), (("elsewhere", "d/a"), (3, 4, 5, 0, 1, 2))):
+        source = open_source(tuple(f"{tmp_path}/{name}" for name in names))
+        assert [cache.find(source.sample_key(index)) for index in range(len(source))] == [divmod(row, PART) for row in rows]
+        made = batches(source, words, cache, pixel_share=1.0)
+        first(made, 2)
+        assert not made.problems
+
+
+def test_a_cache_of_an_older_version_is_read_under_its_names_but_not_written_to(vae, folder, words, tmp_path):
+    """Format 1 knew samples by `Source.key`."""
+
+    class Named(FolderSource):
+        def sample_key(self, index):
+            self.data(index).stat()
+            return self.key(index)
+
+    cache = write(tmp_path / "c", Named(folder), vae)
+    for name in ("settings.json", "cache.json"):
+        path = cache.folder / name
+        path.write_text(path.read_text().replace("openvision3 latents 2", "openvision3 latents 1"))
+    old = LatentCache.open(cache.folder)
+    made = batches(FolderSource(folder), words, old, pixel_share=1.0)
+    first(made, 5)
+    assert {problem["reason"] for problem in made.problems} == {"not in the cache"}, "of the image that is none"
+    with pytest.raises(ValueError, match="older version, which can still be trained on but not written to; name another folder with --out"):
+        LatentWriter(cache.folder, FolderSource(folder), vae.encode, settings_of(FolderSource(folder), vae))
+    moved = FolderSource(shutil.copytree(folder, tmp_path / "moved"))
+    with pytest.raises(ValueError, match="older version that knows samples by their names beside each other: name pics, or write the cache anew"):
+        batches(moved, words, old).sample(0)
 
 
 # -- accidents -----------------------------------------------------------------------------------------------------
@@ -352,7 +404,7 @@ def test_no_flipped_bit_of_an_entry_is_read(cache, tmp_path_factory, place, bit)
     damaged[int(place * len(damaged))] ^= 1 << bit
     for file, content in (data | {name: bytes(damaged)}).items():
         (out / file).write_bytes(content)
-    keys = [f"pics/{i}.png" for i in range(4)]
+    keys = [cache.sample(i)[0] for i in range(4)]
     flipped = LatentCache.open(out)
     for key in keys:
         for crop in range(CROPS):
@@ -406,8 +458,8 @@ def test_every_crop_is_seen_in_turn_and_its_order_is_the_samples_own(cache, fold
     source = FolderSource(folder)
     orders = set()
     for index in (0, 1, 2, 3, 4, 6, 7, 8, 9):
-        seen = [cache.view(source, index, seed=3, epoch=epoch, pixels=False).latents for epoch in range(2 * CROPS)]
-        crops = [next(c for c in range(CROPS) if torch.equal(cache.read(source.key(index), c)[0], latents)) for latents in seen]
+        seen = [cache.view(source, index, key=source.sample_key(index), seed=3, epoch=epoch, pixels=False).latents for epoch in range(2 * CROPS)]
+        crops = [next(c for c in range(CROPS) if torch.equal(cache.read(source.sample_key(index), c)[0], latents)) for latents in seen]
         assert sorted(crops[:CROPS]) == list(range(CROPS)) and crops[CROPS:] == crops[:CROPS]
         orders.add(tuple(crops))
     assert len(orders) > 1
@@ -438,9 +490,10 @@ def test_the_pixel_target_is_the_original_crop_bit_for_bit(cache, folder, words)
     for batch in first(made, 5):
         assert len(batch["pixel_rows"]) == len(batch["pixel_images"]) == 2
         for row, image in zip(batch["pixel_rows"], batch["pixel_images"], strict=True):
-            index = next(i for i in range(10) if draw_seed(source.key(i)) == int(batch["sample_key"][row]))
-            crop = next(c for c in range(CROPS) if torch.equal(cache.read(source.key(index), c)[0], batch["latents"][row]))
-            drawn, _ = source.crop(index, SIZE, torch.Generator().manual_seed(draw_seed(7, "crop", source.key(index), crop)))
+            index = next(i for i in range(10) if draw_seed(source.sample_key(i)) == int(batch["sample_key"][row]))
+            key = source.sample_key(index)
+            crop = next(c for c in range(CROPS) if torch.equal(cache.read(key, c)[0], batch["latents"][row]))
+            drawn, _ = source.crop(index, SIZE, torch.Generator().manual_seed(draw_seed(7, "crop", key, crop)))
             assert torch.equal(image, to_tensor(drawn))
 
 
@@ -475,10 +528,12 @@ def test_ranks_micro_batches_and_workers_give_the_rows_of_one(cache, folder, wor
 
 
 def test_samples_that_the_cache_lacks_or_whose_picture_has_changed_are_replaced_and_listed(cache, words, folder, tmp_path):
-    source = FolderSource(pictures(tmp_path / "pics", 13))
+    pictures(tmp_path / "pics", 13)
+    shutil.copytree(folder, tmp_path / "pics", dirs_exist_ok=True)
+    source = FolderSource(tmp_path / "pics")
     made = batches(source, words, cache, pixel_share=0.0)
     keys = {int(key) for batch in first(made, 10) for key in batch["sample_key"]}
-    assert keys <= {draw_seed(f"pics/{i}.png") for i in range(10) if i != 5}
+    assert keys <= {draw_seed(FolderSource(folder).sample_key(i)) for i in range(10) if i != 5}
     assert {p["key"] for p in made.problems if p["reason"] == "not in the cache"} == {"pics/10.png", "pics/11.png", "pics/12.png", "pics/5.png"}
     changed = FolderSource(folder)
     changed.area = (0.1, 0.2)

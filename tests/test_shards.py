@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_runs import take
+from small_runs import pictures, take
 
 from openvision3.data import samples, tars
 from openvision3.data.batches import TextShape, TrainingBatches
@@ -90,6 +91,47 @@ def test_keys_do_not_depend_on_where_the_data_lies(tmp_path, monkeypatch):
     absolute = keys(ShardSource([path]))
     monkeypatch.chdir(tmp_path / "a")
     assert keys(ShardSource(["00000.tar"])) == absolute
+
+
+def test_sample_keys_are_those_of_the_images_wherever_they_lie_and_whatever_is_named_beside_them(tmp_path):
+    """Shards of equal names, moved, renamed, packed anew, unpacked into a folder, alone or among others."""
+    images = {f"{i}.jpg": jpeg((40 * i, 99, 0)) for i in range(6)}
+    for place, names in (("a", "012"), ("b", "345")):
+        write_shard(tmp_path / "d" / place / "00000.tar", {f"{n}.{e}": images[f"{n}.jpg"] if e == "jpg" else b"x" for n in names for e in ("jpg", "txt")})
+    write_shard(tmp_path / "again" / "all.tar", {f"in/{n}.jpg": images[f"{n}.jpg"] for n in "543210"} | {f"in/{n}.txt": b"another" for n in "543210"})
+    (tmp_path / "folder").mkdir()
+    for name, data in images.items():
+        (tmp_path / "folder" / name).write_bytes(data)
+
+    def sample_keys(*names: str) -> list[str]:
+        source = open_source(tuple(name if name == "openmoji" else f"{tmp_path}/{name}" for name in names))
+        return [source.sample_key(i) for i in range(len(source))]
+
+    every = sample_keys("d/*/*.tar")
+    assert len(set(every)) == 6
+    assert sample_keys("d/a/*.tar") + sample_keys("d/b/*.tar") == every
+    assert sample_keys("folder") == every and sample_keys("again")[::-1] == every
+    assert sample_keys("openmoji", "d/b", "d/a")[-6:] == every[3:] + every[:3]
+
+
+def test_sources_are_identical_where_their_images_are_the_same_in_the_same_order(tmp_path):
+    def identity(*names: str, **more) -> str:
+        return open_source(tuple(str(tmp_path / name) if name != "openmoji" else name for name in names), **more).identity()
+
+    write_shard(tmp_path / "a" / "0.tar", three())
+    write_shard(tmp_path / "a" / "1.tar", three(3))
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    write_shard(tmp_path / "other" / "0.tar", three() | {"000000001.jpg": jpeg("blue")})
+    write_shard(tmp_path / "other" / "1.tar", three(3))
+    assert identity("a") == identity("moved") == identity("a/0.tar", "moved/1.tar")
+    assert (
+        len({identity("a"), identity("other"), identity("a/1.tar", "a/0.tar"), identity("a/0.tar"), identity("a", only={"n": "1"}), identity("openmoji")}) == 6
+    )
+    pictures(tmp_path / "p", 3)
+    shutil.copytree(tmp_path / "p", tmp_path / "q" / "renamed")
+    assert identity("p") == identity("q/renamed") and identity("p", "a") == identity("q/renamed", "moved")
+    shutil.copy(tmp_path / "p" / "1.png", tmp_path / "p" / "2.png")
+    assert identity("p") != identity("q/renamed")
 
 
 def test_pictures_in_folders_inside_a_shard_are_told_apart(tmp_path):
@@ -419,12 +461,12 @@ def test_re_caption_is_predicted_and_a_sentence_of_it_and_org_caption_are_contra
     values = [{"re_caption": long, "org_caption": "heart IMG_1.jpg"}, {"re_caption": long, "org_caption": None}, {"re_caption": long}]
     members = {}
     for i, value in enumerate(values):
-        members |= {f"{i}.jpg": jpeg(), f"{i}.json": json.dumps(value).encode()}
+        members |= {f"{i}.jpg": jpeg((80 * i, 0, 0)), f"{i}.json": json.dumps(value).encode()}
     source = ShardSource([write_shard(tmp_path / "s.tar", members)], ("re_caption", "org_caption"))
     words = TextTokenizer.train([long, "heart IMG_1.jpg"], 200)
     shape = TextShape(64, 64, captions=2, sentences=True, whole=False)
     made = TrainingBatches(source, words, shape, size=16, batch=3, seed=0)
-    order = {draw_seed(source.key(i)): i for i in range(3)}
+    order = {draw_seed(source.sample_key(i)): i for i in range(3)}
     seen = set()
     for batch in take(made, 0, 12):
         for row, key in enumerate(batch["sample_key"].tolist()):
@@ -442,8 +484,9 @@ def test_re_caption_is_predicted_and_a_sentence_of_it_and_org_caption_are_contra
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("fault", "reason"), [("deleted", "vanished"), ("cut off", "changed"), ("written over", "changed")])
 def test_a_run_goes_on_without_a_shard_that_is_lost_under_it(tmp_path, workers, fault, reason):
-    paths = [write_shard(tmp_path / f"{i}.tar", three(3 * i)) for i in range(4)]
+    paths = [write_shard(tmp_path / f"{i}.tar", three(3 * i) | {f"{n:09d}.jpg": jpeg((20 * n, 0, 0)) for n in range(3 * i, 3 * i + 3)}) for i in range(4)]
     words = TextTokenizer.train(["caption one two"], 50)
+    lost = {draw_seed(ShardSource(paths).sample_key(i)) for i in range(3, 6)}
     made = TrainingBatches(ShardSource(paths), words, TextShape(8, 8), size=16, batch=4, seed=0, workers=workers)
     iterator = made.from_step(0)
     next(iterator)
@@ -459,7 +502,6 @@ def test_a_run_goes_on_without_a_shard_that_is_lost_under_it(tmp_path, workers, 
     assert all(len(batch["images"]) == 4 for batch in batches)
     assert count_reasons(made.problems) == {reason: 3}
     assert {p["key"].split("/")[0] for p in made.problems} == {"1"}
-    lost = {draw_seed(f"1/{i:09d}") for i in range(3, 6)}
     assert not lost & {int(key) for batch in batches[-10:] for key in batch["sample_key"]}
 
 

@@ -37,7 +37,7 @@ NEAR = 65_536
 """Positions among which a replacement is sought at first."""
 
 Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[dict[str, str]]]
-"""key, image (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
+"""sample key, image (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
 Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
 
@@ -148,22 +148,23 @@ class TrainingBatches:
         problems: list[dict[str, str]] = []
         for attempt in range(TRIES):
             index, epoch = self.place(self._instead(position, attempt) if attempt else position)
-            key = f"sample {index}"  # until the source, which may have lost its index, says its name
+            name = f"sample {index}"  # until the source, which may have lost its index, says its name
             try:
-                key = self.source.key(index)
+                name = self.source.key(index)
+                key = self.latents.key_of(self.source, index) if self.latents is not None else self.source.sample_key(index)
                 generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
                 captions = self.source.captions(index)
                 if not captions:
-                    problems.append({"key": key, "reason": "no caption", "detail": "missing or empty"})
+                    problems.append({"key": name, "reason": "no caption", "detail": "missing or empty"})
                     continue
                 captions = captions.led_by(draw_seed(self.seed, "caption", epoch, key))
                 if self.latents is not None:
                     pixels = self._has_pixels(*divmod(position, self.batch))
-                    view: Tensor | CachedView = self.latents.view(self.source, index, seed=self.seed, epoch=epoch, pixels=pixels)
+                    view: Tensor | CachedView = self.latents.view(self.source, index, key=key, seed=self.seed, epoch=epoch, pixels=pixels)
                 else:
                     view = to_tensor(self.source.view(index, self.size, generator) if self.augment else self.source.picture(index, self.size))
             except ImageError as error:
-                problems.append({"key": key, "reason": error.reason, "detail": str(error)})
+                problems.append({"key": name, "reason": error.reason, "detail": str(error)})
                 continue
             return key, view, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")

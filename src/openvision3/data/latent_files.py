@@ -26,7 +26,9 @@ from openvision3.data.images import Box
 from openvision3.data.order import draw_seed
 from openvision3.data.shards import Source
 
-FORMAT = "openvision3 latents 1"
+FORMAT = "openvision3 latents 2"
+OLD_FORMAT = "openvision3 latents 1"
+"""Knows a sample by its name for people (`Source.key`), not by its sample key; still read."""
 
 SETTINGS, KEYS, CACHE = "settings.json", "keys.safetensors", "cache.json"
 
@@ -91,7 +93,7 @@ class LatentSettings:
     def read(cls, path: Path) -> LatentSettings:
         """Raises OSError; ValueError where the file is none of ours."""
         values = read_json(path)
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (FORMAT, OLD_FORMAT):
             raise ValueError(f"{path} is of format {values.get('format')!r}; this version reads {FORMAT!r}")
         try:
             found = {name: values[name] for name in cls.__dataclass_fields__}
@@ -100,9 +102,9 @@ class LatentSettings:
         return cls(**found | {"crop_area": tuple(found["crop_area"]), "data": tuple(found["data"])})
 
 
-def draw_crop(source: Source, index: int, size: int, seed: int, crop: int) -> tuple[Image.Image, Box]:
-    """Crop number `crop` of a sample, the same whenever it is drawn. Raises ImageError."""
-    return source.crop(index, size, torch.Generator().manual_seed(draw_seed(seed, "crop", source.key(index), crop)))
+def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: int) -> tuple[Image.Image, Box]:
+    """Crop number `crop` of the sample with this key, the same whenever it is drawn. Raises ImageError."""
+    return source.crop(index, size, torch.Generator().manual_seed(draw_seed(seed, "crop", key, crop)))
 
 
 class Tensors:

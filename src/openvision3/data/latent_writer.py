@@ -1,7 +1,7 @@
 """Writing a cache of VAE latents: K random crops of every picture, encoded once.
 
 Any number of processes write parts side by side without a word between them; whichever ends last writes the rest.
-Crop c of sample `key` is drawn from the seed (seed, "crop", key, c), so that who has the pictures can draw the same view again.
+Crop c of the sample with the sample key `key` is drawn from the seed (seed, "crop", key, c), so that who has the pictures can draw the same view again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from openvision3.data.latent_files import (
     draw_crop,
     mark_name,
     part_name,
+    read_json,
     read_mark,
     to_json,
     unchanged,
@@ -46,6 +47,8 @@ from openvision3.files import left_behind, write_whole
 class _Views(NamedTuple):
     """All crops of one sample, or why there are none."""
 
+    name: str
+    """for people"""
     key: str
     words: bytes
     images: Tensor | None
@@ -60,15 +63,17 @@ class _Samples(torch.utils.data.Dataset):
         self.source, self.settings = source, settings
 
     def __getitem__(self, index: int) -> _Views:
-        key, settings = self.source.key(index), self.settings
+        name, settings = self.source.key(index), self.settings
         try:
+            key = self.source.sample_key(index)
             captions, family = self.source.captions(index), self.source.family(index)
-            words = {"captions": captions} | ({"alike": captions.alike} if captions.alike > 1 else {}) | ({"family": family} if family != key else {})
-            drawn = [draw_crop(self.source, index, settings.size, settings.seed, crop) for crop in range(settings.crops)]
+            words: dict[str, Any] = {"name": name, "captions": captions}
+            words |= ({"alike": captions.alike} if captions.alike > 1 else {}) | ({"family": family} if family != name else {})
+            drawn = [draw_crop(self.source, index, key, settings.size, settings.seed, crop) for crop in range(settings.crops)]
         except ImageError as error:
-            return _Views(key, b"", None, [], {"key": key, "reason": error.reason, "detail": str(error)})
+            return _Views(name, "", b"", None, [], {"key": name, "reason": error.reason, "detail": str(error)})
         images = torch.stack([to_tensor(image) for image, _ in drawn])
-        return _Views(key, json.dumps(words, ensure_ascii=False).encode(), images, [box for _, box in drawn], None)
+        return _Views(name, key, json.dumps(words).encode(), images, [box for _, box in drawn], None)
 
 
 class LatentWriter:
@@ -101,7 +106,8 @@ class LatentWriter:
             (self.folder / mark_name(part)).unlink(missing_ok=True)  # or another process would take it for complete
             return False
         with Part(self.folder, part, self.settings).open() as there:
-            written = {there.key(row) for row in range(there.count)} | {problem["key"] for problem in found["skipped"]}
+            names = [json.loads(there.string("word", row))["name"] for row in range(there.count)]
+        written = {*names, *(problem["key"] for problem in found["skipped"])}
         wanted = {self.source.key(index) for index in self.settings.range(part)}
         if written != wanted:
             raise ValueError(
@@ -159,7 +165,7 @@ class LatentWriter:
         finite = [bool(torch.isfinite(rows).all()) for rows in latents]
         for views, fine in zip(usable, finite, strict=True):
             if not fine:
-                problems.append({"key": views.key, "reason": "latents not finite", "detail": f"the VAE gives no finite numbers in {settings.precision}"})
+                problems.append({"key": views.name, "reason": "latents not finite", "detail": f"the VAE gives no finite numbers in {settings.precision}"})
         data = _serialise(settings, part, [v for v, fine in zip(usable, finite, strict=True) if fine], latents[torch.tensor(finite, dtype=torch.bool)])
         write_whole(self.folder / part_name(part), data)
         mark = {"file": part_name(part), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "samples": sum(finite), "skipped": problems}
@@ -177,13 +183,13 @@ class LatentWriter:
         skipped = Counter(problem["reason"] for problem in (*self.source.problems, *(p for mark in whole for p in mark["skipped"])))
         if not any(mark["samples"] for mark in whole):
             raise ValueError(f"none of the {self.settings.samples} samples can be used: {', '.join(f'{n} {why}' for why, n in skipped.most_common())}")
-        index, twice = self._index([mark["samples"] for mark in whole])
+        index = self._index([mark["samples"] for mark in whole])
         write_whole(self.folder / KEYS, index)
         found = {
             "format": FORMAT,
             **asdict(self.settings),
             "entries": sum(mark["samples"] for mark in whole),
-            "skipped": dict(sorted(skipped.items())) | ({"key twice": twice} if twice else {}),
+            "skipped": dict(sorted(skipped.items())),
             "keys": {"file": KEYS, "bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
             "parts": [{name: mark[name] for name in ("file", "bytes", "sha256", "samples")} for mark in whole],
         }
@@ -193,8 +199,8 @@ class LatentWriter:
                 left.unlink(missing_ok=True)
         return found
 
-    def _index(self, counts: list[int]) -> tuple[bytes, int]:
-        """`keys.safetensors`, and how many samples share their key with another one and are therefore not in it."""
+    def _index(self, counts: list[int]) -> bytes:
+        """`keys.safetensors`; of copies of an image it names the first."""
         from safetensors.torch import save
 
         hashes, parts, rows = [], [], []
@@ -203,16 +209,9 @@ class LatentWriter:
                 hashes.append(np.frombuffer(part.read("key_hashes", 0, 8 * count), "<i8"))
             parts.append(np.full(count, number, "<i4"))
             rows.append(np.arange(count, dtype="<i4"))
-        found = np.concatenate(hashes)
-        order = np.argsort(found, kind="stable")
-        found = found[order]
-        alone = np.ones(len(found), bool)
-        same = found[1:] == found[:-1]
-        alone[1:] &= ~same
-        alone[:-1] &= ~same
-        order = order[alone]
-        arrays = {"hashes": found[alone], "parts": np.concatenate(parts)[order], "rows": np.concatenate(rows)[order]}
-        return save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}), int((~alone).sum())
+        found, first = np.unique(np.concatenate(hashes), return_index=True)
+        arrays = {"hashes": found, "parts": np.concatenate(parts)[first], "rows": np.concatenate(rows)[first]}
+        return save({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
 def claim(folder: Path, settings: LatentSettings) -> LatentSettings:
@@ -232,6 +231,8 @@ def claim(folder: Path, settings: LatentSettings) -> LatentSettings:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, to_json({"format": FORMAT, **asdict(settings)}), first_wins=True)
     there = LatentSettings.read(path)
+    if read_json(path)["format"] != FORMAT:
+        raise ValueError(f"{folder} was written by an older version, which can still be trained on but not written to; name another folder with --out")
     if differences := settings.differences(there):
         raise ValueError(f"{folder} was begun with other settings, and cannot go on with {'; '.join(differences)}; name another folder with --out")
     return there

@@ -21,6 +21,7 @@ from openvision3.data.latent_files import (
     AGAIN,
     CACHE,
     KEYS,
+    OLD_FORMAT,
     SETTINGS,
     LatentSettings,
     Part,
@@ -99,6 +100,10 @@ class LatentCache:
                 raise ValueError(f"{self.folder / entry['file']} is damaged: its sha256 is not that in {CACHE}; {AGAIN}")
             yield entry["file"]
 
+    def key_of(self, source: Source, index: int) -> str:
+        """What this cache knows a sample by: its sample key, or in a cache of an older version its name. Raises ImageError."""
+        return source.key(index) if self.values["format"] == OLD_FORMAT else source.sample_key(index)
+
     def find(self, key: str) -> tuple[int, int] | None:
         """(part, row) of a sample, None where the cache lacks it."""
         wanted = draw_seed(key)
@@ -115,7 +120,10 @@ class LatentCache:
         """
         found = self.find(key)
         if found is None:
-            raise ImageError("not in the cache", f"{self.folder} has no latents of it; it was made from {', '.join(self.settings.data)}")
+            data = ", ".join(self.settings.data)
+            old = f", by an older version that knows samples by their names beside each other: name {data}, or write the cache anew"
+            why = f"{self.folder} has no latents of it; it was made from {data}{old if self.values['format'] == OLD_FORMAT else ''}"
+            raise ImageError("not in the cache", why)
         number, row = found
         settings = self.settings
         entry = row * settings.crops + crop
@@ -131,21 +139,21 @@ class LatentCache:
             raise ImageError("damaged latents", f"{self.folder / part_name(number)} does not fit its checksum at row {row}, crop {crop}; {AGAIN}")
         return torch.frombuffer(bytearray(latents), dtype=torch.bfloat16).view(settings.shape), struct.unpack("<4i", box)  # type: ignore[return-value]
 
-    def view(self, source: Source, index: int, *, seed: int, epoch: int, pixels: bool) -> CachedView:
-        """What a run with `seed` sees of a sample in `epoch`: its crops in turn, in an order of its own, so that each is seen.
+    def view(self, source: Source, index: int, *, key: str, seed: int, epoch: int, pixels: bool) -> CachedView:
+        """What a run with `seed` sees of a sample in `epoch`: its crops in turn, in an order of its own, so that each is seen. `key` is `key_of` it.
 
         With `pixels` the picture is drawn from the source once more, and shows what the latents show.
 
         Raises:
             ImageError: as `read` and `Source.crop`, and reason `another picture` where the source's has another box.
         """
-        key, settings = source.key(index), self.settings
+        settings = self.settings
         order = torch.randperm(settings.crops, generator=torch.Generator().manual_seed(draw_seed(seed, "crops", key)))
         crop = int(order[epoch % settings.crops])
         latents, box = self.read(key, crop)
         if not pixels:
             return CachedView(latents, None)
-        image, drawn = draw_crop(source, index, settings.size, settings.seed, crop)
+        image, drawn = draw_crop(source, index, key, settings.size, settings.seed, crop)
         if tuple(drawn) != box:
             raise ImageError("another picture", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
         return CachedView(latents, to_tensor(image))
@@ -183,11 +191,18 @@ class CachedSource:
         return len(self.cache)
 
     def key(self, index: int) -> str:
+        key, words = self.cache.sample(index)
+        return words.get("name", key)
+
+    def sample_key(self, index: int) -> str:
         return self.cache.sample(index)[0]
+
+    def identity(self) -> str:
+        return self.cache.sha256
 
     def family(self, index: int) -> str:
         key, words = self.cache.sample(index)
-        return words.get("family", key)
+        return words.get("family", words.get("name", key))
 
     def captions(self, index: int) -> Captions:
         words = self.cache.sample(index)[1]

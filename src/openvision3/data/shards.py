@@ -27,6 +27,7 @@ from torch import Tensor
 
 from openvision3.data import samples
 from openvision3.data.captions import Captions, checked_text, clean_captions, decode_text, encoding_of, json_object, read_text, text_captions
+from openvision3.data.identity import content_key, digest
 from openvision3.data.images import CROPS, EXTENSIONS, Box, ImageError, from_uint8, open_image, random_view, uint8_tensor
 from openvision3.data.index import is_remote
 from openvision3.data.order import Mix, Order, ShardShuffle, Shuffle, draw_seed
@@ -42,7 +43,27 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def key(self, index: int) -> str: ...
+    def key(self, index: int) -> str:
+        """The name of a sample for people, unlike those of the other samples that were opened with it."""
+        ...
+
+    def sample_key(self, index: int) -> str:
+        """What names a sample wherever its file lies, whatever it is called and whatever else is named beside it: random draws and caches go by it.
+
+        That is what its image holds (`content_key`), or the code of an emoji. Copies of an image have one key.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        ...
+
+    def identity(self) -> str:
+        """A digest that is equal for sources with the same images in the same order, wherever they lie: a run may go on with them.
+
+        It is made without reading all of them: from the names and sizes of all images (of shards: the size and count of each), and
+        from the sample keys of some.
+        """
+        ...
 
     def family(self, index: int) -> str:
         """Samples of one family are alike; a sample of its own kind is its own family."""
@@ -86,6 +107,12 @@ class EmojiSource:
     def key(self, index: int) -> str:
         return f"openmoji/{self.emoji[index].key}"
 
+    def sample_key(self, index: int) -> str:
+        return self.key(index)
+
+    def identity(self) -> str:
+        return digest("openmoji", *(emoji.key for emoji in self.emoji), self.aliases)
+
     def family(self, index: int) -> str:
         return f"openmoji/{self.emoji[index].family or self.emoji[index].name}"
 
@@ -108,6 +135,9 @@ class EmojiSource:
     def order(self, seed: int, epoch: int) -> Order:
         return Shuffle(len(self), seed, epoch)
 
+
+LOOKED_AT = 16
+"""samples of which the content goes into the identity of a source"""
 
 MIN_SIDE = 8
 """Pixels on each side that a picture must have to be trained on."""
@@ -134,6 +164,23 @@ class _PictureSource(ABC):
 
     @abstractmethod
     def data(self, index: int) -> bytes | Path: ...
+
+    def sample_key(self, index: int) -> str:
+        return content_key(self.data(index))
+
+    def _some(self) -> range:
+        """About LOOKED_AT samples, evenly spaced."""
+        return range(0, len(self), max(1, len(self) // LOOKED_AT))
+
+    def _some_keys(self) -> list[str]:
+        """The sample keys of some, or why an image has none."""
+        found = []
+        for index in self._some():
+            try:
+                found.append(self.sample_key(index))
+            except ImageError as error:
+                found.append(error.reason)
+        return found
 
     def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
         if generator is None:
@@ -204,14 +251,21 @@ class FolderSource(_PictureSource):
     def __len__(self) -> int:
         return len(self.files)
 
+    def _name(self, index: int) -> str:
+        return str(self.files[index].relative_to(self.folder))
+
     def key(self, index: int) -> str:
-        return f"{self.label}/{self.files[index].relative_to(self.folder)}"
+        return f"{self.label}/{self._name(index)}"
 
     def data(self, index: int) -> Path:
         return self.files[index]
 
+    def identity(self) -> str:
+        files = [(self._name(index), path.stat().st_size) for index, path in enumerate(self.files) if path.exists()]
+        return digest("folder", len(self.files), files, self._some_keys())
+
     def captions(self, index: int) -> Captions:
-        listed = clean_captions([self.table.get(str(self.files[index].relative_to(self.folder)), [])])
+        listed = clean_captions([self.table.get(self._name(index), [])])
         text = self.files[index].with_suffix(".txt")
         if listed or not text.is_file():
             return listed
@@ -293,6 +347,11 @@ class ShardSource(_PictureSource):
     def data(self, index: int) -> bytes:
         return self.tars.read(self._place(index), "picture") or b""
 
+    def identity(self) -> str:
+        kept = None if self.kept is None else digest(self.kept.tobytes())
+        names = [self.tars.name(self._place(index)) for index in self._some()]
+        return digest("shards", self.tars.facts(), kept, names, ["remote"] if self.tars.remote else self._some_keys())
+
     def captions(self, index: int) -> Captions:
         if self.caption_keys:
             values = self._json(self._place(index))
@@ -346,6 +405,13 @@ class MixedSource:
     def key(self, index: int) -> str:
         source, local = self._find(index)
         return source.key(local)
+
+    def sample_key(self, index: int) -> str:
+        source, local = self._find(index)
+        return source.sample_key(local)
+
+    def identity(self) -> str:
+        return digest("mix", *(source.identity() for source in self.sources), self.weights)
 
     def family(self, index: int) -> str:
         source, local = self._find(index)

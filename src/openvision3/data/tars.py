@@ -122,6 +122,15 @@ class Tars:
             self._mapped.popitem(last=False)
         return mapped
 
+    def facts(self) -> list[tuple[int, int]]:
+        """(bytes, samples) of each shard: what is known of all of them without reading any."""
+        return [(index.stamp.size, self.starts[i + 1] - self.starts[i]) for i, index in enumerate(self._indexes)]
+
+    def name(self, number: int) -> str:
+        """Of a sample, within its shard."""
+        _, sample, index = self._find(number)
+        return index.name(sample)
+
     def key(self, number: int) -> str:
         shard, sample, index = self._find(number)
         return f"{self.labels[shard]}/{index.name(sample)}"
