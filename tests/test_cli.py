@@ -16,7 +16,7 @@ from safetensors import safe_open
 from tiny_pipeline import pipeline, write_photo
 
 import openvision3 as ov3
-from openvision3 import cli, pretrain
+from openvision3 import cli, held_out
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_doctor_reports_this_machine(capsys):
 
 
 def test_train_saves_a_model_that_the_other_verbs_use(work, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, "EVALUATED", 8)
+    monkeypatch.setattr(held_out, "EVALUATED", 8)
     assert cli.main(["train", "tiny", "--steps", "2", "--batch", "4", "--precision", "fp32", "--out", "run", "--log-every", "1"]) == 0
     assert cli.main(["caption", "pics/a.png", "--model", "run", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -140,6 +140,13 @@ def test_the_dockerfile_copies_what_the_build_needs():
     assert pinned and sum(pinned.group() in line for line in lines) == 1
 
 
+def test_the_lowest_torch_that_is_allowed_is_the_one_that_is_tested():
+    """2.11 and 2.12 lack collectives that several processes need: what is declared must be what was run."""
+    declared = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    pinned = re.search(r"torch==([\d.]+)", (ROOT / "constraints.txt").read_text())
+    assert declared and pinned and pinned.group(1).startswith(declared.group(1) + ".")
+
+
 def test_the_shell_parts_of_the_launch_files_are_whole():
     text = (ROOT / "launch" / "skypilot.yaml").read_text()
     for part in ("setup", "run"):

@@ -140,7 +140,7 @@ def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
 
 DRIVER = """
 import os, signal, sys
-from openvision3 import checkpoint, cli, pretrain, progress
+from openvision3 import checkpoint, cli, held_out, pretrain, progress
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
@@ -167,7 +167,7 @@ def half_written(tensors, checkpoint_id, **how):
         die()
 def in_evaluation(*values):
     if values[-1].stem == f"step-{step:08d}":
-        pretrain.evaluate_retrieval = die
+        held_out.evaluate_retrieval = die
     return evaluation(*values)
 if what.startswith("SIG"):
     progress.RunFolder.advance = at_step

@@ -246,7 +246,7 @@ def reconstruct(
     from openvision3.data.images import pad, to_pil
     from openvision3.evaluate.reconstruction import psnr
     from openvision3.evaluate.report import grid
-    from openvision3.pretrain import vae_only
+    from openvision3.held_out import vae_only
 
     paths = _paths(pictures)
     folder = _output_folder(out)

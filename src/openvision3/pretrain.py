@@ -18,16 +18,13 @@ from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, fewer_than_a_batch, rows_of_a_process
-from openvision3.data.images import ImageError, to_pil
+from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process
+from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
-from openvision3.data.shards import EmojiSource, Source, open_source, reasons_in_words
+from openvision3.data.shards import Source, open_source, reasons_in_words
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
-from openvision3.evaluate import protocol
-from openvision3.evaluate.reconstruction import psnr
-from openvision3.evaluate.report import grid
-from openvision3.evaluate.zeroshot import evaluate_retrieval
+from openvision3.held_out import open_held_out, quick_evaluation
 from openvision3.model.openvision3 import OpenVision3, load_distance
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
@@ -36,8 +33,6 @@ from openvision3.progress import RunFolder, console, duration, environment, read
 from openvision3.trackers import check_trackers
 from openvision3.train import Loop, Signals, backward, fit
 
-EVALUATED = 256
-"""pictures an evaluation during training looks at"""
 LEARNT_FROM = 500_000
 """samples whose captions a vocabulary is learnt from, at most"""
 
@@ -59,12 +54,6 @@ class Outcome:
     pipeline: Pipeline
     steps: int
     precision: str
-
-
-@torch.no_grad()
-def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
-    """Through the frozen VAE alone: the ceiling of what the tokens can rebuild."""
-    return pipeline.vae.decode(pipeline.vae.encode(images.to(pipeline.device))).cpu()
 
 
 def pretrain(config: RunConfig, recipe: str = "run", signals: Signals | None = None) -> Outcome:
@@ -116,7 +105,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     with distributed.together():
         vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
-        held_out = _evaluation_source(config)
+        held_out = open_held_out(config, _places(config))
         source.problems += held_out.problems
         checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
         state = read_state(checkpoint) if checkpoint else RunState()
@@ -369,25 +358,6 @@ def _places(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _evaluation_source(config: RunConfig) -> Source:
-    """What is evaluated during training: 256 emoji of the val side, or the first pictures of `val`.
-
-    Raises:
-        ValueError: nothing to evaluate on, or the training data themselves.
-    """
-    if config.val == ("openmoji",):
-        return EmojiSource(samples.load_emoji().evaluation("val", EVALUATED))
-    if not config.val:
-        raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
-    if set(config.val) & set(config.data) - {"openmoji"}:
-        raise ValueError(f"val and data share {', '.join(set(config.val) & set(config.data) - {'openmoji'})}: evaluate on pictures that are not trained on")
-    source = open_source(config.val, side="val", **_places(config))
-    problems: list[dict[str, str]] = []
-    if next(evaluation_batches(source, config.size, 1, problems), None) is None:
-        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
-    return source
-
-
 def samples_dropped(data: Sequence[str]) -> dict[str, int]:
     return samples.load_emoji().dropped if "openmoji" in data else {}
 
@@ -412,51 +382,6 @@ def steps_for(
             losses["loss"].item()
         rate = timed / (time.perf_counter() - start)
     return max(1, round(minutes * 60 * rate)), rate
-
-
-@torch.no_grad()
-def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, picture: Path | None) -> dict[str, float]:
-    """Losses, PSNR (model and VAE) and retrieval on held-out pictures, and a sheet original | VAE | rebuilt at `picture`, if any.
-
-    Pictures that cannot be used are counted, and join the problems of the run.
-    """
-    parts: dict[str, list[float]] = {}
-    values, vae_values, embeddings, captions = [], [], [], []
-    problems: list[dict[str, str]] = []
-    rows: list[tuple] = []
-    pipeline.model.eval()
-    for _, keys, images, texts in evaluation_batches(source, batches.size, 32, problems):
-        images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), vae_only(pipeline, images)
-        values.append(psnr(images, images_hat))
-        vae_values.append(psnr(images, vae_hat))
-        told = [i for i, t in enumerate(texts) if t]
-        if told:
-            batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in told])
-            loss, found = pipeline.model({name: value.to(pipeline.device) for name, value in batch.items()})
-            for name, value in {"loss": loss, **found}.items():
-                parts.setdefault(name, []).append(value.item())
-            embeddings.append(pipeline.embed_images(images[told]).cpu())
-            captions += [texts[i][0] for i in told]
-        if not rows:
-            rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
-        if sum(map(len, values)) >= EVALUATED:
-            break
-    batches.problems += [problem for problem in problems if problem not in batches.problems]
-    if not values:  # they were there when the run began: it goes on without them
-        return {"skipped": len(problems)}
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        grid(rows, ("original", "VAE", "rebuilt")).save(picture)
-    results = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
-    if problems:
-        results["skipped"] = len(problems)
-    if captions:
-        results |= {name: sum(each) / len(each) for name, each in parts.items()}
-        image_embedding, text_embedding = torch.cat(embeddings), pipeline.embed_texts(captions).cpu()
-        if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # of NaN nothing can be said, and the losses say it already
-            retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
-            results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}
-    return results
 
 
 def _started_from(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:

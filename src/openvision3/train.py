@@ -133,7 +133,7 @@ def fit(
             state.val_loss = None
             if evaluating and evaluate is not None:
                 model.eval()
-                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), eager(), distributed.alone(), distributed.whole(model):
+                with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), eager(), distributed.whole(model):
                     found = evaluate(state.step)
                 model.train()
                 known = len(batches.problems)

@@ -150,7 +150,7 @@ class OpenVision3(nn.Module):
         """
         weights = self.config.loss
         latents = self._latents(batch)  # (B, C, h, w)
-        counts = batch["counts"] if "counts" in batch else distributed.total(self._counts(batch))
+        counts = batch["counts"] if "counts" in batch else distributed.total(self.counts(batch))
         tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
         rebuilt_from = tokens if weights.encoder_learns_from in ("both", "reconstruction") else tokens.detach()
         if weights.encoder_learns_from not in ("both", "understanding"):
@@ -161,32 +161,37 @@ class OpenVision3(nn.Module):
         patch = self.config.encoder.patch
         latents_hat = self.latent_decoder(noisy, (latents.shape[2] // patch, latents.shape[3] // patch))  # (B, C, h, w)
         parts = {"latent": losses.latent_loss(latents, latents_hat, counts[ROWS])}
-        reconstruction = weights.beta * parts["latent"]
         if "pixel_rows" in batch or ("pixel_images" not in batch and "images" in batch):
-            reconstruction = reconstruction + self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
+            self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
         parts["caption"] = self._caption(tokens, batch["caption_ids"], counts[WORDS])
+        return self.weigh(parts), {name: value.detach() for name, value in parts.items()}
+
+    def weigh(self, parts: dict[str, Tensor]) -> Tensor:
+        """The paper's equations 3 to 5: the loss that its parts add up to; one that was not taken is absent."""
+        weights = self.config.loss
+        reconstruction = weights.beta * parts["latent"]
+        if "perceptual" in parts:
+            reconstruction = reconstruction + (parts["pixel"] + weights.lambda_perceptual * parts["perceptual"])
+        elif "pixel" in parts:
+            reconstruction = reconstruction + parts["pixel"]
         understanding = parts["caption"] + weights.alpha * parts["contrastive"]
+        return weights.omega_rec * reconstruction + weights.omega_und * understanding
 
-        loss = weights.omega_rec * reconstruction + weights.omega_und * understanding
-        return loss, {name: value.detach() for name, value in parts.items()}
-
-    def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> None:
         """The pixel and the perceptual term, both put into `parts`; zero where none of these rows is compared."""
         weights, target = self.config.loss, self._pixel_images(batch)
         names = ("pixel", "perceptual") if weights.lambda_perceptual else ("pixel",)
         parts |= dict.fromkeys(names, latents_hat.new_zeros(()))
         if target is None:
-            return parts["pixel"]
+            return
         chosen = latents_hat[batch["pixel_rows"]] if "pixel_rows" in batch else latents_hat
         images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
         parts["pixel"] = losses.pixel_loss(target, images_hat, count)
-        if not weights.lambda_perceptual:
-            return parts["pixel"]
-        distance = self.perceptual_distance().to(target.device)(target, images_hat).float()  # the mean over rows
-        parts["perceptual"] = distributed.share(distance * len(target), count)
-        return parts["pixel"] + weights.lambda_perceptual * parts["perceptual"]
+        if weights.lambda_perceptual:
+            distance = self.perceptual_distance().to(target.device)(target, images_hat).float()  # the mean over rows
+            parts["perceptual"] = distributed.share(distance * len(target), count)
 
     def prepare(self, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The micro-batches of one step, each with what it has to know of the others, for one `forward` and backward each.
@@ -199,7 +204,7 @@ class OpenVision3(nn.Module):
         with torch.no_grad():
             for batch in batches:
                 latents = self._latents(batch)
-                text_embedding, present = self._texts(batch)
+                text_embedding, present = self.embed_captions(batch)
                 small = {name: value for name, value in batch.items() if name != "images"} | {"latents": latents, "text_present": present}
                 target = self._pixel_images(batch)
                 if target is not None:
@@ -208,7 +213,7 @@ class OpenVision3(nn.Module):
                 kept.append(small)
                 images.append(F.normalize(self.encoder(latents)[1].float(), dim=-1))
                 texts.append(text_embedding)
-            counts = distributed.total(torch.stack([self._counts(batch) for batch in kept]).sum(0))
+            counts = distributed.total(torch.stack([self.counts(batch) for batch in kept]).sum(0))
         image_embedding, text_embedding = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         log_temperature = distributed.full(self.log_temperature).detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -232,21 +237,21 @@ class OpenVision3(nn.Module):
             target = batch["images"][batch["pixel_rows"]] if "pixel_rows" in batch else batch["images"]
         return target if target is not None and len(target) else None
 
-    def _counts(self, batch: dict[str, Tensor]) -> Tensor:
+    def counts(self, batch: dict[str, Tensor]) -> Tensor:
         """(3,): pictures, pictures whose pixels are compared, words to predict."""
         target = self._pixel_images(batch)
         rows = batch["latents"] if "latents" in batch else batch["images"]
         words = (batch["caption_ids"][:, 1:] != self.pad_id).sum()
         return torch.stack([words.new_tensor(len(rows)), words.new_tensor(0 if target is None else len(target)), words])
 
-    def _texts(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def embed_captions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """-> unit vectors (B, K, E) of the captions to contrast, and which of them there are (B, K)."""
         text_ids = batch["text_ids"]  # (B, K, T)
         present = batch.get("text_present", torch.ones(text_ids.shape[:2], dtype=torch.bool, device=text_ids.device))
         return F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2]), present
 
     def _contrastive(self, image_embedding: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        text_embedding, present = self._texts(batch)
+        text_embedding, present = self.embed_captions(batch)
         if "image_gradient" not in batch:
             return losses.contrastive_loss(image_embedding, text_embedding, self.log_temperature, present)
         carried = (image_embedding * batch["image_gradient"]).sum() + (text_embedding * batch["text_gradient"]).sum()
