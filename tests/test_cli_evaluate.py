@@ -23,7 +23,8 @@ from openvision3 import cli, cli_evaluate
 from openvision3.evaluate import published
 from openvision3.evaluate.page import bar_groups, write_summary
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import NotRun, Results, Row, Setting, shown, split, table
+from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting, shown, split, table
+from openvision3.evaluate.statistics import subset_numbers
 from openvision3.sources import ASSETS
 
 KINDS = ("circle", "square", "star")
@@ -68,7 +69,7 @@ def test_every_kind_is_measured_and_every_row_says_how(everything, root):
     ours, vae = str(root / "model"), "VAE embedded"
     for metric in ("psnr", "ssim", "EfficientNet-Lite0 feature distance", "KID on EfficientNet-Lite0 features", "knn_top_1", "linear_probe_top_1"):
         assert (ours, metric) in found and (vae, metric) in found
-    for metric in ("psnr, sigma 0.4", "image_to_text_r@1", "text_to_image_r@10", "exact_match", "bleu_4", "rouge_l", "cider", "zeroshot_top_1"):
+    for metric in ("psnr, sigma 0.4", "image_to_text_r@1", "text_to_image_r@5", "exact_match", "bleu_4", "rouge_l", "cider", "zeroshot_top_1"):
         assert (ours, metric) in found
     for row in found.values():
         assert row["how"] and "torch" in row["library"] and row["resolution"] == "32x32" and row["crop"] and row["dtype"] == "fp32" and row["count"] == 9
@@ -81,6 +82,7 @@ def test_every_kind_is_measured_and_every_row_says_how(everything, root):
 def test_what_was_not_run_is_listed_with_what_it_needs_and_never_a_number(everything):
     results = Results.load(everything)
     missing = {each.metric: each.needs for each in results.not_run}
+    assert missing["text_to_image_r@10"] == "more candidates: R@10 of 9 pictures is 100 % for any model"
     assert "openvision3 fetch" in missing["rfid"] and "openvision3 fetch" in missing["lpips"] and "meteor" in missing
     assert not {"rfid", "lpips", "meteor"} & {row.metric for row in results.rows}
     assert any(each.model == "VAE embedded" and each.metric == "captioning" for each in results.not_run)
@@ -137,8 +139,42 @@ def test_published_numbers_are_those_of_metrics_that_stand_on_the_page(retrieved
     assert ("unitok", "ImageNet, 256 x 256", "25.34", "0.132", "v1 or v2") in found and "omnitokenizer" not in {row[0] for row in found}
 
 
-def test_no_score_of_a_picture_is_no_file_and_none_is_left_from_before(everything, retrieved):
-    assert (everything / "pictures.jsonl").stat().st_size and not (retrieved / "pictures.jsonl").exists()
+def test_scores_of_an_evaluation_before_are_gone(retrieved, root):
+    lines = [json.loads(line) for line in (retrieved / "pictures.jsonl").read_text().splitlines()]
+    assert len(lines) == 9 and all(line["model"] == str(root / "model") and "psnr" not in line for line in lines)
+    assert all(len(line["text_to_image_rank"]) == 1 for line in lines), "a rank for each caption"
+
+
+def test_every_metric_is_what_the_scores_of_its_samples_come_to_and_has_an_interval_about_it(everything):
+    scores, checked = Scores.load(everything), set()
+    for row in Results.load(everything).rows:
+        if row.metric.endswith("largest_class_share"):
+            assert row.number.low is None
+            continue
+        assert not subset_numbers([row.number], scores.columns[row.model], [], "none")
+        samples = {sample for column in scores.columns[row.model].values() for sample in column.samples}
+        if not row.metric.startswith("KID"):
+            [again] = subset_numbers([row.number], scores.columns[row.model], samples, "all")
+            assert again.value == pytest.approx(row.number.value, rel=1e-5, abs=1e-6) and again.count == row.number.count
+            assert (again.low, again.high) == pytest.approx((row.number.low, row.number.high), rel=1e-4, abs=1e-5)
+        assert row.number.low - 1e-12 <= row.number.value <= row.number.high + 1e-12 and "95 %" in row.number.interval
+        checked.add(row.metric)
+    assert checked >= {"psnr, sigma 0.4", "cider", "bleu_4", "text_to_image_r@1", "image_to_text_median_rank", "zeroshot_mean_class_accuracy", "knn_top_1"}
+
+
+def test_two_models_are_compared_over_the_same_samples(everything, root):
+    results, page = Results.load(everything), (everything / "report.html").read_text()
+    ours = str(root / "model")
+    apart = {each.metric: each for each in results.differences}
+    found = rows(everything)
+    assert {"psnr", "ssim", "KID on EfficientNet-Lite0 features", "knn_top_1", "linear_probe_mean_class_accuracy"} <= apart.keys()
+    one = apart["psnr"]
+    assert {one.a, one.b} == {ours, "VAE embedded"} and one.count == 9
+    assert one.difference == pytest.approx(found[one.a, "psnr"]["value"] - found[one.b, "psnr"]["value"], abs=1e-4)
+    assert one.low < one.difference < one.high and one.p == 2 / 2**9 and "all 512 flips" in one.test, "the VAE is better on each of nine pictures"
+    assert "exact McNemar" in apart["knn_top_1"].test and "Differences" in page and "p = .004" in page
+    best = max(("VAE embedded", ours), key=lambda name: found[name, "psnr"]["value"])
+    assert f"<b>{shown('psnr', next(r.number for r in results.rows if r.model == best and r.metric == 'psnr'))}</b>" in page
 
 
 def test_every_pictures_score_is_kept(everything, root):
@@ -155,7 +191,10 @@ def assert_same(a: Path, b: Path) -> None:
     for name, row in one.items():
         close = 1e-3 if name[1].startswith("psnr") else 1e-4
         assert row["value"] == pytest.approx(other[name]["value"], abs=close), name
-        assert {k: v for k, v in row.items() if k not in ("value", "spread")} == {k: v for k, v in other[name].items() if k not in ("value", "spread")}
+        assert [row[end] is None for end in ("low", "high")] == [other[name][end] is None for end in ("low", "high")]
+        assert row["low"] is None or [row["low"], row["high"]] == pytest.approx([other[name]["low"], other[name]["high"]], abs=close), name
+        floats = ("value", "spread", "low", "high")
+        assert {k: v for k, v in row.items() if k not in floats} == {k: v for k, v in other[name].items() if k not in floats}
 
 
 @pytest.mark.parametrize("batch", ["1", "4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
@@ -182,13 +183,15 @@ def test_worst_and_best_are_positions_by_psnr():
     assert found.worst(10) == [*found.worst(10)] and sorted(found.best(10)) == list(range(5))
 
 
-def test_kid_is_over_the_first_pictures_by_index_and_rfid_over_all(monkeypatch):
+def test_kid_is_over_pictures_chosen_by_a_hash_of_their_pixels_and_rfid_over_all(monkeypatch):
     monkeypatch.setattr(reconstruction, "KID_PICTURES", 4)
     images, order = pictures(11), [10, 3, 7, 0, 5, 1, 9, 2, 4, 6, 8]
+    chosen = sorted(sorted(range(11), key=lambda i: hashlib.sha256(to_uint8(images[i]).numpy().tobytes()).digest())[:4])
+    assert chosen != list(range(4))
     found = small(rows(images, (2,), order))
     kid, rfid = (next(n for n in found.numbers if n.metric == name) for name in ("KID on random projections features", "rfid"))
-    expected = kernel_distance(Random()(images[:4]), Random()(darker(images[:4])), paired=True)
-    assert kid.count == 4 and "the first 4 by index" in kid.how and kid.value == pytest.approx(expected.value, rel=1e-5)
+    expected = kernel_distance(Random()(images[chosen]), Random()(darker(images[chosen])), paired=True)
+    assert kid.count == 4 and "4 of 11, those whose pixels have the smallest sha256" in kid.how and kid.value == pytest.approx(expected.value, rel=1e-5)
     assert kid.spread == pytest.approx(expected.spread, rel=1e-5) and rfid.count == 11
 
 
@@ -220,18 +223,20 @@ def test_pictures_of_several_sizes_are_told():
 # -- noise ----------------------------------------------------------------------------------------------------------
 
 
-def noisy(images, sigma, keys):
+def noisy(images, sigmas, keys):
     draws = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(len(key) + int(key.split()[1]))) for key in keys]
-    return images + sigma * torch.stack(draws)
+    return [images + sigma * torch.stack(draws) for sigma in sigmas]
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.permutations(range(5)), st.lists(st.integers(1, 3), min_size=1, max_size=2))
 def test_the_curve_over_noise_does_not_depend_on_batches(order, sizes):
     images = pictures(5)
-    found = noise_curve(rows(images, sizes, order), noisy, (0.0, 0.1, 0.5))
+    found, columns = noise_curve(rows(images, sizes, order), noisy, (0.0, 0.1, 0.5))
     assert [(sigma, count) for sigma, _, count in found] == [(0.0, 5), (0.1, 5), (0.5, 5)]
-    expected = [psnr(images, noisy(images, sigma, [f"key {i}" for i in range(5)])).mean().item() for sigma in (0.0, 0.1, 0.5)]
+    each = [psnr(images, images_hat) for images_hat in noisy(images, (0.0, 0.1, 0.5), [f"key {i}" for i in range(5)])]
+    expected = [scores.mean().item() for scores in each]
+    assert columns["psnr, sigma 0.5"].samples == list(range(5)) and columns["psnr, sigma 0.5"].values == pytest.approx(each[2].tolist(), abs=1e-4)
     assert [value for _, value, _ in found] == pytest.approx(expected, abs=1e-4) and expected[0] > expected[1] > expected[2]
 
 
@@ -263,7 +268,9 @@ def measure(folder, part: slice, size: int):
     lpips = Lpips("alex", f"{folder}/alex.pth", f"{folder}/alex_linear.pth")
     extractors = [EfficientNetFeatures(), RandomInception()]
     found = evaluate_reconstruction(rows(images, (size,), order), darker, extractors=extractors, distance=EfficientNetDistance(), lpips=lpips)
-    return vars(found) | {"numbers": [vars(n) for n in found.numbers]}, noise_curve(rows(images, (size,), order), noisy, (0.0, 0.3))
+    curve, scores = noise_curve(rows(images, (size,), order), noisy, (0.0, 0.3))
+    columns = {name: vars(column) for name, column in (found.columns | scores).items()}
+    return vars(found) | {"numbers": [vars(n) for n in found.numbers], "columns": columns}, curve
 
 
 def start(script: str, *arguments: str) -> list[subprocess.CompletedProcess]:
@@ -295,6 +302,9 @@ def test_two_processes_with_unlike_shares_find_what_one_finds(files, split):  # 
     both, curve = found[0]
     assert both["indices"] == list(range(7)) and both["keys"] == [f"key {i}" for i in range(7)]
     assert_same(*(reconstruction.Reconstruction(**{**each, "numbers": [reconstruction.Number(**n) for n in each["numbers"]]}) for each in (both, alone)))
+    assert both["columns"].keys() == alone["columns"].keys() >= {"psnr", "psnr, sigma 0.3", "KID on Inception-2015 features"}
+    for name, column in both["columns"].items():
+        assert column["samples"] == list(range(7)) and column["values"] == pytest.approx(alone["columns"][name]["values"], rel=1e-3, abs=1e-3), name
     assert [n["metric"] for n in both["numbers"]] == [
         *("psnr", "ssim", "EfficientNet-Lite0 feature distance", "lpips"),
         *("KID on EfficientNet-Lite0 features", "rfid", "KID on Inception-2015 features"),

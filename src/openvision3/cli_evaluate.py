@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.pictures import Rows as EvaluatedRows
     from openvision3.evaluate.protocol import Functions
-    from openvision3.evaluate.results import NotRun, Results, Row
+    from openvision3.evaluate.results import NotRun, Results, Row, Scores
+    from openvision3.evaluate.statistics import Columns
     from openvision3.evaluate.suite import Measured, Networks
 
 T = TypeVar("T")
@@ -74,6 +75,8 @@ class Options:
     """the folder that remote shards are fetched into"""
     cache_gb: float = 100.0
     """most that the cache holds, in GB"""
+    equal_captions: Literal["shared", "own"] = "shared"
+    """retrieval: shared: a caption that several images have is right for all of them; own: only for the image it belongs to, as in CLIP_benchmark"""
     tokenizer: Literal["auto", "simple", "ptb"] = "auto"
     """captioning: how captions become words; ptb needs Java"""
     label_key: str = ""
@@ -155,6 +158,17 @@ class Evaluation:
     """unit vectors of all pictures by model, made once for all kinds that want them"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """by (kind, model)"""
+    parts: dict[str, set[int]] = field(default_factory=dict)
+    """indices of the samples of each part that has rows of its own"""
+
+    def scores(self) -> Scores:
+        """What each sample scored, by model."""
+        from openvision3.evaluate.results import Scores
+
+        found: dict[str, Columns] = {}
+        for (_, model), done in self.measured.items():
+            found.setdefault(model, {}).update(done.columns)
+        return Scores(found, self.parts)  # type: ignore[arg-type]
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -352,11 +366,14 @@ def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotR
 def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured]) -> None:
     """Measure every model; one that cannot goes to `not_run`."""
     from openvision3.distributed import OtherRankFailed
+    from openvision3.evaluate.pictures import on_first
     from openvision3.evaluate.results import NotRun
+    from openvision3.evaluate.statistics import with_interval
 
     for model in work.models:
         try:
             done = measure(model)
+            done.numbers = on_first(lambda measured=done: [with_interval(each, measured.columns) for each in measured.numbers])  # type: ignore[misc]
         except (ValueError, OtherRankFailed) as error:  # CannotRun, or pictures and numbers that it cannot do with: the others are worth having
             work.results.not_run.append(NotRun(model.name, kind, str(error)))
             continue
@@ -409,7 +426,7 @@ def _retrieval(work: Evaluation) -> None:
     def measure(model: Functions) -> Measured:
         needs(model, "retrieval")
         work.embedded[model.name] = image_embeddings(model, work.pictures)
-        return retrieval(model, work.pictures, work.embedded[model.name])
+        return retrieval(model, work.pictures, work.embedded[model.name], shared=work.options.equal_captions == "shared")
 
     _each(work, "retrieval", measure)
 
@@ -531,14 +548,16 @@ def _files(names: Sequence[str]) -> set[str]:
 def _tell(work: Evaluation) -> None:
     from openvision3.cli_results import print_tables, tell_left_out
     from openvision3.evaluate.page import write_report
-    from openvision3.evaluate.results import split
+    from openvision3.evaluate.results import split, with_differences
 
     out = Path(work.options.out)
+    tables = split(work.results.rows)
+    work.results.differences = with_differences(tables, work.scores())
     path = work.results.save(out)
-    page = write_report(out, work)
+    page = write_report(out, work, tables)
     if work.options.json:
         print(path.read_text(encoding="utf-8"), end="")
     else:
-        print_tables(split(work.results.rows), work.results.not_run)
+        print_tables(tables, work.results.not_run)
         tell_left_out(work.results)
         print(f"results: {path}\nreport: {page.resolve()}")

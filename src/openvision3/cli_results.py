@@ -25,7 +25,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     from rich.text import Text
 
     from openvision3.evaluate import published
-    from openvision3.evaluate.results import by_need, shown
+    from openvision3.evaluate.results import by_need, how_to_read, shown, surely_best
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     only_published = list(dict.fromkeys(each.model for each in not_run if each.model in published.ONLY))
@@ -42,9 +42,12 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
         for heading, _ in columns:
             made.add_column(Text(heading), justify="right", style="dim")
         for line in lines:
-            measured = [shown(line.metric, line.values[model]) if model in line.values else "" for model in models]
-            made.add_row(*map(Text, (line.metric, *measured, *(values.get(line.metric, "") for _, values in columns))))
+            best = surely_best(line)
+            measured = [Text(shown(line.metric, line.values[m]) if m in line.values else "", "bold" if m == best else "") for m in models]
+            made.add_row(Text(line.metric), *measured, *(Text(values.get(line.metric, "")) for _, values in columns))
         screen.print(made)
+    if told := how_to_read(line for _, lines in tables for line in lines):
+        screen.print(told, markup=False, style="dim", soft_wrap=True)
     for what, who in by_need(not_run):
         screen.print(f"not run: {', '.join(who)}: {what}", markup=False, style="dim", soft_wrap=True)
 

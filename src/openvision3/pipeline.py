@@ -215,9 +215,10 @@ class Pipeline:
         """Everything the model can do, as functions of tensors and texts. A probe sees the mean of the tokens."""
 
         @torch.no_grad()
-        def reconstruct_noisy(images: Tensor, sigma: float, keys: Sequence[str]) -> Tensor:
+        def reconstruct_noisy(images: Tensor, sigmas: Sequence[float], keys: Sequence[str]) -> list[Tensor]:
             draw_key = torch.tensor([draw_seed("sigma", key) for key in keys], device=self.device)
-            return self.decode(noisy(self.encode(images), sigma, draw_key), (images.shape[2], images.shape[3])).cpu()
+            tokens = self.encode(images)
+            return [self.decode(noisy(tokens, sigma, draw_key), (images.shape[2], images.shape[3])).cpu() for sigma in sigmas]
 
         return Functions(
             name,

@@ -17,7 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from openvision3.evaluate.protocol import Number, number
+from openvision3.evaluate.statistics import Column, Columns, bleu_of_sums
 
 TOKENIZERS = ("auto", "simple", "ptb")
 PACKAGE = "pycocoevalcap"
@@ -47,11 +50,18 @@ def token_f1(written: str, true: str) -> float:
     return 2 * shared / (sum(a.values()) + sum(b.values()))
 
 
-def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "auto", missing: list[str] | None = None) -> list[Number]:
+def evaluate_captions(
+    written: Sequence[str],
+    references: Sequence[Sequence[str]],
+    tokenizer: str = "auto",
+    missing: list[str] | None = None,
+    columns: Columns | None = None,
+) -> list[Number]:
     """One written caption a picture against all references of that picture -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
 
     `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. What cannot be computed is left
-    out of the numbers, and said in a line that is added to `missing`. exact_match and token_f1 always see the simple words.
+    out of the numbers, and said in a line that is added to `missing`; scores of each picture are added to `columns`. exact_match and
+    token_f1 always see the simple words.
 
     Raises:
         ValueError: unlike counts, none, a picture without references, or a tokeniser that cannot be had.
@@ -64,8 +74,11 @@ def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]
     count, missing = len(written), [] if missing is None else missing
     fewest, most = min(map(len, references)), max(map(len, references))
     against = f"{most} reference{'s' * (most > 1)} a picture" if fewest == most else f"{fewest} to {most} references a picture"
-    exact = sum(any(words(one) == words(true) for true in of) for one, of in zip(written, references, strict=True)) / count
-    f1 = sum(max(token_f1(one, true) for true in of) for one, of in zip(written, references, strict=True)) / count
+    scores: dict[str, list] = {
+        "exact_match": [int(any(words(one) == words(true) for true in of)) for one, of in zip(written, references, strict=True)],
+        "token_f1": [max(token_f1(one, true) for true in of) for one, of in zip(written, references, strict=True)],
+    }
+    exact, f1 = (sum(each) / count for each in scores.values())
     found = [
         number("exact_match", exact, count, f"share of pictures whose lower-case words are those of a reference in order, {against}"),
         number("token_f1", f1, count, f"F1 of lower-case words with repeats, the best reference, mean over pictures, {against}"),
@@ -73,11 +86,14 @@ def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]
     own, true = tokenized(written, references, name)
     packages = (PACKAGE,) if name == "ptb" else ()
     spelled = f"{name} tokeniser, {against}"
+    scores |= {"bleu": bleu_sums(own, true), "rouge_l": rouge_l_scores(own, true)}
     for n, value in enumerate(bleu(own, true), 1):
         found.append(number(f"bleu_{n}", value, count, f"BLEU-{n} over the whole set, closest reference length, {spelled}", *packages))
     found.append(number("rouge_l", rouge_l(own, true), count, f"ROUGE-L, beta {BETA}, mean over pictures, {spelled}", *packages))
     if count > 1:
         told = f"CIDEr, {name} tokeniser, CIDEr-D x10, sigma {SIGMA:g}, document frequencies of this set's references, mean over pictures, {against}"
+        told += cider_warning(count)
+        scores["cider"] = cider_scores(own, true)
         found.append(number("cider", cider(own, true), count, told, *packages))
     else:
         missing.append("cider: of one picture it is always 0, for every word is in all of its documents; give two pictures or more")
@@ -88,6 +104,8 @@ def evaluate_captions(written: Sequence[str], references: Sequence[Sequence[str]
             missing.append(f"meteor: {error}")
     else:
         missing.append(f"meteor: {ptb_lacks() or 'it comes with the ptb tokeniser only; ask for that'}")
+    if columns is not None:
+        columns |= {name: Column(list(range(count)), each) for name, each in scores.items()}
     return found
 
 
@@ -157,24 +175,22 @@ def bleu(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> lis
     The length to reach is that of the closest reference, of two equally close ones the shorter. The small numbers stand where
     COCO has them: where nothing is right, next to nothing comes out, not 0.
     """
-    right, guessed = [0] * LONGEST, [0] * LONGEST
-    length = wanted = 0
+    sums = torch.tensor(bleu_sums(written, references), dtype=torch.float64).sum(0)
+    return [float(bleu_of_sums(sums, n)) for n in range(1, LONGEST + 1)]
+
+
+def bleu_sums(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[list[int]]:
+    """For each picture what BLEU sums up: right and guessed n-grams for n = 1 to 4, own words, words to reach."""
+    found = []
     for own, of in zip(written, references, strict=True):
         most: Counter[tuple[str, ...]] = Counter()
         for reference in of:
             most |= ngrams(reference)
+        right = [0] * LONGEST
         for gram, times in (ngrams(own) & most).items():
             right[len(gram) - 1] += times
-        for n in range(LONGEST):
-            guessed[n] += max(0, len(own) - n)
-        length += len(own)
-        wanted += min((abs(len(reference) - len(own)), len(reference)) for reference in of)[1]
-    ratio = (length + 1e-15) / (wanted + 1e-9)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    product, found = 1.0, []
-    for n in range(LONGEST):
-        product *= (right[n] + 1e-15) / (guessed[n] + 1e-9)
-        found.append(product ** (1 / (n + 1)) * penalty)
+        guessed = [max(0, len(own) - n) for n in range(LONGEST)]
+        found.append([*right, *guessed, len(own), min((abs(len(reference) - len(own)), len(reference)) for reference in of)[1]])
     return found
 
 
@@ -183,14 +199,18 @@ def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
     A caption without words counts as one empty word, as at COCO.
     """
-    total = 0.0
+    return sum(rouge_l_scores(written, references)) / len(written)
+
+
+def rouge_l_scores(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """Of each picture."""
+    found = []
     for own, of in zip(written, references, strict=True):
         own = own or [""]
         common = [(_common_subsequence(own, reference or [""]), len(reference or [""])) for reference in of]
         precision, recall = max(shared for shared, _ in common) / len(own), max(shared / length for shared, length in common)
-        if precision and recall:
-            total += (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
-    return total / len(written)
+        found.append((1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if precision and recall else 0.0)
+    return found
 
 
 def _common_subsequence(first: Words, second: Words) -> int:
@@ -210,6 +230,19 @@ def cider(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> fl
     A document is a picture: df counts the pictures of whose references one has the n-gram. Lengths are counted in bigrams, as
     pycocoevalcap does, which differs from words for captions of none and one alone.
     """
+    return sum(cider_scores(written, references)) / len(written)
+
+
+FEW_DOCUMENTS = 1_000
+
+
+def cider_warning(count: int) -> str:
+    """What has to stand beside a CIDEr of few pictures; nothing for many: n-grams are weighed by their frequency in this set alone."""
+    return f"; document frequencies of {count} pictures: compare with no other set" if count < FEW_DOCUMENTS else ""
+
+
+def cider_scores(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """Of each picture, times ten."""
     frequency: Counter[tuple[str, ...]] = Counter()
     for of in references:
         frequency.update({gram for reference in of for gram in ngrams(reference)})
@@ -223,8 +256,9 @@ def cider(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> fl
             squares[len(gram) - 1] += weight**2
         return weights, [math.sqrt(square) for square in squares]
 
-    total = 0.0
+    found = []
     for own, of in zip(written, references, strict=True):
+        score = 0.0
         weights, norms = vectors(own)
         for reference in of:
             true_weights, true_norms = vectors(reference)
@@ -233,8 +267,9 @@ def cider(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> fl
                 dots[len(gram) - 1] += min(weights[gram], true_weights[gram]) * true_weights[gram]
             cosines = sum(dot / (a * b) for dot, a, b in zip(dots, norms, true_norms, strict=True) if a and b)
             delta = max(0, len(own) - 1) - max(0, len(reference) - 1)
-            total += cosines / LONGEST * math.exp(-(delta**2) / (2 * SIGMA**2)) / len(of)
-    return 10 * total / len(written)
+            score += cosines / LONGEST * math.exp(-(delta**2) / (2 * SIGMA**2)) / len(of)
+        found.append(10 * score)
+    return found
 
 
 def meteor(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openvision3.evaluate.protocol import Number, number
+from openvision3.evaluate.statistics import Column, Columns
 
 FIRST_FEW = 5
 
@@ -47,16 +48,21 @@ def ranks(scores: Tensor, labels: Tensor, equal: float = 0.0) -> Tensor:
     return ((scores > own + equal) | ((scores >= own - equal) & before)).sum(1)
 
 
-def accuracies(rank: Tensor, labels: Sequence[int], names: Sequence[str], how: str, *, first_few: bool = False) -> Classification:
+def accuracies(
+    rank: Tensor, labels: Sequence[int], names: Sequence[str], how: str, *, first_few: bool = False, columns: Columns | None = None
+) -> Classification:
     """Places of the true classes (N,) -> top_1, mean_class_accuracy, largest_class_share, and top_5 where there are more than five classes.
 
-    `how` is what named the classes. `first_few`: its scores order all classes, so that top_5 means something.
+    Ranks of the true class from 1 on, each with the number of the class, are added to `columns`. `how` is what named the
+    classes. `first_few`: its scores order all classes, so that top_5 means something.
     """
     label, rank = torch.tensor(labels), rank.cpu()
     counts = label.bincount(minlength=len(names))
     right = label[rank == 0].bincount(minlength=len(names))
     rows = [ClassRow(name, int(n), int(r) / int(n)) for name, n, r in zip(names, counts, right, strict=True) if n]
     count = len(labels)
+    if columns is not None:
+        columns["rank"] = Column(list(range(count)), [[place + 1, number_of] for place, number_of in zip(rank.tolist(), labels, strict=True)])
     found = [number("top_1", (rank == 0).double().mean().item(), count, f"share of pictures named rightly: {how}")]
     if first_few and len(names) > FIRST_FEW:
         found.append(

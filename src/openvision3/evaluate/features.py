@@ -215,6 +215,29 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
     return KernelDistance(_squared_discrepancy(x, y, paired), float(drawn.mean()), float(drawn.std(correction=0)), subsets, size)
 
 
+def kernel_distance_shares(x: Tensor, y: Tensor, chunk: int = 256) -> Tensor:
+    """Paired features (N, D) twice, N > 2 -> what each sample adds to `kernel_distance(x, y, paired=True)` (N,).
+
+    The pseudo-values of the jackknife: N times the estimate less N - 1 times that without the sample. Their mean is the estimate, and their spread is
+    that of a statistic of pairs, which drawing samples with repeats would not have: a sample would meet its own copy.
+    """
+    x, y = x.detach().double(), y.detach().double()
+    count = len(x)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1).pow(3)
+
+    rows = []
+    for start in range(0, count, chunk):
+        a, b = x[start : start + chunk], y[start : start + chunk]
+        pairs = kernel(a, x) + kernel(b, y) - kernel(a, y) - kernel(b, x)
+        pairs[torch.arange(len(a)), start + torch.arange(len(a))] = 0
+        rows.append(pairs.sum(1))
+    by_row = torch.cat(rows)
+    total = by_row.sum()
+    return total / (count - 1) - (total - 2 * by_row) / (count - 2)
+
+
 def _squared_discrepancy(x: Tensor, y: Tensor, paired: bool, chunk: int = 256) -> float:
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1).pow(3)

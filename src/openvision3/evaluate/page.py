@@ -13,7 +13,8 @@ from openvision3.data.images import to_pil
 from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Line, NotRun, Results, Row, Setting, by_need, shown, split
+from openvision3.evaluate.results import SCORES, Line, NotRun, Results, Row, Setting, by_need, how_to_read, scores_by_sample, shown, split, surely_best
+from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ AMPLIFIED = 4
 COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
 
 
-def write_report(out: Path, work: Evaluation) -> Path:
+def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
     """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
     results = work.results
-    sections = [("Numbers", _numbers(split(results.rows), results.not_run) + _left_out([results]))]
+    sections = [("Numbers", _numbers(tables, results.not_run) + _left_out([results])), *_differences(tables)]
     if scores := _per_picture(work):
-        write_whole(out / "pictures.jsonl", "".join(json.dumps(row) + "\n" for row in scores))
+        write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
-        (out / "pictures.jsonl").unlink(missing_ok=True)  # of an evaluation before
+        (out / SCORES).unlink(missing_ok=True)  # of an evaluation before
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
     sections += _published(results.rows)
@@ -50,7 +51,8 @@ def _machine(environment: dict[str, Any]) -> str:
 
 def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun]) -> str:
     """A table for each setting, a column a model; what was not run stands below and never in a table."""
-    made = ""
+    lines_of_all = [line for _, lines in tables for line in lines]
+    made = f"<p>{html.escape(told)}</p>" if (told := how_to_read(lines_of_all)) else ""
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
@@ -66,10 +68,24 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
                 )
                 for line in lines
             ],
+            {(y, 1 + models.index(best)) for y, line in enumerate(lines) if (best := surely_best(line))},
         )
     if not_run:
         made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
     return made
+
+
+def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, str]]:
+    """What two models differ in on the same samples, with interval and test; a section of its own, if any."""
+    rows = [
+        (one.metric, f"{one.a} - {one.b}", f"{one.difference:.4g} [{one.low:.4g}, {one.high:.4g}]", spoken_p(one.p), one.test, one.count, one.part or "all")
+        for _, lines in tables
+        for line in lines
+        for one in line.differences
+    ]
+    header = ("", "models", "difference [95 %]", "p, two-sided", "test", "samples", "of")
+    note = "<p>Paired over the same samples; intervals by paired bootstrap. p is not corrected for the number of comparisons.</p>"
+    return [("Differences", note + report.table(header, rows))] if rows else []
 
 
 def _left_out(results: Sequence[Results]) -> str:
@@ -89,13 +105,13 @@ def _protocols(rows: Sequence[Row]) -> str:
         seen.setdefault(row.protocol, row)
     table = [
         (r.metric, f"{r.number.count:,}", r.number.how, r.number.network + (f" {r.number.network_sha256[:12]}" if r.number.network_sha256 else ""),
-         f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, "
+         r.number.interval, f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, "
          f"labels: {r.setting.labels}, captions: {r.setting.captions}", r.number.library)
         for r in seen.values()
     ]  # fmt: skip
     models = {row.model: row for row in rows}
     who = [(name, row.model_sha256 or "none", row.licence, row.note) for name, row in models.items()]
-    head = report.table(("metric", "N", "protocol", "network", "setting", "library"), table)
+    head = report.table(("metric", "N", "protocol", "network", "interval", "setting", "library"), table)
     data = {(row.setting.data, row.setting.data_sha256) for row in rows}
     sets = report.table(("pictures", "sha256 over them"), sorted(data))
     return head + report.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
@@ -109,16 +125,16 @@ def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
+    """A line a model and picture: its key, the hash of its pixels, all that it scored, and its captions."""
     rows = []
-    for (kind, model), done in work.measured.items():
-        if kind == "reconstruction":
-            found = done.shown["pictures"]
-            for i, key in enumerate(found.keys):
-                row = {"model": model, "key": key, "psnr": round(found.psnr[i], 4), "ssim": round(found.ssim[i], 5)}
-                row |= {name: round(column[i], 5) for name, column in (("distance", found.distance), ("lpips", found.lpips)) if column is not None}
-                rows.append(row)
-        if kind == "captioning":
-            rows += [{"model": model, **told} for told in done.shown["captions"]]
+    for model, columns in work.scores().columns.items():
+        captions: dict[int, dict[str, Any]] = next(
+            (done.shown["captions"] for (kind, name), done in work.measured.items() if (kind, name) == ("captioning", model)), {}
+        )
+        for index, scores in sorted(scores_by_sample(columns).items()):
+            parts = [name for name, samples in work.parts.items() if index in samples]
+            known = {"model": model, "key": work.pictures.source.key(index), "image": work.pictures.digests[index][:16], "parts": parts}
+            rows.append(known | scores | captions.get(index, {}))
     return rows
 
 
@@ -244,6 +260,7 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
             report.picture(drawn, "rebuilding, drawing and understanding of each model") + told,
         ),
         ("Numbers", _numbers(tables, not_run) + _left_out(results)),
+        *_differences(tables),
         *_published(rows),
         ("How it was measured", _protocols(rows)),
         ("Commands", report.table(("evaluation", "command", "machine", "seconds"), commands)),

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from openvision3.evaluate.classes import accuracies, check_labels, ranks
 from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.statistics import Columns
 
 SCORES_AT_ONCE = 2**24
 GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -39,6 +40,7 @@ def evaluate_knn(
     classes: Sequence[str],
     k: int = 20,
     temperature: float = 0.07,
+    columns: Columns | None = None,
 ) -> list[Number]:
     """Features (n, F) and (m, F) -> top_1, mean_class_accuracy, largest_class_share of the vote of the k nearest by cosine.
 
@@ -64,7 +66,7 @@ def evaluate_knn(
         votes = torch.zeros(len(cosine), len(classes), dtype=torch.float64, device=train.device).scatter_add_(1, votes_for[nearest], weights)
         found.append(ranks(votes, label[start : start + chunk]))
     how = f"vote of the {k} nearest of {len(train)} training pictures by cosine, weights exp(cosine / {temperature:g}), {len(classes)} classes"
-    return accuracies(torch.cat(found), test_labels, classes, how).numbers
+    return accuracies(torch.cat(found), test_labels, classes, how, columns=columns).numbers
 
 
 def _nearest(scores: Tensor, k: int) -> Tensor:
@@ -83,6 +85,7 @@ def evaluate_linear_probe(
     test_labels: Sequence[int],
     classes: Sequence[str],
     grid: Sequence[float] = GRID,
+    columns: Columns | None = None,
 ) -> list[Number]:
     """Features (n, F) and (m, F) -> top_1, mean_class_accuracy, largest_class_share of a logistic regression on standardised features.
 
@@ -124,7 +127,7 @@ def evaluate_linear_probe(
         f"chosen from {strong_to_weak[0]:g} to {strong_to_weak[-1]:g} ({len(strong_to_weak)}) on {int(held.sum())} of them"
     )
     detail = f"{train.shape[1]} features, L2 {chosen:g}{edge}{end}"
-    return [replace(each, detail=detail) for each in accuracies(rank, test_labels, classes, how).numbers]
+    return [replace(each, detail=detail) for each in accuracies(rank, test_labels, classes, how, columns=columns).numbers]
 
 
 def held_out(labels: Sequence[int]) -> Tensor:

@@ -31,6 +31,13 @@ class Number:
     """standard deviation of the value over what `how` says, where it was measured"""
     detail: str = ""
     """what else came out, such as a setting that was chosen on training pictures: it may differ between models that are compared"""
+    low: float | None = None
+    high: float | None = None
+    """ends of the interval over samples, where there is one"""
+    interval: str = ""
+    """which interval: its level and how it was made"""
+    part: str = ""
+    """which of the samples it is over, such as "unseen samples"; "" for all"""
 
 
 def number(metric: str, value: float, count: int, how: str, *packages: str, network: str = "", network_sha256: str = "", spread: float | None = None) -> Number:
@@ -62,8 +69,8 @@ class Functions:
     licence: str = "unknown"
     reconstruct: Callable[[Tensor], Tensor] | None = None
     """images -> images"""
-    reconstruct_noisy: Callable[[Tensor, float, Sequence[str]], Tensor] | None = None
-    """images, sigma of the noise on the tokens, a key for each row's noise -> images"""
+    reconstruct_noisy: Callable[[Tensor, Sequence[float], Sequence[str]], Iterable[Tensor]] | None = None
+    """images, sigmas of the noise on the tokens, a key for each row's noise -> images for each sigma"""
     embed_images: Callable[[Tensor], Tensor] | None = None
     """images -> unit vectors (B, E)"""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None

@@ -6,7 +6,7 @@ brings its own rows and all get the same answer, which depends neither on how ma
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from openvision3 import distributed
 from openvision3.data.images import to_tensor, to_uint8
 from openvision3.evaluate.extractors import Extractor, Inception
-from openvision3.evaluate.features import Statistics, frechet_distance, frechet_warning, kernel_distance
+from openvision3.evaluate.features import Statistics, frechet_distance, frechet_warning, kernel_distance, kernel_distance_shares
 from openvision3.evaluate.protocol import Number, number
+from openvision3.evaluate.statistics import Column, Columns
 from openvision3.model.perceptual import EFFICIENTNET_SHA256, EfficientNetDistance, Lpips
 
 Rows = tuple[Sequence[int], Sequence[str], Tensor]
@@ -96,6 +97,8 @@ class Reconstruction:
     """EfficientNet-Lite0 feature distance"""
     lpips: list[float] | None
     numbers: list[Number]
+    columns: Columns
+    """what each picture scored, by metric; of KID its share of the estimate"""
 
     def worst(self, count: int = 8) -> list[int]:
         """Positions in these lists of the pictures with the lowest PSNR, the worst first."""
@@ -158,9 +161,13 @@ def evaluate_reconstruction(
         numbers.append(over_pictures(distance.name, "distance", what, "EfficientNet-Lite0", EFFICIENTNET_SHA256))
     if lpips is not None:
         numbers.append(over_pictures("lpips", "lpips", f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256()))
+    named = {"psnr": "psnr", "ssim": "ssim", "lpips": "lpips"} | ({"distance": distance.name} if distance is not None else {})
+    scored = {named[name]: Column(indices, values) for name, values in columns.items()}
     for each in sets:
-        numbers += each.numbers(indices, where, seed) if len(indices) > 1 else []
-    return Reconstruction(indices, keys, columns["psnr"], columns["ssim"], columns.get("distance"), columns.get("lpips"), numbers)
+        found, shares = each.numbers(indices, where, seed) if len(indices) > 1 else ([], {})
+        numbers += found
+        scored |= shares
+    return Reconstruction(indices, keys, columns["psnr"], columns["ssim"], columns.get("distance"), columns.get("lpips"), numbers, scored)
 
 
 @dataclass
@@ -213,40 +220,48 @@ def metrics_of(extractor: Extractor) -> list[str]:
 
 
 class _Set:
-    """Features of originals and reconstructions: their statistics for rFID, and the first of them themselves for KID."""
+    """Features of originals and reconstructions: their statistics for rFID, and for KID those of the originals with the smallest hashes.
+
+    These are a random sample in whatever order the set comes, such as class by class; the same one on any number of ranks and by whatever name.
+    """
 
     def __init__(self, extractor: Extractor):
         self.extractor = extractor
-        self.places: list[int] = []
+        self.places: list[tuple[bytes, int]] = []
+        """(sha256 of the original, place)"""
         self.kept: list[Tensor] = []
         """features (B, 2, width) of originals and reconstructions at these places, in fp32 on the CPU"""
-        self.last: float = math.inf
-        """no place beyond can be among the first"""
+        self.last: tuple[bytes, int] = (b"\xff" * 33, 0)
+        """none beyond can be among the KID_PICTURES smallest"""
         self.statistics = [Statistics(extractor.width) for _ in range(2)] if isinstance(extractor, Inception) else []
 
     def add(self, places: list[int], images: Tensor, images_hat: Tensor) -> None:
         features = torch.stack([self.extractor(side).float().cpu() for side in (images, images_hat)], 1)
         for side, statistics in enumerate(self.statistics):
             statistics.add(features[:, side])
-        wanted = [i for i, place in enumerate(places) if place <= self.last]
-        self.places += [places[i] for i in wanted]
+        drawn = [(hashlib.sha256(image.numpy().tobytes()).digest(), place) for image, place in zip(to_uint8(images).cpu(), places, strict=True)]
+        wanted = [i for i, place in enumerate(drawn) if place <= self.last]
+        self.places += [drawn[i] for i in wanted]
         self.kept.append(features[wanted])
         if len(self.places) > 2 * KID_PICTURES:
             self._forget_beyond(sorted(self.places)[KID_PICTURES - 1])
 
-    def _forget_beyond(self, last: int) -> None:
+    def _forget_beyond(self, last: tuple[bytes, int]) -> None:
         wanted = [i for i, place in enumerate(self.places) if place <= last]
         self.places, self.last = [self.places[i] for i in wanted], last
         self.kept = [torch.cat([torch.zeros(0, 2, self.extractor.width), *self.kept])[wanted]]
 
-    def numbers(self, indices: list[int], where: str, seed: int) -> list[Number]:
-        """Given the places of all ranks' pictures. Rank 0 computes, all get the answer."""
+    def numbers(self, indices: list[int], where: str, seed: int) -> tuple[list[Number], Columns]:
+        """Given the places of all ranks' pictures: the numbers, and what each picture adds to KID. Rank 0 computes, all get the answer."""
         extractor = self.extractor
-        self._forget_beyond(indices[:KID_PICTURES][-1])
-        places = distributed.gather_rows(torch.tensor(self.places, dtype=torch.long))
-        kept = distributed.gather_rows(self.kept[0])[places.argsort()]
+        drawn = sorted(pair for part in distributed.gather_objects(self.places) for pair in part)
+        self._forget_beyond(drawn[:KID_PICTURES][-1])
+        places = distributed.gather_rows(torch.tensor([place for _, place in self.places], dtype=torch.long))
+        order = places.argsort()
+        places, kept = places[order], distributed.gather_rows(self.kept[0])[order]
         statistics = [each.over_ranks() for each in self.statistics]
         found: list[Number] = []
+        shares: Columns = {}
         with distributed.together():
             if distributed.rank() == 0 or distributed.world() == 1:
                 if statistics:
@@ -254,13 +269,16 @@ class _Set:
                     how += frechet_warning(len(indices), extractor.width)
                     found.append(self._number("rfid", frechet_distance(*statistics), len(indices), how))
                 kid = kernel_distance(kept[:, 0], kept[:, 1], paired=True, seed=seed)
-                first = "all" if len(kept) == len(indices) else f"the first {len(kept)} by index"
+                first = "all" if len(kept) == len(indices) else f"{len(kept)} of {len(indices)}, those whose pixels have the smallest sha256"
                 how = (
                     f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no picture against its own copy "
                     f"(spread: standard deviation over {kid.subsets} subsets of {kid.size}); {extractor.preparation}; {where}"
                 )
-                found.append(self._number(metrics_of(extractor)[-1], kid.value, len(kept), how, kid.spread))
-        return distributed.from_first(found)
+                name = metrics_of(extractor)[-1]
+                found.append(self._number(name, kid.value, len(kept), how, kid.spread))
+                if len(kept) > 2:
+                    shares[name] = Column(places.tolist(), kernel_distance_shares(kept[:, 0], kept[:, 1]).tolist())
+        return distributed.from_first((found, shares))
 
     def _number(self, metric: str, value: float, count: int, how: str, spread: float | None = None) -> Number:
         return number(metric, value, count, how, network=self.extractor.name, network_sha256=self.extractor.sha256, spread=spread)
@@ -275,25 +293,29 @@ def _sizes(sizes: set[tuple[int, int]]) -> str:
 
 
 def noise_curve(
-    batches: Iterable[Rows], reconstruct_noisy: Callable[[Tensor, float, Sequence[str]], Tensor], sigmas: Sequence[float]
-) -> list[tuple[float, float, int]]:
-    """(sigma, mean PSNR in dB, pictures) for each strength of the noise on the tokens, over the pictures of all ranks.
+    batches: Iterable[Rows], reconstruct_noisy: Callable[[Tensor, Sequence[float], Sequence[str]], Iterable[Tensor]], sigmas: Sequence[float]
+) -> tuple[list[tuple[float, float, int]], Columns]:
+    """(sigma, mean PSNR in dB, pictures) for each strength of the noise on the tokens, over the pictures of all ranks; and the PSNR of each picture.
 
-    `reconstruct_noisy(images, sigma, keys)` draws a row's noise from its key, so that no batch and no rank shows in the curve.
+    `reconstruct_noisy(images, sigmas, keys)` gives the images rebuilt at each sigma, and draws a row's noise from its key, so that no batch and no rank
+    shows in the curve.
 
     Raises:
         ValueError: no pictures, or no sigma, or one that is negative or not finite.
     """
     if not sigmas or not all(0 <= sigma < float("inf") for sigma in sigmas):
         raise ValueError(f"sigmas {list(sigmas)} cannot be measured; legal are one or more finite numbers from 0 on")
-    sums = torch.zeros(len(sigmas), dtype=torch.float64)
-    count = 0
+    here: list[int] = []
+    scores = [torch.zeros(0, len(sigmas), dtype=torch.float64)]
     with distributed.together(), torch.no_grad():
-        for _, keys, images in batches:
-            for i, sigma in enumerate(sigmas):
-                sums[i] += psnr(images, reconstruct_noisy(images, sigma, keys).to(images.device)).double().sum().cpu()
-            count += len(images)
-    everywhere = int(distributed.total(torch.tensor(count)))
-    if not everywhere:
+        for indices, keys, images in batches:
+            rebuilt = reconstruct_noisy(images, sigmas, keys)
+            scores.append(torch.stack([psnr(images, images_hat.to(images.device)).double().cpu() for images_hat in rebuilt], 1))
+            here += [int(i) for i in indices]
+    places = distributed.gather_rows(torch.tensor(here, dtype=torch.long))
+    if not len(places):
         raise ValueError("no pictures to evaluate on")
-    return [(float(sigma), value, everywhere) for sigma, value in zip(sigmas, (distributed.total(sums) / everywhere).tolist(), strict=True)]
+    order = places.argsort()
+    table = distributed.gather_rows(torch.cat(scores))[order]
+    columns = {f"psnr, sigma {sigma:g}": Column(places[order].tolist(), table[:, i].tolist()) for i, sigma in enumerate(sigmas)}
+    return [(float(sigma), value, len(places)) for sigma, value in zip(sigmas, table.mean(0).tolist(), strict=True)], columns

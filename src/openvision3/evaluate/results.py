@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.statistics import Column, Columns, Difference, best_first, differences
 from openvision3.files import write_whole
 
 FORMAT = 1
@@ -72,8 +74,10 @@ class Row:
     def from_json(cls, values: dict[str, Any]) -> Row:
         """Raises KeyError, TypeError for a row that lacks a field, or has one of another type."""
         own = {name: values[name] for name in ("model", "model_sha256", "note", "licence")}
+        values = {"low": None, "high": None, "interval": "", "part": "", **values}  # earlier versions knew no intervals
         parts = [{name: values[name] for name in kind.__dataclass_fields__} for kind in (Number, Setting)]
-        numbers = {"value": (int, float), "count": (int,), "seed": (int,), "spread": (int, float, type(None))}
+        maybe = (int, float, type(None))
+        numbers = {"value": (int, float), "count": (int,), "seed": (int,), "spread": maybe, "low": maybe, "high": maybe}
         for name, value in (*own.items(), *parts[0].items(), *parts[1].items()):
             if not isinstance(value, numbers.get(name, (str,))):  # type: ignore[arg-type]
                 raise TypeError(f"{name} is {value!r}")
@@ -110,6 +114,8 @@ class Results:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    differences: list[Difference] = field(default_factory=list)
+    """of two models on the same samples"""
 
     def save(self, folder: Path) -> Path:
         """Write results.json into `folder`, whole or not at all. Raises OSError."""
@@ -121,6 +127,7 @@ class Results:
             "seconds": round(self.seconds, 1),
             "environment": self.environment,
             "rows": [row.to_json() for row in self.rows],
+            "differences": [asdict(each) for each in self.differences],
             "not_run": [asdict(each) for each in self.not_run],
             "skipped": self.skipped,
             "left_out": self.left_out,
@@ -141,9 +148,68 @@ class Results:
                 raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
             rows = [Row.from_json(row) for row in values["rows"]]
             not_run = [NotRun(**each) for each in values["not_run"]]
-            return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"])
+            apart = [Difference(**each) for each in values.get("differences", [])]
+            return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"], apart)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no results file of openvision3 evaluate: {type(error).__name__} {error}") from error
+
+
+@dataclass
+class Scores:
+    """What each sample scored, of one evaluation or of several on the same samples: what stands in pictures.jsonl."""
+
+    columns: dict[str, Columns] = field(default_factory=dict)
+    """by model; a sample is named by the hash of its pixels and how often these came before"""
+    parts: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
+    """the samples of each part that numbers are over, such as the unseen ones"""
+
+    @classmethod
+    def load(cls, folder: Path) -> Scores:
+        """Those of the pictures.jsonl in `folder`; none where there is no such file. Raises ValueError for one that is damaged."""
+        found = cls()
+        path = folder / SCORES
+        if not path.is_file():
+            return found
+        seen: Counter[tuple[str, str]] = Counter()
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if "image" not in row:  # of an earlier version
+                    continue
+                sample = (row["image"], seen[row["model"], row["image"]])
+                seen[row["model"], row["image"]] += 1
+                for part in row["parts"]:
+                    found.parts.setdefault(part, set()).add(sample)
+                for name in row.keys() - set(NOT_SCORES):
+                    value = row[name]
+                    column = found.columns.setdefault(row["model"], {}).setdefault(name, Column([], []))
+                    values = value if name in ROWS_OF_CAPTIONS else [value]
+                    column.samples.extend([sample] * len(values))
+                    column.values.extend(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no file of scores: {type(error).__name__} {error}; remove it, or evaluate again") from error
+        return found
+
+
+SCORES = "pictures.jsonl"
+NOT_SCORES = ("model", "key", "image", "parts", "written", "true")
+"""what else stands in a line"""
+ROWS_OF_CAPTIONS = ("text_to_image_rank",)
+"""columns with a row a caption: a list for each sample"""
+
+
+def scores_by_sample(columns: Columns) -> dict[Any, dict[str, Any]]:
+    """{sample: {column: what it scored}}, as it stands in pictures.jsonl; numbers to seven digits."""
+    found: dict[Any, dict[str, Any]] = {}
+    for name, column in columns.items():
+        for sample, value in zip(column.samples, column.values, strict=True):
+            own = found.setdefault(sample, {})
+            rounded = float(f"{value:.7g}") if isinstance(value, float) else value
+            if name in ROWS_OF_CAPTIONS:
+                own.setdefault(name, []).append(rounded)
+            else:
+                own[name] = rounded
+    return found
 
 
 @dataclass
@@ -153,6 +219,8 @@ class Line:
     metric: str
     how: str
     values: dict[str, Number]
+    differences: list[Difference] = field(default_factory=list)
+    """of its models on the same samples, where their scores are at hand"""
 
 
 def table(rows: Iterable[Row]) -> list[Line]:
@@ -179,7 +247,8 @@ def _unlike(a: Row, b: Row) -> str:
     apart = [
         name
         for name in one
-        if one[name] != other[name] and name not in ("model", "model_sha256", "licence", "note", "value", "spread", "detail", "library", "data")
+        if one[name] != other[name]
+        and name not in ("model", "model_sha256", "licence", "note", "value", "spread", "detail", "library", "data", "low", "high", "interval")
     ]
     return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
 
@@ -203,12 +272,40 @@ PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_
 """Metrics that are shares of 1, shown as %."""
 
 
+def surely_best(line: Line) -> str:
+    """The model that a paired test tells from the second best of the line; "" where there is none."""
+    ranking = best_first(line.metric, {model: number.value for model, number in line.values.items()})
+    apart = {frozenset((each.a, each.b)) for each in line.differences if each.differs}
+    return ranking[0] if len(ranking) > 1 and frozenset(ranking[:2]) in apart else ""
+
+
+def how_to_read(lines: Iterable[Line]) -> str:
+    """What brackets and bold figures of tables mean; "" where there are none."""
+    lines = list(lines)
+    brackets = any(number.low is not None for line in lines for number in line.values.values())
+    several = any(len(line.values) > 1 for line in lines)
+    bold = "Bold: the best, where it differs from the second best with p < .05, paired over the same samples." if several else ""
+    return " ".join(part for part in ("[95 % interval over samples]." if brackets else "", bold) if part)
+
+
+def with_differences(tables: Sequence[tuple[Setting, list[Line]]], scores: Scores) -> list[Difference]:
+    """Puts the paired differences into each line of the tables, and returns them all. Raises ValueError: numbers of one protocol over unlike samples."""
+    for _, lines in tables:
+        for line in lines:
+            line.differences = differences(line.metric, line.values, scores.columns, scores.parts)
+    return [each for _, lines in tables for line in lines for each in line.differences]
+
+
 def shown(metric: str, number: Number) -> str:
-    """A value with its unit: 29.81 dB, 37.9 %; with the error of the estimate where that is known: 0.0195 ± 0.0015."""
+    """A value with its unit and the interval over samples: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0]; without one, KID with its error: 0.0195 ± 0.0015."""
     if any(part in metric for part in PERCENT):
-        return f"{100 * number.value:.1f} %"
+        return f"{100 * number.value:.1f} %" + _interval(number, 1, 100)
     unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
         metric.split(",")[0].split(" ")[0], ("", 4)
     )
     error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # others spread over pictures
-    return f"{number.value:.{digits}f}{unit}{error}"
+    return f"{number.value:.{digits}f}{unit}{_interval(number, digits) or error}"
+
+
+def _interval(number: Number, digits: int, factor: int = 1) -> str:
+    return f" [{factor * number.low:.{digits}f}, {factor * number.high:.{digits}f}]" if number.low is not None and number.high is not None else ""

@@ -20,6 +20,7 @@ from openvision3.evaluate.pictures import Pictures, Rows, on_first
 from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
 from openvision3.evaluate.reconstruction import evaluate_reconstruction, metrics_of, noise_curve
+from openvision3.evaluate.statistics import Column, Columns
 from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
 from openvision3.fetch import check_published, find
 from openvision3.model.perceptual import EfficientNetDistance, Lpips
@@ -47,6 +48,8 @@ class Measured:
     left_out: dict[str, int] = field(default_factory=dict)
     """why pictures were left out: how many"""
     shown: dict[str, Any] = field(default_factory=dict)
+    columns: Columns = field(default_factory=dict)
+    """what each sample scored, by its index in the source: what intervals, paired tests and numbers of a subset are made of"""
 
 
 NEEDS = {
@@ -170,11 +173,13 @@ def reconstruction(
     done = evaluate_reconstruction(rows, rebuild, **told)  # type: ignore[arg-type]
     pictures.share()
     curve: list[tuple[float, float, int]] = []
+    columns = {name: column for name, column in done.columns.items() if not metrics or name not in ("psnr", "ssim") or name in metrics}
     strengths = [sigma for sigma in sigmas if sigma and (not metrics or "psnr" in metrics)]  # without noise it is what was just measured
     if model.reconstruct_noisy is not None and strengths:
         noisy = model.reconstruct_noisy
         again = ((batch.indices, [f"{seed} {key}" for key in batch.keys], batch.images) for batch in pictures.batches(f"{model.name}: rebuilding from noise"))
-        curve = noise_curve(again, noisy, strengths)
+        curve, scores = noise_curve(again, noisy, strengths)
+        columns |= scores
     numbers = [each for each in done.numbers if not metrics or each.metric not in ("psnr", "ssim") or each.metric in metrics]
     for sigma, value, count in curve:
         numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
@@ -183,11 +188,13 @@ def reconstruction(
     missing = list(networks.missing)
     if len(done.indices) < 2:
         missing += [(metric, "two pictures or more") for each in networks.extractors for metric in metrics_of(each)]
-    return Measured(numbers, missing, done.indices, shown={"pictures": done, "curve": curve})
+    return Measured(numbers, missing, done.indices, shown={"pictures": done, "curve": curve}, columns=columns)
 
 
-def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None, shown: int = 12) -> Measured:
+def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None, shown: int = 12, shared: bool = True) -> Measured:
     """R@k both ways; every caption of a picture is a candidate. Pictures without a caption are left out and counted.
+
+    `shared`: equal captions are right for each other's pictures, as `evaluate_retrieval` has it.
 
     Raises:
         CannotRun: no captions, or a model that embeds no texts.
@@ -201,21 +208,32 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
     owners = [place for place, row in enumerate(captioned) for _ in found.captions[row]]
     images = found.values[captioned]
 
-    def compute() -> tuple[list[Number], list[list[int]]]:
+    used = [found.indices[row] for row in captioned]
+
+    def compute() -> tuple[list[Number], list[list[int]], Columns, list[tuple[str, str]]]:
         words = _embed_texts(model, texts)
         nearest = (images[:shown] @ words.T).topk(min(5, len(texts)), dim=1).indices.tolist()
-        return evaluate_retrieval(images, words, texts, owners), nearest
+        columns: Columns = {}
+        missing: list[tuple[str, str]] = []
+        numbers = evaluate_retrieval(images, words, texts, owners, shared=shared, columns=columns, missing=missing)
+        return numbers, nearest, _of_samples(columns, used), missing
 
-    numbers, nearest = on_first(compute)
+    numbers, nearest, columns, missing = on_first(compute)
     answers = [[(texts[j], texts[j] in found.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
-    used = [found.indices[row] for row in captioned]
     return Measured(
         numbers,
-        used=used,
+        missing,
+        used,
         captions=_hash(texts),
         left_out=_without("a caption", len(found.indices) - len(captioned)),
         shown={"indices": used[:shown], "answers": answers},
+        columns=columns,
     )
+
+
+def _of_samples(columns: Columns, used: Sequence[int], prefix: str = "") -> Columns:
+    """Columns by place among the samples that were used -> by their index in the source, their names with what they are of."""
+    return {f"{prefix}{name}": Column([used[place] for place in column.samples], column.values) for name, column in columns.items()}
 
 
 def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", shown: int = 24) -> Measured:
@@ -228,16 +246,17 @@ def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", sh
         raise CannotRun("none of the pictures has a caption to compare with")
     written, references = [row[1] for row in captioned.values()], [row[2] for row in captioned.values()]
 
-    def compute() -> tuple[list[Number], list[str]]:
+    def compute() -> tuple[list[Number], list[str], Columns]:
         lacking: list[str] = []
-        return evaluate_captions(written, references, tokenizer, lacking), lacking
+        columns: Columns = {}
+        return evaluate_captions(written, references, tokenizer, lacking, columns), lacking, _of_samples(columns, list(captioned))
 
-    numbers, lacking = on_first(compute)
+    numbers, lacking, columns = on_first(compute)
     cards = [(index, row[1], row[2][0]) for index, row in list(captioned.items())[:shown]]
-    told = [{"key": key, "written": own, "true": list(true)} for key, own, true in captioned.values()]
+    told = {index: {"written": own, "true": list(true)} for index, (_, own, true) in captioned.items()}
     missing = [(metric, what) for line in lacking for metric, _, what in [line.partition(": ")]]
     left_out = _without("a caption", len(found) - len(captioned))
-    return Measured(numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, shown={"cards": cards, "captions": told})
+    return Measured(numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, shown={"cards": cards, "captions": told}, columns=columns)
 
 
 def _without(what: str, count: int) -> dict[str, int]:
@@ -258,13 +277,16 @@ def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Seq
         raise CannotRun("no usable picture has a class")
     used = [found.indices[row] for row in rows]
 
-    def compute() -> Classification:
+    def compute() -> tuple[Classification, Columns]:
         classes = class_embedding([_embed_texts(model, texts) for texts in texts_of])
-        return evaluate_classification(found.values[rows], classes, [class_of[index] for index in used], labels.names, how)
+        columns: Columns = {}
+        done = evaluate_classification(found.values[rows], classes, [class_of[index] for index in used], labels.names, how, columns)
+        return done, _of_samples(columns, used, "zeroshot_")
 
-    done = on_first(compute)
+    done, columns = on_first(compute)
     told = f"{len(labels.names)} classes, sha256 of their texts {_hash([list(texts) for texts in texts_of])}"
-    return Measured(_named(done.numbers, "zeroshot"), used=used, labels=told, left_out=labels.left_out, shown={"classes": done.classes})
+    numbers = _named(done.numbers, "zeroshot")
+    return Measured(numbers, used=used, labels=told, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
 
 
 def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
@@ -311,27 +333,30 @@ def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pic
         raise CannotRun(f"all {both} test pictures are training pictures too (equal pixels): a probe must not be measured on what it was fitted to")
     seen, classes, used = seen[apart], [classes[row] for row in apart], [used[row] for row in apart]
 
-    def compute() -> tuple[list[Number], list[tuple[str, str]]]:
+    def compute() -> tuple[list[Number], list[tuple[str, str]], Columns]:
         inside, outside = known.to(device), seen.to(device)
         numbers: list[Number] = []
         missing: list[tuple[str, str]] = []
-        tests: dict[str, Callable[[], list[Number]]] = {
-            "knn": lambda: evaluate_knn(inside, known_classes, outside, classes, labels.names, k),
-            "linear_probe": lambda: evaluate_linear_probe(inside, known_classes, outside, classes, labels.names),
+        columns: Columns = {}
+        tests: dict[str, Callable[[Columns], list[Number]]] = {
+            "knn": lambda to: evaluate_knn(inside, known_classes, outside, classes, labels.names, k, columns=to),
+            "linear_probe": lambda to: evaluate_linear_probe(inside, known_classes, outside, classes, labels.names, columns=to),
         }
         for name, test in tests.items():
+            scores: Columns = {}
             try:
-                numbers += _named(test(), name)
+                numbers += _named(test(scores), name)
+                columns |= _of_samples(scores, used, f"{name}_")
             except ValueError as error:  # such as fewer training pictures than neighbours: the other can do with them
                 missing.append((name, str(error)))
-        return numbers, missing
+        return numbers, missing, columns
 
-    numbers, missing = on_first(compute)
+    numbers, missing, columns = on_first(compute)
     told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.digest(trained_on)[:16]}"
     left_out = labels.left_out | {f"training: {why}": count for why, count in train_labels.left_out.items()}
     if both:
         left_out["that are training pictures too (equal pixels)"] = both
-    return Measured(numbers, missing, used, labels=told, left_out=left_out)
+    return Measured(numbers, missing, used, labels=told, left_out=left_out, columns=columns)
 
 
 def _named(numbers: Sequence[Number], what: str) -> list[Number]:

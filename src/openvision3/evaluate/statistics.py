@@ -1,0 +1,419 @@
+"""What a number is worth: scores of single samples, intervals over samples, and tests of a difference over equal samples or equal seeds.
+
+    columns["psnr"] = Column(indices, scores)                      # an evaluator adds what each sample scored
+    with_interval(number, columns)                                 # 95 % interval of a metric over samples
+    subset_numbers(numbers, columns, unseen, "unseen samples")     # the same metrics over some of the samples
+    difference("psnr", "a", "b", columns_a, columns_b)             # paired over the samples of both
+    over_seeds(values_a, values_b)                                 # paired over seeds
+
+Every metric that is a function of sums, means or ranks of single samples has all of this. A Frechet distance has not (resampled sets
+are further apart than the sets), nor has METEOR (one number from Java for the whole set).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import statistics
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvision3.evaluate.protocol import Number
+
+RESAMPLES, FEWER, MANY = 10_000, 2_000, 2_000
+"""bootstrap samples of an interval; of more than MANY samples FEWER, for these then take seconds"""
+FLIPS = 9_999
+"""random flips of signs of a paired test"""
+EXACT = 13
+"""with at most so many samples all flips are tried"""
+AT_ONCE = 2**24
+"""numbers in memory at a time: 128 MB"""
+SEED = 0
+LEVEL = 0.05
+"""below this p two numbers are said to differ; intervals hold 1 - LEVEL"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What rows of an evaluation scored: a row is a sample, or one of the captions of a sample."""
+
+    samples: list[Any]
+    """(n,) the sample that each row belongs to: its index in the source, or its key"""
+    values: list[Any]
+    """(n,) numbers, or lists of numbers: ranks with the number of the class, the sums that make BLEU"""
+
+    def of(self, samples: Collection[Hashable]) -> Column:
+        """The rows of these samples alone."""
+        rows = [row for row, sample in enumerate(self.samples) if sample in samples]
+        return Column([self.samples[row] for row in rows], [self.values[row] for row in rows])
+
+
+Columns = dict[str, Column]
+"""{name: column}: several metrics may be read from one column, as R@1 and the median rank from ranks."""
+
+
+# -- metrics as functions of columns --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How a metric is made of a column."""
+
+    column: str
+    kind: str
+    """mean, share (of values up to k), median, class mean (of ranks of 1, by class), bleu (k)"""
+    k: int = 0
+
+    def row_values(self, values: Tensor) -> Tensor:
+        """(n,) or (n, D) -> (n,): what the mean of a mean or a share is over."""
+        return (values if values.ndim == 1 else values[:, 0]) <= self.k if self.kind == "share" else values
+
+
+def definition(metric: str) -> Definition | None:
+    """None for a metric that cannot be made of scores of single samples."""
+    if metric in ("rfid", "meteor") or metric.endswith("largest_class_share"):
+        return None
+    for pattern, kind in ((r"(.*)_r@(\d+)", "share"), (r"(.*_|)top_(\d+)", "share"), (r"bleu_(\d)", "bleu")):
+        if found := re.fullmatch(pattern, metric):
+            *name, k = found.groups()
+            column = "bleu" if kind == "bleu" else f"{name[0].removesuffix('_')}_rank".removeprefix("_")
+            return Definition(column, kind, int(k))
+    for ending, kind in (("median_rank", "median"), ("mean_class_accuracy", "class mean")):
+        if metric.endswith(ending):
+            return Definition(metric.removesuffix(ending) + "rank", kind)
+    return Definition(metric, "mean")
+
+
+def bleu_of_sums(sums: Tensor, order: int) -> Tensor:
+    """(..., 10) right and guessed n-grams for n = 1 to 4, own words, words to reach -> BLEU-`order` (...). The small numbers are COCO's."""
+    ratio = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
+    penalty = torch.where(ratio < 1, torch.exp(1 - 1 / ratio), torch.ones_like(ratio))
+    precisions = (sums[..., :4] + 1e-15) / (sums[..., 4:8] + 1e-9)
+    return precisions[..., :order].log().mean(-1).exp() * penalty
+
+
+def _estimates(what: Definition, values: Tensor, weights: Tensor) -> Tensor:
+    """Values (n,) or (n, D) of rows, weights (B, n) of these rows -> the metric by each line of weights (B,)."""
+    if what.kind in ("mean", "share"):
+        return weights @ what.row_values(values).double() / weights.sum(1)
+    if what.kind == "bleu":
+        return bleu_of_sums(weights @ values, what.k)
+    if what.kind == "class mean":
+        classes = values[:, 1].long()
+        counts, right = (torch.zeros(len(weights), int(classes.max()) + 1, dtype=torch.float64) for _ in range(2))
+        counts.index_add_(1, classes, weights)
+        right.index_add_(1, classes, weights * (values[:, 0] <= 1))
+        return (right / counts.clamp_min(1)).sum(1) / (counts > 0).sum(1)
+    order = values.argsort(stable=True)
+    heard, ordered = weights[:, order].cumsum(1), values[order].double()
+    half = heard[:, -1:] / 2
+    low, high = (torch.searchsorted(heard, half, right=right)[:, 0].clamp_max(len(values) - 1) for right in (False, True))
+    return (ordered[low] + ordered[high]) / 2
+
+
+def _value(what: Definition, column: Column) -> float:
+    values = torch.tensor(column.values, dtype=torch.float64)
+    return float(_estimates(what, values, torch.ones(1, len(values), dtype=torch.float64)))
+
+
+# -- intervals over samples -----------------------------------------------------------------------------------------
+
+
+def _rows_by_sample(column: Column) -> tuple[list[Any], Tensor]:
+    """The samples, each once, and for each row the place of its sample among them (n,)."""
+    places = {sample: place for place, sample in enumerate(dict.fromkeys(column.samples))}
+    return list(places), torch.tensor([places[sample] for sample in column.samples])
+
+
+def resamples(count: int) -> int:
+    """How many bootstrap samples are drawn of so many samples."""
+    return RESAMPLES if count <= MANY else FEWER
+
+
+@functools.lru_cache(maxsize=2)
+def _resampled(count: int, part: int, parts: int) -> Tensor:
+    """(B, count): how often each sample was drawn; the same for every model and metric, so that differences are paired."""
+    generator = torch.Generator().manual_seed(SEED + part)
+    size = resamples(count) * (part + 1) // parts - resamples(count) * part // parts
+    drawn = torch.randint(count, (size, count), generator=generator)
+    return torch.zeros(size, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(size, count, dtype=torch.float64))
+
+
+def _bootstrap(columns: Sequence[Column], what: Definition) -> Tensor:
+    """(columns, resamples): the metric of each column over samples drawn with repeats, with all of their rows. Columns share their samples, in order."""
+    samples, place = _rows_by_sample(columns[0])
+    values = [torch.tensor(column.values, dtype=torch.float64) for column in columns]
+    width = max(len(place), (int(values[0][:, 1].max()) + 1) if what.kind == "class mean" else 0)
+    parts = min(resamples(len(samples)), -(-resamples(len(samples)) * width // AT_ONCE))
+    found = [[_estimates(what, each, _resampled(len(samples), part, parts)[:, place]) for part in range(parts)] for each in values]
+    return torch.stack([torch.cat(each) for each in found])
+
+
+def _bounds(estimates: Tensor) -> tuple[float, float]:
+    low, high = estimates.quantile(torch.tensor([LEVEL / 2, 1 - LEVEL / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` (Wilson 1927): unlike a bootstrap's it has a width where none or all are right."""
+    z = statistics.NormalDist().inv_cdf(1 - LEVEL / 2)
+    middle, scale = share + z * z / (2 * count), 1 + z * z / count
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (middle - half) / scale if share else 0.0, (middle + half) / scale if share < 1 else 1.0
+
+
+HOW_WILSON = "95 %, Wilson's interval of a share"
+FIXED = {
+    "cider": "; document frequencies of the whole set held fixed",
+    "KID": "; of jackknife pseudo-values, whose mean is the unbiased estimate",
+}
+"""What resampling leaves as it is, by the beginning of the metric's name."""
+
+
+def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
+    """The number with its 95 % interval over samples, where its samples are known and there are two or more; otherwise as it is."""
+    what = definition(number.metric)
+    column = columns.get(what.column) if what else None
+    if what is None or column is None or len(set(column.samples)) < 2:
+        return number
+    samples, values = len(set(column.samples)), column.values
+    if what.kind == "mean" and all(value in (0, 1) for value in values) and len(values) == samples:
+        what = Definition(what.column, "share of ones")
+    if what.kind.startswith("share") and (len(values) == samples or number.value in (0, 1)):
+        low, high = wilson(number.value, samples)
+        return replace(number, low=low, high=high, interval=HOW_WILSON)
+    low, high = _bounds(_bootstrap([column], what)[0])
+    fixed = next((text for name, text in FIXED.items() if number.metric.startswith(name)), "")
+    return replace(number, low=low, high=high, interval=f"95 %, percentile bootstrap over samples, {resamples(samples):,} resamples{fixed}")
+
+
+def subset_numbers(numbers: Sequence[Number], columns: Mapping[str, Column], samples: Collection[Hashable], what: str) -> list[Number]:
+    """The numbers over these samples alone, with intervals; `what` names them in the protocol, such as "unseen samples".
+
+    Retrieval: these images (and captions) ask, and all of the evaluation are candidates. CIDEr keeps the document frequencies of the whole set. A metric
+    of sets, such as rFID or KID, has no such number and is left out, and so is one of which none of the samples has a score.
+    """
+    found, chosen = [], set(samples)
+    for each in numbers:
+        made_of = definition(each.metric)
+        if made_of is None or made_of.column not in columns or each.metric.startswith("KID"):
+            continue
+        part = columns[made_of.column].of(chosen)
+        if not part.values:
+            continue
+        how = f"{each.how}; over {len(set(part.samples)):,} of {len(set(columns[made_of.column].samples)):,} samples: {what}"
+        spread = statistics.pstdev(part.values) if each.spread is not None else None
+        value = replace(each, value=_value(made_of, part), count=len(part.values), how=how, spread=spread, low=None, high=None, interval="", part=what)
+        found.append(with_interval(value, {made_of.column: part}))
+    return found
+
+
+# -- differences over equal samples ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of model `a` minus that of model `b`, on the same samples."""
+
+    metric: str
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    """95 % interval, paired bootstrap over samples"""
+    p: float
+    """two-sided, of no difference; not corrected for the number of comparisons"""
+    test: str
+    count: int
+    """samples"""
+    part: str = ""
+    """which of them, as of the numbers"""
+
+    @property
+    def differs(self) -> bool:
+        return self.p < LEVEL
+
+
+def difference(metric: str, a: str, b: str, columns_a: Mapping[str, Column], columns_b: Mapping[str, Column]) -> Difference | None:
+    """The paired difference of a metric; None where it has no scores of single samples, or fewer than two.
+
+    0 or 1 for each sample: exact McNemar test. Means: signs of the differences of samples flipped. Medians and BLEU: paired bootstrap.
+
+    Raises:
+        ValueError: the two were measured on unlike samples.
+    """
+    what = definition(metric)
+    if what is None or what.column not in columns_a or what.column not in columns_b:
+        return None
+    one, other = columns_a[what.column], _in_order_of(columns_b[what.column], columns_a[what.column], f"{metric} of {a} and of {b}")
+    samples, place = _rows_by_sample(one)
+    if len(samples) < 2:
+        return None
+    both = _bootstrap([one, other], what)
+    low, high = _bounds(both[0] - both[1])
+    p, test = _paired_test(what, one, other, place, len(samples), both[0] - both[1])
+    return Difference(metric, a, b, _value(what, one) - _value(what, other), low, high, p, test, len(samples))
+
+
+def _in_order_of(column: Column, like: Column, which: str) -> Column:
+    """The column with its samples in the order of `like`; rows of one sample keep theirs."""
+    rows: dict[Any, list[Any]] = {}
+    for sample, value in zip(column.samples, column.values, strict=True):
+        rows.setdefault(sample, []).append(value)
+    turns = {sample: iter(values) for sample, values in rows.items()}
+    try:
+        values = [next(turns[sample]) for sample in like.samples]
+    except (KeyError, StopIteration):
+        values = []
+    if len(values) != len(column.values):
+        raise ValueError(f"{which} are over unlike samples: a paired test needs equal ones")
+    return Column(list(like.samples), values)
+
+
+def _paired_test(what: Definition, one: Column, other: Column, place: Tensor, samples: int, resampled: Tensor) -> tuple[float, str]:
+    """(p, which test)."""
+    if what.kind in ("median", "bleu"):
+        return bootstrap_p(resampled), f"paired bootstrap, {resamples(samples):,} resamples"
+    values = [torch.tensor(each.values, dtype=torch.float64) for each in (one, other)]
+    if what.kind == "class mean":
+        classes = values[0][:, 1].long()
+        weights = 1 / classes.bincount()[classes].double()
+        apart = ((values[0][:, 0] <= 1).double() - (values[1][:, 0] <= 1).double()) * weights
+    else:
+        own, theirs = (what.row_values(each).double() for each in values)
+        if len(place) == samples and all(((each == 0) | (each == 1)).all() for each in (own, theirs)):
+            return mcnemar(int(((own == 1) & (theirs == 0)).sum()), int(((own == 0) & (theirs == 1)).sum())), "exact McNemar test"
+        apart = own - theirs
+    return sign_flip(torch.zeros(samples, dtype=torch.float64).index_add_(0, place, apart))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of the samples that one of two alone has right: a fair coin for each of them."""
+    count, least = only_a + only_b, min(only_a, only_b)
+    term = total = 1  # exact, for a sum of logarithms would lose digits
+    for k in range(1, least + 1):
+        term = term * (count - k + 1) // k
+        total += term
+    return min(1.0, float(2 * total * 10**18 // 2**count) / 10**18) if count else 1.0
+
+
+def sign_flip(differences: Tensor) -> tuple[float, str]:
+    """Differences (n,) of samples -> two-sided p of a mean of 0: how often flipped signs bring the mean as far from it, and which test."""
+    count, reach = len(differences), float(differences.sum().abs())
+    reach *= 1 - 1e-12  # sums in another order
+    if count <= EXACT:
+        signs = torch.tensor([[1 - 2 * (number >> i & 1) for i in range(count)] for number in range(2**count)], dtype=torch.float64)
+        return float(((signs @ differences).abs() >= reach).double().mean()), f"paired sign-flip test, all {2**count:,} flips"
+    generator, far, done = torch.Generator().manual_seed(SEED), 0, 0
+    chunk = max(1, AT_ONCE // count)
+    while done < FLIPS:
+        size = min(chunk, FLIPS - done)
+        signs = torch.randint(2, (size, count), generator=generator, dtype=torch.int8).double() * 2 - 1
+        far, done = far + int(((signs @ differences).abs() >= reach).sum()), done + size
+    return (1 + far) / (1 + FLIPS), f"paired sign-flip test, {FLIPS:,} flips"
+
+
+def bootstrap_p(differences: Tensor) -> float:
+    """Two-sided p of no difference: twice the share of resampled differences on the far side of 0, at least 1 / resamples."""
+    low, high = (1 + int((differences <= 0).sum())), (1 + int((differences >= 0).sum()))
+    return min(1.0, 2 * min(low, high) / (1 + len(differences)))
+
+
+def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str, Columns], parts: Mapping[str, Collection[Hashable]]) -> list[Difference]:
+    """{model: its number} by one protocol -> the first model against all others, and the best against the second best.
+
+    `columns` are those of each model, models without are passed over; `parts` the samples of each part that numbers are over.
+    """
+    values = {model: number.value for model, number in numbers.items() if model in columns}
+    pairs = [(next(iter(values)), other) for other in list(values)[1:]]
+    pairs += [(ranking[0], ranking[1])] if len(ranking := best_first(metric, values)) > 1 else []
+    made_of, part = definition(metric), next((number.part for number in numbers.values()), "")
+    if made_of is None or (part and part not in parts):
+        return []
+    chosen = {
+        model: {name: column.of(parts[part]) if part else column for name, column in of.items() if name == made_of.column} for model, of in columns.items()
+    }
+    found = [difference(metric, a, b, chosen[a], chosen[b]) for a, b in {frozenset(pair): pair for pair in reversed(pairs)}.values()]
+    return [replace(each, part=part) for each in found if each is not None]
+
+
+LOWER_IS_BETTER = ("distance", "KID", "lpips", "rfid", "median_rank", "loss", "pixel", "latent", "perceptual", "contrastive", "caption")
+
+
+def best_first(metric: str, values: Mapping[str, float]) -> list[str]:
+    """Names by their value, the best first; none for a metric that says nothing of a model."""
+    if metric.endswith("largest_class_share"):
+        return []
+    sign = 1 if any(part in metric for part in LOWER_IS_BETTER) else -1
+    return sorted(values, key=lambda name: sign * values[name])
+
+
+# -- spread over seeds ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """The mean of paired differences over seeds."""
+
+    difference: float
+    low: float
+    high: float
+    """95 % interval of Student's t; infinite of one seed"""
+    p: float
+    seeds: int
+
+    @property
+    def differs(self) -> bool:
+        return self.p < LEVEL
+
+
+def over_seeds(a: Sequence[float], b: Sequence[float]) -> OverSeeds:
+    """Values of two settings by the same seeds in the same order -> mean difference a - b, its t interval and two-sided p of the paired t-test.
+
+    One seed says nothing: its p is 1 and its interval all numbers. Raises ValueError: unlike counts, or none.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"{len(a)} and {len(b)} values cannot be paired by seed")
+    apart = [x - y for x, y in zip(a, b, strict=True)]
+    mean, count = statistics.fmean(apart), len(apart)
+    if count < 2:
+        return OverSeeds(mean, -math.inf, math.inf, 1.0, count)
+    error = statistics.stdev(apart) / math.sqrt(count)
+    half = t_quantile(1 - LEVEL / 2, count - 1) * error
+    p = t_p(mean / error, count - 1) if error else float(not mean)
+    return OverSeeds(mean, mean - half, mean + half, p, count)
+
+
+def t_p(t: float, freedom: int) -> float:
+    """Two-sided p of Student's t with a whole number of degrees of freedom, by the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = total = (cosine if odd else 1.0) if freedom > 1 else 0.0
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= (k - 1) / k * cosine * cosine
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return max(0.0, 1 - inside)
+
+
+def t_quantile(share: float, freedom: int) -> float:
+    """The t below which `share` (more than a half) of Student's distribution lies."""
+    low, high = 0.0, 1.0
+    while t_p(high, freedom) > 2 * (1 - share):
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_p(middle, freedom) > 2 * (1 - share) else (low, middle)
+    return high
+
+
+def spoken_p(p: float) -> str:
+    """p = .03, p < .001."""
+    return "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".", 1) if p < 0.1 else f"p = {p:.2f}".replace("0.", ".", 1)
