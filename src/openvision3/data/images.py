@@ -11,25 +11,52 @@ import functools
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
+from openvision3.contents import holds
+
 MAX_PIXELS = 89_000_000
-"""Larger pictures are refused from their header, before a pixel is decoded. Just under the size at which Pillow warns."""
+"""Larger images are refused from their header, before a pixel is decoded. Just under the size at which Pillow warns."""
+
+TRAINING_PIXELS = 40_000_000
+"""What a training view may decode, for every worker holds its own: 160 MB at four bytes a pixel. A JPEG that is decoded at 1/2 has a quarter of its pixels."""
+
+STRIP_PIXELS = 4_000_000
+"""Pixels that are widened (to 64 bits, to alpha) at a time, so that a large image is never whole in a wide form."""
 
 PATCH = 16
 """Pixels a token spans in each direction: every height and width is a multiple of it."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_AVIF = features.check("avif")
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *((".avif",) if _AVIF else ()),
+)
+
+UNREAD_EXTENSIONS = (
+    *(".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".tga", ".svg", ".eps", ".psd", ".xcf", ".ico", ".dds", ".hdr", ".exr", ".qoi", ".pcx"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"),
+    *(() if _AVIF else (".avif",)),
+)
+"""Endings of images that are not read: where they lie among data they are counted and told of."""
 
 # No EPS among them: Pillow would run Ghostscript on it.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _AVIF else ()))
+
+# A PNG of a workflow tool carries megabytes of text, which Pillow refuses beyond one: it is not wanted, but no reason to refuse the image.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 16 << 20)
+
+# Pillow warns of damaged metadata with numbers in the text, so that Python shows each anew: thousands of lines a day on data from the web.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the upright picture"""
@@ -81,7 +108,9 @@ def _opened(source: str | os.PathLike | bytes, max_pixels: int) -> Iterator[tupl
     except PermissionError as error:
         raise ImageError("unreadable", f"no permission to read {name}") from error
     except UnidentifiedImageError as error:
-        raise ImageError("not an image", f"{name} is not a picture that can be read; legal are {', '.join(EXTENSIONS)}") from error
+        seen = holds(source)
+        advice = "" if ":" in seen else f"; choose one of {', '.join(extension[1:] for extension in EXTENSIONS)}"
+        raise ImageError("not an image", f"{name} {seen}{advice}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too large", f"{name} has too many pixels; at most {max_pixels:,} are decoded, scale it down first") from error
     except Exception as error:  # Pillow's readers of damaged files let through KeyError, IndexError, struct.error and more
@@ -92,7 +121,10 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
     with _decoding(name):
         image.load()
-        return _to_rgb(_upright(image))
+        turned = _TRANSPOSITIONS[_orientation(image)]
+        rgb = _to_rgb(image)
+        rgb.info.clear()  # how the file lies is no longer true of these pixels
+        return rgb if turned is None else rgb.transpose(turned)
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
@@ -107,25 +139,42 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 def _decoding(name: str) -> Iterator[None]:
     try:
         yield
+    except ImageError:
+        raise
     except Exception as error:  # see _opened
         reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "undecodable"
         raise ImageError(reason, f"{name} cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # only the EXIF block is damaged: the picture stays as it lies
-        return image
+def _to_rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
+    """RGB of a part of a decoded image (None: of all), the same as that part of the whole would be."""
+    span = _span(image)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    rows = max(1, STRIP_PIXELS // (right - left))
+    if bottom - top <= rows:
+        return _widened(image.crop((left, top, right, bottom)), span)
+    rgb = Image.new("RGB", (right - left, bottom - top))
+    for start in range(top, bottom, rows):
+        rgb.paste(_widened(image.crop((left, start, right, min(bottom, start + rows))), span), (0, start - top))
+    return rgb
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _span(image: Image.Image) -> float:
+    """What is white in an image of more than 8 bits. 16 bits say so themselves; of wider integers and floats only their values tell."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return 65535.0
+    if image.mode not in ("I", "F"):
+        return 255.0
+    rows = max(1, STRIP_PIXELS // image.width)
+    strips = (image.crop((0, top, image.width, min(image.height, top + rows))) for top in range(0, image.height, rows))
+    largest = max(float(np.nan_to_num(np.asarray(strip), posinf=0.0, neginf=0.0).max(initial=0)) for strip in strips)
+    spans = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((s for s in spans if largest <= s), largest)
+
+
+def _widened(image: Image.Image, span: float) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-        # Integers here are 16-bit or wider; floats come as 0..1, 0..255 or 0..65535, and only their values tell which.
-        spans = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-        largest = values.max(initial=0)
-        span = next((s for s in spans if largest <= s), largest)
         image = Image.fromarray((values / span * 255.0).clip(0, 255).round().astype(np.uint8))
     if image.mode == "La":
         image = image.convert("LA")
@@ -240,7 +289,7 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
         ImageError: as `open_image`, and `too small` for a side of less than `min_side` pixels.
     """
     box: Box | None = None
-    if not isinstance(source, bytes) and Path(source).suffix.lower() in (".jpg", ".jpeg"):
+    if not isinstance(source, bytes) and Path(source).suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".jif"):
         with contextlib.suppress(OSError):  # Pillow, below, says what is wrong
             source = Path(source).read_bytes()
     width, height, scale = 0, 0, 1
@@ -248,30 +297,33 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
         width, height = plain
         if min(width, height) >= min_side and width * height <= MAX_PIXELS:
             box, scale = _snapped(random_crop_box(width, height, generator, area), width, height, size)
-            pixels = _decode_fast(source, width, height, scale)
+            pixels = _decode_fast(source, width, height, scale) if width * height <= TRAINING_PIXELS * scale**2 else None
             if pixels is not None:
                 left, top, right, bottom = _scaled(box, scale)
                 return _resized(pixels[top:bottom, left:right], size), box
     with _opened(source, MAX_PIXELS) as (image, name):
-        _check_size(image, name, MAX_PIXELS)
-        orientation = 1 if box else _orientation(image)
+        _check_size(image, name, MAX_PIXELS if image.format == "JPEG" else TRAINING_PIXELS)
         if min(image.size) < min_side:
             raise ImageError("too small", f"{image.width} x {image.height} pixels; at least {min_side} on each side are needed to train")
         if box and (width, height) != image.size:
             raise ImageError("undecodable", f"{name} cannot be decoded: its headers disagree about its size")
-        width, height = image.size
-        if box is None:
-            upright = (height, width) if orientation >= 5 else (width, height)
-            box = stored(random_crop_box(*upright, generator, area), *upright, orientation)
-            if image.format == "JPEG":
-                box, scale = _snapped(box, width, height, size)
-        if scale > 1:
-            image.draft("RGB", (width // scale, height // scale))
-            if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
-                scale = 1  # not every JPEG can be
         with _decoding(name):
+            if image.format != "JPEG":
+                image.load()  # a TIFF turns upright while it is loaded: only then its size, and how it lies, are what they will be
+            orientation = 1 if box else _orientation(image)
+            width, height = image.size
+            if box is None:
+                upright = (height, width) if orientation >= 5 else (width, height)
+                box = stored(random_crop_box(*upright, generator, area), *upright, orientation)
+                if image.format == "JPEG":
+                    box, scale = _snapped(box, width, height, size)
+            if scale > 1:
+                image.draft("RGB", (width // scale, height // scale))
+                if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
+                    scale = 1  # not every JPEG can be
+            _check_size(image, name, TRAINING_PIXELS)
             image.load()
-            pixels = np.asarray(_to_rgb(image).crop(_scaled(box, scale)))
+            pixels = np.asarray(_to_rgb(image, _scaled(box, scale)))
     return _turned(_resized(pixels, size), orientation), upright_box(box, width, height, orientation)
 
 
@@ -298,6 +350,11 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # only the EXIF block is damaged: the picture stays as it lies
         return 1
     return found if found in range(1, 9) else 1
+
+
+_TRANSPOSITIONS = [None, None, *(Image.Transpose[name] for name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"))]
+_TRANSPOSITIONS += [Image.Transpose[name] for name in ("ROTATE_270", "TRANSVERSE", "ROTATE_90")]
+"""By orientation: what makes the image upright."""
 
 
 def _flips(orientation: int) -> tuple[bool, bool, bool]:
