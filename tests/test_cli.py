@@ -294,6 +294,23 @@ def test_output_stays_in_its_folder_for_strange_names(work, model, capsys):
     assert {p.name for p in work.iterdir()} == {"pics", "more", "deep"}
 
 
+def test_one_output_that_cannot_be_written_is_reported_and_the_others_are_done(work, model, capsys):
+    long = "x" * 251
+    shutil.copy("pics/a.png", f"pics/{long}.png")
+    assert cli.main(["reconstruct", "pics", "--model", model]) == 0
+    assert tree(work / "reconstructed") == {"a.png", "b.png", f"{long}.png"}, "any name that the disk takes"
+    Path("tokens/b.safetensors").mkdir(parents=True)
+    capsys.readouterr()
+    assert cli.main(["encode", "pics", "more", "--model", model, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert [row["file"] for row in json.loads(out)] == ["tokens/a.safetensors", "tokens/a-2.safetensors"]
+    assert err.splitlines() == [
+        "openvision3: tokens/b.safetensors: Is a directory",
+        f"openvision3: tokens/{long}.safetensors: File name too long",
+        "openvision3: 2 of 4 pictures skipped",
+    ]
+
+
 # -- the program ----------------------------------------------------------------------------------------------------
 
 

@@ -81,3 +81,13 @@ def test_a_half_written_file_is_left_behind_where_its_writer_has_ended_or_a_day_
     assert seen == [False] and not left_behind(elsewhere)
     os.utime(elsewhere, (0, 0))
     assert left_behind(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "a" * 200 + "[*].png", os.fsdecode(b"\xff" * 255)])
+def test_any_name_that_the_disk_takes_is_written_and_its_half_written_file_is_found(tmp_path, name):
+    path = tmp_path / name
+    halves = []
+    write_whole(path, lambda file: halves.append((half_written(path), Path(file.name))))
+    assert halves == [([halves[0][1]], halves[0][1])] and os.listdir(tmp_path) == [name]
+    with pytest.raises(OSError, match="too long"):
+        write_whole(tmp_path / ("x" * 256), b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import io
@@ -467,7 +468,7 @@ def _paths(patterns: Sequence[str]) -> list[str]:
 
 
 def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:
-    """Do `one` for every picture; those that cannot be read are named on stderr and counted, and make the exit code 2."""
+    """Do `one` for every picture; a file that cannot be read or written is reported on stderr, and makes the exit code 2. A full disk ends all."""
     from openvision3.data.images import ImageError
     from openvision3.progress import track
 
@@ -475,11 +476,11 @@ def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool
     for path in track(paths, "pictures") if json else paths:  # a line for each is progress enough, and a bar would take stdout over
         try:
             result = one(path)
-        except ImageError as error:
-            if len(paths) == 1:
+        except (ImageError, OSError) as error:
+            if len(paths) == 1 or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             skipped += 1
-            print(f"openvision3: {error}", file=sys.stderr)
+            print(f"openvision3: {_message(error)}", file=sys.stderr)
             continue
         results.append(result)
         if not json:

@@ -23,7 +23,7 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
         OSError: with the name of `path`; nothing is left behind.
     """
     path = Path(path)
-    making = path.with_name(f".{path.name}.{_writer()}.making")  # on a shared disk two may write the same name
+    making = path.with_name(f".{_shortened(path.name)}.{_writer()}.making")  # on a shared disk two may write the same name
     try:
         with open(making, "wb") as file:
             if callable(content):
@@ -64,7 +64,7 @@ def sha256_of(path: str | Path) -> str:
 
 def half_written(path: Path) -> list[Path]:
     """What `write_whole` is writing under this name, or was when its process was killed."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.making"))
+    return list(path.parent.glob(f".{glob.escape(_shortened(path.name))}.*.making"))
 
 
 def left_behind(making: Path) -> bool:
@@ -76,12 +76,18 @@ def left_behind(making: Path) -> bool:
     return host == _host() and process.isdecimal() and not _alive(int(process))
 
 
+def _shortened(name: str) -> str:
+    """A name that is as long as a disk allows leaves no room for the rest of a half-written file's: a hash stands for it."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= 128 else hashlib.sha256(raw).hexdigest()
+
+
 def _writer() -> str:
     return f"{_host()}-{os.getpid()}"
 
 
 def _host() -> str:
-    return socket.gethostname().replace(".", "-")
+    return socket.gethostname().replace(".", "-")[:64]
 
 
 def _alive(process: int) -> bool:
