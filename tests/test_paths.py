@@ -11,7 +11,7 @@ import pytest
 from tiny_pipeline import write_photo
 
 from openvision3 import cli, cli_data, cli_evaluate
-from openvision3.paths import expand_home, expand_value
+from openvision3.paths import check_apart, expand_home, expand_value
 
 TEXTS = {
     *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
@@ -116,3 +116,33 @@ def test_no_command_makes_a_folder_called_tilde(monkeypatch, tmp_path, capsys):
     write_photo(Path("home/a.png"))
     assert cli.main(["encode", "~/a.png", "--out=~/tokens"]) == 0
     assert os.listdir(tmp_path) == ["home"] and (tmp_path / "home" / "tokens" / "a.safetensors").is_file()
+
+
+def test_what_a_command_writes_never_lies_in_the_data_that_it_reads(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_photo(Path("inside/sub/a.png"))
+    write_photo(Path("inside/b.png"))
+    Path("inside/sub/a.txt").write_text("a photo")
+    Path("link").symlink_to("inside")
+    pictures, data = ["inside"], ["--data", "inside", "--val", "inside"]
+    for argv in (
+        ["reconstruct", *pictures, "--out", "inside/new"],
+        ["reconstruct", *pictures, "--out", "link/sub/../new/deep"],
+        ["encode", "inside/sub", "--out", "inside/sub"],
+        ["evaluate", "reconstruction", "--data", "link", "--out", "inside/new"],
+        ["evaluate", "probe", "--data", "openmoji", "--train", "inside", "--out", "inside/new"],
+        ["train", "tiny", *data, "--out", "inside/run"],
+        ["train", "paper_mini", *data, "--out", "inside/run"],
+        ["train", "tiny", "--data", "openmoji", "--val", "~/link", "--out=~/inside/run"],
+        ["ablate", "tau", "--recipe", "tiny", *data, "--out", "inside/run"],
+        ["data", "latents", "inside", "--out", "inside/latents"],
+        ["data", "recaption", "inside", "--model", "m", "--out", "new", "--sheet", "inside/sheet.png"],
+    ):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert cli.main(argv) == 2, argv
+        out, err = capsys.readouterr()
+        assert "which is read: what is written there would be read as data; name a folder outside with --" in err and err.count("\n") == 1 and not out, argv
+        assert {str(p) for p in Path("inside").rglob("*")} == {"inside/b.png", "inside/sub", "inside/sub/a.png", "inside/sub/a.txt"}
+    assert sorted(os.listdir()) == ["inside", "link"]
+    check_apart("inside2", ["inside", "openmoji", "s3://bucket/inside2/*.tar", "nowhere"])
+    check_apart("inside", ["inside/sub"])

@@ -21,7 +21,7 @@ from tyro.conf import Positional, arg
 
 from openvision3 import __version__
 from openvision3.files import check_writable, write_whole
-from openvision3.paths import PathName, expand_fields, expand_value
+from openvision3.paths import PathName, check_apart, expand_fields, expand_value
 
 if TYPE_CHECKING:
     from openvision3.config import RunConfig
@@ -90,6 +90,8 @@ def _train_in_turn(name: str, rest: Sequence[str]) -> int:
         if phases:
             config.init, config.tokenizer = phases[-1][1].out, ""
         phases.append((recipe.__name__, config))
+    for _, config in phases:
+        check_apart(config.out, (*config.data, *config.val))
     return STOPPED if pretrain_in_turn(phases).status == "stopped" else 0
 
 
@@ -114,6 +116,7 @@ def _configured(name: str, rest: Sequence[str], program: str = "", started: Path
 def _train(name: str, config: RunConfig) -> int:
     from openvision3.pretrain import pretrain
 
+    check_apart(config.out or f"runs/{name}", (*config.data, *config.val))
     return STOPPED if pretrain(config, name).status == "stopped" else 0
 
 
@@ -160,7 +163,9 @@ def ablate(argv: Sequence[str]) -> int:
         parse(AblationOptions, ["--help"], program, description=ABLATIONS[name].question)
     options, rest = parse(AblationOptions, rest, program, return_unknown_args=True)
     _recipe([options.recipe])
-    return run_grid(name, options, base_config(options, _configured(options.recipe, rest, program)))
+    base = base_config(options, _configured(options.recipe, rest, program))
+    check_apart(options.out, (*base.data, *base.val))
+    return run_grid(name, options, base)
 
 
 def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> int:
@@ -250,7 +255,7 @@ def reconstruct(
     from openvision3.held_out import vae_only
 
     paths = _paths(pictures)
-    folder = _output_folder(out)
+    folder = _output_folder(out, pictures)
     if any(Path(path).resolve().parent == folder.resolve() for path in paths):
         raise ValueError(f"{out} is where the pictures are, and would be written over; name another folder with --out")
     pipeline = _load(model, device, vae)
@@ -356,7 +361,7 @@ def encode(
     from safetensors.torch import save
 
     paths = _paths(pictures)
-    folder = _output_folder(out)
+    folder = _output_folder(out, pictures)
     pipeline = _load(model, device, vae)
     names: dict[str, int] = {}
 
@@ -492,8 +497,9 @@ def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool
     return 2 if skipped else 0
 
 
-def _output_folder(name: str) -> Path:
-    """Check that files can be written there. It is made with the first of them."""
+def _output_folder(name: str, data: Sequence[str] = ()) -> Path:
+    """Check that files can be written there, and that they do not become part of the `data` that are read. It is made with the first of them."""
+    check_apart(name, data)
     folder = Path(name)
     check_writable(folder, "--out")
     return folder

@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from openvision3.cli import Device, Json
 from openvision3.files import write_whole
-from openvision3.paths import PathName
+from openvision3.paths import PathName, check_apart
 
 if TYPE_CHECKING:
     from openvision3.data.recaption import Tally
@@ -149,6 +149,8 @@ def recaption(
     from openvision3.progress import duration
 
     split = read_split(shard_split)
+    if sheet:
+        check_apart(sheet, data, "--sheet")
     if sheet and not sheet.lower().endswith(".png"):
         raise ValueError(f"--sheet {sheet}: legal is a name that ends in .png")
     device = choose_device(device)
@@ -238,6 +240,7 @@ def latents(
 
     if not data:
         raise ValueError("no data named; legal are openmoji, a folder of pictures, or shards such as data/*.tar")
+    check_apart(out, data)
     places = {"index": index, "cache": cache, "cache_gb": cache_gb}
     job = LatentJob(
         data,

@@ -218,7 +218,7 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
     from openvision3.doctor import choose_device
     from openvision3.evaluate.results import NotRun
 
-    _output_folder(options.out)
+    _output_folder(options.out, (*options.data, *options.train))
     options.device = choose_device(options.device)
     if options.precision == "fp32":  # cuDNN would take TF32 for it
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

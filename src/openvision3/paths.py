@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 PathName = Annotated[str, "path"]
@@ -56,3 +58,20 @@ def _kinds(hint: Any) -> set[str]:
     """The words in `Annotated[...]`, at any depth of a type hint."""
     words = {each for each in getattr(hint, "__metadata__", ()) if isinstance(each, str)}
     return words.union(*(_kinds(each) for each in get_args(hint)))
+
+
+def check_apart(out: str, data: Sequence[str], option: str = "--out") -> None:
+    """Refuse a place for outputs that lies within a folder whose pictures are read: they would be read as data the next time.
+
+    Raises:
+        ValueError: with the folder in question; nothing has been written.
+    """
+    from openvision3.data.index import is_remote
+    from openvision3.data.shards import expand
+
+    place = Path(os.path.realpath(out))
+    for name in data:
+        for folder in map(Path, expand(name) if name != "openmoji" and not is_remote(name) else []):
+            read = folder.is_dir() and not any(folder.glob("*.tar"))  # of a folder with shards, they alone
+            if read and place.is_relative_to(folder.resolve()):
+                raise ValueError(f"{out} lies within {folder}, which is read: what is written there would be read as data; name a folder outside with {option}")
