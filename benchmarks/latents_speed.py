@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from openvision3.cache import LatentJob, settings_of
 from openvision3.config import RunConfig
-from openvision3.data.batches import TextShape, TrainingBatches
+from openvision3.data.batches import TextShape, TrainingBatches, to_device
 from openvision3.data.images import to_tensor
 from openvision3.data.latent_files import draw_crop
 from openvision3.data.latent_writer import LatentWriter
@@ -86,7 +86,7 @@ def compare_steps(config: RunConfig, source: Source, vae: VAE, cache: LatentCach
                 made = batches[number]
                 if isinstance(made, Exception):
                     raise made
-                backward(model, [batches.add_draws(made[0], *batches._place(number))], 1, "cpu", "fp32")
+                backward(model, [to_device(batches.add_draws(made[0], *batches._place(number)), "cpu")], 1, "cpu", "fp32")
                 model.zero_grad()
 
             times[name].append(timed(step))

@@ -16,8 +16,8 @@ from PIL import Image
 from small_runs import take
 
 from openvision3.data import samples
-from openvision3.data.batches import TextShape, TrainingBatches, draw_seed, evaluation_batches
-from openvision3.data.images import to_tensor
+from openvision3.data.batches import TextShape, TrainingBatches, draw_seed, evaluation_batches, to_device
+from openvision3.data.images import to_tensor, uint8_tensor
 from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, count_reasons
 from openvision3.data.text import TextTokenizer
 
@@ -121,10 +121,42 @@ def test_a_family_is_an_emoji_in_all_skin_tones_and_genders_and_a_picture_is_its
     assert both.family(2) == both.key(2)
 
 
+def test_images_travel_as_uint8_and_are_scaled_to_the_last_bit_where_the_loop_moves_them(emoji, words):
+    """Scaled in the worker they were four times the bytes of shared memory; the numbers are those of one picture read by itself."""
+    made = batches(emoji, words, workers=1)
+    batch = take(made, 0, 1)[0]
+    assert batch["images"].dtype == torch.uint8 and batch["images"].nbytes == 5 * 3 * 16 * 16
+    assert torch.equal(batch["images"], torch.stack([made.sample(position)[1] for position in range(5)]))
+    moved = to_device(batch, "cpu")
+    assert moved["images"].dtype == torch.float32 and all(torch.equal(moved[name], batch[name]) for name in batch if name != "images")
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_device({"images": every}, "cpu")["images"], every.float().div(127.5).sub(1.0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_for_a_gpu_are_pinned_whole_and_those_for_a_cpu_are_not(emoji, words, monkeypatch, workers):
+    pinned = set()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.add(id(self)) or self)
+    loader = torch.utils.data.DataLoader
+    asked = []
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *given, pin_memory, **options: asked.append(pin_memory) or loader(*given, **options))
+    batch = take(batches(emoji, words, pixel_share=0.5, workers=workers, pinned=True), 0, 1)[0]
+    assert {"draw_key", "pixel_rows", "word_positions"} < batch.keys() and all(id(value) in pinned for value in batch.values())
+    pinned.clear()
+    take(batches(emoji, words, workers=workers), 0, 1)
+    assert not pinned and asked == [True, False] * workers
+
+
+def test_word_positions_name_the_words_that_are_predicted(emoji, words):
+    for batch in take(batches(emoji, words), 0, 3):
+        following = batch["caption_ids"][:, 1:]
+        assert torch.equal(following.flatten()[batch["word_positions"]], following[following != words.pad_id])
+
+
 def test_without_augmentation_the_view_is_the_evaluation_one(emoji, words):
     key, image, *_ = batches(emoji, words, augment=False).sample(4)
     index = next(i for i in range(len(emoji)) if emoji.key(i) == key)
-    assert torch.equal(image, to_tensor(emoji.picture(index, 16)))
+    assert torch.equal(image, uint8_tensor(emoji.picture(index, 16)))
 
 
 def test_a_row_belongs_together(emoji, words):

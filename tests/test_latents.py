@@ -32,7 +32,7 @@ from openvision3.cache import LatentJob, write_latents
 from openvision3.cli import main
 from openvision3.config import RunConfig
 from openvision3.data import samples, shards
-from openvision3.data.batches import TextShape, TrainingBatches, draw_seed
+from openvision3.data.batches import TextShape, TrainingBatches, draw_seed, to_device
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.latent_files import AGAIN, TENSORS, LatentSettings, Part
 from openvision3.data.latent_writer import LatentWriter
@@ -449,7 +449,7 @@ def batches(source: Source, words: TextTokenizer, cache: LatentCache | None, **c
 def first(made: TrainingBatches, steps: int) -> list[dict[str, torch.Tensor]]:
     found = made.from_step(0)
     try:
-        return [next(found) for _ in range(steps * made.pieces)]
+        return [to_device(next(found), "cpu") for _ in range(steps * made.pieces)]
     finally:
         found.close()  # type: ignore[attr-defined]
 

@@ -18,7 +18,7 @@ from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import samples
-from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process
+from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process, to_device
 from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import Source, open_source, reasons_in_words
@@ -138,6 +138,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             world=ranks.world,
             micro_batch=config.micro_batch,
             latents=cache,
+            pinned=device == "cuda",
         )
         batches.sample(0)  # raises where no sample can be used, before anything is written
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -375,7 +376,7 @@ def steps_for(
         for count in range(warm + timed):
             if count == warm:
                 start = time.perf_counter()
-            pieces = ({name: value.to(device) for name, value in next(source).items()} for _ in range(batches.pieces))
+            pieces = (to_device(next(source), device) for _ in range(batches.pieces))
             _, losses = backward(trial, pieces, batches.pieces, device, precision)
             optimizers.step()
             optimizers.zero_grad()

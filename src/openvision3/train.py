@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openvision3 import distributed
 from openvision3.checkpoint import Export, RunState, Saver, last_good, not_written
+from openvision3.data.batches import to_device
 from openvision3.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.progress import RunFolder, duration
 
@@ -106,7 +107,8 @@ def fit(
             optimizers.set_rate(rate)
             pieces, losses = backward(model, _pieces(source, batches.pieces, loop.device, clock), batches.pieces, loop.device, loop.precision)
             norm = distributed.full(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
-            values = _numbers(losses | {"grad_norm": norm, "stop": torch.tensor(float(bool(heard.asked))), "failed": torch.tensor(float(saver.failed))})
+            flags = {"stop": norm.new_full((), bool(heard.asked)), "failed": norm.new_full((), saver.failed)}  # filled there: a copy could be waited for
+            values = _numbers(losses | {"grad_norm": norm} | flags)
             stop, failed = values.pop("stop") > 0, values.pop("failed") > 0
             state.step += 1
             state.samples += batches.batch
@@ -186,7 +188,7 @@ def _pieces(source: Iterator[dict[str, Tensor]], count: int, device: str, clock:
     for _ in range(count):
         with clock.waiting():
             piece = next(source)
-        yield {name: value.to(device, non_blocking=True) for name, value in piece.items()}
+        yield to_device(piece, device)
 
 
 def _share_problems(batches: Batches, known: int) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from openvision3.data.captions import Captions, TextError
-from openvision3.data.images import ImageError, to_tensor
+from openvision3.data.images import ImageError, to_tensor, uint8_tensor
 from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
@@ -37,7 +37,7 @@ NEAR = 65_536
 """Positions among which a replacement is sought at first."""
 
 Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[dict[str, str]]]
-"""sample key, image (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
+"""sample key, image as uint8 (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
 Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
 
@@ -78,6 +78,7 @@ class TrainingBatches:
     `pixel_share` says which rows get the pixel loss: every 1/share-th row of the global batch, moved on by one a step.
     `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
     With a cache of `latents` these stand in the batch, and only pictures whose pixels are compared are opened.
+    Images are uint8 until `to_device`; `pinned` batches lie where a GPU fetches them from while the host goes on.
 
     Raises:
         ValueError: an empty source or a batch that cannot be divided so; while iterating, when 256 samples in a row cannot be used.
@@ -100,6 +101,7 @@ class TrainingBatches:
         world: int = 1,
         micro_batch: int = 0,
         latents: LatentCache | None = None,
+        pinned: bool = False,
     ):
         local = rows_of_a_process(batch, world, micro_batch)
         if not 0 <= pixel_share <= 1:
@@ -108,7 +110,7 @@ class TrainingBatches:
             raise ValueError("the data holds no sample; name a source that has some")
         self.source, self.tokenizer, self.shape = source, tokenizer, shape
         self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
-        self.workers, self.augment, self.latents = workers, augment, latents
+        self.workers, self.augment, self.latents, self.pinned = workers, augment, latents, pinned
         self.rows = range(rank * local, (rank + 1) * local)
         self.pieces = local // (micro_batch or local)
         self.problems: list[dict[str, str]] = list(source.problems)
@@ -162,7 +164,7 @@ class TrainingBatches:
                     pixels = self._has_pixels(*divmod(position, self.batch))
                     view: Tensor | CachedView = self.latents.view(self.source, index, key=key, seed=self.seed, epoch=epoch, pixels=pixels)
                 else:
-                    view = to_tensor(self.source.view(index, self.size, generator) if self.augment else self.source.picture(index, self.size))
+                    view = self.source.view(index, self.size, generator) if self.augment else uint8_tensor(self.source.picture(index, self.size))
             except ImageError as error:
                 problems.append({"key": name, "reason": error.reason, "detail": str(error)})
                 continue
@@ -199,11 +201,14 @@ class TrainingBatches:
         count = self.shape.captions
         texts = [(*contrasted, *[""] * (count - len(contrasted))) for _, _, _, contrasted, _ in rows]
         flat = self.tokenizer.text_ids([t for row in texts for t in row], self.shape.text_positions)
+        """Samples -> a batch, without the draws of a step. Images stay as they are: uint8 is a quarter of what a model sees (`to_device`)."""
+        caption_ids = self.tokenizer.caption_ids([caption for _, _, caption, _, _ in rows], self.shape.caption_positions)
         batch = {
             **self._pictures([view for _, view, *_ in rows]),
             "text_ids": flat.unflatten(0, (len(rows), count)),
             "text_present": torch.tensor([[k < len(contrasted) for k in range(count)] for _, _, _, contrasted, _ in rows]),
-            "caption_ids": self.tokenizer.caption_ids([caption for _, _, caption, _, _ in rows], self.shape.caption_positions),
+            "caption_ids": caption_ids,
+            "word_positions": (caption_ids[:, 1:] != self.tokenizer.pad_id).flatten().nonzero()[:, 0],
             "sample_key": torch.tensor([draw_seed(key) for key, *_ in rows]),
         }
         return batch, [problem for *_, problems in rows for problem in problems]
@@ -214,8 +219,11 @@ class TrainingBatches:
             return {"images": torch.stack(images)}
         cached = [view for view in views if not isinstance(view, Tensor)]
         compared = [view.image for view in cached if view.image is not None]
-        shown = torch.stack(compared) if compared else torch.empty(0, 3, self.size, self.size)
+        shown = torch.stack(compared) if compared else self._no_images()
         return {"latents": torch.stack([view.latents for view in cached]), "pixel_images": shown}
+
+    def _no_images(self) -> Tensor:
+        return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
     def __getitem__(self, number: int) -> Made | Exception:
         """Micro-batch `number` of this rank; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
@@ -235,7 +243,7 @@ class TrainingBatches:
         """The random draws of the step: a noise seed for each row, and the rows whose pixels are compared."""
         batch["draw_key"] = torch.tensor([draw_seed(self.seed, step, row) for row in rows])
         if not self.pixel_share:
-            batch["pixel_images"] = torch.empty(0, 3, self.size, self.size)
+            batch["pixel_images"] = self._no_images()
         elif self.pixel_share < 1 or "latents" in batch:
             chosen = [place for place, row in enumerate(rows) if self._has_pixels(step, row)]
             batch["pixel_rows"] = torch.tensor(chosen, dtype=torch.long)
@@ -254,7 +262,8 @@ class TrainingBatches:
                     raise item
                 batch, problems = item
                 self._report(problems)
-                yield self.add_draws(batch, *self._place(number))
+                batch = self.add_draws(batch, *self._place(number))
+                yield _pin(batch) if self.pinned else batch
 
     def _report(self, problems: list[dict[str, str]]) -> None:
         for problem in problems:
@@ -269,6 +278,7 @@ class TrainingBatches:
             sampler=itertools.count(first),
             num_workers=self.workers,
             worker_init_fn=outlive_signals,
+            pin_memory=self.pinned,
             generator=torch.Generator(),  # or the loader would draw from the global stream, which no workers leave alone
         )
 
@@ -287,7 +297,8 @@ class TrainingBatches:
             for number in itertools.count(first):
                 if stop.is_set():
                     return
-                put(self[number])
+                made = self[number]
+                put((_pin(made[0]), made[1]) if self.pinned and not isinstance(made, Exception) else made)
 
         thread = threading.Thread(target=work, name="batches", daemon=True)
         thread.start()
@@ -297,6 +308,16 @@ class TrainingBatches:
         finally:
             stop.set()
             thread.join()
+
+
+def _pin(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.pin_memory() for name, value in batch.items()}  # what is pinned already stays
+
+
+def to_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """A batch of `TrainingBatches` as a model takes it: on the device, and images, which travel as uint8, in [-1, 1]."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: to_tensor(value) if value.dtype == torch.uint8 else value for name, value in moved.items()}
 
 
 def _next(batch: int, world: int) -> int:

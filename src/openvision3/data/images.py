@@ -186,9 +186,10 @@ def _widened(image: Image.Image, span: float) -> Image.Image:
 
 
 def to_tensor(image: Image.Image | Tensor) -> Tensor:
-    """One RGB picture, or its uint8 (3, H, W) -> (3, H, W) float32 in [-1, 1]."""
+    """One RGB picture, or uint8 (..., 3, H, W) -> (..., 3, H, W) float32 in [-1, 1]; the same numbers on every device, to the last bit."""
     pixels = image if isinstance(image, Tensor) else uint8_tensor(image)
-    return pixels.float().div_(127.5).sub_(1.0)
+    # Divided by a tensor: a GPU multiplies by the reciprocal of a number instead, which rounds otherwise.
+    return pixels.float().div_(torch.full((), 127.5, device=pixels.device)).sub_(1.0)
 
 
 def uint8_tensor(image: Image.Image) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openvision3.data.batches import outlive_signals
-from openvision3.data.images import Box, ImageError, to_tensor
+from openvision3.data.images import Box, ImageError, to_tensor, uint8_tensor
 from openvision3.data.index import Problem
 from openvision3.data.latent_files import (
     CACHE,
@@ -72,7 +72,7 @@ class _Samples(torch.utils.data.Dataset):
             drawn = [draw_crop(self.source, index, key, settings.size, settings.seed, crop) for crop in range(settings.crops)]
         except ImageError as error:
             return _Views(name, "", b"", None, [], {"key": name, "reason": error.reason, "detail": str(error)})
-        images = torch.stack([to_tensor(image) for image, _ in drawn])
+        images = torch.stack([uint8_tensor(image) for image, _ in drawn])
         return _Views(name, key, json.dumps(words).encode(), images, [box for _, box in drawn], None)
 
 
@@ -144,7 +144,7 @@ class LatentWriter:
         encoded: list[Tensor] = []
 
         def encode(images: Tensor) -> None:
-            encoded.append(self.encode(images).to("cpu", torch.bfloat16))
+            encoded.append(self.encode(to_tensor(images)).to("cpu", torch.bfloat16))
 
         for _ in settings.range(part):
             views = next(samples)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3.data.captions import Captions
-from openvision3.data.images import Box, ImageError, to_tensor
+from openvision3.data.images import Box, ImageError, uint8_tensor
 from openvision3.data.index import Problem
 from openvision3.data.latent_files import (
     AGAIN,
@@ -38,7 +38,7 @@ from openvision3.data.shards import Source
 
 
 class CachedView(NamedTuple):
-    """A training view: its latents, and where it was asked for the picture itself."""
+    """A training view: its latents, and where it was asked for the picture itself, as uint8."""
 
     latents: Tensor
     image: Tensor | None
@@ -156,7 +156,7 @@ class LatentCache:
         image, drawn = draw_crop(source, index, key, settings.size, settings.seed, crop)
         if tuple(drawn) != box:
             raise ImageError("another picture", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
-        return CachedView(latents, to_tensor(image))
+        return CachedView(latents, uint8_tensor(image))
 
     def sample(self, index: int) -> tuple[str, dict[str, Any]]:
         """(key, its words) of entry `index`, in the order of the source. Raises ImageError."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openvision3.model.transformer import Gelu, TransformerSize, blocks, check_gelu, init_weights, sincos_positions
+from openvision3.model.transformer import Gelu, TransformerSize, blocks, check_gelu, init_weights, positions_on
 
 SIZES = {
     "tiny": TransformerSize(64, 2, 2, 256),
@@ -91,9 +91,9 @@ class Encoder(nn.Module):
         if height % patch or width % patch:
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}; pictures must be multiples of 16 pixels")
         x = self.patchify(latents)  # (B, D, h', w')
-        positions = sincos_positions(x.shape[2], x.shape[3], x.shape[1], x.device)
         # In the weights' precision, as all that the blocks add to: under autocast x is bf16 here, and sums and norms stay in fp32.
-        x = x.flatten(2).transpose(1, 2) + positions.to(self.class_token.dtype)  # (B, N, D)
+        positions = positions_on(x, x.shape[2], x.shape[3], x.shape[1], self.class_token.dtype)
+        x = x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)

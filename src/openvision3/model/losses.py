@@ -17,6 +17,9 @@ from openvision3 import distributed
 
 MAX_TEMPERATURE = 100.0
 
+IGNORED = -100
+"""A target that has no loss: `cross_entropy`'s own ignore_index."""
+
 CHUNK = 2**24
 """Logits that exist at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held."""
 
@@ -59,7 +62,7 @@ def contrastive_loss(image_embedding: Tensor, text_embedding: Tensor, log_temper
         all_images, all_texts, everywhere = distributed.gather(images), distributed.gather(texts), distributed.gather(present.byte()).bool()
         loss = images.sum() * 0.0
         for k in range(texts.shape[1]):
-            targets = pairs.masked_fill(~present[:, k], -100)  # cross_entropy's ignore_index
+            targets = pairs.masked_fill(~present[:, k], IGNORED)
             absent = ~everywhere[:, k]
             both = _rows_against(images, all_texts[:, k], scale, targets, absent) + _rows_against(texts[:, k], all_images, scale, targets, absent)
             loss = loss + distributed.share(both, 2 * everywhere[:, k].sum())
@@ -75,7 +78,7 @@ def _rows_against(rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor,
 
 
 def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: Tensor) -> Tensor:
-    """Mean cross-entropy of the next word, given features (M, W) at the M words that are scored and targets (M,).
+    """Mean cross-entropy of the next word, given features (M, W) and targets (M,): the words that are scored, or IGNORED.
 
     The logits are features x weight (V, W) + bias (V,). `count` is the number of words scored in the global batch.
     """

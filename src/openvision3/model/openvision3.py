@@ -144,8 +144,9 @@ class OpenVision3(nn.Module):
         """One batch -> (loss, parts), this rank's share of each: see `losses`. The batch is flat:
 
         `images` (B, 3, H, W), or `latents` (B, C, h, w) with `pixel_images` (P, 3, H, W), what `pixel_rows` show; `text_ids`
-        (B, K, T) with `text_present` (B, K); `caption_ids` (B, L); `draw_key` (B,) seeds the noise of each row (absent: no noise,
-        as in evaluation); `pixel_rows` (P,) names the rows whose picture is decoded for the pixel and perceptual terms (absent:
+        (B, K, T) with `text_present` (B, K); `caption_ids` (B, L), and `word_positions` (M,), where in the flattened
+        `caption_ids[:, 1:]` words stand (absent: logits of the padding are computed too); `draw_key` (B,) seeds the noise of
+        each row (absent: no noise, as in evaluation); `pixel_rows` (P,) names the rows whose picture is decoded for the pixel and perceptual terms (absent:
         all; absent with `pixel_images`: none of any step). A micro-batch holds what `prepare` has added besides.
         """
         weights = self.config.loss
@@ -165,7 +166,7 @@ class OpenVision3(nn.Module):
             self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
-        parts["caption"] = self._caption(tokens, batch["caption_ids"], counts[WORDS])
+        parts["caption"] = self._caption(tokens, batch, counts[WORDS])
         return self.weigh(parts), {name: value.detach() for name, value in parts.items()}
 
     def weigh(self, parts: dict[str, Tensor]) -> Tensor:
@@ -235,6 +236,8 @@ class OpenVision3(nn.Module):
             target = batch.get("pixel_images")
         else:
             target = batch["images"][batch["pixel_rows"]] if "pixel_rows" in batch else batch["images"]
+        if target is not None and not target.is_floating_point():
+            raise ValueError(f"images of {target.dtype} cannot be compared; pass floats in [-1, 1] (`data.batches.to_device` makes them of a batch)")
         return target if target is not None and len(target) else None
 
     def counts(self, batch: dict[str, Tensor]) -> Tensor:
@@ -242,7 +245,7 @@ class OpenVision3(nn.Module):
         target = self._pixel_images(batch)
         rows = batch["latents"] if "latents" in batch else batch["images"]
         words = (batch["caption_ids"][:, 1:] != self.pad_id).sum()
-        return torch.stack([words.new_tensor(len(rows)), words.new_tensor(0 if target is None else len(target)), words])
+        return torch.stack([words.new_full((), len(rows)), words.new_full((), 0 if target is None else len(target)), words])
 
     def embed_captions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """-> unit vectors (B, K, E) of the captions to contrast, and which of them there are (B, K)."""
@@ -258,10 +261,14 @@ class OpenVision3(nn.Module):
         carried = carried + (self.log_temperature * batch["temperature_gradient"]).sum()
         return batch["contrastive"] + carried - carried.detach()
 
-    def _caption(self, tokens: Tensor, caption_ids: Tensor, count: Tensor) -> Tensor:
-        scored = caption_ids[:, 1:] != self.pad_id  # position i predicts word i + 1
-        features = self.captioner.features(tokens, caption_ids)[:, :-1][scored]  # (M, W): without padding
-        return losses.caption_loss(features, self.captioner.embedding.weight, self.captioner.output_bias, caption_ids[:, 1:][scored], count)
+    def _caption(self, tokens: Tensor, batch: dict[str, Tensor], count: Tensor) -> Tensor:
+        targets = batch["caption_ids"][:, 1:].flatten()  # position i predicts word i + 1
+        features = self.captioner.features(tokens, batch["caption_ids"])[:, :-1].flatten(0, 1)  # (B (L - 1), W)
+        if "word_positions" in batch:  # (M,): padding gets no logits. Found here, where the words are would have to be waited for
+            features, targets = features[batch["word_positions"]], targets[batch["word_positions"]]
+        else:
+            targets = targets.masked_fill(targets == self.pad_id, losses.IGNORED)
+        return losses.caption_loss(features, self.captioner.embedding.weight, self.captioner.output_bias, targets, count)
 
     def perceptual_distance(self) -> nn.Module:
         """The network of the perceptual term, read from its files at the first call. Raises FileNotFoundError, ValueError."""

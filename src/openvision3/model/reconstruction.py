@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openvision3.model.encoder import named_size
-from openvision3.model.transformer import Gelu, blocks, check_gelu, init_weights, sincos_positions
+from openvision3.model.transformer import Gelu, blocks, check_gelu, init_weights, positions_on
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LatentDecoder(nn.Module):
         if rows * columns != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; pass the size of the picture they came from")
         x = self.embed(tokens)
-        x = x + sincos_positions(rows, columns, x.shape[-1], x.device).to(self.linear.weight.dtype)  # see Encoder: sums and norms in fp32
+        x = x + positions_on(x, rows, columns, x.shape[-1], self.linear.weight.dtype)  # see Encoder: sums and norms in fp32
         for block in self.blocks:
             x = block(x)
         x = self.linear(self.norm(x))  # (B, N, C * patch^2)

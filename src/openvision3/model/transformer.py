@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,6 +128,22 @@ def blocks(size: TransformerSize, gelu: Gelu = "exact") -> nn.ModuleList:
     return nn.ModuleList(Block(size, gelu) for _ in range(size.depth))
 
 
+def positions_on(x: Tensor, height: int, width: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """`sincos_positions` on the device of `x` in `dtype`, made once for each grid, not in every forward. Not to be changed in place.
+
+    While a graph is traced (compile, export, fake tensors) the table becomes a part of it and is not kept.
+    """
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _kept_positions(height, width, channels, x.device, dtype)
+    return sincos_positions(height, width, channels, x.device).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # or a table first made within inference_mode could not be trained with
+        return sincos_positions(height, width, channels, device).to(dtype)
+
+
 def sincos_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
     """Fixed 2-D sine-cosine table of a grid, row by row: (height x width, channels) in fp32.
 
@@ -138,10 +155,11 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
     """
     if channels % 4 or channels < 8:
         raise ValueError(f"positions need a width that is a multiple of 4 and at least 8, not {channels}")
-    y, x = torch.meshgrid(torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij")
-    frequencies = 10000.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4 - 1))
+    steps = {"dtype": torch.float64, "device": device}  # made on the device: a table from the CPU would have to be waited for
+    y, x = torch.meshgrid(torch.arange(height, **steps), torch.arange(width, **steps), indexing="ij")  # type: ignore[arg-type]
+    frequencies = 10000.0 ** -(torch.arange(channels // 4, **steps) / (channels // 4 - 1))  # type: ignore[arg-type]
     x, y = x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(device=device, dtype=torch.float32)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(torch.float32)
 
 
 def init_weights(module: nn.Module) -> None:
