@@ -12,7 +12,7 @@ from torch import Tensor
 from openvision3 import distributed
 from openvision3.config import RunConfig
 from openvision3.data import samples
-from openvision3.data.batches import TrainingBatches, evaluation_batches
+from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
 from openvision3.data.images import to_pil
 from openvision3.data.shards import EmojiSource, Source, open_source, reasons_in_words
 from openvision3.evaluate import protocol
@@ -69,7 +69,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
             captioned = [i for i, t in enumerate(texts) if t]
             if captioned:
                 batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
-                held_out.add({name: value.to(pipeline.device) for name, value in batch.items()})
+                held_out.add(to_device(batch, pipeline.device))
                 captions += [texts[i][0] for i in captioned]
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
