@@ -36,16 +36,24 @@ def write_index(shard: str, folder: str = "", again: bool = False) -> Indexed:
         now = remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
         place = index_path(shard, folder)
         head, _ = (None, "") if again else fresh_index(place, now)
-        if head is not None:
+        if head is not None and head.count:
             return Indexed(shard, head.count, now.size, False, _named(head.problems, shard))
         with local_copy(shard, now) as path:
             found = scan(path, now)
+        if not found.is_of_a_tar:
+            return Indexed(shard, error=_why_none(found))
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
         found.save(place)
+        if not len(found):
+            return Indexed(shard, error=_why_none(found))
         return Indexed(shard, len(found), now.size, True, _named(found.problems, shard))
     except Exception as error:  # of one shard among thousands; remote places raise what they like
         return Indexed(shard, error=_line(error))
+
+
+def _why_none(index: ShardIndex) -> str:
+    return "no usable sample: " + "; ".join(f"{problem['reason']}: {problem['detail']}" for problem in index.problems[:3])
 
 
 def _named(problems: list[Problem], shard: str) -> tuple[Problem, ...]:

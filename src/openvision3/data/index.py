@@ -11,20 +11,17 @@ import json
 import mmap
 import os
 import struct
-import tarfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from openvision3.data.images import EXTENSIONS
+from openvision3.data.members import NAMED, Problem, TarMembers, is_picture, short, unusable
 from openvision3.files import write_whole
 
-FORMAT = "openvision3 shard index 1"
+FORMAT = "openvision3 shard index 2"
 KINDS = ("picture", "txt", "json")
 """The members of a sample that are read; its picture is the first one of a legal extension."""
-
-Problem = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,11 @@ class ShardIndex:
         column = KINDS.index(kind)
         offset = int(self.offsets[sample, column])
         return (offset, int(self.sizes[sample, column])) if offset else None
+
+    @property
+    def is_of_a_tar(self) -> bool:
+        """Whether there is something to keep: not of a web page or an archive of another kind, which is called a tar."""
+        return len(self) > 0 or not any(problem["reason"] == "damaged shard" for problem in self.problems)
 
     def save(self, path: str | Path) -> None:
         """Whole or not at all. Raises OSError."""
@@ -121,6 +123,8 @@ def read_head(path: str | Path) -> IndexFile:
             if length > end - 8:
                 raise ValueError("it is cut off")
             head = json.loads(file.read(length))
+        if FORMAT not in head["__metadata__"]:
+            raise ValueError(f"it is of another version: {', '.join(head['__metadata__'])[:NAMED]}, not {FORMAT}")
         notes = json.loads(head["__metadata__"][FORMAT])
         places = {}
         for name, (kind, dtype) in _ARRAYS.items():
@@ -157,43 +161,30 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     """
     problems: list[Problem] = []
     found: dict[str, dict[str, tuple[int, int]]] = {}
-    size = 0
     try:
-        status = os.stat(path)
-        size, stamp = status.st_size, stamp or stamp_of(status)
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file:
+            stamp = stamp or stamp_of(os.fstat(file.fileno()))
+            tar = TarMembers(file, path)
             for member in tar:
-                if not member.isfile():
+                if not member.offset:
                     continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                stem, _, extension = base.partition(".")
-                members, extension = found.setdefault(folder + slash + stem, {}), extension.lower()
-                if extension in members:
-                    problems.append({"key": folder + slash + stem, "reason": "duplicate", "detail": f"{member.name} comes twice; the last one is used"})
-                members[extension] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            # tarfile ends quietly at a header that is cut off or broken; a whole archive ends in a block of zeros.
-            with open(path, "rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
-    except (tarfile.TarError, OSError) as error:
+                members = found.setdefault(member.stem, {})
+                if member.extension in members:
+                    problems.append({"key": member.stem, "reason": "duplicate", "detail": f"{short(member.info.name)} comes twice; the last one is used"})
+                members[member.extension] = member.offset, member.size
+            problems += tar.problems(len(found))
+    except OSError as error:
         problems.append({"key": "", "reason": "damaged shard", "detail": f"{error}; {len(found)} samples before the damage"})
-    else:
-        if not found:
-            problems.append({"key": "", "reason": "empty shard", "detail": "no members"})
+    if not found and not problems:
+        problems.append({"key": "", "reason": "empty shard", "detail": "no members"})
     rows: list[list[tuple[int, int]]] = []
     names: list[bytes] = []
     for stem, members in found.items():
-        pictures = [extension for extension in members if f".{extension}" in EXTENSIONS]
+        if problem := unusable(stem, members):
+            problems.append(problem)
+        pictures = [extension for extension in members if is_picture(extension)]
         if not pictures:
-            problems.append({"key": stem, "reason": "no picture", "detail": f"only {', '.join(members)}"})
             continue
-        if len(pictures) > 1:
-            detail = f"{len(pictures)} pictures of this name: {', '.join(pictures)}; the first one is used"
-            problems.append({"key": stem, "reason": "duplicate", "detail": detail})
         row = [members[pictures[0]], members.get("txt", (0, 0)), members.get("json", (0, 0))]
         if max(length for _, length in row) >= 2**32:
             problems.append({"key": stem, "reason": "too large", "detail": "a member of 4 GiB or more"})
@@ -203,26 +194,16 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     table = np.array(rows, dtype=np.uint64).reshape(len(rows), len(KINDS), 2)
     ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
     joined = np.frombuffer(b"".join(names), np.uint8)
-    return ShardIndex(stamp or Stamp(size), table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
+    return ShardIndex(stamp or Stamp(0), table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
 
 
 def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:
     """Read the headers of a tar -> {sample name: (offset, size)} of the members of this extension, which no index lists. Raises OSError.
 
-    Names are made as `scan` makes them; what is damaged is left out here, for `scan` has said so.
+    What is damaged is left out here, for `scan` has said so.
     """
-    found: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                stem, _, ending = base.partition(".")
-                if member.isfile() and ending.lower() == extension:
-                    found[folder + slash + stem] = (member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-    except tarfile.TarError:
-        pass
-    return found
+    with open(path, "rb") as file:
+        return {member.stem: (member.offset, member.size) for member in TarMembers(file, path) if member.offset and member.extension == extension}
 
 
 def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, str]:

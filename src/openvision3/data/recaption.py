@@ -153,9 +153,7 @@ def recaption(
             try:
                 job.open(name, caption_key, replace)
                 tally.problems += job.problems
-                if job.damage:
-                    tally.problems.append({"key": job.path, "reason": "damaged shard", "detail": f"{job.damage}; {len(job):,} samples before the damage"})
-                if job.damage and not len(job):
+                if job.lost or not len(job):  # a copy that lacks members would be taken for the shard
                     tally.unwritten += 1
                 else:
                     describe = describe or load()  # before anything is written

@@ -9,7 +9,6 @@ import os
 import sys
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +16,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_captions, decode_text, json_object, text_captions, too_large
-from openvision3.data.images import EXTENSIONS, ImageError, open_image
-from openvision3.data.index import Problem
+from openvision3.data.images import ImageError, open_image
+from openvision3.data.members import Member, Problem, TarMembers, is_picture, unusable
 from openvision3.data.shards import FolderSource
 
 ORIGINAL = "org_caption"
@@ -28,36 +27,32 @@ Result = dict[str, str]
 """{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
 
 
-@dataclass(frozen=True)
-class _Member:
-    info: tarfile.TarInfo
-    end: int
-    """where the next header begins"""
-    stem: str
-    extension: str
-
-
 class CaptionShard:
     """One tar: its samples, and how it is written with new captions."""
 
     def __init__(self, path: str, target: Path):
         self.path, self.target = path, target
         self.size = os.path.getsize(path)
-        self.damage = ""
+        self.damage, self.lost = "", False
         self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         """Read the headers and the JSON. Raises ValueError: captions would be written over."""
-        self.members: list[_Member] = []
         self.size = os.path.getsize(self.path)
-        try:
-            self._scan()
-        except tarfile.TarError as error:
-            self.damage = str(error)
-        found: dict[str, dict[str, _Member]] = {}
+        found: dict[str, dict[str, Member]] = {}
+        with open(self.path, "rb") as file:
+            tar = TarMembers(file, self.path)
+            self.members = list(tar)
+            self.damage, self.lost = tar.damage, tar.lost
         for member in self.members:
-            found.setdefault(member.stem, {})[member.extension] = member
-        self.samples = [(stem, parts) for stem, parts in found.items() if any(f".{extension}" in EXTENSIONS for extension in parts)]
+            if member.offset:
+                found.setdefault(member.stem, {})[member.extension] = member
+        self.samples = [(stem, parts) for stem, parts in found.items() if any(map(is_picture, parts))]
+        self.problems = [p | {"key": f"{self.path} {p['key']}".rstrip()} for p in tar.problems(len(self.samples))]
+        if not self.samples:
+            told = [problem for stem, parts in found.items() if (problem := unusable(stem, parts))]
+            self.problems += [told[0] | {"key": self.path}] if told else []
+            self.problems += [] if self.problems else [{"key": self.path, "reason": "empty shard", "detail": "no members"}]
         self.name = name
         self.values: list[dict | None] = []
         with open(self.path, "rb") as file:
@@ -76,31 +71,18 @@ class CaptionShard:
                     else:
                         values |= {ORIGINAL: old[0] if len(old) == 1 else list(old)} if old else {}
 
-    def _old(self, file: BinaryIO, values: dict, parts: dict[str, _Member], caption_key: str) -> Captions:
+    def _old(self, file: BinaryIO, values: dict, parts: dict[str, Member], caption_key: str) -> Captions:
         """The captions that a sample has. Raises TextError."""
         if caption_key or "txt" not in parts:
             return clean_captions([values.get(caption_key or "caption")])
-        if parts["txt"].info.size > MAX_BYTES:
+        if parts["txt"].size > MAX_BYTES:
             raise too_large("the .txt member")
         return text_captions(decode_text(self._data(file, parts["txt"]), "the .txt member"))
 
-    def _scan(self) -> None:
-        with tarfile.open(self.path, "r:") as tar:
-            for info in tar:
-                if info.offset_data + info.size > self.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                folder, slash, base = info.name.removeprefix("./").rpartition("/")
-                stem, _, extension = base.partition(".")
-                self.members.append(_Member(info, min(tar.offset, self.size), folder + slash + stem, extension.lower() if info.isfile() else ""))
-            with open(self.path, "rb") as file:
-                file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
-
     @staticmethod
-    def _data(file: BinaryIO, member: _Member) -> bytes:
-        file.seek(member.info.offset_data)
-        return file.read(member.info.size)
+    def _data(file: BinaryIO, member: Member) -> bytes:
+        file.seek(member.offset)
+        return file.read(member.size)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -112,7 +94,7 @@ class CaptionShard:
         """Raises ImageError."""
         if self.values[index] is None:
             raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
-        member = next(m for extension, m in self.samples[index][1].items() if f".{extension}" in EXTENSIONS)
+        member = next(m for extension, m in self.samples[index][1].items() if is_picture(extension))
         with named(Path(self.path)), open(self.path, "rb") as file:
             data = self._data(file, member)
         return open_image(data)
@@ -131,20 +113,18 @@ class CaptionShard:
             number = place[id(parts["json"])] if "json" in parts else max(place[id(m)] for m in parts.values())
             new[number] = json.dumps(told).encode()
             if "json" not in parts:
-                picture = next(m for extension, m in parts.items() if f".{extension}" in EXTENSIONS)
+                picture = next(m for extension, m in parts.items() if is_picture(extension))
                 behind[number] = copy.copy(picture.info)
                 behind[number].name = picture.info.name[: -len(picture.extension)] + "json"
-        position = 0
         with open(self.path, "rb") as source:
             for number, member in enumerate(self.members):
                 if number in new and number not in behind:
-                    _copy(source, out, position, member.info.offset)
+                    _copy(source, out, member.start, member.info.offset)
                     _put(out, member.info, new[number])
                 else:
-                    _copy(source, out, position, member.end)
+                    _copy(source, out, member.start, member.end)
                     if number in behind:
                         _put(out, behind[number], new[number])
-                position = member.end
         out.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
         out.write(tarfile.NUL * (-out.tell() % tarfile.RECORDSIZE))
 
@@ -157,12 +137,12 @@ def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
             raise OSError(errno.EIO, "it became shorter while it was read", source.name)
         out.write(piece)
         start += len(piece)
-    out.write(tarfile.NUL * (-end % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
+    out.write(tarfile.NUL * (-out.tell() % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
 
 
 def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
     info = copy.copy(info)
-    info.size = len(data)
+    info.size, info.type, info.linkname = len(data), tarfile.REGTYPE, ""  # in place of a link there is a file
     info.pax_headers = {name: value for name, value in info.pax_headers.items() if name not in ("size", "path")}
     out.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
     out.write(data)
@@ -172,7 +152,7 @@ def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
 class CaptionFolder:
     """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
 
-    damage = ""
+    damage, lost = "", False
 
     def __init__(self, folder: str, target: Path):
         self.path, self.target = folder, target

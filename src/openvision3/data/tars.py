@@ -228,7 +228,7 @@ def _open_index(path: str, folder: str) -> tuple[ShardIndex | IndexFile, str]:
     if head is not None:
         return head, ""
     found = scan(path)
-    if why:
+    if why and found.is_of_a_tar:
         try:
             found.save(place)
             why = ""

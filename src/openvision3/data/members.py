@@ -1,0 +1,201 @@
+"""What lies in a tar, member by member: the files of samples, what is passed over and why, and what follows the end mark.
+
+A tar ends in blocks of zeros. Others may follow it (`cat one.tar two.tar`): they are read on, as `tar -i` does; what follows and is no
+tar is reported. Hard links stand for the file they name; symbolic links, sparse files and the files of systems are counted.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import mmap
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from openvision3.contents import contents
+from openvision3.data.images import EXTENSIONS
+
+Problem = dict[str, str]
+
+NAMED = 100
+"""characters of a name, and LISTED names, that a message shows"""
+LISTED = 5
+
+SYSTEM = ("__MACOSX", "@eaDir")
+"""folders that systems put beside data; names that begin with a dot (._x, .DS_Store) are left out too"""
+
+HINTS = {
+    "hidden file": "hidden or system files, left out",
+    "link": "links and no files; pack with tar -h",
+    "sparse member": "members are stored with holes and cannot be read; pack without tar -S",
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member; `offset` is 0 for what is no file, or is passed over."""
+
+    info: tarfile.TarInfo
+    start: int
+    """where its headers begin, and `end` where those of the next one may"""
+    end: int
+    stem: str
+    extension: str
+    offset: int
+    """where its bytes lie: of a hard link those of the file it names"""
+    size: int
+
+
+class TarMembers:
+    """Goes through the members of a tar, which is open as `file`. What there is to say of it is known at the end.
+
+    Memory holds one member, and the names and places of all for hard links.
+    """
+
+    def __init__(self, file: BinaryIO, path: str | Path):
+        self.file, self.path = file, path
+        self.size = os.fstat(file.fileno()).st_size
+        self.damage = ""
+        """why not all of the file is read"""
+        self.lost = False
+        """whether there are members behind the damage that cannot be found"""
+        self._passed: dict[str, tuple[int, str]] = {}
+        self._between = ""
+
+    def __iter__(self) -> Iterator[Member]:
+        places: dict[str, tuple[int, int]] = {}
+        start: int | None = 0
+        while start is not None:
+            at = start
+            try:
+                self.file.seek(start)
+                with tarfile.open(fileobj=self.file, mode="r:") as tar:
+                    while (info := tar.next()) is not None:
+                        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                        if info.offset_data + (info.size if info.isreg() and info.sparse is None else 0) > self.size:
+                            raise tarfile.ReadError("unexpected end of data")
+                        member = self._member(info, at, min(tar.offset, self.size), places)
+                        at = member.end
+                        yield member
+                start = self._next_archive(tar.offset)
+            except tarfile.TarError as error:
+                self.damage = str(error)
+                if not at:
+                    self.file.seek(0)
+                    self.damage = f"it holds {contents(self.file.read(4096))}" if self.size else "it holds 0 bytes"
+                return
+
+    def _member(self, info: tarfile.TarInfo, start: int, end: int, places: dict[str, tuple[int, int]]) -> Member:
+        name = info.name.removeprefix("./")
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        place: tuple[int, int] | None = None
+        if is_hidden(name):
+            if not info.isdir():
+                self._pass("hidden file", name)
+        elif info.sparse is not None:
+            self._pass("sparse member", name)
+        elif info.isreg():
+            place = info.offset_data, info.size
+        elif info.islnk() or info.issym():
+            place = places.get(info.linkname.removeprefix("./")) if info.islnk() else None
+            if place is None:
+                self._pass("link", f"{short(name)} -> {info.linkname}")
+        if place is None:
+            return Member(info, start, end, folder + slash + stem, extension.lower(), 0, 0)
+        places[name] = place
+        return Member(info, start, end, folder + slash + stem, extension.lower(), *place)
+
+    def _pass(self, reason: str, name: str) -> None:
+        count, first = self._passed.get(reason, (0, name))
+        self._passed[reason] = count + 1, first
+
+    def _next_archive(self, end: int) -> int | None:
+        """Where another tar begins behind the end mark at `end`; None where there is none. Raises ReadError."""
+        self.file.seek(end)
+        mark = self.file.read(tarfile.BLOCKSIZE)
+        if mark != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile ends quietly at a header that is cut off or broken
+            self.lost = len(mark) == tarfile.BLOCKSIZE
+            raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
+        position = self.file.tell()
+        while not (chunk := self.file.read(1 << 20)).strip(tarfile.NUL):
+            if not chunk:
+                return None
+            position += len(chunk)
+        position += len(chunk) - len(chunk.lstrip(tarfile.NUL))
+        with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            for begins in self._beginnings(whole, end, position):
+                if _is_header(whole[begins : begins + tarfile.BLOCKSIZE]):
+                    if begins > position:
+                        self._between = f"{begins - position:,} bytes between two tars ({contents(whole[position:begins])})"
+                    return begins
+            raise tarfile.ReadError(f"{self.size - position:,} bytes after the end mark ({contents(whole[position : position + 4096])})")
+
+    @staticmethod
+    def _beginnings(whole: mmap.mmap, end: int, position: int) -> Iterator[int]:
+        """Where a header may begin: at the next whole block, or anywhere behind what is no tar."""
+        yield position - (position - end) % tarfile.BLOCKSIZE
+        found = whole.find(b"ustar", position)
+        while found >= 0:
+            if found - 257 >= position:
+                yield found - 257
+            found = whole.find(b"ustar", found + 1)
+
+    def problems(self, samples: int) -> list[Problem]:
+        """What is to be said of the tar itself, of which so many samples were read; each name of it is short."""
+        told = [_problem("", reason, f"{count:,} {HINTS[reason]}, such as {short(first)}") for reason, (count, first) in self._passed.items()]
+        if self._between:
+            told.append(_problem("", "damaged shard", self._between))
+        if self.damage:
+            told.append(_problem("", "damaged shard", f"{self.damage}; {samples} samples before the damage"))
+        return told
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path within a tar or a folder is of a hidden file, or one that a system keeps for itself."""
+    return any(part in SYSTEM or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
+
+
+def short(name: str) -> str:
+    return name if len(name) <= NAMED else f"{name[: NAMED - 3]}..."
+
+
+def is_picture(extension: str) -> bool:
+    return f".{extension}" in EXTENSIONS
+
+
+def unusable(stem: str, members: Mapping[str, Any]) -> Problem | None:
+    """Why these members (by extension) are no sample, or which picture of several is one; None where all is well."""
+    pictures = [extension for extension in members if is_picture(extension)]
+    if len(pictures) == 1:
+        return None
+    if pictures:
+        return _problem(stem, "duplicate", f"{len(pictures)} pictures of this name: {_listed(pictures)}; the first one is used")
+    others = [extension for extension in members if (mimetypes.guess_type(f"x.{extension}")[0] or "").startswith("image/")]
+    detail = f"only {_listed(list(members))}"
+    if split := next((extension for extension in others if is_picture(extension.rpartition(".")[2])), ""):
+        base = stem.rpartition("/")[2]
+        detail += f"; names end at their first dot, so {short(f'{base}.{split}')} has the ending .{short(split)}: rename it to NAME.{split.rpartition('.')[2]}"
+    elif others:
+        detail += f"; .{short(others[0])} is not read: choose one of {', '.join(EXTENSIONS)}"
+    return _problem(stem, "no picture", detail)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(map(short, names[:LISTED])) + more
+
+
+def _problem(key: str, reason: str, detail: str) -> Problem:
+    return {"key": key, "reason": reason, "detail": detail}
