@@ -22,7 +22,7 @@ from tiny_pipeline import make_pipeline, write_photo
 from openvision3 import cli, cli_evaluate
 from openvision3.evaluate import published
 from openvision3.evaluate.page import bar_groups, write_summary
-from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.protocol import Functions, Number
 from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting, shown, split, table
 from openvision3.evaluate.statistics import subset_numbers
 from openvision3.sources import ASSETS
@@ -308,6 +308,46 @@ def test_peers_stand_beside_ours_and_what_the_paper_says_of_them_in_a_column_of_
     assert f"from the worst of {ours} to the best" in (tmp_path / "a" / "report.html").read_text(), "ours is told of, wherever it stands"
     assert cli.main(["evaluate", "retrieval", *arguments(root, *peers, "--out", str(tmp_path / "b"))]) == 0
     assert {row.model for row in Results.load(tmp_path / "b").rows} == {"clip-b16", ours}
+
+
+def peer_that(size: int, fixed: bool = True, **can) -> Functions:
+    return Functions(f"of-{size}", size, sha256="0" * 64, fixed=fixed, **can)
+
+
+@pytest.mark.parametrize(("asked", "size"), [(("clip-b16", "openvision3-b2-256"), 256), (("clip-b16", "ours"), 64), (("vae", "clip-b16"), 64)])
+def test_the_size_of_images_does_not_depend_on_the_order_of_peers(root, monkeypatch, capsys, asked, size):
+    monkeypatch.setattr("openvision3.evaluate.peers.load_peer", lambda name, *_: peer_that({"clip-b16": 224}.get(name, 256), embed_images=lambda x: x))
+    for names in (asked, asked[::-1]):
+        assert cli_evaluate._models(cli_evaluate.Options(str(root / "model"), peer=names, device="cpu"), names)[1] == size
+        assert (
+            f"images of {size} px (the " in (told := capsys.readouterr().err)
+            and "clip-b16" not in told
+            and "of-224 224 px: they embed images of their own" in told
+        )
+    assert cli_evaluate._models(cli_evaluate.Options(str(root / "model"), peer=asked, size=96, device="cpu"), asked)[1] == 96
+    assert "images of 96 px (--size)" in (told := capsys.readouterr().err) and "of-224 224 px" in told and "resized for them and not rebuilt" in told
+
+
+def test_a_peer_of_one_size_rebuilds_no_other_and_embeds_images_of_its_own(root, monkeypatch, tmp_path, capsys):
+    """Enlarged, rebuilt from more tokens and averaged down again it would gain 5 dB on ours in one table."""
+    seen: set[int] = set()
+
+    def features(images):
+        seen.add(images.shape[-1])
+        return images.flatten(1)[:, :64]
+
+    monkeypatch.setattr("openvision3.evaluate.peers.load_peer", lambda name, *_: peer_that(48, reconstruct=lambda x: x, features=features))
+    more = ("--peer", "unitok,ours", "--train", str(root / "train"), "--least", "2", "--k", "3", "--metrics", "psnr", "--data", str(root / "data"))
+    out = tmp_path / "own"
+    assert cli.main(["evaluate", "reconstruction", str(root / "model"), *more, "--size", "32", "--out", str(out)]) == 0
+    results = Results.load(out)
+    assert "of-48" not in {row.model for row in results.rows}
+    assert [each.needs for each in results.not_run if each.model == "of-48"] == ["images of 48 px, the only ones that of-48 rebuilds, not of 32: --size 48"]
+    assert cli.main(["evaluate", "probe", str(root / "model"), *more, "--out", str(out)]) == 0
+    found = {row.model: row.setting.resolution for row in Results.load(out).rows}
+    assert seen == {48} and found == {"of-48": "48x48", str(root / "model"): "64x64", "VAE embedded": "64x64"}
+    assert len(split(Results.load(out).rows)) == 2, "sizes are never in one table"
+    assert len(Scores.load(out).columns["of-48"]["knn_rank"].values) == 9
 
 
 def test_a_published_number_is_never_in_the_column_of_a_measured_one():

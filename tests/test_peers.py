@@ -246,9 +246,13 @@ def test_a_peer_is_what_its_row_says_and_does_not_see_its_neighbours(built, name
     peer = load_peer(name, str(built(name)[0]))
     assert {each for each in FUNCTIONS if getattr(peer, each)} == set(PEERS[name].can)
     assert (peer.name, peer.licence) == (name, PEERS[name].licence) and len(peer.sha256) == 64
+    assert peer.fixed == (name not in VAES)
     for size in (peer.size, 48):
         images = pictures(3, size, size)
-        if peer.reconstruct:
+        if peer.reconstruct and peer.fixed and size != peer.size:
+            with pytest.raises(ValueError, match=f"images of {peer.size}x{peer.size} only, not of 48x48; measure at --size {peer.size}"):
+                peer.reconstruct(images)
+        elif peer.reconstruct:
             whole = peer.reconstruct(images)
             assert whole.shape == images.shape and whole.abs().max() <= 1 and whole.dtype == torch.float32
             close(peer.reconstruct(images[1:2]), whole[1:2], 1e-4)

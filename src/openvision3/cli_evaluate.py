@@ -48,7 +48,7 @@ class Options:
     count: int = 0
     """the first so many pictures; 0: all"""
     size: int = 0
-    """side of the pictures in pixels; 0: what MODEL was trained at"""
+    """side of the images in pixels; 0: that of MODEL (without MODEL the largest of the peers), and a peer that takes one size only gets its own"""
     crop: Literal["square", "adm"] = "square"
     """square: the central square, resized; adm: as guided diffusion's evaluation does it"""
     batch: int = 32
@@ -158,8 +158,16 @@ class Evaluation:
     """unit vectors of all pictures by model, made once for all kinds that want them"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     """by (kind, model)"""
+    at_size: dict[int, Pictures] = field(default_factory=dict)
+    """the same images at each size: that of all models, and those of models that take no other"""
     parts: dict[str, set[int]] = field(default_factory=dict)
     """indices of the samples of each part that has rows of its own"""
+
+    def pictures_of(self, model: Functions, kind: str) -> Pictures:
+        """The images as this model gets them: at its own size where it takes no other and none was asked for. Rebuilding is compared at one size."""
+        if not model.fixed or self.options.size or kind == "reconstruction":
+            return self.pictures
+        return self.at_size.setdefault(model.size, self.pictures.resized(model.size))
 
     def scores(self) -> Scores:
         """What each sample scored, by model."""
@@ -252,7 +260,7 @@ def _nothing(work: Evaluation) -> str:
     from openvision3.data.shards import reasons_in_words
 
     reasons = list(dict.fromkeys(each.needs for each in work.results.not_run))
-    if work.pictures.problems and not set(work.pictures.chosen) & set(work.pictures.digests):
+    if work.pictures.problems and not any(set(work.pictures.chosen) & set(each.digests) for each in work.at_size.values()):
         read = f"none of {len(work.pictures.chosen)} pictures can be read: {reasons_in_words(work.pictures.problems)}"
         return f"{read}; `openvision3 data check` names them"
     return "; ".join(reasons) or "nothing could be measured"
@@ -273,7 +281,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         files = options.inception, options.lpips_net, options.lpips_backbone, options.lpips_linear
         networks = reconstruction_networks(options.metrics, *files, device=options.device)
     asked, idle = _asked(options, kinds)
-    models, size = _models(options, asked)
+    models, size = _models(options, asked, "reconstruction" in kinds)
     source: Source
     if options.data == ("openmoji",):
         source = EmojiSource(load_emoji().evaluation("test", options.count or 1_000_000))
@@ -287,7 +295,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         if len(pictures.chosen) != count:
             raise ValueError(f"protocol {options.protocol} is over {told}, {count:,} of them; seen {len(pictures.chosen):,}")
     results = Results(not_run=idle, command=_told(command), environment=environment())
-    return Evaluation(options, kinds, models, pictures, results, networks)
+    return Evaluation(options, kinds, models, pictures, results, networks, at_size={size: pictures})
 
 
 def _told(command: Sequence[str]) -> str:
@@ -303,8 +311,11 @@ def _places(options: Options) -> dict[str, Any]:
     return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "crop": options.crop, **places}
 
 
-def _models(options: Options, asked: Sequence[str]) -> tuple[list[Functions], int]:
-    """The models of these names, all of them loaded, and the side of the pictures."""
+def _models(options: Options, asked: Sequence[str], rebuilt: bool = False) -> tuple[list[Functions], int]:
+    """The models of these names, all of them loaded, and the side of the pictures, which does not depend on the order of the names.
+
+    It is the one asked for, else MODEL's, else the largest of the peers' own: of those that rebuild, where images are to be `rebuilt`.
+    """
     from openvision3 import distributed, hub
     from openvision3.evaluate.peers import load_peer, vae_functions
     from openvision3.pipeline import load
@@ -330,7 +341,18 @@ def _models(options: Options, asked: Sequence[str]) -> tuple[list[Functions], in
                 print(f"openvision3: {name}: {found[-1].note.split(';')[0]}", file=sys.stderr)
     if not found or ("vae" in options.peer and ours is not None and ours.vae.network is None):
         raise ValueError("this model has no VAE to measure alone; leave vae out of --peer")
-    return found, options.size or (ours.size if ours else found[0].size)
+    largest = max([model.size for model in found if rebuilt and model.reconstruct] or [model.size for model in found])
+    size, why = (options.size, "--size") if options.size else (ours.size, f"the size of {options.model}") if ours else (largest, "the largest size of a peer")
+    if distributed.rank() == 0 and set(asked) - {"ours", "vae"}:
+        print(f"openvision3: {_sizes_in_words(found, size, why, bool(options.size))}", file=sys.stderr)
+    return found, size
+
+
+def _sizes_in_words(models: Sequence[Functions], size: int, why: str, asked: bool) -> str:
+    """One line on the side of the images, and on models that take one size only."""
+    others = [f"{model.name} {model.size} px" for model in models if model.fixed and model.size != size]
+    fate = "images are resized for them and not rebuilt" if asked else "they embed images of their own size, and rebuild none"
+    return f"images of {size} px ({why})" + (f"; one size only: {', '.join(others)}: {fate}" if others else "")
 
 
 def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotRun]]:
@@ -378,16 +400,16 @@ def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured])
             work.results.not_run.append(NotRun(model.name, kind, str(error)))
             continue
         work.measured[kind, model.name] = done
-        work.results.rows += rows(work, model, done)
+        work.results.rows += rows(work, model, kind, done)
         work.results.not_run += [NotRun(model.name, metric, what) for metric, what in done.missing]
         work.results.left_out += [{"model": model.name, "of": kind, "reason": why, "count": count} for why, count in done.left_out.items()]
 
 
-def rows(work: Evaluation, model: Functions, done: Measured) -> list[Row]:
+def rows(work: Evaluation, model: Functions, kind: str, done: Measured) -> list[Row]:
     """Numbers -> rows with the setting they were measured in."""
     from openvision3.evaluate.results import Row, Setting
 
-    options, pictures = work.options, work.pictures
+    options, pictures = work.options, work.pictures_of(model, kind)
     drawn = "emoji drawn at this size, white, 0.77 of the side"
     crop = "; ".join(([drawn] if "openmoji" in options.data else []) + ([CROPS[options.crop]] if set(options.data) - {"openmoji"} else []))
     keys = ", ".join(options.caption_keys) or "of the set"
@@ -425,8 +447,9 @@ def _retrieval(work: Evaluation) -> None:
 
     def measure(model: Functions) -> Measured:
         needs(model, "retrieval")
-        work.embedded[model.name] = image_embeddings(model, work.pictures)
-        return retrieval(model, work.pictures, work.embedded[model.name], shared=work.options.equal_captions == "shared")
+        pictures = work.pictures_of(model, "retrieval")
+        work.embedded[model.name] = image_embeddings(model, pictures)
+        return retrieval(model, pictures, work.embedded[model.name], shared=work.options.equal_captions == "shared")
 
     _each(work, "retrieval", measure)
 
@@ -453,7 +476,7 @@ def _zeroshot(work: Evaluation) -> None:
     found = _labelled(work, "zeroshot", read)
     if found is not None:
         labels, texts, how = found
-        _each(work, "zeroshot", lambda model: zeroshot(model, work.pictures, labels, texts, how, work.embedded.get(model.name)))
+        _each(work, "zeroshot", lambda model: zeroshot(model, work.pictures_of(model, "zeroshot"), labels, texts, how, work.embedded.get(model.name)))
 
 
 def _probe(work: Evaluation) -> None:
@@ -471,7 +494,13 @@ def _probe(work: Evaluation) -> None:
         source, train_labels, labels = found
         train = Pictures(source, work.pictures.size, options.batch, None, work.pictures.watch)
         train.problems += source.problems
-        _each(work, "probe", lambda model: probe(model, train, train_labels, work.pictures, labels, options.k, options.device))
+
+        def measure(model: Functions) -> Measured:
+            pictures = work.pictures_of(model, "probe")
+            same = train if pictures.size == train.size else train.resized(pictures.size)
+            return probe(model, same, train_labels, pictures, labels, options.k, options.device)
+
+        _each(work, "probe", measure)
         work.pictures.problems += [each for each in train.problems if each not in work.pictures.problems]
 
 

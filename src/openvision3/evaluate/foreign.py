@@ -92,11 +92,11 @@ class Request:
             if name in found and found[name] != legal:
                 raise ValueError(f"{self.folder} holds no {self.name}: {name} is {found[name]!r}, not {legal!r}; {needed(self.name, self.peer)}")
 
-    def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "") -> Functions:
+    def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True) -> Functions:
         """What the loaders return, with what is known of every peer filled in."""
         assert set(can) == set(self.peer.can), f"{self.name} can {sorted(can)}, its row says {sorted(self.peer.can)}"
         notes = "; ".join(part for part in (other_weights(self.name, sha256), self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
-        return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, **can)
+        return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, fixed=fixed, **can)
 
 
 def other_weights(name: str, sha256: str) -> str:
@@ -180,9 +180,21 @@ def pixels_of(config: Mapping[str, Any]) -> Pixels:
         raise ValueError(f"preprocessor_config.json asks for pictures in a way that is not built here: {short(error)}; legal are squares") from error
 
 
-def at_its_size(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
-    """For a network that takes squares of `size` only: other pictures are resized there and back, which costs them sharpness."""
-    return lambda images: resize(function(resize(images, size, size)).clamp(-1, 1), *images.shape[-2:])
+def only_at(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    """For a network that rebuilds squares of `size` only.
+
+    Smaller images are not enlarged for it and averaged down again: more tokens an image than its own would flatter it (5 dB from 128 to 256 px).
+
+    Raises:
+        ValueError: images of another size.
+    """
+
+    def rebuilt(images: Tensor) -> Tensor:
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"it rebuilds images of {size}x{size} only, not of {images.shape[-2]}x{images.shape[-1]}; measure at --size {size}")
+        return function(images).clamp(-1, 1)
+
+    return rebuilt
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

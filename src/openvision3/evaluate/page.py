@@ -39,7 +39,8 @@ def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Se
     sections += _published(results.rows)
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
-    seen = f"{len(work.pictures.chosen):,} pictures of {work.pictures.size} px{skipped}"
+    sizes = list(dict.fromkeys(row.setting.resolution for row in results.rows))
+    seen = f"{len(work.pictures.chosen):,} pictures of {' and '.join(sizes)} px{skipped}"
     lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {seen}."
     footer = f"<code>{html.escape(results.command)}</code><br>{html.escape(_machine(results.environment))}, {results.seconds:.0f} s"
     return report.write_page(out / "report.html", "Evaluation", lead, sections, footer)
@@ -127,13 +128,16 @@ def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
     """A line a model and picture: its key, the hash of its pixels, all that it scored, and its captions."""
     rows = []
+    kinds = {model: kind for kind, model in work.measured}
+    models = {model.name: model for model in work.models}
     for model, columns in work.scores().columns.items():
+        digests = work.pictures_of(models[model], kinds[model]).digests
         captions: dict[int, dict[str, Any]] = next(
             (done.shown["captions"] for (kind, name), done in work.measured.items() if (kind, name) == ("captioning", model)), {}
         )
         for index, scores in sorted(scores_by_sample(columns).items()):
             parts = [name for name, samples in work.parts.items() if index in samples]
-            known = {"model": model, "key": work.pictures.source.key(index), "image": work.pictures.digests[index][:16], "parts": parts}
+            known = {"model": model, "key": work.pictures.source.key(index), "image": digests[index][:16], "parts": parts}
             rows.append(known | scores | captions.get(index, {}))
     return rows
 

@@ -28,10 +28,10 @@ from openvision3.evaluate.foreign import (
     Request,
     TextIds,
     WordPieceIds,
-    at_its_size,
     complete,
     find,
     library_of,
+    only_at,
     pixels_of,
     resize,
     shards,
@@ -75,7 +75,7 @@ def _vae(asked: Request) -> Functions:
     """The frozen VAE of the model itself, with other weights: posterior mean, never sampled, never fp16."""
     vae = _load_vae(asked)
     can = {name: (lambda images, function=function: asked.run(function, images)) for name, function in _of_vae(vae).items()}
-    return asked.functions(can, vae.sha256)
+    return asked.functions(can, vae.sha256, fixed=False)
 
 
 def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
@@ -146,7 +146,7 @@ def _rae(asked: Request) -> Functions:
         return network.encode(resize(images, size, size) / 2 + 0.5).latent.float().mean((2, 3))
 
     can: dict[str, Callable] = {
-        "reconstruct": lambda images: asked.run(at_its_size(rebuilt, size), images),
+        "reconstruct": lambda images: asked.run(only_at(rebuilt, size), images),
         "features": lambda images: asked.run(features, images),
     }
     return asked.functions(can, weights_sha256(shards(weights)), size)
@@ -270,7 +270,7 @@ def _checkout(load: Callable[[Path, Path, str], Checkout]) -> Callable[[Request]
         size = asked.peer.size
         network = load(asked.folder.resolve(), weights, asked.device)
         can: dict[str, Callable] = {
-            "reconstruct": lambda images: asked.run(at_its_size(lambda x: network.reconstruct(x).float(), size), images),
+            "reconstruct": lambda images: asked.run(only_at(lambda x: network.reconstruct(x).float(), size), images),
             "features": lambda images: asked.run(lambda x: network.features(resize(x, size, size)), images),
         }
         hashed = [weights]
@@ -288,11 +288,11 @@ TWO_TOWER_FILES = ("config.json", "model.safetensors or pytorch_model.bin", "pre
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin or open_clip_model.safetensors")
 
 KEPT = "as it is; sides are padded to multiples of 16 and cut again; back: clamped to [-1, 1]"
-ZERO_ONE = "x / 2 + 0.5 into [0, 1], resized to its size; mean and std inside the network; back: 2 x - 1, clamped"
+ZERO_ONE = "x / 2 + 0.5 into [0, 1], resized to its size; mean and std inside the network; back: 2 x - 1, clamped; rebuilt at its size only"
 FROM_FILE = "x / 2 + 0.5, resized bicubically, mean and std of its preprocessor_config.json"
 OPEN_CLIP_PIXELS = "x / 2 + 0.5, resized, mean and std of its open_clip_config.json (ImageNet's where it has none)"
 LATENTS = "resized to its size, then FLUX latents: posterior mean x 0.3611, no shift"
-SQUARE = "resized to 256 x 256; back: clamped to [-1, 1], resized"
+SQUARE = "resized to 256 x 256 for a probe; rebuilt at 256 x 256 only, clamped to [-1, 1]"
 
 
 def _kl(hub: str, licence: str, channels: int, scale: float = 0, *, inside: str = "", size: int = 256, kind: str = "AutoencoderKL") -> Peer:

@@ -70,6 +70,10 @@ class Pictures:
         """These pictures of the same source."""
         return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests)
 
+    def resized(self, size: int) -> Pictures:
+        """The same pictures at another size."""
+        return Pictures(self.source, size, self.batch, self.indices, self.watch, self.problems)
+
     def batches(self, what: str) -> Iterator[Batch]:
         """This rank's pictures, a run of neighbours."""
         chosen, world, rank = self.chosen, distributed.world(), distributed.rank()

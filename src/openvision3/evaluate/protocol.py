@@ -80,3 +80,5 @@ class Functions:
     """images -> what a probe sees (B, F): pooled frozen tokens"""
     note: str = ""
     """what has to be known of its rows, such as that it never ran on real weights"""
+    fixed: bool = False
+    """it takes squares of `size` only: others are resized to it to be embedded, and are not rebuilt"""

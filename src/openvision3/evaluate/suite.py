@@ -167,6 +167,8 @@ def reconstruction(
         CannotRun: the model rebuilds no pictures.
     """
     needs(model, "reconstruction")
+    if model.fixed and pictures.size != model.size:
+        raise CannotRun(f"images of {model.size} px, the only ones that {model.name} rebuilds, not of {pictures.size}: --size {model.size}")
     rebuild: Callable[[Tensor], Tensor] = model.reconstruct  # type: ignore[assignment]
     rows = ((batch.indices, batch.keys, batch.images) for batch in pictures.batches(f"{model.name}: rebuilding"))
     told = {"extractors": networks.extractors, "distance": networks.distance, "lpips": networks.lpips, "pictures": protocol, "seed": seed}
