@@ -141,3 +141,16 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
 def test_an_error_of_a_lone_process_is_its_own():
     with pytest.raises(ValueError, match="mine"), distributed.together():
         raise ValueError("mine")
+
+
+def test_each_process_has_a_gpu_and_one_that_is_named_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with distributed.started("cuda:3"), distributed.started("cuda"), distributed.started("cpu"):
+        assert current == [torch.device("cuda", 3)]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for device, message in (("cuda", "2 processes are started on this machine, but torch sees 1 GPUs"), ("cuda:0", "is one GPU, and 2 processes take one each")):
+        with pytest.raises(ValueError, match=message), distributed.started(device):
+            pass

@@ -18,7 +18,19 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
     assert choose_device("auto") == "cpu"
 
 
-@pytest.mark.parametrize("asked", ["cuda", "mps", "tpu"])
+def test_a_gpu_of_several_is_chosen_by_number_and_one_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == choose_device(torch.device("cuda", 1)) == "cuda:1"
+    assert choose_device(torch.device("cuda")) == "cuda" and choose_device(torch.device("cpu")) == "cpu"
+    with pytest.raises(ValueError, match=r"^device cuda:2 is asked for, but torch sees 2 GPUs: choose one of cuda:0, cuda:1$"):
+        choose_device("cuda:2")
+    for wrong in ("cuda:", "cuda:x", "cuda:-1", "cpu:1", "cuda:1:2", ""):
+        with pytest.raises(ValueError, match="choose one of auto, cpu, cuda and cuda:N"):
+            choose_device(wrong)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "mps", "tpu"])
 def test_a_device_that_cannot_be_used_is_refused_with_what_to_do(monkeypatch, asked):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=rf"device '?{asked}.*cpu"):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -396,3 +397,67 @@ def test_the_shipped_mini_is_small_and_has_a_card(mini):
     folder = Path(ov3.__file__).parent / "assets" / "mini"
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 31e6
     assert "CC BY-SA 4.0" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_are_no_floats_are_no_images_at_any_door(dtype):
+    """Of integers the range alone was looked at: a black image of uint8, all zero, gave the tokens of mid grey."""
+    images, model = torch.zeros(1, 3, 64, 64, dtype=dtype), pipeline()
+    doors: list[Callable[[], object]] = [
+        *(lambda door=door: door(images) for door in (model.scaled, model.prepare, model.encode, model.reconstruct, model.embed_images, model.caption)),
+        *(lambda size=size: model.encode([images[0]], size=size) for size in (None, 32)),
+        *(lambda door=door: door(images) for door in (model.model.encode, model.model.embed_images, model.vae.encode, ov3.to_pil)),
+        lambda: model.classify(images, ["a cat"]),
+        lambda: model.vae.decode(torch.zeros(1, 16, 8, 8, dtype=dtype)),
+        lambda: model.decode(torch.zeros(1, 16, 64, dtype=dtype)),
+        lambda: model.model({"pixel_images": images, "latents": torch.zeros(1, 16, 8, 8), "caption_ids": torch.ones(1, 3).long()}),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=str(dtype)) as caught:
+            door()
+        assert "\n" not in str(caught.value) and "float" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.9, "temperature": 1e-40}, "temperature 1e-40 must be a positive number from 1e-06"),
+        ({"top_p": 0.9, "temperature": 1e40}, "temperature 1e\\+40 must be"),
+        ({"top_p": 0.9, "temperature": "1"}, "temperature '1' must be"),
+        ({"top_p": "0.9"}, "top_p '0.9' must lie"),
+        ({"temperature": 0.5}, "temperature 0.5 changes nothing unless words are drawn; set top_p too"),
+        ({"temperature": 0.5, "beams": 2}, "set top_p too"),
+        ({"max_length": 1.5}, "max_length 1.5 must be a whole number"),
+        ({"seed": 1.5}, "seed 1.5 must be a whole number"),
+        ({"seed": None}, "seed None must be a whole number"),
+    ],
+)
+def test_settings_of_captions_that_cannot_be_used_are_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline().caption(photo(40, 40), **options)
+
+
+def test_the_coldest_and_hottest_words_that_may_be_drawn_can_be():
+    cold, hot = (pipeline().caption(photo(40, 40), top_p=1.0, temperature=temperature, max_length=8) for temperature in (1e-6, 1e6))
+    assert cold == pipeline().caption(photo(40, 40), max_length=8) != hot
+
+
+@pytest.mark.parametrize("labels", [None, 5, "a cat", []])
+def test_labels_that_are_no_list_are_refused_in_one_line(labels):
+    with pytest.raises(ValueError, match="labels must be a list of texts"):
+        pipeline().classify(photo(40, 40), labels)
+
+
+def test_a_model_moves_to_a_device_by_name_or_by_torch_and_stays_where_there_is_none(monkeypatch):
+    model = make_pipeline()
+    assert model.to("cpu") is model and model.to(torch.device("cpu")).device.type == "cpu"
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model.model, "to", moved.append)
+    model.to("cuda:1").to(torch.device("cuda", 0))
+    assert moved == ["cuda:1", "cuda:0"]
+    for wrong, message in (("cuda:7", "torch sees 2 GPUs"), (torch.bfloat16, "precision='bf16'")):
+        with pytest.raises(ValueError, match=message):
+            model.to(wrong)
+    assert len(moved) == 2

@@ -33,7 +33,7 @@ STOPPED = 75
 Pictures = Positional[Annotated[tuple[PathName, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
 Runs = Positional[Annotated[tuple[PathName, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
 Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
-Device = Annotated[str, arg(metavar="{auto,cpu,cuda}", help="where to compute")]
+Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}", help="where to compute; cuda:1 is the second GPU")]
 Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
 VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="the VAE, where the model's own is not at hand")]
 

@@ -108,7 +108,7 @@ def recaption(
     top_p: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
-    device: Annotated[str, arg(metavar="{auto,cpu,cuda}")] = "auto",
+    device: Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")] = "auto",
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     shard_split: Annotated[str, arg(metavar="RANK/WORLD")] = "",
     revision: str = "",

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -133,8 +134,8 @@ class RunConfig:
             )
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device {self.device!r} is not supported; legal are auto, cpu and cuda")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII):
+            raise ValueError(f"device {self.device!r} is not supported; choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
         if self.weights and (len(self.weights) != len(self.data) or not all(0 < weight < math.inf for weight in self.weights)):
             raise ValueError(f"weights {' '.join(f'{w:g}' for w in self.weights)}: give one positive number for each of the {len(self.data)} names in data")
         if self.weights and self.families:

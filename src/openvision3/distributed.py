@@ -66,22 +66,31 @@ class Ranks:
 def started(device: str = "cpu") -> Iterator[Ranks]:
     """The process group of this run, for as long as it lasts; nothing for a lone process.
 
+    A GPU is made the current one here: within, `cuda` means it.
+
     Raises:
-        ValueError: the environment names half a group.
+        ValueError: the environment names half a group, or the GPU cannot be had.
     """
     ranks = Ranks.from_environment()
+    place = torch.device(device)
     if ranks.world == 1 or dist.is_initialized():
+        if place.index is not None and place.type == "cuda":
+            torch.cuda.set_device(place)
         yield ranks
         return
-    if device == "cuda":
+    if place.type == "cuda":
+        if place.index is not None:
+            raise ValueError(f"device {device} is one GPU, and {ranks.world} processes take one each; set --device cuda (CUDA_VISIBLE_DEVICES chooses which)")
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{ranks.local_world} processes are started on this machine, but torch sees {torch.cuda.device_count()} GPUs: start one a GPU")
         torch.cuda.set_device(ranks.local_rank)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT, rank=ranks.rank, world_size=ranks.world)
     try:
         yield ranks
     except BaseException:
-        if device == "cuda":  # NCCL's orderly end waits for ranks that wait for this one: the error would never be told
+        if place.type == "cuda":  # NCCL's orderly end waits for ranks that wait for this one: the error would never be told
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()

@@ -11,24 +11,31 @@ from typing import Any, Literal
 import torch
 
 
-def choose_device(asked: str = "auto") -> str:
-    """auto -> cuda where there is one, else cpu. Apple's MPS is not tested and therefore not chosen.
+def choose_device(asked: str | torch.device = "auto") -> str:
+    """auto -> cuda where there is one, else cpu; cuda:1 is the second GPU. Apple's MPS is not tested and therefore not chosen.
 
     Raises:
-        ValueError: CUDA is asked for and absent, or another device.
+        ValueError: a GPU that is not there, or another device.
     """
+    asked = str(asked)
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda is asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch")
-    if asked not in ("cpu", "cuda"):
-        raise ValueError(f"device {asked!r} is not supported (MPS is not tested yet); legal are auto, cpu and cuda")
-    return asked
+    kind, _, number = asked.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and number not in ("", "0")) or (":" in asked and not (number.isascii() and number.isdigit())):
+        raise ValueError(f"device {asked!r} is not supported (MPS is not tested yet); choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
+    if kind == "cpu":
+        return kind
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {asked} is asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    count = torch.cuda.device_count()
+    if number and int(number) >= count:
+        raise ValueError(f"device {asked} is asked for, but torch sees {count} GPU{'s' * (count > 1)}: choose one of {', '.join(f'cuda:{n}' for n in range(count))}")
+    return f"{kind}:{int(number)}" if number else kind
 
 
 def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, float]:
     """Steps per second of a small convolution and a matrix product, forward and backward, in fp32 and in bf16."""
-    generator = torch.Generator().manual_seed(0)
+    generator, kind = torch.Generator().manual_seed(0), torch.device(device).type
     image = torch.randn(4, 32, 64, 64, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(32, 32, 3, 3, generator=generator).to(device).requires_grad_()
     rows, matrix = torch.randn(1024, 512, generator=generator).to(device), torch.randn(512, 512, generator=generator).to(device).requires_grad_()
@@ -36,15 +43,15 @@ def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, fl
     def step() -> None:
         out = torch.nn.functional.conv2d(image, kernel, padding=1).float().mean() + (rows @ matrix).float().mean()
         out.backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
 
     best = {"fp32": float("inf"), "bf16": float("inf")}
     deadline = time.perf_counter() + seconds
     tries = 0
     while tries < 4 or time.perf_counter() < deadline:  # in turn, and the best of each: a busy machine disturbs both alike
         for name in best:
-            with torch.autocast(device, torch.bfloat16, enabled=name == "bf16"):
+            with torch.autocast(kind, torch.bfloat16, enabled=name == "bf16"):
                 start = time.perf_counter()
                 step()
                 if tries:  # the first step of each is a warm-up

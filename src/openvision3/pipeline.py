@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from openvision3.evaluate.protocol import Functions
 from openvision3.model.encoder import Encoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import noisy
+from openvision3.model.understanding import check_sampling
 from openvision3.model.vae import VAE
 
 Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
@@ -52,6 +54,13 @@ class Pipeline:
     def device(self) -> torch.device:
         return self.model.log_temperature.device
 
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Move the whole model, such as to `cuda:1`, and return it. Raises ValueError where that device is not there."""
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"a model cannot be moved to {device}; choose the precision when it is loaded: load(..., precision='bf16')")
+        self.model.to(choose_device(device))
+        return self
+
     def __repr__(self) -> str:
         width, embedding = self.encoder.size.width, self.encoder.config.embed_dim
         return (
@@ -78,6 +87,7 @@ class Pipeline:
                 raise ValueError(f"images of shape {tuple(images.shape)} cannot be used; legal is (B, 3, H, W) or (3, H, W) in [-1, 1]")
             if not images.numel():
                 return []
+            _check_floats(images, "images", "0..255: images / 127.5 - 1")
             _check_range(images)
             rows = (images if images.ndim == 4 else images[None]).float()
             return self.scaled(to_pil(rows), size) if size else list(rows)
@@ -104,7 +114,7 @@ class Pipeline:
             seen = ", ".join(f"{h}x{w}" for h, w in sorted(shapes))
             largest = max(h for h, _ in shapes), max(w for _, w in shapes)
             raise ValueError(f"these pictures end at unlike sizes ({seen}), so they cannot be one batch; take them one by one, or with pad_to={largest}")
-        return torch.stack([row.to(self.device) for row in rows])
+        return torch.stack(rows).to(self.device) if len({row.device for row in rows}) == 1 else torch.stack([row.to(self.device) for row in rows])
 
     @torch.no_grad()
     def encode(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
@@ -125,6 +135,7 @@ class Pipeline:
         """
         if not isinstance(tokens, Tensor):
             raise ValueError(f"a {type(tokens).__name__} cannot be decoded; legal is a tensor (B, N, {self.encoder.size.width})")
+        _check_floats(tokens, "tokens")
         if tokens.ndim != 3 or tokens.shape[2] != self.encoder.size.width:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this model's; legal is (B, N, {self.encoder.size.width})")
         if size is None:
@@ -186,8 +197,11 @@ class Pipeline:
         """
         if not isinstance(beams, int) or beams < 1 or (beams > 1 and top_p is not None):
             raise ValueError(f"beams {beams} with top_p {top_p}: legal is one beam or more, and either beams or top_p")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed!r} must be a whole number from 0 to 2^63 - 1")
+        if max_length is not None and not isinstance(max_length, Integral):
+            raise ValueError(f"max_length {max_length!r} must be a whole number of word pieces, such as 32")
+        check_sampling(top_p, temperature)
         prepared = self.prepare(images, size, pad_to)
         captioner, marks = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
         longest = captioner.config.positions - 1
@@ -197,13 +211,13 @@ class Pipeline:
             if beams > 1:
                 ids = captioner.write_beam(tokens, *marks, max_length=length, beams=beams)
             else:
-                generator = torch.Generator(self.device).manual_seed(seed)
+                generator = torch.Generator(self.device).manual_seed(int(seed))
                 ids = captioner.write(tokens, *marks, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
         return [self.tokenizer.text(row) for row in ids]
 
     def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
         """One picture among `labels` -> [(label, probability)], most likely first."""
-        if isinstance(labels, str) or not (labels := [*labels]):
+        if isinstance(labels, str) or not isinstance(labels, Iterable) or not (labels := [*labels]):
             raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
         scores = (self.model.temperature * embedding @ self.embed_texts(labels).T).softmax(-1)[0].tolist()
@@ -247,13 +261,13 @@ class Pipeline:
 def load(name: str | Path = "mini", *, device: str | torch.device = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
     """A shipped name, a model folder or a run folder -> a Pipeline.
 
-    `device` auto takes CUDA where there is one; `precision` bf16 is faster on processors and GPUs made for it; `vae` names
+    `device` auto takes CUDA where there is one, and `cuda:1` the second GPU; `precision` bf16 is faster on processors and GPUs made for it; `vae` names
     the folder of the VAE where the model's own is not at hand.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, in one line.
     """
-    device = choose_device(str(device))
+    device = choose_device(device)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
     folder = hub.find_folder(name)  # once: a run may save its next checkpoint in the meantime
@@ -270,6 +284,11 @@ def _two(size: Any, name: str) -> tuple[int, int]:
         return index(height), index(width)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={size!r} cannot be used; legal is a pair of whole numbers (H, W)") from None
+
+
+def _check_floats(values: Tensor, name: str, scale: str = "") -> None:
+    if not values.is_floating_point():
+        raise ValueError(f"{name} of {values.dtype} cannot be used; legal is {f'[-1, 1] in floats (for {scale})' if scale else 'floats'}")
 
 
 def _check_range(images: Tensor) -> None:

@@ -67,7 +67,7 @@ def pretrain(config: RunConfig, recipe: str = "run", signals: Signals | None = N
     """
     device = choose_device(config.device)
     with distributed.started(device) as ranks, Signals(signals) as heard:
-        return _pretrain(config, recipe, device, ranks, heard)
+        return _pretrain(config, recipe, torch.device(device).type, ranks, heard)  # of several GPUs the current one
 
 
 def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:

@@ -211,6 +211,8 @@ def to_pil(images: Tensor) -> list[Image.Image] | Image.Image:
     """images (B, 3, H, W) in [-1, 1] -> a list of PIL pictures; a single (3, H, W) -> one picture."""
     if images.ndim == 3:
         return to_pil(images[None])[0]  # type: ignore[index]
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype} cannot be used; legal is [-1, 1] in floats (for 0..255: images / 127.5 - 1)")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {tuple(images.shape)} cannot become pictures; legal is (B, 3, H, W) or (3, H, W)")
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in to_uint8(images.detach().cpu())]

@@ -80,10 +80,10 @@ def _vae(asked: Request) -> Functions:
 
 def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
     """A VAE alone: the ceiling of what tokens made from its latents can rebuild, and the floor of what a probe can see."""
-    device = next(vae.parameters()).device.type
+    device = next(vae.parameters()).device
 
     def run(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return function(images.to(device)).float().cpu()
 
     functions = _of_vae(vae)

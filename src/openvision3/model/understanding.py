@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ class Captioner(nn.Module):
             raise ValueError(f"captions of {length} pieces are longer than this captioner's {self.config.positions} positions")
 
     def _check_writing(self, max_length: int) -> None:
-        if not 1 <= max_length < self.config.positions:
+        if not isinstance(max_length, Integral) or not 1 <= max_length < self.config.positions:
             raise ValueError(
                 f"max_length {max_length} must lie between 1 and {self.config.positions - 1}: this captioner has {self.config.positions} positions"
             )
@@ -184,8 +184,7 @@ class Captioner(nn.Module):
         A caption stops at its end mark; the call returns when all have, or at `max_length` words.
         """
         self._check_writing(max_length)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature {temperature} must be a positive number; leave top_p unset for greedy captions")
+        check_sampling(top_p, temperature)
         caches = self.read(tokens)
         words = torch.full((len(tokens),), begin, device=tokens.device)
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -246,10 +245,23 @@ class Captioner(nn.Module):
         return max(finished, key=lambda pair: pair[0])[1]
 
 
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures between which logits, divided by them, stay numbers in fp32."""
+
+
+def check_sampling(top_p: float | None, temperature: float) -> None:
+    """Raises ValueError for a top_p or temperature that cannot be drawn with, or a temperature where nothing is drawn."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(f"temperature {temperature!r} must be a positive number from {COLDEST:g} to {HOTTEST:g}; leave top_p unset for greedy captions")
+    if top_p is None:
+        if temperature != 1:
+            raise ValueError(f"temperature {temperature} changes nothing unless words are drawn; set top_p too, such as 0.9, or leave the temperature at 1")
+    elif isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p!r} must lie in (0, 1]")
+
+
 def _nucleus(logits: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Sample (B,) from the smallest set of words whose probability reaches top_p."""
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must lie in (0, 1]")
     values, order = logits.softmax(-1).sort(-1, descending=True)
     values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0.0)
     choice = torch.multinomial(values, 1, generator=generator)

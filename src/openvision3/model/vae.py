@@ -157,6 +157,8 @@ class VAE(nn.Module):
         """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or not latents.shape[2] * latents.shape[3]:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are not this VAE's; legal is (B, {self.latent_channels}, h, w)")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents of {latents.dtype} cannot be decoded; pass floats, as encode gives them")
         if self.network is None:
             return latents.float()
         return self._in_parts(self._decode, latents.float() / self.scale + self.shift, self.stride, 3)
