@@ -29,7 +29,9 @@ def choose_device(asked: str | torch.device = "auto") -> str:
         raise ValueError(f"device {asked} is asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
-        raise ValueError(f"device {asked} is asked for, but torch sees {count} GPU{'s' * (count > 1)}: choose one of {', '.join(f'cuda:{n}' for n in range(count))}")
+        raise ValueError(
+            f"device {asked} is asked for, but torch sees {count} GPU{'s' * (count > 1)}: choose one of {', '.join(f'cuda:{n}' for n in range(count))}"
+        )
     return f"{kind}:{int(number)}" if number else kind
 
 
