@@ -33,9 +33,9 @@ from PIL import Image
 
 from openvision3.config import RunConfig
 from openvision3.data import samples
-from openvision3.data.batches import outlive_signals
 from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
 from openvision3.data.shards import MixedSource, ShardSource, Source, open_source
+from openvision3.data.workers import outlive_signals
 from openvision3.doctor import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.model.perceptual import EfficientNetDistance

@@ -180,6 +180,11 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+def on_any(here: bool) -> bool:
+    """Whether it is so on any rank; the ranks wait for each other, their devices do not."""
+    return bool(total(torch.tensor(float(here))))
+
+
 def from_first(value: T) -> T:
     """What rank 0 has, on every rank."""
     if world() == 1:

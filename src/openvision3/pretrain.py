@@ -139,8 +139,9 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             micro_batch=config.micro_batch,
             latents=cache,
             pinned=device == "cuda",
+            stopping=lambda: signals.asked,
         )
-        batches.sample(0)  # raises where no sample can be used, before anything is written
+        batches.check_room(ranks.local_world)  # raises where no sample can be used, before anything is written
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         parallel = distributed.choose_parallel(config.parallel, trained, ranks)
         if parallel != "replicate" and config.minutes and not config.resume:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from openvision3 import distributed
 from openvision3.checkpoint import Export, RunState, Saver, last_good, not_written
 from openvision3.data.batches import to_device
+from openvision3.data.workers import WaitGivenUp
 from openvision3.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.progress import RunFolder, duration
 
@@ -36,6 +37,10 @@ NOWHERE = "the loss itself"
 
 class NotFinite(RuntimeError):
     """Several steps in a row gave no finite loss."""
+
+
+class NoBatch(RuntimeError):
+    """The data, or the processes that read them, give no batch any more; what was trained is saved."""
 
 
 class Batches(Protocol):
@@ -90,14 +95,15 @@ def fit(
     watched since the run was set up.
 
     Raises:
-        NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written.
+        NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written. NoBatch: the data gave out.
         OtherRankFailed: another rank could not go on.
     """
     state = loop.state
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
     clock = _Clock()
-    source = batches.from_step(state.step)
+    first = state.step
+    source = batches.from_step(first)
     known = len(batches.problems)
     saver = Saver(run.path, model, optimizers, export, loop.keep, loop.keep_best)
 
@@ -105,7 +111,10 @@ def fit(
         while state.step < loop.steps:
             rate = rate_at(state.step, settings, loop.steps)
             optimizers.set_rate(rate)
-            pieces, losses = backward(model, _pieces(source, batches.pieces, loop.device, clock), batches.pieces, loop.device, loop.precision)
+            fetched, missing = _fetch(source, batches.pieces, clock)
+            if distributed.on_any(missing is not None):
+                return _without_a_batch(missing, batches, loop, run, saver, heard, clock, trained=state.step > first)
+            pieces, losses = backward(model, _pieces(fetched, loop.device), batches.pieces, loop.device, loop.precision)
             norm = distributed.full(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
             flags = {"stop": norm.new_full((), bool(heard.asked)), "failed": norm.new_full((), saver.failed)}  # filled there: a copy could be waited for
             values = _numbers(losses | {"grad_norm": norm} | flags)
@@ -150,12 +159,7 @@ def fit(
                 with clock.apart():
                     saver.save(state)
             if stop and not last_step:
-                saver.wait()
-                with distributed.together():  # no rank ends before the mark is there: a launcher may kill the others then
-                    run.ask_for_requeue()
-                asked = next(filter(None, distributed.gather_objects(heard.asked)))
-                run.say(f"{asked}: saved at step {state.step} of {loop.steps}; go on with --resume")
-                return "stopped"
+                return _stopped(loop, run, saver, heard)
         saver.wait()
     return "finished"
 
@@ -183,12 +187,50 @@ def backward(
     return ready, totals
 
 
-def _pieces(source: Iterator[dict[str, Tensor]], count: int, device: str, clock: _Clock) -> Iterator[dict[str, Tensor]]:
-    """The micro-batches of the next step on the device, one at a time."""
-    for _ in range(count):
+def _stopped(loop: Loop, run: RunFolder, saver: Saver, heard: Signals) -> str:
+    """The end of a run that a signal asked for, once the save that was begun is through."""
+    saver.wait()
+    with distributed.together():  # no rank ends before the mark is there: a launcher may kill the others then
+        run.ask_for_requeue()
+    asked = next(filter(None, distributed.gather_objects(heard.asked)))
+    run.say(f"{asked}: saved at step {loop.state.step} of {loop.steps}; go on with --resume")
+    return "stopped"
+
+
+def _fetch(source: Iterator[dict[str, Tensor]], count: int, clock: _Clock) -> tuple[list[dict[str, Tensor]], Exception | None]:
+    """The micro-batches of the next step, or why they cannot be had."""
+    try:
         with clock.waiting():
-            piece = next(source)
-        yield to_device(piece, device)
+            return [next(source) for _ in range(count)], None
+    except Exception as error:
+        return [], error
+
+
+def _without_a_batch(
+    missing: Exception | None, batches: Batches, loop: Loop, run: RunFolder, saver: Saver, heard: Signals, clock: _Clock, *, trained: bool
+) -> str:
+    """The end of a run where a rank has no batch: what was trained is saved first; returns `stopped` where a signal was the reason.
+
+    Raises:
+        NoBatch, or what the rank met where nothing was trained yet.
+    """
+    state = loop.state
+    if trained:
+        _share_problems(batches, len(batches.problems))
+        state.problems = run.list_skipped(batches.problems)
+        state.seconds += clock.lap()
+        saver.save(state)
+    saver.wait()
+    with distributed.together():
+        if missing is not None and not isinstance(missing, WaitGivenUp):
+            raise NoBatch(f"step {state.step + 1}: {missing}; {last_good(run.path)}; go on with --resume") if trained else missing
+    return _stopped(loop, run, saver, heard)
+
+
+def _pieces(fetched: list[dict[str, Tensor]], device: str) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches on the device, one at a time."""
+    while fetched:
+        yield to_device(fetched.pop(0), device)
 
 
 def _share_problems(batches: Batches, known: int) -> int:
@@ -260,6 +302,7 @@ def _log(run: RunFolder, loop: Loop, batches: Batches, state: RunState, rate: fl
     left = duration((loop.steps - state.step) * elapsed / max(1, steps))
     memory = torch.cuda.max_memory_allocated() if loop.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row: dict[str, Any] = {f"train/{name}": value for name, value in means.items()}
+    row |= {"lost_workers": lost} if (lost := getattr(batches, "lost_workers", 0)) else {}
     row |= {"rate": rate, "samples": state.samples, "skipped_steps": state.skipped_steps, "skipped_samples": len(batches.problems)}
     row |= {
         "samples_per_second": speed,
@@ -377,9 +420,9 @@ class Signals:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+        if self.after:  # at once: a wait for a batch looks there
+            self.after.asked = self.asked
 
     def __exit__(self, *_: object) -> None:
-        if self.after:
-            self.after.asked = self.asked
         for number, handler in self._old.items():
             signal.signal(number, handler)

@@ -11,9 +11,8 @@ import contextlib
 import itertools
 import math
 import queue
-import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from openvision3.data.images import ImageError, to_tensor, uint8_tensor
 from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
+from openvision3.data.workers import Workers, check_shared_memory, wait
 
 if TYPE_CHECKING:
     from openvision3.data.latents import CachedView, LatentCache
@@ -79,6 +79,7 @@ class TrainingBatches:
     `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
     With a cache of `latents` these stand in the batch, and only pictures whose pixels are compared are opened.
     Images are uint8 until `to_device`; `pinned` batches lie where a GPU fetches them from while the host goes on.
+    A wait for a batch ends soon after `stopping()` says that the run was asked to stop.
 
     Raises:
         ValueError: an empty source or a batch that cannot be divided so; while iterating, when 256 samples in a row cannot be used.
@@ -102,6 +103,7 @@ class TrainingBatches:
         micro_batch: int = 0,
         latents: LatentCache | None = None,
         pinned: bool = False,
+        stopping: Callable[[], object] = lambda: False,
     ):
         local = rows_of_a_process(batch, world, micro_batch)
         if not 0 <= pixel_share <= 1:
@@ -111,6 +113,7 @@ class TrainingBatches:
         self.source, self.tokenizer, self.shape = source, tokenizer, shape
         self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
         self.workers, self.augment, self.latents, self.pinned = workers, augment, latents, pinned
+        self.stopping, self._processes = stopping, Workers(self, workers, stopping)
         self.rows = range(rank * local, (rank + 1) * local)
         self.pieces = local // (micro_batch or local)
         self.problems: list[dict[str, str]] = list(source.problems)
@@ -233,6 +236,24 @@ class TrainingBatches:
         except Exception as error:  # from_step raises it
             return error
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"stopping": None, "_processes": None}  # which a worker that is not forked neither needs nor gets
+
+    @property
+    def lost_workers(self) -> int:
+        """Worker processes that died and were replaced."""
+        return self._processes.deaths
+
+    def check_room(self, processes: int = 1) -> None:
+        """Read a sample, and see that batches of such samples fit into the memory that workers of `processes` like this one share.
+
+        Raises:
+            ValueError: no sample can be used, or there is too little room.
+        """
+        batch, _ = self.collate([self.sample(0)])
+        rows = len(self.rows) // self.pieces
+        check_shared_memory(rows * sum(value.nbytes for value in batch.values()), self.workers, held=self.pieces, processes=processes)
+
     def _place(self, number: int) -> tuple[int, range]:
         """Micro-batch `number` -> its step, and its rows of the global batch."""
         step, piece = divmod(number, self.pieces)
@@ -255,7 +276,7 @@ class TrainingBatches:
     def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """The micro-batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
         first = first_step * self.pieces
-        made = self._from_workers(first) if self.workers else self._from_thread(first)
+        made = self._processes.make(itertools.count(first)) if self.workers else self._from_thread(first)
         with contextlib.closing(made):
             for number, item in enumerate(made, first):
                 if isinstance(item, Exception):
@@ -270,17 +291,6 @@ class TrainingBatches:
             if (problem["key"], problem["reason"]) not in self._reported:
                 self._reported.add((problem["key"], problem["reason"]))
                 self.problems.append(problem)
-
-    def _from_workers(self, first: int) -> Generator[Made | Exception, None, None]:
-        yield from torch.utils.data.DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=itertools.count(first),
-            num_workers=self.workers,
-            worker_init_fn=outlive_signals,
-            pin_memory=self.pinned,
-            generator=torch.Generator(),  # or the loader would draw from the global stream, which no workers leave alone
-        )
 
     def _from_thread(self, first: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
         ready: queue.Queue = queue.Queue(ahead)
@@ -304,10 +314,10 @@ class TrainingBatches:
         thread.start()
         try:
             while True:
-                yield ready.get()
+                yield wait(lambda seconds: ready.get(timeout=seconds), self.stopping)
         finally:
             stop.set()
-            thread.join()
+            thread.join(5)  # and no longer for a disk that gives nothing
 
 
 def _pin(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -329,13 +339,6 @@ def fewer_than_a_batch(samples: int, batch: int) -> str:
     least, rest = divmod(batch, samples)
     times = f"{least} or {least + 1} times" if rest else f"{least} times"
     return f"{samples} samples are fewer than a batch of {batch}: every step shows each of them {times} and contrasts it with its copies; see --batch"
-
-
-def outlive_signals(worker: int) -> None:
-    """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
 
 
 def evaluation_batches(

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openvision3.data.batches import outlive_signals
 from openvision3.data.images import Box, ImageError, to_tensor, uint8_tensor
 from openvision3.data.index import Problem
 from openvision3.data.latent_files import (
@@ -41,6 +40,7 @@ from openvision3.data.latent_files import (
 )
 from openvision3.data.order import draw_seed
 from openvision3.data.shards import Source
+from openvision3.data.workers import Workers, check_shared_memory
 from openvision3.files import left_behind, write_whole
 
 
@@ -56,7 +56,7 @@ class _Views(NamedTuple):
     problem: Problem | None
 
 
-class _Samples(torch.utils.data.Dataset):
+class _Samples:
     """Source index -> _Views: what the processes of a loader do."""
 
     def __init__(self, source: Source, settings: LatentSettings):
@@ -124,15 +124,10 @@ class LatentWriter:
         """
         if not parts:
             return
-        loader = torch.utils.data.DataLoader(
-            _Samples(self.source, self.settings),
-            batch_size=None,
-            sampler=itertools.chain.from_iterable(map(self.settings.range, parts)),
-            num_workers=self.workers,
-            worker_init_fn=outlive_signals,
-            generator=torch.Generator(),
-        )
-        samples = iter(loader)
+        numbers, items = itertools.chain.from_iterable(map(self.settings.range, parts)), _Samples(self.source, self.settings)
+        first = items[self.settings.range(parts[0])[0]].images
+        check_shared_memory(0 if first is None else first.nbytes, self.workers, held=self.batch)
+        samples = Workers(items, self.workers).make(numbers) if self.workers else map(items.__getitem__, numbers)
         for part in parts:
             yield from self._write_part(part, samples)
 

@@ -1,0 +1,227 @@
+"""Items prepared ahead by worker processes, in order: a worker that dies is replaced, and no wait is without end.
+
+Items are functions of their number alone, so what a dead worker held is made again and nothing differs. Processes come from the
+standard library's pool, which notices a death; torch's loader raises one from a signal handler, in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.multiprocessing  # tensors travel through shared memory
+
+from openvision3.progress import console
+
+T = TypeVar("T", covariant=True)
+
+SHARED_MEMORY = Path("/dev/shm")
+AHEAD = 2
+"""items that each worker prepares before they are asked for"""
+DEATHS = 3
+"""Workers may die this often within DEATHS_WITHIN items; the next death ends the run."""
+DEATHS_WITHIN = 100
+PATIENCE = 15 * 60.0
+"""seconds that an item is waited for; less than the other processes of a run wait for this one"""
+TOLD_AFTER = 60.0
+"""seconds of waiting after which a line says so"""
+AFTER_A_SIGNAL = 5.0
+"""seconds that an item is still waited for once the run has been asked to stop"""
+LOOK = 0.2
+"""seconds between two looks at whether the wait is over"""
+
+
+class WorkersFailed(RuntimeError):
+    """Workers died again and again, gave nothing, or could not hand over what they made."""
+
+
+class WaitGivenUp(RuntimeError):
+    """A signal asked the run to stop while it waited for an item."""
+
+
+class Items(Protocol[T]):
+    def __getitem__(self, number: int, /) -> T: ...
+
+
+_items: Any = None
+"""in a worker: what makes the items"""
+
+
+class Workers:
+    """`count` processes that make `items`; `deaths` counts those that had to be replaced."""
+
+    def __init__(self, items: Items[T], count: int, stopping: Callable[[], object] = lambda: False):
+        self.items, self.count, self.stopping = items, count, stopping
+        self.deaths = 0
+        self._died_at: deque[int] = deque(maxlen=DEATHS + 1)
+
+    def make(self, numbers: Iterable[int]) -> Generator[T, None, None]:
+        """The items of these numbers, in their order.
+
+        Raises:
+            WorkersFailed, WaitGivenUp.
+        """
+        left, pool, given, patience = iter(numbers), self._pool(), 0, 5.0
+        pending: deque[list[Any]] = deque()  # [number, what will hold its item]
+        processes: list[Any] = []
+        try:
+            while True:
+                pending.extend([number, None] for number in itertools.islice(left, AHEAD * self.count - len(pending)))
+                if not pending:
+                    return
+                try:
+                    for entry in pending:
+                        entry[1] = entry[1] or pool.submit(_make, entry[0])
+                    processes = list((pool._processes or {}).values())
+                    item = wait(lambda seconds: _result(pending[0][1], seconds), self.stopping)
+                except BrokenProcessPool:
+                    for process in processes:  # those that live, too: they would end when it suits them
+                        if process.is_alive():
+                            os.kill(process.pid, signal.SIGALRM)
+                    pool.shutdown(cancel_futures=True)
+                    for entry in pending:
+                        entry[1] = entry[1] if _is_whole(entry[1]) else None
+                    self._died([process.exitcode for process in processes], given)
+                    pool = self._pool()
+                    continue
+                except (WorkersFailed, WaitGivenUp):
+                    patience = 0.0
+                    raise
+                except (RuntimeError, OSError) as error:
+                    if "shared memory" not in str(error) and "No space left" not in str(error):
+                        raise
+                    raise WorkersFailed(f"a worker could not hand over what it made: {_no_room(_free())}") from error
+                pending.popleft()
+                given += 1
+                yield item
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.join(patience)
+                if process.is_alive():
+                    process.kill()
+                    process.join(1)
+
+    def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
+        # started as torch's loader starts its own: forked where that is the custom, so that nothing is copied
+        return concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context(), initializer=_begin, initargs=(self.items, os.getpid()))
+
+    def _died(self, codes: list[int | None], given: int) -> None:
+        """Count a death after `given` items and tell it. Raises WorkersFailed where it is one too many."""
+        first = next((code for code in codes if code not in (None, 0, -signal.SIGTERM, -signal.SIGALRM)), 0)
+        how = f"killed by {signal.Signals(-first).name}" if first < 0 else f"lost (exit code {first})" if first else "lost"
+        died = f"a worker was {how}{', most likely for want of memory' if first == -signal.SIGKILL else ''}"
+        self.deaths += 1
+        self._died_at.append(given)
+        if len(self._died_at) > DEATHS and given - self._died_at[0] < DEATHS_WITHIN:
+            raise WorkersFailed(f"{died}, for the {self.deaths}th time; take fewer --workers or a smaller --micro-batch")
+        console().print(f"{died}: workers are started anew at the same batch ({self.deaths} so far)", markup=False, soft_wrap=True)
+
+
+def wait(get: Callable[[float], T], stopping: Callable[[], object]) -> T:
+    """What `get(seconds)` gives, which raises queue.Empty when it has nothing by then.
+
+    Raises:
+        WaitGivenUp: the run has been asked to stop meanwhile. WorkersFailed: nothing comes.
+    """
+    start = asked = time.monotonic()
+    told = False
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return get(LOOK)
+        now = time.monotonic()
+        if not stopping():
+            asked = now
+        elif now - asked > AFTER_A_SIGNAL:
+            raise WaitGivenUp(f"asked to stop while waiting for a batch, {now - start:.0f} s by then")
+        if now - start > PATIENCE:
+            raise WorkersFailed(
+                f"no batch for {PATIENCE / 60:.0f} minutes, though what reads the data lives; look at the disk or the network that they come from"
+            )
+        if now - start > TOLD_AFTER and not told:
+            told = True
+            console().print(f"still waiting for a batch after {TOLD_AFTER:.0f} s", markup=False)
+
+
+def _result(made: concurrent.futures.Future, seconds: float) -> Any:
+    concurrent.futures.wait([made], seconds)
+    if not made.done():
+        raise queue.Empty
+    return made.result()
+
+
+def _is_whole(made: concurrent.futures.Future | None) -> bool:
+    return made is not None and made.done() and not made.cancelled() and made.exception() is None
+
+
+def _begin(items: Any, parent: int) -> None:
+    """The start of a worker: one thread, no end by signals to the whole group, and none without its parent."""
+    global _items
+    _items = items
+    torch.set_num_threads(1)
+    outlive_signals()
+    threading.Thread(target=_end_with, args=(parent,), name="watchdog", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+def _make(number: int) -> Any:
+    return _items[number]
+
+
+def outlive_signals(worker: int = 0) -> None:
+    """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
+
+
+def check_shared_memory(item: int, workers: int, held: int = 1, processes: int = 1) -> None:
+    """Whether what workers prepare ahead fits into shared memory, before they start: `item` bytes each, `held` more in use, in `processes` like this one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    free, need = _free(), item * (AHEAD * workers + held) * processes
+    if workers and free is not None and need > free:
+        raise ValueError(
+            f"{workers} workers{f' of each of {processes} processes' if processes > 1 else ''} need {_megabytes(need)} of shared memory "
+            f"({_megabytes(item)} a batch): {_no_room(free, need)}"
+        )
+
+
+def _no_room(free: int | None, need: int = 0) -> str:
+    size = f"={max(1, -(-need // 2**30))}g" if need else ""
+    there = f"{_megabytes(free)} are free in {SHARED_MEMORY}" if free is not None else f"{SHARED_MEMORY} is full"
+    return f"{there}; start the container with --shm-size{size}, or take fewer --workers or a smaller --micro-batch"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def _free() -> int | None:
+    """Bytes of shared memory that are free; None where it cannot be asked."""
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return disk.f_bavail * disk.f_frsize
