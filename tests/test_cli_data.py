@@ -98,3 +98,17 @@ def test_what_is_no_shard_is_one_line_and_two(tmp_path, capsys, verb):
         assert (code, out, error.count("\n")) == (2, "", 1)
         assert message in error
     assert run(capsys, verb)[0] == 2
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_shards_can_be_told_apart_however_narrow_the_terminal(columns, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = [f"a_folder_with_a_long_name/of_shards-{i:05d}.tar" for i in range(2)]
+    for name in names:
+        write_shard(Path(name), {"a.txt": b"no picture"})
+    code, out, _ = run(capsys, "check", *names)
+    rows = [line.split("│")[1:-1] or line.split("┃")[1:-1] for line in out.splitlines()]
+    cells = "".join(row[0].strip() for row in rows if len(row) == 4)
+    assert code == 2 and all(name in cells for name in names) and "…" not in out
+    assert all(len(line) <= columns for line in out.splitlines()[:-2])

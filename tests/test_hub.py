@@ -220,8 +220,13 @@ def test_an_unknown_name_names_the_legal_and_the_nearest_one(tmp_path, monkeypat
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "model.safetensors").touch()
     monkeypatch.setattr(hub, "ASSETS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no such model: mimi; legal are mini, a model folder or a run folder; did you mean mini\?"):
+    with pytest.raises(FileNotFoundError, match=r"^no such model: mimi\. Did you mean mini\? Choose one of mini, a model folder or a run folder$"):
         ov3.load("mimi")
+    for nothing_like_it in (str(tmp_path / "mimi"), "~/nothing", "mini/old"):
+        with pytest.raises(FileNotFoundError, match=r"\. Choose one of mini, a model folder or a run folder$"):
+            ov3.load(nothing_like_it)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file, which holds 0 bytes; name the model folder or run folder that it belongs to$"):
+        ov3.load(tmp_path / "mini" / "model.safetensors")
 
 
 def test_a_run_folder_stands_for_its_newest_complete_checkpoint(saved, tmp_path):

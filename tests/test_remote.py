@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +330,10 @@ def test_a_process_killed_while_it_fetches_holds_up_nobody_and_leaves_no_half_sh
         assert used(tmp_path / "cache") == size, "what the dead one left made room"
     with cache.reading(f"{server.url}/big.tar", Stamp(size)) as descriptor:
         assert os.pread(descriptor, size, 0) == (server.folder / "big.tar").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["/*.tar", "/part-*/[0-9].tar", "", "/"])
+def test_what_cannot_be_listed_names_an_address_that_can_be(ending, monkeypatch):
+    monkeypatch.setattr(remote, "filesystem", lambda url: (SimpleNamespace(glob=lambda path: 1 / 0), url))
+    with pytest.raises(ValueError, match=r"name the shards, such as hf://datasets/x/y/\{00000\.\.00099\}\.tar$"):
+        expand_remote(f"hf://datasets/x/y{ending}")

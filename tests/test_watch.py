@@ -242,3 +242,12 @@ def test_watching_needs_no_torch(tmp_path):
     code = "import sys; from openvision3 import cli; cli.main(['watch', sys.argv[1], '--once']); print({'torch', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a home that nobody can write to is needed, root included")
+def test_a_home_that_cannot_be_written_to_costs_no_words(tmp_path):
+    write(tmp_path / "a", [row(1), row(2)])
+    command = [sys.executable, "-m", "openvision3", "watch", "a", "--png", "a.png"]
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=surroundings | {"HOME": "/proc/nobody"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a.png: 1 panels\n", "") and (tmp_path / "a.png").is_file()

@@ -8,6 +8,7 @@ import errno
 import functools
 import inspect
 import io
+import logging
 import os
 import re
 import sys
@@ -526,7 +527,7 @@ def parse(target: Any, argv: Sequence[str], program: str, **settings: Any) -> An
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(errors.getvalue(), program, _options(target, settings.get("default")))) from None
+        raise ValueError(_one_line(errors.getvalue(), program, *_options(target, settings.get("default")))) from None
 
 
 @contextlib.contextmanager
@@ -543,13 +544,17 @@ def _wide_terminal() -> Iterator[None]:
             os.environ["COLUMNS"] = columns
 
 
-def _options(target: Any, default: Any) -> list[str]:
-    """The legal option names: those of a config's fields, or of a verb's parameters."""
+def _options(target: Any, default: Any) -> tuple[list[str], list[str]]:
+    """The names of options, and those of arguments that stand without one: a config's fields, or a verb's parameters."""
     if default is None:
-        return [f"--{name.replace('_', '-')}" for name in inspect.signature(target).parameters]
-    from openvision3.config import flat, to_dict
+        hints = get_type_hints(target, include_extras=True)
+        bare = {name for name in hints if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())}
+        names = [name for name in inspect.signature(target).parameters]
+    else:
+        from openvision3.config import flat, to_dict
 
-    return [f"--{name.replace('_', '-')}" for name in flat(to_dict(default))]
+        names, bare = [*flat(to_dict(default))], set()
+    return [f"--{name.replace('_', '-')}" for name in names if name not in bare], [f"--{name.replace('_', '-')}" for name in bare]
 
 
 def deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
@@ -562,8 +567,8 @@ def deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return bind
 
 
-def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
-    """The first paragraph of tyro's error box, and for an unknown option the nearest of `options`."""
+def _one_line(box: str, program: str, options: Sequence[str] = (), bare: Sequence[str] = ()) -> str:
+    """The first paragraph of tyro's error box, and for an unknown option the nearest of `options`; `bare` are arguments, which have none."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
     paragraphs: list[list[str]] = [[]]
     for line in lines[1:]:
@@ -577,6 +582,8 @@ def _one_line(box: str, program: str, options: Sequence[str] = ()) -> str:
     help_line = f"see `{program} --help`"
     if extra := re.search(r"Unrecognized options: ([^\s,]+)", message):
         word = extra.group(1).partition("=")[0]
+        if word in bare:
+            return f"{word[2:].upper()} is written without {word}: `{program} {word[2:].upper()}`; {help_line}"
         return str(unknown("option", word, options, help_line)) if word.startswith("-") else f"{word!r} is one argument too many; {help_line}"
     for pattern, words in TYRO_IN_WORDS.items():
         message = re.sub(pattern, words, message)
@@ -629,6 +636,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it takes another folder where the home cannot be written to, and says so in four lines
     if argv[:1] == ["--version"]:
         print(__version__)
         return 0

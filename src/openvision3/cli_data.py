@@ -319,8 +319,9 @@ def _print_shards(flawed: list) -> None:
     if not flawed:
         return
     table = Table("shard", "samples", "usable", "what is wrong", header_style="bold")
+    table.columns[0].overflow = "fold"  # a name that is cut names nothing
     for column in (1, 2):
-        table.columns[column].justify = "right"
+        table.columns[column].justify, table.columns[column].no_wrap = "right", True
     shown = sorted(flawed, key=lambda each: -len(each.problems))[:20]
     for each in shown:
         table.add_row(each.shard, f"{each.samples:,}", f"{each.usable:,}", reasons_in_words(list(each.problems)))

@@ -6,6 +6,7 @@ recorded, and a load with other weights is refused. Loads are strict.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openvision3.config import flat, from_dict, nearest, to_dict
+from openvision3.config import flat, from_dict, to_dict
+from openvision3.contents import holds
 from openvision3.data.text import TextTokenizer
 from openvision3.files import sha256_of
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
@@ -216,9 +218,11 @@ def find_folder(name: str | Path) -> Path:
         raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} is no model: it holds no model.safetensors; name a model folder or a run folder")
-    near = nearest(name, shipped())
-    hint = f"; did you mean {near}?" if near else ""
-    raise FileNotFoundError(f"no such model: {name}; legal are {', '.join(shipped()) or 'no shipped model'}, a model folder or a run folder{hint}")
+    if folder.is_file():
+        raise FileNotFoundError(f"{name} is a file, which {holds(folder)}; name the model folder or run folder that it belongs to")
+    near = difflib.get_close_matches(name, shipped(), 1)
+    hint = f" Did you mean {near[0]}?" if near and "/" not in name else ""
+    raise FileNotFoundError(f"no such model: {name}.{hint} Choose one of {', '.join(shipped()) or 'no shipped model'}, a model folder or a run folder")
 
 
 def read_config(folder: Path) -> FolderConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,8 @@ def expand_remote(url: str) -> list[str]:
     try:
         return sorted(system.unstrip_protocol(found) for found in system.glob(path))
     except Exception as error:  # each file system raises its own
-        raise ValueError(f"{url} cannot be listed: {error or type(error).__name__}; name the shards, such as {url.rstrip('/')}/{{00000..00099}}.tar") from error
+        folder = re.split(r"[^/]*[*?\[]", url)[0].rstrip("/")
+        raise ValueError(f"{url} cannot be listed: {error or type(error).__name__}; name the shards, such as {folder}/{{00000..00099}}.tar") from error
 
 
 class ShardCache:

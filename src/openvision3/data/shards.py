@@ -538,6 +538,10 @@ def find(name: str) -> Found:
     """Look up a name of data. Raises ValueError where there is nothing of that name."""
     if name == "openmoji":
         return Found(True, [], [], [])
+    if not os.path.exists(name) and name.startswith("pipe:"):
+        raise ValueError(f"{name}: commands are not run here; name the shards by their address, such as https://... or s3://..., or a local path")
+    if not os.path.exists(name) and all(part.endswith(".tar") for part in name.split("::")) and "::" in name:
+        raise ValueError(f"{name}: several shards are not joined by ::, but named apart: {' '.join(name.split('::'))}")
     if is_remote(name):
         urls = list(dict.fromkeys(url for part in _braces(name) for url in expand_remote(part)))
         if not urls:

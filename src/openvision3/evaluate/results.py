@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from openvision3.contents import holds
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.statistics import Column, Columns, Difference, best_first, differences
 from openvision3.files import write_whole
@@ -144,14 +145,17 @@ class Results:
             raise FileNotFoundError(f"no results at {path}; openvision3 evaluate writes them")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("format") != FORMAT:
-                raise ValueError(f"format {values.get('format')}, this version reads {FORMAT}")
+            if not isinstance(values, dict) or "format" not in values or "rows" not in values:
+                raise ValueError("it holds other JSON")
+            if values["format"] != FORMAT:
+                raise ValueError(f"it has format {values['format']}, this version reads format {FORMAT}; evaluate anew")
             rows = [Row.from_json(row) for row in values["rows"]]
             not_run = [NotRun(**each) for each in values["not_run"]]
             apart = [Difference(**each) for each in values.get("differences", [])]
             return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"], apart)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no results file of openvision3 evaluate: {type(error).__name__} {error}") from error
+            seen = {json.JSONDecodeError: f"it {holds(path)}", UnicodeDecodeError: f"it {holds(path)}", KeyError: f"it has no field {error}", TypeError: f"its fields do not fit: {error}"}
+            raise ValueError(f"{path} is not a results.json of `openvision3 evaluate`: {seen.get(type(error), error)}") from error
 
 
 @dataclass
