@@ -200,7 +200,10 @@ REFUSED = {
     "argument as an option of evaluate": (["evaluate", "probe", "--model", "m"], "MODEL is written without --model: `openvision3 evaluate probe MODEL`"),
     "pipe of webdataset": (["train", "tiny", "--data", "pipe:curl s3://b/x.tar"], "commands are not run here; name the shards by their address"),
     "shards joined by ::": (["train", "tiny", "--data", "a.tar::b.tar"], r"several shards are not joined by ::, but named apart: a\.tar b\.tar\n"),
-    "results that are none": (["evaluate", "table", "more/notes.txt"], r"notes\.txt is not a results\.json of .*: it holds text, which begins with 'no picture'\n"),
+    "results that are none": (
+        ["evaluate", "table", "more/notes.txt"],
+        r"notes\.txt is not a results\.json of .*: it holds text, which begins with 'no picture'\n",
+    ),
     "unknown recipe": (["train", "tyni"], r"unknown recipe 'tyni'\. Did you mean 'tiny'\? Choose one of mini, "),
     "unknown field": (["train", "tiny", "--batsh", "4"], r"'--batsh'\. Did you mean '--batch'\?"),
     "unknown nested field": (["train", "tiny", "--optimizer.learning-rat", "4"], r"Did you mean '--optimizer\.learning-rate'\?"),

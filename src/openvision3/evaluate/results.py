@@ -154,7 +154,12 @@ class Results:
             apart = [Difference(**each) for each in values.get("differences", [])]
             return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"], apart)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            seen = {json.JSONDecodeError: f"it {holds(path)}", UnicodeDecodeError: f"it {holds(path)}", KeyError: f"it has no field {error}", TypeError: f"its fields do not fit: {error}"}
+            seen = {
+                json.JSONDecodeError: f"it {holds(path)}",
+                UnicodeDecodeError: f"it {holds(path)}",
+                KeyError: f"it has no field {error}",
+                TypeError: f"its fields do not fit: {error}",
+            }
             raise ValueError(f"{path} is not a results.json of `openvision3 evaluate`: {seen.get(type(error), error)}") from error
 
 
