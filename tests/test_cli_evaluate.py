@@ -565,7 +565,7 @@ def test_results_come_back_from_their_file_as_they_were(everything, tmp_path):
     assert Results.load(results.save(tmp_path)) == results
     for text in ("{}", "[]", "x", json.dumps({"format": 99}), json.dumps({"format": 1, "rows": [{}]})):
         (tmp_path / "results.json").write_text(text)
-        with pytest.raises(ValueError, match="is not a results.json of"):
+        with pytest.raises(ValueError, match=r"is not a results\.json of"):
             Results.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="openvision3 evaluate writes them"):
         Results.load(tmp_path / "none")

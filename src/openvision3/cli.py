@@ -549,7 +549,7 @@ def _options(target: Any, default: Any) -> tuple[list[str], list[str]]:
     if default is None:
         hints = get_type_hints(target, include_extras=True)
         bare = {name for name in hints if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())}
-        names = [name for name in inspect.signature(target).parameters]
+        names = list(inspect.signature(target).parameters)
     else:
         from openvision3.config import flat, to_dict
 
