@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from tiny_pipeline import write_photo
+from tiny_pipeline import pipeline, write_photo
 
 from openvision3 import cli, cli_data, cli_evaluate
+from openvision3.data.text import TextTokenizer
+from openvision3.files import write_whole
+from openvision3.hub import ASSETS
 from openvision3.paths import check_apart, expand_home, expand_value
+from openvision3.progress import RunFolder
 
 TEXTS = {
     *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
@@ -146,3 +153,36 @@ def test_what_a_command_writes_never_lies_in_the_data_that_it_reads(monkeypatch,
     assert sorted(os.listdir()) == ["inside", "link"]
     check_apart("inside2", ["inside", "openmoji", "s3://bucket/inside2/*.tar", "nowhere"])
     check_apart("inside", ["inside/sub"])
+
+
+def test_paths_and_words_that_are_not_utf8_are_one_line_or_work_and_never_a_traceback(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"\xff")
+    write_photo(Path(f"{odd}/{odd}.png"))
+    shutil.copytree(ASSETS / "mini", f"m{odd}")
+    assert cli.main(["encode", odd, "--out", f"o{odd}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["file"] == f"o{odd}/{odd}.safetensors"
+    for argv, expected in (
+        (["classify", odd, "--labels", f"{odd} cat", "dog"], r"a label is not UTF-8 text: '\udcff cat' holds half a character at 0"),
+        (["train", "tiny", "--out", f"r{odd}"], r"'r\udcff' is not UTF-8, which TensorBoard needs of the name of a run folder; name another with --out"),
+        (["info", f"m{odd}"], r"m\udcff/model.safetensors' is not UTF-8, which safetensors needs of a path; give the folder another name"),
+        (["info", f"n{odd}"], "no such model: n"),
+        (["fetch", odd], "nothing is fetched under '"),
+        (["data", "check", f"n{odd}"], "no such data: n"),
+        ([odd], r"unknown command '\udcff'. Run `openvision3 --help` for all commands"),
+    ):
+        assert cli.main(argv) == 2, argv
+        out, err = capsys.readouterr()
+        assert expected in err and err.count("\n") == 1 and not out, argv
+    write_whole("page.html", f"<p>{odd}</p>")
+    assert Path("page.html").read_text() == r"<p>\udcff</p>"
+    tokenizer = pipeline().tokenizer
+    tokenizer.save(f"{odd}/tokenizer.json")
+    assert len(TextTokenizer.load(f"{odd}/tokenizer.json")) == len(tokenizer)
+    log = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["openvision3", "train", odd])
+    log.describe({}, {})
+    log.say(f"data {odd}")
+    log.close()
+    assert (tmp_path / "run" / "command.txt").read_bytes().endswith(b"train '\xff'\n")
+    assert r"data \udcff" in (tmp_path / "run" / "log.txt").read_text()

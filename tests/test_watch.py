@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rich.console import Console
 from small_runs import pictures
 
 from openvision3 import cli
+from openvision3.paths import chart_label
 from openvision3.watch import MARKS, ORDER, Curves, Picture, chosen, draw, number, open_runs, watch
 
 
@@ -251,3 +253,13 @@ def test_a_home_that_cannot_be_written_to_costs_no_words(tmp_path):
     surroundings = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=surroundings | {"HOME": "/proc/nobody"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "a.png: 1 panels\n", "") and (tmp_path / "a.png").is_file()
+
+
+def test_any_name_of_a_run_can_stand_on_a_chart(tmp_path):
+    names = ["_a", "$x^{$", "a$b", "<b>[red]", os.fsdecode(b"r\xff")]
+    for name in names:
+        write(tmp_path / name, [row(1), row(2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw([str(tmp_path / name) for name in names], tmp_path / "a.png") == 1
+    assert [chart_label(name) for name in names] == [" _a", r"\$x^{\$", r"a\$b", "<b>[red]", r"r\udcff"]

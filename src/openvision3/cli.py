@@ -329,11 +329,15 @@ def classify(
         labels: the texts to choose among, such as --labels "a cat" "a dog".
         top: how many to show.
     """
+    from openvision3.data.captions import checked_text
+
     paths = _paths(pictures)
     if not all(map(str.strip, labels)) or not labels or top < 1:
         raise ValueError(
             f"labels {', '.join(map(repr, labels)) or 'none'} and top {top}: legal are one or more of each, such as --labels 'a cat' 'a dog' --top 1"
         )
+    for label in labels:
+        checked_text(label, "a label")
     pipeline = _load(model, device, vae)
 
     def one(path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.evaluate import report
 from openvision3.files import sha256_of, write_whole
+from openvision3.paths import chart_label
 from openvision3.watch import Curves, open_runs
 
 METRICS = (
@@ -166,7 +167,7 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
         panel.tick_params(labelsize=8)
         panel.set_xlabel("step", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=group.label) for i, group in enumerate(groups)]
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=chart_label(group.label)) for i, group in enumerate(groups)]
     figure.legend(handles=handles, loc="upper left", ncols=2, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - head / figure.get_figheight()))
     buffer = io.BytesIO()

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], Any], *, first_wins: bool = False) -> None:
     """Write bytes, text as UTF-8, or what a function writes into the file it is given; an older file of this name stands until then.
 
+    What a file's name may hold and text may not is written as \\udcff.
     With `first_wins` a file of this name that is there by now stays, where the disk can say so in one step.
 
     Raises:
@@ -29,7 +30,7 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
             if callable(content):
                 content(file)
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         if not (first_wins and _link(making, path)):

@@ -104,7 +104,7 @@ def save_model(
         state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (frozen | weights if weights else model.trained_state()).items()}
         save_file(state, making / "model.safetensors", metadata={"format": "pt"})
         (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors' own is for the owner alone
-        (making / "README.md").write_text(card or model_card(config), encoding="utf-8")
+        (making / "README.md").write_text(card or model_card(config), encoding="utf-8", errors="backslashreplace")
         _take_place(making, folder, old)
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -293,6 +293,8 @@ def load_weights(model: OpenVision3, folder: Path) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
     except SafetensorError as error:
+        if not str(path).isascii() and "UTF-8" in str(error):
+            raise ValueError(f"{str(path)!a} is not UTF-8, which safetensors needs of a path; give the folder another name") from error
         raise ValueError(f"{path} is damaged: {error}") from error
     own = model.trained_state()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -75,3 +75,9 @@ def check_apart(out: str, data: Sequence[str], option: str = "--out") -> None:
             read = folder.is_dir() and not any(folder.glob("*.tar"))  # of a folder with shards, they alone
             if read and place.is_relative_to(folder.resolve()):
                 raise ValueError(f"{out} lies within {folder}, which is read: what is written there would be read as data; name a folder outside with {option}")
+
+
+def chart_label(name: str) -> str:
+    """A name for Matplotlib, which takes `$` for mathematics, leaves out of a legend what begins with `_`, and fails on what is not UTF-8."""
+    text = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -110,7 +110,7 @@ class RunFolder:
         self.check(self.path, resume)
         for name in ("checkpoints", "samples"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        self._log = open(self.path / "log.txt", "a", encoding="utf-8")
+        self._log = open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
         self._metrics = open(self.path / "metrics.jsonl", "a" if resume else "w", encoding="utf-8")
         (self.path / REQUEUE).unlink(missing_ok=True)
 
@@ -120,6 +120,10 @@ class RunFolder:
         used = (path / "config.json").exists()
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; name a folder with --out")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(path)!a} is not UTF-8, which TensorBoard needs of the name of a run folder; name another with --out") from None
         if used and not resume:
             raise ValueError(f"{path} already holds a run; go on with --resume, or name another folder with --out")
         if resume and not used:
@@ -130,7 +134,7 @@ class RunFolder:
         if not self.writes:
             return
         write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        with open(self.path / "command.txt", "a", encoding="utf-8") as file:
+        with open(self.path / "command.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(shlex.join(sys.argv) + "\n")
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")  # last: it makes the folder a run
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openvision3.files import write_whole
+from openvision3.paths import chart_label
 from openvision3.progress import duration
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "red", "blue")
@@ -338,7 +339,9 @@ def draw(names: Sequence[str], path: str | Path, metrics: Sequence[str] = ()) ->
             points = run.values.get(name, {})
             if points:
                 marker = "o" if len(points) == 1 else None
-                panel.plot(list(points), list(points.values()), color=colours[i % len(colours)], linewidth=1.5, marker=marker, label=str(run.folder))
+                panel.plot(
+                    list(points), list(points.values()), color=colours[i % len(colours)], linewidth=1.5, marker=marker, label=chart_label(str(run.folder))
+                )
         single = f": {number(value)}" if len(runs) == 1 and (value := runs[0].last(name)) is not None else ""
         panel.set_title(name.removeprefix("train/") + single, fontsize=10, loc="left")
         panel.grid(alpha=0.25)
@@ -348,7 +351,7 @@ def draw(names: Sequence[str], path: str | Path, metrics: Sequence[str] = ()) ->
     if len(runs) > 1:
         from matplotlib.lines import Line2D
 
-        handles = [Line2D([], [], color=colours[i % len(colours)], label=str(run.folder)) for i, run in enumerate(runs)]
+        handles = [Line2D([], [], color=colours[i % len(colours)], label=chart_label(str(run.folder))) for i, run in enumerate(runs)]
         figure.legend(handles=handles, loc="upper left", ncols=min(4, len(runs)), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight() if len(runs) > 1 else 1))
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -147,7 +147,7 @@ def index_path(shard: str, folder: str = "") -> Path:
     if not folder:
         return Path(shard + ".index")
     where = shard if is_remote(shard) else os.path.abspath(shard)
-    return Path(folder) / f"{Path(shard).name}.{hashlib.blake2b(where.encode(), digest_size=6).hexdigest()}.index"
+    return Path(folder) / f"{Path(shard).name}.{hashlib.blake2b(os.fsencode(where), digest_size=6).hexdigest()}.index"
 
 
 def is_remote(path: str) -> bool:

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from openvision3.files import write_whole
+
 PAD, UNKNOWN, CLASS, BEGIN, END = "[PAD]", "[UNK]", "[CLS]", "[BEGIN]", "[END]"
 
 
@@ -80,13 +82,13 @@ class TextTokenizer:
                 "(Apache-2.0), which `openvision3 fetch bert-base-uncased` gets; --tokenizer '' trains one on the captions"
             )
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))  # its own reader takes no path that is not UTF-8
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:
-        self.tokenizer.save(str(path))
+        write_whole(path, self.tokenizer.to_str(pretty=True))
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()

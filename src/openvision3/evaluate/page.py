@@ -16,6 +16,7 @@ from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import SCORES, Line, NotRun, Results, Row, Setting, by_need, how_to_read, scores_by_sample, shown, split, surely_best
 from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
+from openvision3.paths import chart_label
 
 if TYPE_CHECKING:
     from openvision3.cli_evaluate import Evaluation
@@ -195,7 +196,7 @@ def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[flo
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(values)}
     low, high = min(min(v) for v in values.values()), max(max(v) for v in values.values())
     for name, found in values.items():
-        panels[0].hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name], label=name)
+        panels[0].hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name], label=chart_label(name))
     panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_title("pictures, over the PSNR of each, dB", fontsize=10, loc="left")
     for name, points in curves.items():
@@ -303,10 +304,12 @@ def figure_one(rows: Sequence[Row]) -> bytes:
             bars = [(j + i / (len(models) + 1), numbers[model].value * factor) for j, (_, numbers) in enumerate(groups) if model in numbers]
             panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=colours[model])
         places = [j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(groups))]
-        panel.set_xticks(places, [label for label, _ in groups], fontsize=7, rotation=90 if len(groups) > 4 else 0)  # more do not fit side by side
+        panel.set_xticks(places, [chart_label(label) for label, _ in groups], fontsize=7, rotation=90 if len(groups) > 4 else 0)  # more do not fit side by side
         panel.tick_params(labelsize=8)
     if colours:
-        figure.legend(handles=[Patch(color=colours[model], label=model) for model in colours], loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        figure.legend(
+            handles=[Patch(color=colours[model], label=chart_label(model)) for model in colours], loc="outside upper left", ncols=4, frameon=False, fontsize=8
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
