@@ -173,7 +173,7 @@ def test_unreadable_pictures_among_many_are_named_and_counted_and_the_others_don
 
 
 def test_one_unreadable_picture_alone_is_one_line_and_no_folder(work, model, capsys):
-    assert "notes.txt is not a picture" in refused(capsys, "reconstruct", "more/notes.txt", "--model", model)
+    assert "notes.txt holds text, which begins with" in refused(capsys, "reconstruct", "more/notes.txt", "--model", model)
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ REFUSED = {
     "no pictures named": (["caption"], "no pictures given; name files, folders or globs"),
     "missing file": (["caption", "nowhere.png"], r"no such picture: nowhere\.png"),
     "missing among others": (["caption", "pics", "nowhere.png"], r"no such picture: nowhere\.png"),
-    "folder without pictures": (["encode", "empty"], r"empty holds no pictures; legal are files ending in \.jpg"),
+    "folder without pictures": (["encode", "empty"], r"empty holds no images that are read; choose one of jpg"),
     "glob without matches": (["encode", "pics/*.tif"], r"no such picture: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
     "labels empty": (["classify", "pics", "--labels"], "labels none"),
@@ -294,7 +294,8 @@ def test_output_stays_in_its_folder_for_strange_names(work, model, capsys):
     strange = ["..png", "...png", "-a.png", "a b.png", "ä\n.png", "x.y.png", os.fsdecode(b"\xff.png")]
     for name in strange:
         shutil.copy("pics/a.png", work / "more" / name)
-    assert cli.main(["encode", "more", "--model", model, "--out", "deep/tokens", "--json"]) == 0
+    paths = [f"more/{name}" for name in (*strange, "a.png")]
+    assert cli.main(["encode", *paths, "--model", model, "--out", "deep/tokens", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len({row["file"] for row in found}) == len(strange) + 1
     assert tree(work) - tree(work / "pics") >= {"deep/tokens"}

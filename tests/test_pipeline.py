@@ -133,7 +133,7 @@ def test_what_is_no_height_and_width_is_refused(pair):
 
 def test_an_unreadable_picture_is_an_image_error(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"bad\.png is not a picture"):
+    with pytest.raises(ImageError, match=r"bad\.png holds text, which begins with .no picture.; choose one of jpg"):
         pipeline().encode(tmp_path / "bad.png")
     with pytest.raises(ImageError, match="no such picture"):
         pipeline().encode("nowhere.png")
@@ -323,15 +323,19 @@ def test_files_folders_and_globs_expand_in_order_each_once(tmp_path, monkeypatch
     for name in ("d/b.png", "d/a.JPG", "d/deep/c.png", "x[1].png"):
         write_photo(tmp_path / name)
     (tmp_path / "d" / "notes.txt").write_text("no picture")
-    assert expand_pictures(["d"]) == ["d/a.JPG", "d/b.png"]
-    assert expand_pictures(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG"]
+    assert expand_pictures(["d"]) == ["d/a.JPG", "d/b.png", "d/deep/c.png"]
+    assert expand_pictures(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG", "d/deep/c.png"]
     assert expand_pictures(["d/**/*.png"]) == ["d/b.png", "d/deep/c.png"]
     assert expand_pictures(["x[1].png"]) == ["x[1].png"]
 
 
 def test_a_pattern_that_names_nothing_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
-    for pattern, message in ((tmp_path / "empty", "holds no pictures; legal are"), (tmp_path / "*.png", "no such picture"), (tmp_path / "a.png", "no such")):
+    for pattern, message in (
+        (tmp_path / "empty", "holds no images that are read; choose one of"),
+        (tmp_path / "*.png", "no such picture"),
+        (tmp_path / "a.png", "no such"),
+    ):
         with pytest.raises(ImageError, match=message):
             expand_pictures([str(pattern)])
 

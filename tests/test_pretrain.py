@@ -113,7 +113,7 @@ LPIPS = [
 
 BAD = {
     "unknown data": (lambda root: ["--data", "nowhere"], "no such data: nowhere"),
-    "no data": (lambda root: ["--data", str(pictures(root / "empty", 0))], "holds no pictures"),
+    "no data": (lambda root: ["--data", str(pictures(root / "empty", 0))], "holds no images that are read"),
     "no usable data": (lambda root: ["--data", _no_pictures(root)], "256 samples in a row cannot be used"),
     "unknown val": (lambda root: ["--val", "nowhere"], "no such data: nowhere"),
     "no usable val": (lambda root: ["--val", _no_pictures(root)], "none of the 3 held-out pictures"),

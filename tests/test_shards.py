@@ -304,7 +304,7 @@ def test_a_table_with_other_columns_is_an_error_that_names_them(tmp_path):
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no pictures; legal are"):
+    with pytest.raises(ValueError, match="holds no images that are read; choose one of jpg, "):
         FolderSource(tmp_path)
 
 

@@ -470,11 +470,16 @@ def _load(model: str, device: str, vae: str) -> Pipeline:
 
 
 def _paths(patterns: Sequence[str]) -> list[str]:
+    from openvision3.data.shards import reasons_in_words
     from openvision3.pipeline import expand_pictures
 
     if not patterns:
         raise ValueError("no pictures given; name files, folders or globs, and put them before options that take several values, such as --labels")
-    return expand_pictures(patterns)
+    unused: list[dict[str, str]] = []
+    paths = expand_pictures(patterns, unused)
+    if unused:
+        print(f"openvision3: not used: {reasons_in_words(unused)}, such as {unused[0]['key']} ({unused[0]['detail']})", file=sys.stderr)
+    return paths
 
 
 def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:

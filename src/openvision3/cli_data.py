@@ -24,6 +24,7 @@ from openvision3.paths import PathName, check_apart
 
 if TYPE_CHECKING:
     from openvision3.data.recaption import Tally
+    from openvision3.data.shards import Found
 
 T = TypeVar("T")
 
@@ -64,30 +65,39 @@ def index(shards: Shards, index: PathName = "", again: bool = False, workers: in
     return 2 if failed else 0
 
 
-def check(shards: Shards, caption_keys: tuple[str, ...] = (), decode: bool = False, workers: int = 0, json: Json = False) -> int:
-    """Look at every sample of shards and count what cannot be trained on; exit code 2 where something is wrong.
+def check(data: Data, caption_keys: tuple[str, ...] = (), decode: bool = False, workers: int = 0, json: Json = False) -> int:
+    """Look at every sample of shards and folders and count what cannot be trained on, or is not read; exit code 2 where there is something.
 
     Args:
         caption_keys: JSON fields that hold captions; none: the .txt member.
         decode: decode every picture too.
         workers: processes; 0: one for each core.
     """
-    from openvision3.data.check import Checked, check_shard
+    from openvision3.data.check import Checked, check_folder, check_shard
     from openvision3.data.shards import count_reasons
+    from openvision3.progress import track
 
-    paths, missing = _shards(shards)
-    done = list(_over(functools.partial(check_shard, caption_keys=caption_keys, decode=decode), paths, workers, "checking"))
+    found = _found(data, "data")
+    if any(each.openmoji for each in found):
+        raise ValueError("openmoji comes with the package and is not checked; name shards or folders of images")
+    shards, folders, missing = (list(dict.fromkeys(path for each in found for path in getattr(each, kind))) for kind in ("tars", "folders", "missing"))
+    done = list(_over(functools.partial(check_shard, caption_keys=caption_keys, decode=decode), shards, workers, "checking")) if shards else []
+    done += [check_folder(folder, decode, track) for folder in folders]
     done += [Checked(path, problems=({"key": path, "reason": "missing", "detail": "no such shard"},)) for path in missing]
+    if beside := tuple(problem for each in found for problem in each.unused):
+        done.append(Checked("beside the shards", problems=beside))
     problems = [problem for each in done for problem in each.problems]
     samples, usable, size = sum(d.samples for d in done), sum(d.usable for d in done), sum(d.bytes for d in done)
     several: Counter[int] = sum((Counter(each.captions) for each in done), Counter())
     if json:
-        found = {"shards": len(done), "samples": samples, "usable": usable, "bytes": size, "captions": several, "reasons": count_reasons(problems)}
-        print(dumps(found | {"problems": problems, "each": [asdict(each) for each in done]}, indent=2, ensure_ascii=False))
+        totals = {"shards": len(shards) + len(missing), "folders": len(folders), "samples": samples, "usable": usable, "bytes": size, "captions": several}
+        totals["reasons"] = count_reasons(problems)
+        print(dumps(totals | {"problems": problems, "each": [asdict(each) for each in done]}, indent=2, ensure_ascii=False))
     else:
         _print_shards([each for each in done if each.problems])
         looked = "tar, members, JSON, captions and pictures" if decode else "tar, members, JSON and captions; pictures are decoded with --decode"
-        print(f"{len(done):,} shards, {samples:,} samples, {size / 1e9:.2f} GB; {usable:,} samples without a flaw ({looked})")
+        kinds = [f"{len(paths):,} {kind}" for kind, paths in (("shards", shards + missing), ("folders", folders)) if paths]
+        print(f"{', '.join(kinds)}, {samples:,} samples, {size / 1e9:.2f} GB; {usable:,} samples without a flaw ({looked})")
         if several:
             each = f"{min(several)} to {max(several)}" if len(several) > 1 else f"{max(several)}"
             print(f"  {several.total():,} samples have several captions ({each}): each line of a .txt is one; join the lines of a caption that is wrapped")
@@ -283,13 +293,18 @@ VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, re
 # -- what the verbs share ------------------------------------------------------------------------------------------
 
 
-def _shards(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the shards of these names, those that a brace names and that are not there). Raises ValueError where there is none."""
+def _found(names: Sequence[str], what: str) -> list[Found]:
+    """What these names of data stand for. Raises ValueError where one stands for nothing."""
     from openvision3.data.shards import find
 
     if not names:
-        raise ValueError("no shards named; name some, such as data/{00000..00009}.tar")
-    found = [find(name) for name in names]
+        raise ValueError(f"no {what} named; name some, such as data/{{00000..00009}}.tar")
+    return [find(name) for name in names]
+
+
+def _shards(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the shards of these names, those that a brace names and that are not there). Raises ValueError where there is none."""
+    found = _found(names, "shards")
     paths = list(dict.fromkeys(path for each in found for path in each.tars))
     if not paths:
         raise ValueError(f"no shards at {', '.join(names)}; this command looks at .tar files")
@@ -298,9 +313,10 @@ def _shards(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _over(work: Callable[[str], T], paths: list[str], workers: int, what: str) -> Iterator[T]:
     """`work` on every shard, in processes where there are several shards, with a bar."""
+    from openvision3.doctor import cores
     from openvision3.progress import track
 
-    workers = min(workers or os.cpu_count() or 1, len(paths))
+    workers = min(workers or cores(), len(paths))
     if workers == 1 or len(paths) < 4:
         yield from track(map(work, paths), what, len(paths))
         return

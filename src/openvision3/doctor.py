@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+
+def cores() -> int:
+    """Processors that this process may use: those of its affinity, and no more than its control group (a container) gives time on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = min(allowed, max(1, round(int(quota) / int(period))))  # the quota is "max" where there is none
+    return allowed
 
 
 def choose_device(asked: str | torch.device = "auto") -> str:

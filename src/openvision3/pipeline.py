@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3 import hub
+from openvision3.data.folders import scan_folder
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
 from openvision3.data.order import draw_seed
+from openvision3.data.shards import reasons_in_words
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_device, dtype_of
 from openvision3.evaluate.protocol import Functions
@@ -303,8 +305,8 @@ def _only(rows: list[Tensor], verb: str) -> Tensor:
     return rows[0]
 
 
-def expand_pictures(patterns: Sequence[str]) -> list[str]:
-    """Files, folders and globs -> picture files, in order, each once.
+def expand_pictures(patterns: Sequence[str], unused: list[dict[str, str]] | None = None) -> list[str]:
+    """Files, folders with their sub-folders, and globs -> image files, in order, each once. What lies in folders and is not read goes to `unused`.
 
     Raises:
         ImageError: a pattern that names nothing.
@@ -312,9 +314,13 @@ def expand_pictures(patterns: Sequence[str]) -> list[str]:
     found: dict[str, str] = {}
     for pattern in patterns:
         if os.path.isdir(pattern):
-            matches = sorted(str(p) for p in Path(pattern).iterdir() if p.suffix.lower() in EXTENSIONS and not p.is_dir())
+            contents = scan_folder(pattern)
+            matches = [str(Path(pattern, name)) for name in contents.images]
+            if unused is not None:
+                unused += ({**problem, "key": str(Path(pattern, problem["key"]))} for problem in contents.unused)
             if not matches:
-                raise ImageError("missing", f"{pattern} holds no pictures; legal are files ending in {', '.join(EXTENSIONS)}")
+                seen = f" ({reasons_in_words(contents.unused)})" if contents.unused else ""
+                raise ImageError("missing", f"{pattern} holds no images that are read{seen}; choose one of {', '.join(e[1:] for e in EXTENSIONS)}")
         elif os.path.exists(pattern):
             matches = [pattern]
         else:

@@ -1,4 +1,4 @@
-"""Shards one at a time, each by a function that a process of its own can run: write the index, or look at every sample."""
+"""Shards and folders one at a time, each by a function that a process of its own can run: write the index, or look at every sample."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from openvision3.data.captions import TextError
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.remote import fetch, remote_stamp
-from openvision3.data.shards import ShardSource
-from openvision3.data.tars import Tars
+from openvision3.data.shards import FolderSource, ShardSource
+from openvision3.data.tars import Tars, Watch, plain
 
 
 @dataclass
@@ -82,7 +82,10 @@ def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = F
             index = scan(path)
             problems = [{**p, "key": f"{label}/{p['key']}" if p["key"] else shard} for p in index.problems]
             several: Counter[int] = Counter()
-            usable = _usable(path, index, label, caption_keys, decode, problems, several) if len(index) else 0
+            usable = 0
+            if len(index):
+                without = f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank"
+                usable = _usable(ShardSource(Tars([path], [label], found=[index]), caption_keys), without, decode, problems, several)
         return Checked(shard, len(index), usable, now.size, tuple(problems), dict(several))
     except FileNotFoundError:
         return Checked(shard, problems=({"key": shard, "reason": "missing", "detail": "no such shard"},))
@@ -91,17 +94,29 @@ def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = F
         return Checked(shard, problems=({"key": shard, "reason": reason, "detail": _line(error)},))
 
 
-def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, ...], decode: bool, problems: list[Problem], several: Counter[int]) -> int:
-    source = ShardSource(Tars([path], [label], found=[index]), caption_keys)
+def check_folder(folder: str, decode: bool = False, watch: Watch = plain) -> Checked:
+    """Look at every image of a folder: captions there, with `decode` images too; and what lies there and is not read."""
+    try:
+        source = FolderSource(folder)
+    except (ValueError, OSError) as error:
+        return Checked(folder, problems=({"key": folder, "reason": "no images", "detail": _line(error)},))
+    problems, several = list(source.problems), Counter[int]()
+    usable = _usable(source, "no text of that name, and no row in a table", decode, problems, several, watch)
+    size = sum(path.stat().st_size for path in source.files if path.exists())
+    return Checked(folder, len(source), usable, size, tuple(problems), dict(several))
+
+
+def _usable(source: ShardSource | FolderSource, without: str, decode: bool, problems: list[Problem], several: Counter[int], watch: Watch = plain) -> int:
+    """How many samples have no flaw; flaws go to `problems`, `without` is the detail of one that has no caption."""
     good = 0
-    for sample in range(len(source)):
+    for sample in watch(range(len(source)), "checking"):
         before = len(problems)
 
         def note(reason: str, detail: str, key: str = source.key(sample)) -> None:
             problems.append({"key": key, "reason": reason, "detail": detail})
 
         try:
-            if source.broken_json(sample):
+            if isinstance(source, ShardSource) and source.broken_json(sample):
                 note("broken JSON", "empty, cut off or not an object")
             try:
                 captions = source.captions(sample)
@@ -110,13 +125,14 @@ def _usable(path: str, index: ShardIndex, label: str, caption_keys: tuple[str, .
                 captions = None
                 note(error.reason, str(error))
             if captions == ():
-                note("no caption", f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank")
+                note("no caption", without)
+            data = source.data(sample)
             if decode:
-                open_image(source.data(sample))
-            elif not source.data(sample):
+                open_image(data)
+            elif not (data.stat().st_size if isinstance(data, Path) else len(data)):
                 note("empty", "the picture holds 0 bytes")
-        except ImageError as error:
-            note(error.reason, str(error))
+        except (ImageError, OSError) as error:
+            note(error.reason if isinstance(error, ImageError) else "unreadable", str(error))
         good += len(problems) == before
     return good
 

@@ -27,6 +27,7 @@ from openvision3.data.image_text import Answer, Identity, Wording
 from openvision3.data.images import ImageError
 from openvision3.data.recaption_files import ORIGINAL, CaptionFolder, CaptionShard, Journal, Result
 from openvision3.data.shards import expand
+from openvision3.doctor import cores
 from openvision3.files import half_written, write_whole
 
 SETTINGS = "recaption.json"
@@ -218,7 +219,7 @@ def _captions(job: CaptionShard | CaptionFolder, describe: Describe, batch: int,
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(min(batch, 8, os.cpu_count() or 1), "decode") as pool:
+    with ThreadPoolExecutor(min(batch, 8, cores()), "decode") as pool:
         batches = [range(start, min(start + batch, len(job))) for start in range(first, len(job), batch)]
         waiting = pool.map(decode, batches[0]) if batches else iter(())
         for number, indices in enumerate(batches):

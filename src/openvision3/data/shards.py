@@ -8,7 +8,6 @@ them: `00000.tar` with members `000000000.jpg`, `.txt`, `.json`.
 from __future__ import annotations
 
 import bisect
-import csv
 import functools
 import glob
 import math
@@ -26,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3.data import samples
-from openvision3.data.captions import Captions, checked_text, clean_captions, decode_text, encoding_of, json_object, read_text, text_captions
+from openvision3.data.captions import Captions, clean_captions, decode_text, json_object, read_text, text_captions
+from openvision3.data.folders import Names, is_hidden, read_table, scan_folder
 from openvision3.data.identity import content_key, digest
 from openvision3.data.images import CROPS, EXTENSIONS, Box, ImageError, from_uint8, open_image, random_view, uint8_tensor
 from openvision3.data.index import is_remote
@@ -199,76 +199,74 @@ class _PictureSource(ABC):
 
 
 class FolderSource(_PictureSource):
-    """A plain folder: `x.jpg` beside `x.txt`, or one `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
+    """A plain folder: `x.jpg` beside `x.txt`, or tables `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
 
-    Sub-folders are read too; a file named in several rows has several captions. `label` begins the keys (the folder's name).
+    Sub-folders are read too; a file named in several rows has several captions. Hugging Face's `metadata.csv` / `.jsonl` are read where
+    the folder has no table of its own. `label` begins the keys (the folder's name). What lies there and is not used is in `problems`.
 
     Raises:
-        ValueError: a folder without pictures, or a caption table of which no row can be used.
+        ValueError: a folder without images, or a caption table of which no row can be used.
     """
 
     def __init__(self, folder: str | Path, area: tuple[float, float] = (0.4, 1.0), label: str = ""):
         super().__init__(area)
         self.folder = Path(folder)
         self.label = label or self.folder.resolve().name
-        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not self.files:
-            raise ValueError(f"{folder} holds no pictures; legal are files ending in {', '.join(EXTENSIONS)}")
+        contents = scan_folder(folder)
+        self.names = contents.images
+        if not self.names:
+            unused = f" ({reasons_in_words(contents.unused)})" if contents.unused else ""
+            shards = sorted({str(Path(p["key"]).parent) for p in contents.unused if p["key"].endswith(".tar")})
+            advice = f"name the shards: {self.folder}/{shards[0]}/*.tar" if shards else f"choose one of {', '.join(e[1:] for e in EXTENSIONS)}"
+            raise ValueError(f"{folder} holds no images that are read{unused}; {advice}")
+        self.files = [self.folder / name for name in self.names]
+        self.texts = Names(contents.texts)
+        self._text_of = contents.texts
         self.table: dict[str, list] = {}
-        for path in (self.folder / "captions.csv", self.folder / "captions.jsonl"):
-            if path.is_file():
-                self._read_table(path)
-        present = {str(p.relative_to(self.folder)) for p in self.files}
-        for name in sorted(self.table.keys() - present):
-            self.problems.append({"key": f"{self.label}/{name}", "reason": "missing", "detail": "it has a caption, but there is no such picture"})
+        self.problems += ({**problem, "key": f"{self.label}/{problem['key']}"} for problem in contents.unused)
+        self._read_tables(contents.tables)
 
-    def _read_table(self, path: Path) -> None:
-        used, seen = 0, "nothing"
-        with open(path, "rb") as file:
-            encoding = encoding_of(file.read(4))
-        # What is not of this encoding stays as surrogates, which `clean_captions` refuses for the images concerned.
-        with open(path, newline="", encoding=encoding, errors="surrogateescape") as lines:
-            rows = csv.DictReader(lines) if path.suffix == ".csv" else (json_object(line) for line in lines if line.strip())
+    def _read_tables(self, paths: list[str]) -> None:
+        own = [path for path in paths if Path(path).name.lower().startswith("captions.")]
+        present, missing = Names(self.names), 0
+        for path in own or paths:
             try:
-                for number, row in enumerate(rows, 1):
-                    name = row.get("file") or row.get("file_name")
-                    if name:
-                        self.table.setdefault(os.path.normpath(str(name)), []).append(row.get("caption") or row.get("text"))
-                        used += 1
-                    else:
-                        seen = ", ".join(map(str, row)) or "no JSON object"
-                        self.problems.append(
-                            {"key": f"{self.label}/{path.name} row {number}", "reason": "broken caption row", "detail": f"no file named; seen: {seen:.200}"}
-                        )
-            except csv.Error as error:
-                raise ValueError(f"{path} is not a CSV file that can be read: {error}") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
-        if not used:
-            checked_text(seen, str(path))
-            raise ValueError(f"{path} needs the columns file and caption; seen: {seen:.200}")
+                table = read_table(self.folder, path)
+            except ValueError as error:
+                if own:
+                    raise
+                # a metadata.csv may be about anything
+                self.problems.append({"key": f"{self.label}/{path}", "reason": "table without captions, which is not used", "detail": str(error)})
+                continue
+            self.problems += ({**problem, "key": f"{self.label}/{problem['key']}"} for problem in table.problems)
+            for name, captions in table.captions.items():
+                known = present.find(name)
+                if known is not None:
+                    self.table.setdefault(known, []).extend(captions)
+                    continue
+                near = present.near(name) if missing < 20 else ""  # it looks at every name
+                missing += 1
+                self.problems.append({"key": f"{self.label}/{name}", "reason": "missing", "detail": f"it has a caption, but there is no such image{near}"})
 
     def __len__(self) -> int:
-        return len(self.files)
-
-    def _name(self, index: int) -> str:
-        return str(self.files[index].relative_to(self.folder))
+        return len(self.names)
 
     def key(self, index: int) -> str:
-        return f"{self.label}/{self._name(index)}"
+        return f"{self.label}/{self.names[index]}"
 
     def data(self, index: int) -> Path:
         return self.files[index]
 
     def identity(self) -> str:
-        files = [(self._name(index), path.stat().st_size) for index, path in enumerate(self.files) if path.exists()]
-        return digest("folder", len(self.files), files, self._some_keys())
+        files = [(name, path.stat().st_size) for name, path in zip(self.names, self.files, strict=True) if path.exists()]
+        return digest("folder", len(self.names), files, self._some_keys())
 
     def captions(self, index: int) -> Captions:
-        listed = clean_captions([self.table.get(self._name(index), [])])
-        text = self.files[index].with_suffix(".txt")
-        if listed or not text.is_file():
+        listed = clean_captions([self.table.get(self.names[index], [])])
+        found = None if listed else self.texts.find(os.path.splitext(self.names[index])[0])
+        if found is None:
             return listed
+        text = self.folder / self._text_of[found]
         try:
             return text_captions(read_text(text))
         except OSError as error:
@@ -276,7 +274,7 @@ class FolderSource(_PictureSource):
 
     def value(self, index: int, name: str = "") -> str | None:
         """The first sub-folder, in which torchvision's ImageFolder layout keeps a class; nothing else is known of a file."""
-        parts = self.files[index].relative_to(self.folder).parts
+        parts = self.names[index].split("/")
         return parts[0] if len(parts) > 1 and name in ("", "folder") else None
 
 
@@ -504,6 +502,7 @@ def open_source(
     sources = [group[0] if len(group) == 1 else MixedSource(group) for group in groups]
     source = sources[0] if len(sources) == 1 else MixedSource(sources, weights)
     source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for each in found for path in each.missing]
+    source.problems += [problem for each in found for problem in each.unused]
     return source
 
 
@@ -521,6 +520,8 @@ class Found:
     folders: list[str]
     tars: list[str]
     missing: list[str]
+    unused: list[dict[str, str]] = field(default_factory=list)
+    """what lies beside the shards of a folder and is not read"""
 
 
 def _each_once(names: tuple[str, ...], found: list[Found]) -> None:
@@ -553,14 +554,26 @@ def find(name: str) -> Found:
     found = Found(False, [], [], [part for part in _braces(name) if not expand(part)] if not os.path.exists(name) else [])
     for path in paths:
         if Path(path).is_dir():
-            inside = sorted(str(p) for p in Path(path).glob("*.tar"))
+            inside = sorted(str(p) for p in Path(path).glob("*.tar") if not is_hidden(p.name))
             found.tars += inside
             found.folders += [] if inside else [path]
+            if inside:
+                found.unused += _beside_shards(path, len(inside))
         elif path.endswith(".tar"):
             found.tars.append(path)
         elif len(paths) == 1 or not path.endswith(SIBLINGS):
             raise ValueError(f"{path} is neither a folder nor a .tar shard; {LEGAL}")
     return found
+
+
+def _beside_shards(folder: str, shards: int) -> list[dict[str, str]]:
+    """The images in a folder of shards, which are not read, and shards in its sub-folders, which are not either."""
+    contents = scan_folder(folder)
+    detail = f"{folder} holds {shards} .tar, which are read in place of loose images; name the images' own folder to read them"
+    unused = [{"key": f"{folder}/{name}", "reason": "image beside shards, which is not read", "detail": detail} for name in contents.images]
+    inner = [problem["key"] for problem in contents.unused if problem["key"].endswith(".tar") and "/" in problem["key"]]
+    reason, detail = "shard in a sub-folder, which is not read", f"name it too: {folder}/*/*.tar"
+    return unused + [{"key": f"{folder}/{path}", "reason": reason, "detail": detail} for path in inner]
 
 
 def expand(pattern: str) -> list[str]:
