@@ -81,3 +81,44 @@ def test_checkpoints_and_arrays_in_zips_are_told_from_other_zips(tmp_path):
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path):
     assert holds(tmp_path / "none") == "cannot be read (No such file or directory)"
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
+
+
+@pytest.mark.parametrize(("data", "phrase"), [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "0 bytes")])
+def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase, tmp_path):
+    from openvision3.config import RunConfig, load_config
+    from openvision3.data.text import TextTokenizer
+    from openvision3.hub import load_weights, read_config
+    from openvision3.model.perceptual import load_foreign_pickle
+    from openvision3.model.vae import VAE
+
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "weights.pth", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).write_bytes(data)
+    readers = [
+        lambda: read_config(tmp_path),
+        lambda: load_config(RunConfig, tmp_path / "config.json"),
+        lambda: load_weights(None, tmp_path),
+        lambda: TextTokenizer.load(tmp_path / "tokenizer.json"),
+        lambda: load_foreign_pickle(tmp_path / "weights.pth"),
+        lambda: VAE.load(vae),
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=phrase):
+            read()
+    (vae / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": [32], "down_block_types": ["DownEncoderBlock2D"]}')
+    with pytest.raises(ValueError, match=phrase):
+        VAE.load(vae)
+
+
+def test_a_file_of_the_right_kind_that_is_damaged_keeps_its_readers_words(tmp_path):
+    from openvision3.contents import why_not
+
+    (tmp_path / "a.json").write_text('{"a": ')
+    assert why_not(tmp_path / "a.json", "JSON", ValueError("Expecting\nvalue")) == "Expecting value"
+    (tmp_path / "a.safetensors").write_bytes(SEEN["safetensors"])
+    assert why_not(tmp_path / "a.safetensors", "safetensors", ValueError("cut off")) == "cut off"

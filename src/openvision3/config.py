@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from openvision3.contents import why_not
 from openvision3.data.images import check_size
 from openvision3.model.openvision3 import ModelConfig
 from openvision3.optimizer import OptimizerConfig
@@ -229,7 +230,7 @@ def load_config(kind: type[T], path: str | Path) -> T:
     try:
         values = json.loads(Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {why_not(path, 'JSON', error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields, not {values!r}")
     return from_dict(kind, values)

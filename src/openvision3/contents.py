@@ -112,6 +112,12 @@ def holds(source: bytes | str | os.PathLike) -> str:
         return f"cannot be read ({error.strerror})"
 
 
+def why_not(path: str | os.PathLike, wanted: str, error: Exception) -> str:
+    """Why a file could not be read as `wanted` (a beginning of what `contents` says): what it holds instead, else the reader's own words."""
+    seen = holds(path)
+    return " ".join(str(error).split()) or type(error).__name__ if seen.startswith(f"holds {wanted}") else f"it {seen}"
+
+
 def _zip(head: bytes, source: bytes | str | os.PathLike) -> str:
     names: list[str] = []
     if not isinstance(source, bytes):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from openvision3.contents import holds
 from openvision3.download import Downloaded, SourceError, check_url, download
 from openvision3.files import sha256_of, write_whole
 from openvision3.sources import ASSETS, HUB, UNKNOWN, Asset, File, named
@@ -121,7 +122,7 @@ def _check_size(path: Path, file: File, record: dict[str, dict[str, Any]]) -> No
     expected = record[file.name]["size"] if file.name in record else file.size
     seen = path.stat().st_size
     if expected is not None and seen != expected:
-        raise ValueError(f"{path} has {seen:,} bytes, expected {expected:,}; it is damaged or another file: remove it and fetch again")
+        raise ValueError(f"{path} has {seen:,} bytes, expected {expected:,}, and {holds(path)}; it is damaged or another file: remove it and fetch again")
 
 
 def _check_hash(subject: str, seen: str, file: File, record: dict[str, dict[str, Any]], todo: str) -> None:

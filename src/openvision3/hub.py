@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openvision3.config import flat, from_dict, to_dict
-from openvision3.contents import holds
+from openvision3.contents import holds, why_not
 from openvision3.data.text import TextTokenizer
 from openvision3.files import sha256_of
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
@@ -233,7 +233,7 @@ def read_config(folder: Path) -> FolderConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {why_not(path, 'JSON', error)}") from error
     if not isinstance(values, dict) or values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")
@@ -295,7 +295,7 @@ def load_weights(model: OpenVision3, folder: Path) -> None:
     except SafetensorError as error:
         if not str(path).isascii() and "UTF-8" in str(error):
             raise ValueError(f"{str(path)!a} is not UTF-8, which safetensors needs of a path; give the folder another name") from error
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
     own = model.trained_state()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from openvision3.contents import why_not
 from openvision3.files import write_whole
 
 PAD, UNKNOWN, CLASS, BEGIN, END = "[PAD]", "[UNK]", "[CLS]", "[BEGIN]", "[END]"
@@ -84,7 +85,7 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))  # its own reader takes no path that is not UTF-8
         except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer.json: {why_not(path, 'JSON', error)}") from error
         return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from openvision3.contents import contents, why_not
 from openvision3.data.image_text import short
 from openvision3.evaluate.protocol import Functions
 from openvision3.fetch import find as fetched
@@ -209,7 +210,7 @@ class TextIds:
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {short(error)}; get it anew") from error
+            raise ValueError(f"{path} is not a tokenizer.json: {why_not(path, 'JSON', error):.200}; get it anew") from error
         if not self.tokenizer.encode("").ids:
             raise ValueError(f"{path} ends texts without a mark, from which the embedding is read; get the file that stands beside the weights")
         self.tokenizer.no_padding()
@@ -285,7 +286,10 @@ def told(asked: Request) -> Iterator[None]:
     except (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else short(error)
         if isinstance(error, SafetensorError | EOFError) or "Unable to load weights" in what:
-            what = "its file of weights is cut short or damaged; get it anew"
+            files = sorted(file for ending in ("safetensors", "bin") for file in Path(asked.folder).glob(f"*.{ending}"))
+            seen = {file.name: contents(file) for file in files}
+            foreign = [f"{name} holds {kind}" for name, kind in seen.items() if not kind.startswith(("safetensors", "a PyTorch", "a Python pickle"))]
+            what = foreign[0] if foreign else "its file of weights is cut short or damaged; get it anew"
         raise ValueError(f"{asked.name} cannot be loaded from {asked.folder}: {what}") from error
 
 

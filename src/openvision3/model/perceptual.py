@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openvision3.contents import holds
 from openvision3.files import sha256_of
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -134,11 +135,12 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
     if sha256 is not None:
         seen = sha256_of(path)
         if seen != sha256:
-            raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it is damaged or another file")
+            raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it {holds(path)}, so it is damaged or another file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle make the reader raise whatever they lead it to
-        raise ValueError(f"{path} is not a file of tensors ({type(error).__name__})") from error
+        seen = holds(path)
+        raise ValueError(f"{path} is not a file of tensors: {'it is damaged' if 'PyTorch' in seen else f'it {seen}'} ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
     return state

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openvision3.contents import why_not
 from openvision3.files import sha256_of
 from openvision3.paths import PathName
 
@@ -97,7 +98,7 @@ class VAE(nn.Module):
         try:
             kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not a config in diffusers' layout: {error}") from error
+            raise ValueError(f"{folder / 'config.json'} is not a config in diffusers' layout: {why_not(folder / 'config.json', 'JSON', error)}") from error
         if kind not in LEVELS:
             raise ValueError(f"{folder} holds a {kind}; legal are {' and '.join(LEVELS)}")
         import diffusers
@@ -108,7 +109,7 @@ class VAE(nn.Module):
                 folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"the VAE in {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the VAE in {folder} cannot be loaded: {weights.name}: {why_not(weights, 'safetensors', error)}") from error
         # diffusers leaves weights that it does not find at random
         wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
         if wrong:
