@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_perceptual import files  # noqa: F401  random LPIPS files
 from tiny_peers import save_clip, save_vae
 from tiny_pipeline import make_pipeline, write_photo
@@ -358,16 +359,17 @@ def test_a_published_number_is_never_in_the_column_of_a_measured_one():
 
 
 def test_a_probe_is_not_measured_on_what_it_was_fitted_to(root, capsys, tmp_path):
-    assert cli.main(["evaluate", "probe", *arguments(root, "--train", str(root / "data"), "--out", str(tmp_path / "out"))]) == 2
+    assert cli.main(["evaluate", "probe", *arguments(root, "--train", str(root / "data"), "--least", "2", "--out", str(tmp_path / "out"))]) == 2
     assert "must not be measured on what it was fitted to" in capsys.readouterr().err
 
 
-def test_test_pictures_that_are_training_pictures_too_are_left_out_and_counted(root, capsys, tmp_path):
+def test_test_images_that_are_near_copies_of_training_images_are_left_out_of_a_probe_and_counted(root, capsys, tmp_path):
     train = shutil.copytree(root / "train", tmp_path / "train")
-    shutil.copy(root / "data" / "star" / "0.png", train / "star" / "of-the-test.png")
+    copied = Image.open(root / "data" / "star" / "0.png").convert("RGB")
+    copied.resize((96, 80), Image.Resampling.BICUBIC).save(train / "star" / "of-the-test.jpg", quality=80)
     argv = ("--train", str(train), "--least", "2", "--k", "3")
     out = measured(root, tmp_path / "out", "probe", "--data", str(root / "data"), *argv)
-    assert "1 that are training pictures too" in capsys.readouterr().out
+    assert "1 that are training images too, or near-duplicates of some" in capsys.readouterr().out
     assert {row["count"] for row in json.loads((out / "results.json").read_text())["rows"]} == {8}
     copy = shutil.copytree(root / "train", tmp_path / "copy")
     assert cli.main(["evaluate", "probe", *arguments(root, *argv, "--out", str(tmp_path / "x"))[:1], "--data", str(copy), "--size", "32", *argv]) == 2
@@ -475,7 +477,12 @@ def test_other_classes_other_prompts_and_other_training_pictures_are_other_proto
 def test_training_pictures_are_found_among_the_test_pictures_however_they_are_spelled(root, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     for spelled in ("./data", "data/", str(root / "train" / ".." / "data")):
-        assert cli.main(["evaluate", "probe", str(root / "model"), "--data", "data", "--train", spelled, "--size", "32", "--out", str(tmp_path / "x")]) == 2
+        assert (
+            cli.main(
+                ["evaluate", "probe", str(root / "model"), "--data", "data", "--train", spelled, "--least", "2", "--size", "32", "--out", str(tmp_path / "x")]
+            )
+            == 2
+        )
         assert "must not be measured on what it was fitted to" in capsys.readouterr().err
 
 

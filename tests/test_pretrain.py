@@ -19,7 +19,9 @@ from openvision3 import pretrain as module
 from openvision3.checkpoint import CheckpointError, RunState, complete_checkpoints
 from openvision3.cli import main
 from openvision3.config import RunConfig, load_config
+from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
+from openvision3.data.shards import open_source
 from openvision3.hub import read_config
 from openvision3.pretrain import Outcome, pretrain, pretrain_in_turn
 from openvision3.progress import REQUEUE
@@ -48,7 +50,7 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     found = {p.name for p in folder.iterdir()}
     assert found == {
         *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "samples", "checkpoints"),
-        *("environment.json", "command.txt", "tokenizer.json"),
+        *("environment.json", "command.txt", "tokenizer.json", "fingerprint.safetensors"),
     }
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-00000004.png", "step-00000007.png"]
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000006", "step-00000007"]
@@ -409,3 +411,29 @@ def test_processes_that_have_opened_unlike_data_are_told_apart(monkeypatch):
     monkeypatch.setattr(module.distributed, "gather_objects", lambda facts: [facts, facts | {"samples": (7, "a", "b")}])
     with pytest.raises(ValueError, match=r"not opened the same samples: \(8, 'a', 'b'\) in process 0, \(7, 'a', 'b'\) in process 1"):
         module._agree({"VAE": "x", "samples": (8, "a", "b")})
+
+
+def test_a_run_records_what_its_training_data_and_those_of_its_start_are_recognised_by(finished, tmp_path, capsys):
+    config, outcome = finished
+    own = fingerprint.recorded(complete_checkpoints(outcome.folder)[-1])
+    source = open_source(config.data)
+    assert own is not None and own.data == config.data and own.samples == len(source) == 10
+    assert all(own.has_caption(caption) for i in range(10) for caption in source.captions(i))
+    pictures(tmp_path / "more", 5, seed=9)
+    follows = small(tmp_path, "follows", steps=1, init=str(outcome.folder), data=(str(tmp_path / "more"),))
+    pretrain(follows, "tiny")
+    both = fingerprint.recorded(complete_checkpoints(tmp_path / "follows")[-1])
+    assert both is not None and both.samples == 15 and both.data == (*config.data, *follows.data)
+    capsys.readouterr()
+    pretrain(small(tmp_path, "none", steps=1, fingerprint=9), "tiny")
+    assert "no fingerprint of the training data is written, for they are more than 9 samples" in capsys.readouterr().err
+    assert fingerprint.recorded(complete_checkpoints(tmp_path / "none")[-1]) is None
+    pretrain(small(tmp_path, "after", steps=1, init=str(tmp_path / "none")), "tiny")
+    assert "which this starts from, has none" in capsys.readouterr().err
+
+
+def test_val_images_that_are_near_duplicates_of_training_images_are_told(tmp_path, capsys):
+    config = small(tmp_path, "run", steps=1)
+    shutil.copy(tmp_path / "train" / "4.png", tmp_path / "held" / "other.png")
+    pretrain(config, "tiny")
+    assert "of the first 4 val images are near-duplicates of training images, such as train/" in capsys.readouterr().err

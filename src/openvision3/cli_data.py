@@ -287,7 +287,57 @@ def latents(
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents)}
+def fingerprint(
+    data: Pictures,
+    out: Annotated[PathName, arg(metavar="FILE")] = "fingerprint.safetensors",
+    only: tuple[str, ...] = (),
+    caption_keys: tuple[str, ...] = (),
+    aliases: bool = False,
+    index: PathName = "",
+    cache: PathName = "",
+    cache_gb: float = 100.0,
+    json: Json = False,
+) -> int:
+    """Write what these data can be recognised by (hashes of captions, 118 bytes an image): evaluate --train FILE then tells what a model has seen.
+
+    Put into a model folder as fingerprint.safetensors, it stands for what that model was trained on. It holds no image and no caption.
+
+    Args:
+        out: the file.
+        only: keep shard samples whose JSON has these values, as in source=clipart.
+        caption_keys: JSON fields of shards that hold captions; none: the .txt member.
+        aliases: openmoji: the other names of an emoji are captions too.
+        index: the folder of index files, as data index wrote them; none: beside each shard.
+        cache: the folder for copies of remote shards.
+        cache_gb: how large it may become.
+    """
+    from openvision3.config import read_rules
+    from openvision3.data.fingerprint import take
+    from openvision3.data.shards import count_reasons, open_source
+    from openvision3.files import check_writable
+    from openvision3.progress import track
+
+    path = Path(out)
+    if path.is_dir():
+        raise ValueError(f"{out} is a folder; name a file with --out, such as {path / 'fingerprint.safetensors'}")
+    check_writable(path.absolute().parent, "--out")
+    source = open_source(data, only=read_rules(only), caption_keys=caption_keys, aliases=aliases, index=index, cache=cache, cache_gb=cache_gb, watch=track)
+    problems = list(source.problems)
+    found = take(source, data, problems, track)
+    if not len(found.images):
+        raise ValueError(f"none of the {len(source)} samples can be used: {', '.join(f'{n} {why}' for why, n in count_reasons(problems).items())}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path)
+    counts = {"samples": found.samples, "images": len(found.images), "captions": len(found.captions), "families": len(found.families)}
+    if json:
+        print(dumps({"file": str(path), **counts, "bytes": path.stat().st_size, "problems": count_reasons(problems)}, indent=2))
+        return 0
+    print(f"{path}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}, {path.stat().st_size / 1e6:.2f} MB; name it to evaluate with --train")
+    _print_reasons(problems)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint)}
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------

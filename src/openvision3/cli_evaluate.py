@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,9 +17,10 @@ from openvision3.paths import NamedPath, PathName
 
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels
+    from openvision3.evaluate.overlap import Overlap
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.pictures import Rows as EvaluatedRows
-    from openvision3.evaluate.protocol import Functions
+    from openvision3.evaluate.protocol import Functions, Number
     from openvision3.evaluate.results import NotRun, Results, Row, Scores
     from openvision3.evaluate.statistics import Columns
     from openvision3.evaluate.suite import Measured, Networks
@@ -88,7 +90,8 @@ class Options:
     prompts: Literal["auto", "templates", "names", "captions"] = "auto"
     """zeroshot: CLIP's 80 templates, bare names, or captions of the training pictures of a class; auto: captions for emoji groups, else templates"""
     train: tuple[PathName, ...] = ()
-    """probe: the training pictures; none: those of openmoji, where data is openmoji"""
+    """what MODEL was trained on, beside what is recorded with it: data, or fingerprints of data (openvision3 data fingerprint); samples of these
+    have rows of their own. Data are also what a probe is fitted to; none: openmoji, where data is openmoji"""
     k: int = 20
     """probe: neighbours"""
     device: str = "auto"
@@ -160,6 +163,8 @@ class Evaluation:
     """by (kind, model)"""
     at_size: dict[int, Pictures] = field(default_factory=dict)
     """the same images at each size: that of all models, and those of models that take no other"""
+    overlap: Overlap | None = None
+    """what training has seen of the samples; rank 0 alone looks"""
     parts: dict[str, set[int]] = field(default_factory=dict)
     """indices of the samples of each part that has rows of its own"""
 
@@ -295,7 +300,38 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         if len(pictures.chosen) != count:
             raise ValueError(f"protocol {options.protocol} is over {told}, {count:,} of them; seen {len(pictures.chosen):,}")
     results = Results(not_run=idle, command=_told(command), environment=environment())
-    return Evaluation(options, kinds, models, pictures, results, networks, at_size={size: pictures})
+    overlap = _overlap(options, kinds, asked, pictures) if rank == 0 else None
+    return Evaluation(options, kinds, models, pictures, results, networks, at_size={size: pictures}, overlap=overlap)
+
+
+def _overlap(options: Options, kinds: Sequence[str], asked: Sequence[str], pictures: Pictures) -> Overlap:
+    """What is known of the training data: recorded with MODEL and its VAE, where they are measured, and named with --train."""
+    from openvision3 import hub
+    from openvision3.data.fingerprint import Fingerprint, take
+    from openvision3.data.shards import open_source
+    from openvision3.evaluate.overlap import Known, Overlap, of_model
+
+    known: list[Known] = []
+    unknown: list[str] = []
+    if {"ours", "vae"} & set(asked):
+        folder = hub.find_folder(options.model)
+        known, unknown = of_model(folder, options.model, options.vae or hub.read_config(folder).model.vae.name)
+    files, names = _fingerprints(options.train)
+    of_data = [Fingerprint.load(file) for file in files]
+    if names and kinds != ("probe",):  # which compares with them itself
+        source = open_source(names, **_places(options))
+        pictures.problems += source.problems
+        of_data.append(take(source, names, pictures.problems, lambda items, what: pictures.watch(items, what, len(source))))
+    if of_data:
+        known.append(Known("--train", Fingerprint.joined(of_data), tuple(kind for kind in KINDS if kind != "probe") if names else ()))
+        unknown = [who for who in unknown if who != options.model]
+    return Overlap(known, tuple(unknown))
+
+
+def _fingerprints(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Names of training data -> those that are files of fingerprints, and the others."""
+    files = [name for name in names if name.endswith(".safetensors") and os.path.isfile(name)]
+    return files, tuple(name for name in names if name not in files)
 
 
 def _told(command: Sequence[str]) -> str:
@@ -406,8 +442,10 @@ def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured])
 
 
 def rows(work: Evaluation, model: Functions, kind: str, done: Measured) -> list[Row]:
-    """Numbers -> rows with the setting they were measured in."""
+    """Numbers -> rows with the setting they were measured in: over the samples that training has not seen, over the seen ones, and over all."""
+    from openvision3.evaluate.overlap import NOT_KNOWN
     from openvision3.evaluate.results import Row, Setting
+    from openvision3.evaluate.statistics import subset_numbers
 
     options, pictures = work.options, work.pictures_of(model, kind)
     drawn = "emoji drawn at this size, white, 0.77 of the side"
@@ -423,8 +461,18 @@ def rows(work: Evaluation, model: Functions, kind: str, done: Measured) -> list[
         options.seed,
         labels="none" if done.labels == "none" else f"{labelled}; {done.labels}",
         captions="none" if done.captions == "none" else f"{keys}, sha256 {done.captions}",
+        overlap=work.overlap.told(kind) if work.overlap is not None else NOT_KNOWN,
     )
-    return [Row(model.name, model.sha256, each, setting, model.note, model.licence) for each in done.numbers]
+    found: list[tuple[list[Number], Setting]] = []
+    if work.overlap is not None:
+        work.overlap.look(pictures, done.used)
+        parts = work.overlap.parts(kind, done.used)
+        work.parts |= {part: work.parts.get(part, set()) | samples for part, samples in parts.items()}
+        for part, samples in parts.items():
+            of_part = replace(setting, data_sha256=pictures.digest(sorted(samples)))
+            found.append((subset_numbers(done.numbers, done.columns, samples, part), of_part))
+    found.append((done.numbers, setting))
+    return [Row(model.name, model.sha256, number, of, model.note, model.licence) for numbers, of in found for number in numbers]
 
 
 CROPS = {
@@ -553,22 +601,11 @@ def _training(work: Evaluation, least: int) -> tuple[Any, Labels]:
     from openvision3.data.shards import open_source
 
     options = work.options
-    names = options.train or (("openmoji",) if options.data == ("openmoji",) else ())
+    names = _fingerprints(options.train)[1] or (("openmoji",) if options.data == ("openmoji",) else ())
     if not names:
         raise ValueError("training pictures with classes are needed; name them with --train")
-    shared = _files(names) & _files(options.data)
-    if shared:
-        raise ValueError(f"train and data share {min(shared)}: a probe must not be measured on what it was fitted to")
     source = open_source(names, **_places(options))
     return source, read_labels(source, options.label_key, _names(options), least=least)
-
-
-def _files(names: Sequence[str]) -> set[str]:
-    """The folders and shards that these names stand for, by their real paths."""
-    from openvision3.data.shards import find
-
-    found = [find(name) for name in names]
-    return {os.path.realpath(path) if "://" not in path else path for each in found for path in (*each.folders, *each.tars)}
 
 
 # -- what is told --------------------------------------------------------------------------------------------------
@@ -576,12 +613,19 @@ def _files(names: Sequence[str]) -> set[str]:
 
 def _tell(work: Evaluation) -> None:
     from openvision3.cli_results import print_tables, tell_left_out
+    from openvision3.evaluate.overlap import FILE as OVERLAP
     from openvision3.evaluate.page import write_report
     from openvision3.evaluate.results import split, with_differences
+    from openvision3.files import write_whole
 
     out = Path(work.options.out)
     tables = split(work.results.rows)
     work.results.differences = with_differences(tables, work.scores())
+    if work.overlap is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        seen = work.overlap.lines(work.pictures)
+        write_whole(out / OVERLAP, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in seen))
+        work.results.overlap = work.overlap.in_words(str(out / OVERLAP))
     path = work.results.save(out)
     page = write_report(out, work, tables)
     if work.options.json:

@@ -25,14 +25,14 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
     from rich.text import Text
 
     from openvision3.evaluate import published
-    from openvision3.evaluate.results import by_need, how_to_read, shown, surely_best
+    from openvision3.evaluate.results import by_need, how_to_read, named, shown, surely_best
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     only_published = list(dict.fromkeys(each.model for each in not_run if each.model in published.ONLY))
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
-        title = f"{setting.data}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}"
+        title = f"{named(setting, lines)}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}"
         screen.print(title, markup=False, style="italic", soft_wrap=True)  # no name is markup, and a title of the table would be broken to its width
         made = Table(box=None, pad_edge=False)
         made.add_column("")
@@ -53,10 +53,12 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[
 
 
 def tell_left_out(results: Results, of: str = "") -> None:
-    """Pictures that a metric leaves out, and on stderr those that could not be read; `of` names the evaluation where there are several."""
+    """What training has seen, what a metric leaves out, and on stderr what could not be read; `of` names the evaluation where there are several."""
     from openvision3.data.shards import reasons_in_words
 
     where = f"{of}: " if of else ""
+    if results.overlap:
+        print(f"{where}{results.overlap}")
     for each in results.left_out:
         print(f"{where}left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
     if results.skipped:

@@ -100,6 +100,8 @@ class RunConfig:
     """checkpoints of lowest val/loss kept besides, where evaluation and saving fall on the same steps"""
     track: tuple[str, ...] = ()
     """wandb, trackio or both, beside metrics.jsonl and tensorboard"""
+    fingerprint: int = 20_000
+    """most samples of which a fingerprint is written into the model, by which evaluate knows what it has seen; 0: never"""
     out: PathName = ""
     """the run folder; none: runs/RECIPE"""
     init: PathName = ""
@@ -112,7 +114,7 @@ class RunConfig:
         for name in ("steps", "batch", "captions", "vocabulary", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best"):
+        for name in ("eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best", "fingerprint"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be a number that is not negative")
         if not 0 <= self.seed < 2**63:

@@ -1,4 +1,5 @@
-"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/.
+"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/,
+and fingerprint.safetensors, by which what it was trained on is recognised.
 
 The VAE's weights go into the folder only where they are the embedded ones; of any other VAE its name and sha256 are
 recorded, and a load with other weights is refused. Loads are strict.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from openvision3.config import flat, from_dict, to_dict
 from openvision3.contents import holds, why_not
+from openvision3.data.fingerprint import FILE
 from openvision3.data.text import TextTokenizer
 from openvision3.files import sha256_of
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
@@ -28,7 +30,7 @@ from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
-FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae"}
+FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE}
 """All that a model folder holds: a save replaces nothing else."""
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -168,7 +170,7 @@ def _save_vae(vae: VAE, folder: Path) -> str:
     for place in (source / "vae", source):
         if vae.sha256 and (place / _VAE_WEIGHTS).is_file() and sha256_of(place / _VAE_WEIGHTS) == vae.sha256:
             folder.mkdir()
-            for name in ("config.json", _VAE_WEIGHTS):
+            for name in ("config.json", _VAE_WEIGHTS, *([FILE] if (place / FILE).is_file() else [])):
                 shutil.copyfile(place / name, folder / name)
             return vae.sha256
     vae.network.save_pretrained(folder)  # type: ignore[union-attr, operator]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3 import hub
+from openvision3.data.fingerprint import FILE, Fingerprint, recorded
 from openvision3.data.folders import scan_folder
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
 from openvision3.data.order import draw_seed
@@ -43,6 +44,8 @@ class Pipeline:
         self.precision = precision
         self.folder: Path | None = None
         """where it was loaded from"""
+        self.fingerprint: Fingerprint | None = None
+        """what its training data are recognised by"""
 
     @property
     def encoder(self) -> Encoder:
@@ -258,6 +261,8 @@ class Pipeline:
         it is the embedded one). `dtype` torch.bfloat16 halves it.
         """
         hub.save_model(folder, self.model, self.tokenizer, self.size, training=self.training, dtype=dtype, card=card, with_vae=with_vae)
+        if self.fingerprint is not None:
+            self.fingerprint.save(Path(folder) / FILE)
 
 
 def load(name: str | Path = "mini", *, device: str | torch.device = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
@@ -275,7 +280,7 @@ def load(name: str | Path = "mini", *, device: str | torch.device = "auto", prec
     folder = hub.find_folder(name)  # once: a run may save its next checkpoint in the meantime
     model, tokenizer, config = hub.load_model(folder, device=device, vae_dtype=dtype_of(precision), vae=vae)
     pipeline = Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
-    pipeline.folder = folder
+    pipeline.folder, pipeline.fingerprint = folder, recorded(folder)
     return pipeline
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 from openvision3 import distributed, hub
 from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
-from openvision3.data import samples
+from openvision3.data import fingerprint, samples
 from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process, to_device
+from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import Source, open_source, reasons_in_words
 from openvision3.data.text import TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
-from openvision3.held_out import open_held_out, quick_evaluation
+from openvision3.held_out import EVALUATED, open_held_out, quick_evaluation
 from openvision3.model.openvision3 import OpenVision3, load_distance
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
@@ -38,7 +39,7 @@ LEARNT_FROM = 500_000
 
 
 FREE = (
-    *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "out", "resume"),
+    *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "fingerprint", "out", "resume"),
     *("index", "cache", "cache_gb"),
     *("micro_batch", "parallel", "checkpointing", "compile"),
 )
@@ -202,12 +203,15 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         if config.resume:
             run.say(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting over")
 
+        marks = _fingerprint(config, source, held_out, run) if run.writes else None
         loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, config.keep_best, device, precision, state)
         pipeline = Pipeline(model, tokenizer, config.size, precision=precision)
 
         def export(folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
             training = _training_record(recipe, config, state, len(source), precision, started_from, cache)
             hub.save_model(folder, model, tokenizer, config.size, training=training, weights=weights)
+            if marks is not None:
+                marks.save(folder / fingerprint.FILE)
 
         def evaluate(step: int) -> dict[str, float]:
             sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
@@ -221,6 +225,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
         run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
         pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from, cache)
+        pipeline.fingerprint = marks
         model.eval()
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
@@ -303,6 +308,31 @@ def _refuse_evaluated(cache: LatentCache) -> None:
             f"{cache.folder} holds {len(evaluated)} emoji that are evaluated on, such as {evaluated[0]}: OpenMoji was split otherwise when it was written; "
             "write the latents anew with openvision3 data latents into another folder"
         )
+
+
+def _fingerprint(config: RunConfig, source: Source, held_out: Source, run: RunFolder) -> Fingerprint | None:
+    """What the data, and those of the model that the run starts from, are recognised by, or None where that would be too much or too little: the run says so.
+
+    It lies in the run folder, so that a run that goes on need not take it again.
+    """
+    path = run.path / fingerprint.FILE
+    if path.is_file():
+        return Fingerprint.load(path)
+    before = fingerprint.recorded(hub.find_folder(config.init)) if config.init else None
+    if config.init and before is None:
+        run.say(f"no fingerprint of the training data is written, for {config.init}, which this starts from, has none; name the data to evaluate with --train")
+        return None
+    if isinstance(source, CachedSource) or len(source) > config.fingerprint:
+        why = "their images are not at hand" if isinstance(source, CachedSource) else f"they are more than {config.fingerprint:,} samples (--fingerprint)"
+        run.say(f"no fingerprint of the training data is written, for {why}; openvision3 data fingerprint DATA --out FILE writes one for evaluate --train FILE")
+        return None
+    own = fingerprint.take(source, config.data, [], track)
+    again = list(own.nearest(torch.from_numpy(fingerprint.take(held_out, config.val, [], count=EVALUATED).images)))
+    if again:
+        run.say(f"{len(again)} of the first {min(len(held_out), EVALUATED)} val images are near-duplicates of training images, such as {own.keys[again[0][1]]}")
+    found = Fingerprint.joined([each for each in (before, own) if each is not None])
+    found.save(path)
+    return found
 
 
 def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int, cache: LatentCache | None) -> None:

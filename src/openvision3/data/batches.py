@@ -12,7 +12,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -342,7 +342,7 @@ def fewer_than_a_batch(samples: int, batch: int) -> str:
 
 
 def evaluation_batches(
-    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None, indices: Sequence[int] | None = None
+    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None, indices: Iterable[int] | None = None
 ) -> Iterator[tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]]:
     """(indices, keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
 

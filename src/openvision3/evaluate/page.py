@@ -13,7 +13,22 @@ from openvision3.data.images import to_pil
 from openvision3.data.shards import count_reasons
 from openvision3.evaluate import published, report
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import SCORES, Line, NotRun, Results, Row, Setting, by_need, how_to_read, scores_by_sample, shown, split, surely_best
+from openvision3.evaluate.results import (
+    SCORES,
+    Line,
+    NotRun,
+    Results,
+    Row,
+    Setting,
+    by_need,
+    how_to_read,
+    leading,
+    named,
+    scores_by_sample,
+    shown,
+    split,
+    surely_best,
+)
 from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
 from openvision3.paths import chart_label
@@ -58,7 +73,7 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence
     for setting, lines in tables:
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         counts = sorted({number.count for line in lines for number in line.values.values()})
-        made += f"<p>{html.escape(f'{setting.data}, {setting.resolution}, {setting.dtype}')}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
+        made += f"<p>{html.escape(f'{named(setting, lines)}, {setting.resolution}, {setting.dtype}')}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
         columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
         made += report.table(
             ("", *models, *(heading for heading, _ in columns)),
@@ -108,7 +123,7 @@ def _protocols(rows: Sequence[Row]) -> str:
     table = [
         (r.metric, f"{r.number.count:,}", r.number.how, r.number.network + (f" {r.number.network_sha256[:12]}" if r.number.network_sha256 else ""),
          r.number.interval, f"{r.setting.resolution}, {r.setting.crop}, {r.setting.dtype}, seed {r.setting.seed}, "
-         f"labels: {r.setting.labels}, captions: {r.setting.captions}", r.number.library)
+         f"labels: {r.setting.labels}, captions: {r.setting.captions}, overlap: {r.setting.overlap}", r.number.library)
         for r in seen.values()
     ]  # fmt: skip
     models = {row.model: row for row in rows}
@@ -288,7 +303,7 @@ def figure_one(rows: Sequence[Row]) -> bytes:
 
     figure = Figure(figsize=(3.7 * len(PANELS), 3.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    drawn = [bar_groups([row for row in rows if row.metric == metric]) for _, metric, _, _ in PANELS]
+    drawn = [bar_groups([row for row in leading(rows) if row.metric == metric]) for _, metric, _, _ in PANELS]
     names = dict.fromkeys(model for groups in drawn for _, numbers in groups for model in numbers)
     colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(names)}
     for panel, (title, _, factor, otherwise), groups in zip(panels, PANELS, drawn, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.batches import evaluation_batches
+from openvision3.data.fingerprint import WIDTH, describe
 from openvision3.data.images import check_size, to_uint8
 from openvision3.data.shards import Source
 
@@ -56,6 +57,8 @@ class Pictures:
     problems: list[dict[str, str]] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
     """sha256 of the view of each picture that was seen, by its index"""
+    described: dict[int, bytes] = field(default_factory=dict)
+    """what a near-duplicate of it is recognised by, see data/fingerprint.py"""
 
     def __post_init__(self):
         if self.batch < 1:
@@ -68,7 +71,7 @@ class Pictures:
 
     def subset(self, indices: Sequence[int]) -> Pictures:
         """These pictures of the same source."""
-        return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests)
+        return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests, self.described)
 
     def resized(self, size: int) -> Pictures:
         """The same pictures at another size."""
@@ -82,9 +85,10 @@ class Pictures:
         rows = evaluation_batches(self.source, self.size, self.batch, found, mine)
         for row in self.watch(rows, f"{what}, {self.batch} at a time", -(-len(mine) // self.batch)):
             batch = Batch(*row)
-            for index, image in zip(batch.indices, batch.images, strict=True):
-                if index not in self.digests:
-                    self.digests[index] = sha256(to_uint8(image).numpy().tobytes()).hexdigest()
+            new = [row for row, index in enumerate(batch.indices) if index not in self.digests]
+            for row, marks in zip(new, describe(batch.images[new]), strict=True):
+                self.digests[batch.indices[row]] = sha256(to_uint8(batch.images[row]).numpy().tobytes()).hexdigest()
+                self.described[batch.indices[row]] = marks.numpy().tobytes()
             yield batch
         for each in found:
             if each not in self.problems:
@@ -127,10 +131,16 @@ class Pictures:
 
     def share(self) -> None:
         """All ranks know what any of them has seen, and what it could not read."""
-        parts = distributed.gather_objects((self.problems, self.digests))
-        self.problems[:] = list({str(each): each for problems, _ in parts for each in problems}.values())
-        for _, digests in parts:
+        parts = distributed.gather_objects((self.problems, self.digests, self.described))
+        self.problems[:] = list({str(each): each for problems, *_ in parts for each in problems}.values())
+        for _, digests, described in parts:
             self.digests.update(digests)
+            self.described.update(described)
+
+    def descriptions(self, indices: Sequence[int]) -> Tensor:
+        """What near-duplicates of these pictures are recognised by: (n, bytes) uint8."""
+        rows = [torch.frombuffer(bytearray(self.described[index]), dtype=torch.uint8) for index in indices]
+        return torch.stack(rows) if rows else torch.zeros(0, WIDTH, dtype=torch.uint8)
 
     def digest(self, indices: Sequence[int]) -> str:
         """sha256 over the views of these pictures: the same for the same pictures, whatever they are called and wherever they lie."""

@@ -15,6 +15,8 @@ from openvision3.evaluate.statistics import Column, Columns, Difference, best_fi
 from openvision3.files import write_whole
 
 FORMAT = 1
+UNSEEN, SEEN = "unseen in training", "seen in training"
+"""how the names of these parts begin"""
 FILE = "results.json"
 
 
@@ -37,6 +39,8 @@ class Setting:
     """where the classes come from, and hashes of what stands for them"""
     captions: str = "none"
     """where the captions come from, and a hash of them"""
+    overlap: str = "not looked for"
+    """what the samples were compared with, to tell those that training has seen from the others"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,14 @@ class Row:
     def protocol(self) -> tuple:
         """Equal for numbers that may be compared: not the model, the value, the versions of libraries, and the path that leads to the pictures."""
         n = self.number
-        return (n.metric, n.count, n.how, n.network, n.network_sha256, *(value for name, value in asdict(self.setting).items() if name != "data"))
+        return (
+            n.metric,
+            n.count,
+            n.how,
+            n.network,
+            n.network_sha256,
+            *(value for name, value in asdict(self.setting).items() if name not in ("data", "overlap")),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,7 +86,7 @@ class Row:
     def from_json(cls, values: dict[str, Any]) -> Row:
         """Raises KeyError, TypeError for a row that lacks a field, or has one of another type."""
         own = {name: values[name] for name in ("model", "model_sha256", "note", "licence")}
-        values = {"low": None, "high": None, "interval": "", "part": "", **values}  # earlier versions knew no intervals
+        values = {"low": None, "high": None, "interval": "", "part": "", "overlap": "not looked for", **values}  # earlier versions knew no intervals
         parts = [{name: values[name] for name in kind.__dataclass_fields__} for kind in (Number, Setting)]
         maybe = (int, float, type(None))
         numbers = {"value": (int, float), "count": (int,), "seed": (int,), "spread": maybe, "low": maybe, "high": maybe}
@@ -117,6 +128,8 @@ class Results:
     seconds: float = 0.0
     differences: list[Difference] = field(default_factory=list)
     """of two models on the same samples"""
+    overlap: str = ""
+    """how many samples training has seen, in words"""
 
     def save(self, folder: Path) -> Path:
         """Write results.json into `folder`, whole or not at all. Raises OSError."""
@@ -132,6 +145,7 @@ class Results:
             "not_run": [asdict(each) for each in self.not_run],
             "skipped": self.skipped,
             "left_out": self.left_out,
+            "overlap": self.overlap,
         }
         write_whole(path, json.dumps(values, indent=1) + "\n")
         return path
@@ -152,7 +166,17 @@ class Results:
             rows = [Row.from_json(row) for row in values["rows"]]
             not_run = [NotRun(**each) for each in values["not_run"]]
             apart = [Difference(**each) for each in values.get("differences", [])]
-            return cls(rows, not_run, values["skipped"], values["left_out"], values["command"], values["environment"], values["seconds"], apart)
+            return cls(
+                rows,
+                not_run,
+                values["skipped"],
+                values["left_out"],
+                values["command"],
+                values["environment"],
+                values["seconds"],
+                apart,
+                values.get("overlap", ""),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             seen = {
                 json.JSONDecodeError: f"it {holds(path)}",
@@ -262,12 +286,25 @@ def _unlike(a: Row, b: Row) -> str:
     return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
 
 
+def named(setting: Setting, lines: Iterable[Line]) -> str:
+    """The data, and which part of them the numbers are over."""
+    part = next((number.part for line in lines for number in line.values.values()), "")
+    return f"{setting.data}, {part}" if part else setting.data
+
+
+def leading(rows: Iterable[Row]) -> list[Row]:
+    """Without the numbers over seen samples and over all where there is one over those that training has not seen: what a figure shows."""
+    rows = list(rows)
+    apart = {(row.model, row.metric, row.setting.data) for row in rows if row.number.part.startswith(UNSEEN)}
+    return [row for row in rows if row.number.part.startswith(UNSEEN) or (row.model, row.metric, row.setting.data) not in apart]
+
+
 def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
     """Rows of any protocols -> as many tables as are needed for each to hold like numbers only."""
     piles: list[tuple[Setting, list[Row]]] = []
     for row in rows:
         for setting, pile in piles:
-            if replace(setting, data=row.setting.data) == row.setting and all(
+            if replace(setting, data=row.setting.data, overlap=row.setting.overlap) == row.setting and all(
                 other.protocol == row.protocol and other.model != row.model for other in pile if other.metric == row.metric
             ):
                 pile.append(row)

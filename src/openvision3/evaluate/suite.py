@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openvision3.data.fingerprint import near_duplicates
 from openvision3.data.labelled import Labels, prompts
 from openvision3.evaluate.captioning import evaluate_captions
 from openvision3.evaluate.classes import Classification
@@ -328,11 +329,11 @@ def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pic
     """k-NN and a logistic regression on frozen features: fitted on the one set, measured on those of the other that are not in it. Raises CannotRun."""
     known, known_classes, trained_on = features(model, train, train_labels, "training")
     seen, classes, used = features(model, pictures, labels, "test")
-    fitted_to = {train.digests[index] for index in trained_on}
-    apart = [row for row, index in enumerate(used) if pictures.digests[index] not in fitted_to]
-    both = len(used) - len(apart)
+    twice = {row for row, *_ in near_duplicates(pictures.descriptions(used), train.descriptions(trained_on))}
+    apart = [row for row in range(len(used)) if row not in twice]
+    both = len(twice)
     if not apart:
-        raise CannotRun(f"all {both} test pictures are training pictures too (equal pixels): a probe must not be measured on what it was fitted to")
+        raise CannotRun(f"all {both} test images are training images too, or nearly so: a probe must not be measured on what it was fitted to")
     seen, classes, used = seen[apart], [classes[row] for row in apart], [used[row] for row in apart]
 
     def compute() -> tuple[list[Number], list[tuple[str, str]], Columns]:
@@ -357,7 +358,7 @@ def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pic
     told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.digest(trained_on)[:16]}"
     left_out = labels.left_out | {f"training: {why}": count for why, count in train_labels.left_out.items()}
     if both:
-        left_out["that are training pictures too (equal pixels)"] = both
+        left_out["that are training images too, or near-duplicates of some"] = both
     return Measured(numbers, missing, used, labels=told, left_out=left_out, columns=columns)
 
 
