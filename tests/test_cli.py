@@ -193,7 +193,7 @@ REFUSED = {
     "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal are one or more"),
     "unknown model": (["caption", "pics", "--model", "nowhere"], "no such model: nowhere. Choose one of mini, a model folder or a run folder"),
     "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
-    "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*legal are auto, cpu and cuda"),
+    "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*choose one of auto, cpu, cuda and cuda:N"),
     "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),
     "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics is where the pictures are.*another folder with --out"),
     "argument as an option": (["info", "--model=~/m"], "MODEL is written without --model: `openvision3 info MODEL`; see `openvision3 info --help`\n"),
@@ -204,6 +204,12 @@ REFUSED = {
         ["evaluate", "table", "more/notes.txt"],
         r"notes\.txt is not a results\.json of .*: it holds text, which begins with 'no picture'\n",
     ),
+    "output without a name": (["reconstruct", "more", "--out", ""], "--out is empty; name a folder\n"),
+    "output behind a broken link": (["encode", "more", "--out", "broken"], "broken is a link to nowhere, which is not there; name another folder with --out"),
+    "grid into a file": (["ablate", "tau", "--recipe", "tiny", "--out", "more/notes.txt"], "notes.txt is a file; name a folder with --out"),
+    "model without a name": (["caption", "more", "--model="], "the name of a model is empty. Choose one of mini, "),
+    "check of a folder that is not there": (["fetch", "--check", "--to", "nowhere"], "nowhere is no folder, so nothing in it can be checked"),
+    "labels forgotten": (["classify", "more"], "--labels is missing; see `openvision3 classify --help`"),
     "unknown recipe": (["train", "tyni"], r"unknown recipe 'tyni'\. Did you mean 'tiny'\? Choose one of mini, "),
     "unknown field": (["train", "tiny", "--batsh", "4"], r"'--batsh'\. Did you mean '--batch'\?"),
     "unknown nested field": (["train", "tiny", "--optimizer.learning-rat", "4"], r"Did you mean '--optimizer\.learning-rate'\?"),
@@ -217,6 +223,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(case, work, capsys):
     (work / "empty").mkdir()
+    (work / "broken").symlink_to("nowhere")
     argv, message = REFUSED[case]
     line = refused(capsys, *argv)
     assert re.search(message, line), line
@@ -301,6 +308,18 @@ def test_output_stays_in_its_folder_for_strange_names(work, model, capsys):
     assert tree(work) - tree(work / "pics") >= {"deep/tokens"}
     assert len(list((work / "deep" / "tokens").iterdir())) == len(strange) + 1
     assert {p.name for p in work.iterdir()} == {"pics", "more", "deep"}
+
+
+def test_a_line_for_each_picture_whatever_its_name_holds(work, model, capsys):
+    name = "a\n\x1b[31mred\r.png"
+    shutil.copy("pics/a.png", name)
+    assert cli.main(["caption", name, "--model", model]) == 0
+    assert capsys.readouterr().out.startswith(r"a\n\x1b[31mred\r.png: ")
+    assert cli.main(["caption", name, "--model", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["picture"] == name
+    Path("bad\x1b.png").write_bytes(b"")
+    assert cli.main(["caption", "bad\x1b.png", "pics", "--model", model]) == 2
+    assert capsys.readouterr().err.startswith(r"openvision3: bad\x1b.png ")
 
 
 def test_one_output_that_cannot_be_written_is_reported_and_the_others_are_done(work, model, capsys):

@@ -165,7 +165,7 @@ def ablate(argv: Sequence[str]) -> int:
     options, rest = parse(AblationOptions, rest, program, return_unknown_args=True)
     _recipe([options.recipe])
     base = base_config(options, _configured(options.recipe, rest, program))
-    check_apart(options.out, (*base.data, *base.val))
+    _output_folder(options.out, (*base.data, *base.val))
     return run_grid(name, options, base)
 
 
@@ -495,11 +495,11 @@ def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool
             if len(paths) == 1 or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             skipped += 1
-            print(f"openvision3: {_message(error)}", file=sys.stderr)
+            print(f"openvision3: {_on_one_line(_message(error))}", file=sys.stderr)
             continue
         results.append(result)
         if not json:
-            print(line(result), flush=True)
+            print(_on_one_line(line(result)), flush=True)
     if json:
         print(dumps(results, indent=2, ensure_ascii=False))
     if skipped:
@@ -507,8 +507,15 @@ def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool
     return 2 if skipped else 0
 
 
+def _on_one_line(text: str) -> str:
+    """Text with its line breaks and other control characters as \\n, \\x1b: a file's name may hold any of them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: ascii(control.group())[1:-1], text)
+
+
 def _output_folder(name: str, data: Sequence[str] = ()) -> Path:
     """Check that files can be written there, and that they do not become part of the `data` that are read. It is made with the first of them."""
+    if not name:
+        raise ValueError("--out is empty; name a folder")
     check_apart(name, data)
     folder = Path(name)
     check_writable(folder, "--out")
@@ -607,6 +614,7 @@ TYRO_IN_WORDS = {
     r"^Error parsing (\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*?)\]\. Got errors: .*$": r"\1 must be a number, not \2",
     r"^Error parsing (\S+): Could not parse arguments \[(.*)\] into .*$": r"\1 cannot be \2",
     r"^Error parsing (\S+): ": r"\1: ",
+    r"^Missing from .*?: (--[\w.-]+).*$": r"\1 is missing",
     r"^Missing value for argument '(\S+)'\. Expected 1 values$": r"\1 needs a value",
     r"^Missing value for argument '(\S+)'\. Expected (\S+) values$": r"\1 needs \2 values",
 }
@@ -668,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if type(error).__name__ == "OtherRankFailed":
             return 2  # that one says why
-        print(f"openvision3: {_message(error)}", file=sys.stderr)
+        print(f"openvision3: {_on_one_line(_message(error))}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotFinite" else 2
 
 

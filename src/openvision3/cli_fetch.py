@@ -26,6 +26,8 @@ def run(names: Sequence[str], to: str, list_all: bool, check: bool, json: bool) 
         raise ValueError("nothing named; name what to fetch, or all: openvision3 fetch --list shows what there is")
     folder = Path(to) if to else fetch.default_folder()
     assets = list(ASSETS.values()) if not names or "all" in names else [named(name) for name in dict.fromkeys(names)]
+    if check and to and not folder.is_dir():
+        raise ValueError(f"{to} is no folder, so nothing in it can be checked; name the folder that --to was when it was fetched")
     if list_all:
         return _list(assets, folder, json)
     return _check(assets, folder, json, bool(names)) if check else _fetch(assets, folder, json)

@@ -50,6 +50,8 @@ def check_writable(folder: Path, option: str) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder with {option}")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}, which is not there; name another folder with {option}")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".openvision3-").cleanup()

@@ -206,6 +206,8 @@ def find_folder(name: str | Path) -> Path:
         FileNotFoundError: none of these, with the nearest shipped name.
     """
     name = str(name)
+    if not name:
+        raise FileNotFoundError(f"the name of a model is empty. Choose one of {', '.join(shipped())}, a model folder or a run folder")
     if name in shipped():
         return ASSETS / name
     folder = Path(name)
