@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -189,3 +190,63 @@ def test_every_ending_of_a_jpeg_is_read_alike(ending, tmp_path):
     (tmp_path / f"x{ending}").write_bytes(encoded(corners(64, 64), "JPEG"))
     assert ending.lower() in images.EXTENSIONS
     assert np.array_equal(view(tmp_path / f"x{ending}", 16, 0)[0], view(encoded(corners(64, 64), "JPEG"), 16, 0)[0])
+
+
+@pytest.mark.parametrize(("kind", "options", "needed"), [("WEBP", {}, 16), ("TIFF", {}, 8), ("JPEG", {"progressive": True, "subsampling": 0}, 6)])
+def test_an_image_that_takes_too_much_memory_to_decode_is_refused_from_its_header(kind, options, needed, monkeypatch):
+    data = encoded(corners(64, 64), kind, **options)
+    for decoder in (images.fast_decoder, lambda: None):
+        monkeypatch.setattr(images, "fast_decoder", decoder)
+        monkeypatch.setattr(images, "FAST_PIXELS", 64 * 64 - 1)
+        for limit, read in (("MAX_BYTES", open_image), ("TRAINING_BYTES", lambda data: view(data, 16, 0))):
+            monkeypatch.setattr(images, limit, needed * 64 * 64)
+            read(data)
+            monkeypatch.setattr(images, limit, needed * 64 * 64 - 1)
+            with pytest.raises(ImageError, match="MB to decode") as caught:
+                read(data)
+            assert caught.value.reason == "too large"
+
+
+def damaged() -> bytes:
+    return encoded(corners(32, 32), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x20\0\x12\x01\3\0\1\0\0\0")
+
+
+def test_damaged_metadata_is_counted_and_silent_whatever_filters_stand_in_front(recwarn, capfd):
+    images.damage_seen()
+    for read in (open_image, lambda data: view(data, 16, 0)):
+        read(damaged())
+        assert images.damage_seen() == {"reason": images.DAMAGED, "detail": "its EXIF or another block beside the pixels is damaged"}
+        read(encoded(corners(32, 32), "JPEG"))
+        assert images.damage_seen() is None
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+    with pytest.warns(UserWarning, match="not of Pillow"):
+        warnings.warn("not of Pillow", stacklevel=1)
+
+
+def test_training_evaluation_and_check_count_damaged_metadata_and_use_the_image(tmp_path):
+    from openvision3.data.batches import evaluation_batches
+    from openvision3.data.check import check_folder
+    from openvision3.data.shards import FolderSource
+
+    (tmp_path / "a.jpg").write_bytes(damaged())
+    (tmp_path / "a.txt").write_text("two corners")
+    problems: list[dict[str, str]] = []
+    (batch,) = evaluation_batches(FolderSource(tmp_path), 16, 4, problems)
+    assert len(batch[0]) == 1
+    assert [problem["reason"] for problem in problems] == [images.DAMAGED]
+    assert [problem["reason"] for problem in check_folder(str(tmp_path), decode=True).problems] == [images.DAMAGED]
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_an_orientation_is_read_alike_by_all_views_where_the_block_is_damaged_behind_it(decoder, monkeypatch):
+    if decoder == "Pillow":
+        monkeypatch.setattr(images, "fast_decoder", lambda: None)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769] = 6, "a maker", {0x9286: b"a comment"}
+    whole = exif.tobytes()
+    for keep in range(20, len(whole), 5):
+        data = encoded(corners(120, 40), "JPEG", exif=whole[:keep])
+        _, (_, _, right, bottom) = random_view(data, 16, torch.Generator().manual_seed(0), (1.0, 1.0))
+        assert bottom <= open_image(data).height
+        assert right <= open_image(data).width

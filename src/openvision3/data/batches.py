@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from openvision3.data.captions import Captions, TextError
-from openvision3.data.images import ImageError, to_tensor, uint8_tensor
+from openvision3.data.images import ImageError, damage_seen, to_tensor, uint8_tensor
 from openvision3.data.order import Order, draw_seed
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
@@ -171,6 +171,8 @@ class TrainingBatches:
             except ImageError as error:
                 problems.append({"key": name, "reason": error.reason, "detail": str(error)})
                 continue
+            if damage := damage_seen():
+                problems.append({"key": name, **damage})
             return key, view, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
@@ -362,6 +364,8 @@ def evaluation_batches(
             if problems is not None:
                 problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
             continue
+        if (damage := damage_seen()) and problems is not None:
+            problems.append({"key": source.key(index), **damage})
         made.append((index, source.key(index), image, text))
         if len(made) == batch:
             yield _columns(made)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openvision3.data.captions import TextError
-from openvision3.data.images import ImageError, open_image
+from openvision3.data.images import ImageError, damage_seen, open_image
 from openvision3.data.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.remote import fetch, remote_stamp
 from openvision3.data.shards import FolderSource, ShardSource
@@ -129,6 +129,8 @@ def _usable(source: ShardSource | FolderSource, without: str, decode: bool, prob
             data = source.data(sample)
             if decode:
                 open_image(data)
+                if damage := damage_seen():
+                    note(**damage)
             elif not (data.stat().st_size if isinstance(data, Path) else len(data)):
                 note("empty", "the picture holds 0 bytes")
         except (ImageError, OSError) as error:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +31,17 @@ MAX_PIXELS = 89_000_000
 TRAINING_PIXELS = 40_000_000
 """What a training view may decode, for every worker holds its own: 160 MB at four bytes a pixel. A JPEG that is decoded at 1/2 has a quarter of its pixels."""
 
+MAX_BYTES = 1 << 30
+"""An image that takes more memory than this while it is decoded whole is refused from its header: formats differ, see `_bytes_a_pixel`."""
+
+TRAINING_BYTES = 320 << 20
+"""As MAX_BYTES, for a training view."""
+
 STRIP_PIXELS = 4_000_000
 """Pixels that are widened (to 64 bits, to alpha) at a time, so that a large image is never whole in a wide form."""
+
+FAST_PIXELS = 50_000_000
+"""Larger JPEGs are left to Pillow, which says whether they are progressive: below, none of them takes more than TRAINING_BYTES."""
 
 PATCH = 16
 """Pixels a token spans in each direction: every height and width is a multiple of it."""
@@ -55,8 +66,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if _
 # A PNG of a workflow tool carries megabytes of text, which Pillow refuses beyond one: it is not wanted, but no reason to refuse the image.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 16 << 20)
 
-# Pillow warns of damaged metadata with numbers in the text, so that Python shows each anew: thousands of lines a day on data from the web.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what Pillow logs goes where the user's logging sends it, not to the terminal
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the upright picture"""
@@ -75,6 +85,44 @@ class ImageError(ValueError):
         return type(self), (self.reason, str(self))  # so that it can leave a worker process
 
 
+class _PillowWarnings(threading.local):
+    """A filter of `warnings` that ignores those of Pillow and remembers, for each thread, that there was one.
+
+    They have numbers in their text, so that Python shows each anew: thousands of lines a day on data from the web.
+    `warnings.catch_warnings` is of no use here: images are read in threads, and it changes what other threads do with their warnings.
+    """
+
+    seen = False
+
+    def match(self, module: str) -> bool:
+        """As a compiled pattern of module names would; Python calls it for each warning."""
+        is_pillow = module.startswith("PIL.")
+        self.seen = self.seen or is_pillow
+        return is_pillow
+
+
+_pillow = _PillowWarnings()
+_FILTER = ("ignore", None, Warning, _pillow, 0)
+
+DAMAGED = "damaged metadata (image used)"
+"""the reason by which images are counted that are read although their EXIF or another block beside the pixels is damaged"""
+
+
+def _ignore_warnings() -> None:
+    """Done at each image, for others put filters in front: Pillow's own warnings never reach the terminal."""
+    filters: list = warnings.filters  # type: ignore[assignment]
+    if not filters or filters[0] is not _FILTER:
+        if _FILTER in filters:
+            filters.remove(_FILTER)
+        filters.insert(0, _FILTER)
+
+
+def damage_seen() -> dict[str, str] | None:
+    """Reason and detail of a problem where Pillow has warned of an image since the last call in this thread; the image may be used all the same."""
+    seen, _pillow.seen = _pillow.seen, False
+    return {"reason": DAMAGED, "detail": "its EXIF or another block beside the pixels is damaged"} if seen else None
+
+
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a file, its bytes or a PIL picture to upright RGB.
 
@@ -85,6 +133,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ImageError: reason `missing`, `unreadable`, `empty`, `not an image`, `too large`, `truncated` or `undecodable`.
     """
     if isinstance(source, Image.Image):
+        _ignore_warnings()
         return _decode(source, "the picture", max_pixels)
     with _opened(source, max_pixels) as (image, name):
         return _decode(image, name, max_pixels)
@@ -94,6 +143,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 def _opened(source: str | os.PathLike | bytes, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
     """(the picture of which the header has been read, its name in messages). Raises ImageError."""
     name = "the picture" if isinstance(source, bytes) else os.fspath(source)
+    _ignore_warnings()
     try:
         if not isinstance(source, bytes) and Path(source).is_dir():
             raise ImageError("not an image", f"{name} is a folder; name a picture in it, or use a glob such as {name}/*.jpg")
@@ -119,6 +169,7 @@ def _opened(source: str | os.PathLike | bytes, max_pixels: int) -> Iterator[tupl
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(image, name, max_pixels)
+    _check_bytes(image, name, MAX_BYTES)
     with _decoding(name):
         image.load()
         turned = _TRANSPOSITIONS[_orientation(image)]
@@ -133,6 +184,25 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ImageError("too large", f"{name} has {width} x {height} pixels; at most {max_pixels:,} are decoded, scale it down first")
     if width == 0 or height == 0:
         raise ImageError("undecodable", f"{name} is {width} x {height} pixels, which is empty")
+
+
+def _check_bytes(image: Image.Image, name: str, most: int) -> None:
+    needed = image.width * image.height * _bytes_a_pixel(image)
+    if needed > most:
+        what = f"{image.format}, {image.mode}, {image.width} x {image.height} pixels"
+        raise ImageError("too large", f"{name} ({what}) takes {needed / 1e6:,.0f} MB to decode; at most {most / 1e6:,.0f} MB are given, scale it down first")
+
+
+def _bytes_a_pixel(image: Image.Image) -> float:
+    """Memory that Pillow takes to decode an image, for each pixel of it (measured on images of 16 million pixels)."""
+    own = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}.get(image.mode, 4)
+    if image.format in ("JPEG", "MPO"):
+        layers = [across * down for _, across, down, *_ in getattr(image, "layer", ())]
+        # The coefficients of all pixels are kept, at whichever scale they are decoded; where the image itself is decoded small, that is checked later.
+        return 2 * sum(layers) / max(layers) if image.info.get("progressive") and layers else 0.0
+    if image.format == "WEBP":
+        return 12 + own  # two canvases of its reader of animations, and a copy
+    return 2 * own if image.format == "TIFF" else own  # a strip of a TIFF may be all of it
 
 
 @contextlib.contextmanager
@@ -300,12 +370,13 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
         width, height = plain
         if min(width, height) >= min_side and width * height <= MAX_PIXELS:
             box, scale = _snapped(random_crop_box(width, height, generator, area), width, height, size)
-            pixels = _decode_fast(source, width, height, scale) if width * height <= TRAINING_PIXELS * scale**2 else None
+            pixels = _decode_fast(source, width, height, scale) if width * height <= min(TRAINING_PIXELS * scale**2, FAST_PIXELS) else None
             if pixels is not None:
                 left, top, right, bottom = _scaled(box, scale)
                 return _resized(pixels[top:bottom, left:right], size), box
     with _opened(source, MAX_PIXELS) as (image, name):
         _check_size(image, name, MAX_PIXELS if image.format == "JPEG" else TRAINING_PIXELS)
+        _check_bytes(image, name, TRAINING_BYTES)
         if min(image.size) < min_side:
             raise ImageError("too small", f"{image.width} x {image.height} pixels; at least {min_side} on each side are needed to train")
         if box and (width, height) != image.size:
@@ -352,7 +423,7 @@ def _orientation(image: Image.Image) -> int:
         found = image.getexif().get(0x0112, 1)
     except Exception:  # only the EXIF block is damaged: the picture stays as it lies
         return 1
-    return found if found in range(1, 9) else 1
+    return int(found) if found in range(1, 9) else 1
 
 
 _TRANSPOSITIONS = [None, None, *(Image.Transpose[name] for name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"))]
@@ -408,16 +479,16 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
     if decoder is None or data[:2] != b"\xff\xd8":
         return None
     place = 2
-    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):  # the segments before the picture itself
-        marker = data[place + 1]
+    while True:  # the segments before the image itself
+        marker = data[place + 1] if data[place : place + 1] == b"\xff" and place + 4 <= len(data) else 0
         if marker == 0xFF:  # a byte that fills
             place += 1
-            continue
-        if marker == 0xE1:  # EXIF or XMP: Pillow looks into it
-            return None
-        if marker == 0xDA:
+        elif marker == 0xDA:
             break
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD8 or marker == 0xE1:  # EXIF or XMP, or no segment at all: Pillow looks into it
+            return None
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     try:
         height, width, colours, _ = decoder.decode_jpeg_header(data)
     except ValueError:
