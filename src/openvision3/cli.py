@@ -437,8 +437,28 @@ def fetch(
     return cli_fetch.run(names, to, list, check, json)
 
 
-def doctor(json: Json = False) -> int:
-    """Look at this machine: versions, what is fast, what is missing and what to do."""
+def doctor(
+    json: Json = False,
+    train: bool = False,
+    recipe: str = "tiny",
+    batch: int | None = None,
+    micro_batch: int = 0,
+    device: Device = "auto",
+    precision: Annotated[str, arg(metavar="{auto,bf16,fp32}")] = "auto",
+    compile: Annotated[str, arg(metavar="{auto,on,off}")] = "auto",
+) -> int:
+    """Look at this machine: versions, what is fast, what is missing and what to do; with --train, a few steps on it.
+
+    Args:
+        train: take a few training steps and report losses, waits for the GPU, memory, speed, and between processes the collectives; exit code 1 if one is wrong.
+        recipe: whose model and batch the steps of --train take.
+        batch: images a step of --train, over all devices (default: the recipe's).
+        micro_batch: images a device computes at a time in --train; 0 is all of its share.
+        precision: of --train.
+        compile: whether --train compiles the blocks.
+    """
+    if train:
+        return _try_training(recipe, batch, {"micro_batch": micro_batch, "device": device, "precision": precision, "compile": compile}, json)
     from openvision3.doctor import examine
 
     found = examine()
@@ -461,6 +481,43 @@ VERBS: dict[str, Callable[..., int]] = {
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------
+
+
+def _try_training(recipe: str, batch: int | None, fields: dict[str, Any], json: bool) -> int:
+    from dataclasses import replace
+
+    from openvision3 import distributed
+    from openvision3.recipes import RECIPES
+    from openvision3.trial import try_training
+
+    config = RECIPES[_recipe([recipe])]()
+    config = replace(config, batch=batch or config.batch, **fields)
+    found = try_training(config)
+    if distributed.Ranks.from_environment().rank == 0:
+        if json:
+            print(dumps(found, indent=2))
+        else:
+            for line in lines_of_a_trial(found):
+                print(line)
+    return 1 if found["problems"] else 0
+
+
+def lines_of_a_trial(found: dict[str, Any]) -> list[str]:
+    """What `doctor --train` prints."""
+    waits = "not measurable on a CPU" if found["waits_per_step"] is None else f"{found['waits_per_step']:.1f} (1 is right: the log's)"
+    values = {
+        "device": f"{found['device']}, {found['processes']} process{'es' if found['processes'] > 1 else ''}, {found['parallel']}",
+        "precision": found["precision"],
+        "compile": found["compile"],
+        "loss of each step": "  ".join(f"{loss:.4f}" for loss in found["losses"]),
+        "waits per step": waits,
+        "peak memory": f"{found['peak_memory_gb']:.2f} GB",
+        "samples/s": f"{found['samples_per_second']:.1f}",
+    }
+    for name, collective in found["collectives"].items():
+        values[name] = f"{'right' if collective['right'] else 'WRONG'}, {collective['gigabytes_per_second']:.2f} GB/s"
+    lines = [f"{name:18s} {value}" for name, value in values.items()]
+    return lines + ([f"! {problem}" for problem in found["problems"]] or ["all is well"])
 
 
 def _load(model: str, device: str, vae: str) -> Pipeline:

@@ -294,13 +294,18 @@ def _skip(model: nn.Module, pieces: list[dict[str, Tensor]], values: dict[str, f
         )
 
 
+def peak_memory(device: str) -> int:
+    """Bytes that were held at most since the process began: by tensors on its GPU, or by the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _log(run: RunFolder, loop: Loop, batches: Batches, state: RunState, rate: float, clock: _Clock) -> None:
     means = {name: total / max(1, state.window_steps) for name, total in state.window.items()}
     state.window, state.window_steps = {}, 0
     elapsed, waited, steps = clock.window()
     speed = batches.batch * steps / max(elapsed, 1e-9)
     left = duration((loop.steps - state.step) * elapsed / max(1, steps))
-    memory = torch.cuda.max_memory_allocated() if loop.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak_memory(loop.device)
     row: dict[str, Any] = {f"train/{name}": value for name, value in means.items()}
     row |= {"lost_workers": lost} if (lost := getattr(batches, "lost_workers", 0)) else {}
     row |= {"rate": rate, "samples": state.samples, "skipped_steps": state.skipped_steps, "skipped_samples": len(batches.problems)}
