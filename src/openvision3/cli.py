@@ -450,7 +450,7 @@ def doctor(
     """Look at this machine: versions, what is fast, what is missing and what to do; with --train, a few steps on it.
 
     Args:
-        train: take a few training steps and report losses, waits for the GPU, memory, speed, and between processes the collectives; exit code 1 if one is wrong.
+        train: take a few steps and report losses, waits for the GPU, memory, speed, and between processes the collectives (exit code 1: one is wrong).
         recipe: whose model and batch the steps of --train take.
         batch: images a step of --train, over all devices (default: the recipe's).
         micro_batch: images a device computes at a time in --train; 0 is all of its share.
