@@ -101,7 +101,7 @@ def _steps(config: RunConfig, model: OpenVision3, batches: TrainingBatches, devi
             if step == WARM:
                 start = time.perf_counter()
             optimizers.set_rate(rate_at(step, config.optimizer, max(config.steps, STEPS)))
-            with waits_of_the_host(device) if step >= WARM else contextlib.nullcontext(Counter()) as seen:
+            with waits_of_the_host(device if step >= WARM else "cpu") as seen:
                 pieces = (to_device(next(source), device) for _ in range(batches.pieces))
                 _, parts = backward(model, pieces, batches.pieces, device, precision)
                 norm = distributed.full(torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
