@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,13 @@ import torch
 from tiny_pipeline import write_photo
 
 from openvision3 import cli
-from openvision3.ablate import ABLATIONS, AblationOptions, Cell, base_config, changed, finished, operations, phases
-from openvision3.compare import Group, protocol, read_groups, tables, write_comparison
+from openvision3.ablate import ABLATIONS, AblationOptions, Cell, Claim, base_config, changed, finished, operations, phases
+from openvision3.compare import Group, protocol, read_groups, tables, text_table, write_comparison
 from openvision3.config import flat, to_dict
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.pipeline import load
 from openvision3.recipes import RECIPES, base_low_res, mini_low_res, tiny
-from openvision3.watch import Curves
+from openvision3.watch import Curves, chosen, of_candidates
 
 
 def pictures(folder: Path, count: int, seed: int) -> Path:
@@ -318,14 +320,87 @@ def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path)
     assert protocol(base, "val/psnr") != protocol(Group("other", [Curves(other).read()]), "val/psnr")
 
 
-def test_every_one_of_several_equal_bests_is_bold_and_nothing_else(synergy, tmp_path):
-    groups = [Group(label, [Curves(synergy / "base" / "seed-0").read()]) for label in ("one", "same", "other")]
-    for points in groups[2].runs[0].values.values():
-        points.update(dict.fromkeys(points, -1.0))  # the worst PSNR and the best loss
+def groups_of(root: Path, **ends: Sequence[float]) -> list[Group]:
+    """Groups of runs, a seed a value, that ended at these PSNRs; contrastive loss is the value over ten."""
+    made = []
+    config = to_dict(tiny())
+    for label, values in ends.items():
+        runs = []
+        for seed, value in enumerate(values):
+            folder = root / label / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(config | {"seed": seed}))
+            line = {"step": 10, "val/psnr": value, "val/contrastive": value / 10, "val/contrastive_candidates": 256, "train/contrastive": 1.0}
+            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            runs.append(Curves(folder).read())
+        made.append(Group(label, runs))
+    return made
+
+
+def bold(page: str, label: str) -> list[str]:
+    return re.findall("<b>(.*?)</b>", re.search(f"<tr><td>{label}</td>(.*?)</tr>", page).group(1))
+
+
+def test_the_best_mean_is_bold_only_where_it_differs_from_the_second_best_over_seeds(tmp_path):
+    sure = groups_of(tmp_path / "sure", a=[20.0, 21.0, 22.0], b=[22.0, 23.1, 23.9])
+    page = write_comparison(tmp_path / "sure.html", "Compared", "", sure).read_text()
+    assert bold(page, "b") == ["23.00 ± 0.95"] and bold(page, "a") == ["2.100 ± 0.100"], "the larger PSNR, the smaller loss"
+    assert "*" in text_table(sure) and "p &lt; .001" in page
+    chance = groups_of(tmp_path / "chance", a=[20.0, 21.0, 22.0], b=[22.0, 20.9, 22.3])
+    page = write_comparison(tmp_path / "chance.html", "Compared", "", chance).read_text()
+    assert not bold(page, "a") and not bold(page, "b") and "*" not in text_table(chance)
+    one = groups_of(tmp_path / "one", a=[20.0], b=[30.0])
+    page = write_comparison(tmp_path / "one.html", "Compared", "", one).read_text()
+    assert not bold(page, "a") and not bold(page, "b") and "one seed: no interval" in page
+
+
+def test_differences_over_seeds_are_in_the_numbers_beside_the_page(tmp_path):
+    write_comparison(tmp_path / "page.html", "Compared", "", groups_of(tmp_path / "runs", a=[20.0, 21.0, 22.0], b=[22.0, 23.1, 23.9], c=[1.0]))
+    found = {(each["metric"], each["a"], each["b"]): each for each in json.loads((tmp_path / "page.json").read_text())["differences"]}
+    each = found["val/psnr", "a", "b"] if ("val/psnr", "a", "b") in found else found["val/psnr", "b", "a"]
+    assert abs(each["difference"]) == pytest.approx(2.0) and each["seeds"] == 3 and each["p"] == pytest.approx(0.0008322931113192524)
+    assert found["val/psnr", "a", "c"]["low"] is None and found["val/psnr", "a", "c"]["p"] == 1
+
+
+def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_not_compared(tmp_path):
+    groups = groups_of(tmp_path / "runs", a=[20.0, 21.0], b=[22.0, 23.0])
     page = write_comparison(tmp_path / "page.html", "Compared", "", groups).read_text()
-    one, same, other = (re.search(f"<tr><td>{label}</td>(.*?)</tr>", page).group(1).split("<td>")[3:] for label in ("one", "same", "other"))
-    assert one == same and any("<b>" in cell for cell in one)
-    assert all(("<b>" in a) != ("<b>" in b) for a, b in zip(one, other, strict=True))
+    assert "contrastive of 256 (chance 5.55)" in page and "contrastive of 256 (chance 5.55)" in text_table(groups)
+    assert of_candidates(groups[0].runs, "train/contrastive") == f" of {tiny().batch} (chance {math.log(tiny().batch):.2f})"
+    for run in groups[1].runs:
+        run.values["val/contrastive_candidates"] = dict.fromkeys(run.values["val/contrastive_candidates"], 64.0)
+    page = write_comparison(tmp_path / "unlike.html", "Compared", "", groups).read_text()
+    assert "Not in one table, for it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
+    runs = [run for group in groups for run in group.runs]
+    assert of_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in chosen(runs)
+    for run in groups[1].runs:
+        del run.values["val/contrastive_candidates"]
+    assert of_candidates(runs, "val/contrastive") == " of an unknown number and 256: not comparable", "a run of an earlier version"
+
+
+@pytest.mark.parametrize(
+    ("both", "verdicts"),
+    [
+        ([10.0, 11.0, 12.1], ["fails", "holds"]),
+        ([30.0, 31.0, 32.1], ["fails", "fails"]),
+        ([20.3, 20.9, 22.4], ["undecided", "undecided"]),
+        ([9.0], ["undecided"] * 2),
+    ],
+)
+def test_a_claim_holds_fails_or_is_undecided_by_the_test_over_seeds(tmp_path, both, verdicts):
+    groups = groups_of(tmp_path, a=both, b=[20.0, 21.0, 22.0])
+    same, lower = (Claim("x", (("a", "b", "val/contrastive", says),)) for says in ("the same", "lower"))
+    assert [claim.judge(groups)[0] for claim in (same, lower)] == verdicts
+    assert Claim("x", (("a", "nobody", "val/contrastive", "lower"),)).judge(groups) is None
+    [(part, value, verdict)] = lower.judge(groups)[1]
+    assert part == "contrastive of a - b: lower?" and verdict == verdicts[1] and ("one seed" in value) == (len(both) == 1)
+
+
+def test_the_page_of_the_synergy_judges_each_claim_of_the_paper(synergy):
+    claims = json.loads((synergy / "synergy.json").read_text())["claims"]
+    assert [len(claim["parts"]) for claim in claims] == [2, 2, 2, 2] and {claim["verdict"] for claim in claims} <= {"holds", "fails", "undecided"}
+    page = (synergy / "synergy.html").read_text()
+    assert "What the paper says, here" in page and all(claim["claim"] in page for claim in claims) and "chance 1.39" in page
 
 
 def test_compare_refuses_what_is_no_run(tmp_path, capsys):

@@ -190,3 +190,9 @@ def test_everything_with_the_ptb_tokeniser_is_that_of_coco():
         pytest.skip(missing[0])
     assert found["meteor"] == pytest.approx(Meteor().compute_score(true, own)[0], abs=1e-9) and 0 < found["meteor"] < 1
     assert not missing and all("ptb tokeniser" in n.how and "pycocoevalcap" in n.library for n in numbers[2:])
+
+
+def test_cider_of_few_pictures_says_that_it_is_of_this_set_alone():
+    for count, told in ((999, True), (1000, False)):
+        how = next(n.how for n in evaluate_captions(["a cat"] * count, [["a cat"]] * count, "simple") if n.metric == "cider")
+        assert ("compare with no other set" in how) == told

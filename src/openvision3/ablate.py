@@ -19,7 +19,7 @@ from typing import Any
 
 from openvision3 import distributed
 from openvision3.checkpoint import complete_checkpoints, read_state
-from openvision3.compare import Group, text_table, write_comparison
+from openvision3.compare import Group, apart, as_json, column, text_table, write_comparison
 from openvision3.config import RunConfig, flat, from_dict, load_config, to_dict
 from openvision3.data.batches import rows_of_a_process
 from openvision3.doctor import choose_device, choose_precision
@@ -56,16 +56,68 @@ class Ablation:
 
     question: str
     cells: Callable[[str, RunConfig], list[Cell]]
+    claims: tuple[Claim, ...] = ()
+    """what the paper says of these cells"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper as differences of held-out losses: (cell, the cell it is compared with, metric, whether it says "lower" or "the same")."""
+
+    says: str
+    parts: tuple[tuple[str, str, str, str], ...]
+
+    def judge(self, groups: Sequence[Group]) -> tuple[str, list[tuple[str, str, str]], list[dict[str, Any]]] | None:
+        """("holds", "fails" or "undecided"; a line for each part; the same for scripts), by paired t-tests over seeds; None where a cell is missing.
+
+        A part that says "lower" holds or fails where the difference is below or above 0 with p < .05, and is undecided otherwise. That two are the same
+        cannot be shown by a test of difference: such a part fails or is undecided. A claim holds with all of its parts and fails with any.
+        """
+        by_label = {group.label: group for group in groups}
+        lines, kept, verdicts = [], [], []
+        for cell, other, metric, says in self.parts:
+            made = apart(metric, by_label[cell], by_label[other]) if {cell, other} <= by_label.keys() else None
+            if made is None:
+                return None
+            higher, differs = made.over.difference > 0, made.over.differs
+            verdict = "undecided" if not differs else "fails" if higher or says == "the same" else "holds"
+            verdicts.append(verdict)
+            lines.append((f"{column(metric)[0]} of {cell} - {other}: {says}?", str(made), verdict))
+            kept.append(as_json(made) | {"says": says, "verdict": verdict})
+        return "fails" if "fails" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided", lines, kept
+
+
+BOTH, UNDERSTANDING, RECONSTRUCTION, RANDOM = "both", "only understanding", "only reconstruction", "heads on a frozen random encoder"
 
 
 def _synergy(recipe: str, base: RunConfig) -> list[Cell]:
     learns = "model.loss.encoder_learns_from"
     return [
-        Cell("both", {}),
-        Cell("only understanding", {learns: "understanding"}),
-        Cell("only reconstruction", {learns: "reconstruction"}),
-        Cell("heads on a frozen random encoder", {learns: "nothing"}),
+        Cell(BOTH, {}),
+        Cell(UNDERSTANDING, {learns: "understanding"}),
+        Cell(RECONSTRUCTION, {learns: "reconstruction"}),
+        Cell(RANDOM, {learns: "nothing"}),
     ]
+
+
+SYNERGY = (
+    Claim(
+        "Understanding alone lowers the pixel and the latent loss",
+        ((UNDERSTANDING, RANDOM, "val/pixel", "lower"), (UNDERSTANDING, RANDOM, "val/latent", "lower")),
+    ),
+    Claim(
+        "Reconstruction alone hardly moves the contrastive loss and lowers the caption loss a little",
+        ((RECONSTRUCTION, RANDOM, "val/contrastive", "the same"), (RECONSTRUCTION, RANDOM, "val/caption", "lower")),
+    ),
+    Claim(
+        "Both together beat reconstruction alone at reconstruction",
+        ((BOTH, RECONSTRUCTION, "val/pixel", "lower"), (BOTH, RECONSTRUCTION, "val/latent", "lower")),
+    ),
+    Claim(
+        "Reconstruction does not hurt understanding",
+        ((BOTH, UNDERSTANDING, "val/contrastive", "lower"), (BOTH, UNDERSTANDING, "val/caption", "lower")),
+    ),
+)
 
 
 def _no_vae(recipe: str, base: RunConfig) -> list[Cell]:
@@ -133,7 +185,7 @@ NOT_OF_A_PHASE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.war
 
 
 ABLATIONS = {
-    "synergy": Ablation("does each branch help the other?", _synergy),
+    "synergy": Ablation("does each branch help the other?", _synergy, SYNERGY),
     "no_vae": Ablation("what does the VAE bring?", _no_vae),
     "decoder_size": Ablation("how large must the latent decoder be?", _decoder_size),
     "encoder_size": Ablation("what does a larger encoder bring?", _encoder_size),
@@ -405,8 +457,16 @@ def _write(name: str, out: Path, plans: Sequence[tuple[Cell, list[tuple[str, Run
         about += f"<p>Not finished, and not in the numbers: {html.escape('; '.join(left))}.</p>"
     used = ", ".join(map(str, sorted(common))) or "unlike ones in each row"
     lead = f"{ABLATIONS[name].question} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {used}."
-    page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, [("Cells", about)])
+    judged = [(claim, found) for claim in ABLATIONS[name].claims if (found := claim.judge(groups)) is not None]
+    sections, more = [("Cells", about)], {"claims": [{"claim": claim.says, "verdict": verdict, "parts": kept} for claim, (verdict, _, kept) in judged]}
+    if judged:
+        rows = [(claim.says if not i else "", verdict if not i else "", *line) for claim, (verdict, lines, _) in judged for i, line in enumerate(lines)]
+        note = "<p>By differences of runs of one seed: mean [95 % interval of Student's t], p of the paired t-test; undecided where p is .05 or more.</p>"
+        sections.append(("What the paper says, here", note + report.table(("claim", "here", "part", "difference", "part alone"), rows)))
+    page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, sections, more if judged else None)
     print(text_table(groups))
+    for claim, (verdict, lines, _) in judged:
+        print(f"{verdict}: {claim.says} ({'; '.join(f'{part} {value}' for part, value, _ in lines)})")
     for told, which in (("are not finished; the same command goes on", left), ("ended early, for their loss did not stay finite", lost)):
         if which:
             console().print(f"{len(which)} runs {told}: {'; '.join(which)}", markup=False)

@@ -620,7 +620,7 @@ def _tell(work: Evaluation) -> None:
 
     out = Path(work.options.out)
     tables = split(work.results.rows)
-    work.results.differences = with_differences(tables, work.scores())
+    work.results.differences = with_differences(tables, [(work.results.rows, work.scores())])
     if work.overlap is not None:
         out.mkdir(parents=True, exist_ok=True)
         seen = work.overlap.lines(work.pictures)
@@ -631,6 +631,6 @@ def _tell(work: Evaluation) -> None:
     if work.options.json:
         print(path.read_text(encoding="utf-8"), end="")
     else:
-        print_tables(tables, work.results.not_run)
+        print_tables(tables, work.results.rows, work.results.not_run)
         tell_left_out(work.results)
         print(f"results: {path}\nreport: {page.resolve()}")

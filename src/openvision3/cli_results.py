@@ -15,24 +15,22 @@ from tyro.conf import Positional, arg
 from openvision3.paths import PathName
 
 if TYPE_CHECKING:
-    from openvision3.evaluate.results import NotRun, Results
+    from openvision3.evaluate.results import NotRun, Results, Row
 
 
-def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], not_run: Sequence[NotRun]) -> None:
+def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> None:
     """A line a metric and a column a model; what was not run below, with what it needs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from openvision3.evaluate import published
-    from openvision3.evaluate.results import by_need, how_to_read, named, shown, surely_best
+    from openvision3.evaluate.results import by_need, how_to_read, shown, surely_best, titles
 
     screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     only_published = list(dict.fromkeys(each.model for each in not_run if each.model in published.ONLY))
-    for setting, lines in tables:
+    for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
         models = list(dict.fromkeys(model for line in lines for model in line.values))
-        counts = sorted({number.count for line in lines for number in line.values.values()})
-        title = f"{named(setting, lines)}, {setting.resolution}, {setting.dtype}, N = {', '.join(map(str, counts))}"
         screen.print(title, markup=False, style="italic", soft_wrap=True)  # no name is markup, and a title of the table would be broken to its width
         made = Table(box=None, pad_edge=False)
         made.add_column("")
@@ -69,7 +67,7 @@ def table(argv: Sequence[str]) -> int:
     """Results of several evaluations on one page, like beside like."""
     from openvision3.cli import _output_folder, parse
     from openvision3.evaluate.page import write_summary
-    from openvision3.evaluate.results import Results, split
+    from openvision3.evaluate.results import Results, Scores, split, with_differences
 
     options = parse(TableOptions, argv, "openvision3 evaluate table")
     if not options.results:
@@ -80,11 +78,16 @@ def table(argv: Sequence[str]) -> int:
     all_rows = list(dict.fromkeys(row for each in found for row in each.rows))
     not_run = list(dict.fromkeys(one for each in found for one in each.not_run))
     tables = split(all_rows)
+    try:
+        folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in given]
+        with_differences(tables, [(each.rows, Scores.load(folder)) for each, folder in zip(found, folders, strict=True)])
+    except ValueError as error:
+        print(f"openvision3: no differences between models: {error}", file=sys.stderr)
     page = write_summary(Path(options.out), tables, not_run, found)
     if options.json:
         print(dumps([row.to_json() for row in all_rows], indent=1, ensure_ascii=False))
     else:
-        print_tables(tables, not_run)
+        print_tables(tables, all_rows, not_run)
         for path, each in zip(given, found, strict=True):
             tell_left_out(each, path)
         print(f"page: {page.resolve()}")

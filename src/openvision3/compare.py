@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from PIL import Image
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.evaluate import report
+from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
 from openvision3.files import sha256_of, write_whole
 from openvision3.paths import chart_label
-from openvision3.watch import Curves, open_runs
+from openvision3.watch import Curves, candidates, of_candidates, open_runs
 
 METRICS = (
     "val/psnr",
@@ -37,7 +39,6 @@ CURVES = ("train/pixel", "train/latent", "train/perceptual", "train/contrastive"
           "val/caption", "val/image_to_text_r@1", "train/loss")  # fmt: skip
 NOT_SETTINGS = ("out", "resume", "workers", "track", "index", "cache", "cache_gb", "log_every", "eval_every", "save_every", "keep", "keep_best", "seed")
 COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#1e293b", "#60a5fa", "#78716c")
-LARGER_IS_BETTER = ("psnr", "_r@")
 
 
 @dataclass
@@ -56,6 +57,11 @@ class Group:
     @property
     def config(self) -> RunConfig:
         return load_config(RunConfig, self.runs[0].folder / "config.json")
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """{seed: where the run ended}."""
+        seeds = {load_config(RunConfig, run.folder / "config.json").seed: run for run in self.runs}
+        return {seed: value for seed, run in seeds.items() if (value := run.last(metric)) is not None}
 
     def values(self, metric: str) -> list[float]:
         """Where each run that has it ended."""
@@ -80,7 +86,8 @@ def protocol(group: Group, metric: str = "") -> tuple:
     where = (config.val, config.size, config.caption_keys)
     loss = config.model.loss
     latent, perceptual = (config.model.vae.name,), (loss.perceptual,)
-    contrastive, caption = (config.captions, config.sentences), (_words(group),)  # cross-entropies: of K sets of captions; of a word piece
+    over = candidates(group.runs[0], "val/contrastive")
+    contrastive, caption = (config.captions, config.sentences, over), (_words(group),)  # cross-entropies: of K sets of captions; of a word piece
     weights = tuple(to_dict(loss)[name] for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual"))
     parts = {"val/latent": latent, "val/perceptual": perceptual, "val/contrastive": contrastive, "val/caption": caption}
     return (*where, *(weights + latent + perceptual + contrastive + caption if metric == "val/loss" else parts.get(metric, ())))
@@ -121,6 +128,49 @@ def column(metric: str) -> tuple[str, float]:
     return {"psnr": "PSNR, dB"}.get(name, name), 1.0
 
 
+@dataclass(frozen=True)
+class Apart:
+    """What two groups differ in by one metric, over the seeds that both have."""
+
+    metric: str
+    a: str
+    b: str
+    over: OverSeeds
+
+    def __str__(self) -> str:
+        factor, digits = column(self.metric)[1], 3
+        low, high = (f"{factor * end:.{digits}f}" for end in (self.over.low, self.over.high))
+        interval = f" [{low}, {high}], {spoken_p(self.over.p)}" if self.over.seeds > 1 else ", one seed: no interval"
+        return f"{factor * self.over.difference:+.{digits}f}{interval}"
+
+
+def apart(metric: str, a: Group, b: Group) -> Apart | None:
+    """a minus b, paired by seed; None where no seed has both."""
+    one, other = a.by_seed(metric), b.by_seed(metric)
+    seeds = [seed for seed in one if seed in other]
+    return Apart(metric, a.label, b.label, over_seeds([one[s] for s in seeds], [other[s] for s in seeds])) if seeds else None
+
+
+def all_apart(columns: Sequence[str], groups: Sequence[Group]) -> list[Apart]:
+    """By each metric the first group against all others, and the best against the second best."""
+    found = []
+    for metric in columns:
+        named = {str(i): group for i, group in enumerate(groups) if group.values(metric)}
+        ranking = best_first(metric, {name: statistics.mean(group.values(metric)) for name, group in named.items()})
+        pairs = [(next(iter(named)), other) for other in list(named)[1:]] + ([(ranking[0], ranking[1])] if len(ranking) > 1 else [])
+        unlike = {frozenset(pair): pair for pair in reversed(pairs)}.values()
+        found += [made for a, b in unlike if (made := apart(metric, named[a], named[b])) is not None]
+    return found
+
+
+def surely_best(metric: str, groups: Sequence[Group]) -> int | None:
+    """The place of the group that a paired t-test over seeds tells from the second best; None where there is none."""
+    means = {str(i): statistics.mean(values) for i, group in enumerate(groups) if (values := group.values(metric))}
+    ranking = best_first(metric, means)
+    made = apart(metric, groups[int(ranking[0])], groups[int(ranking[1])]) if len(ranking) > 1 else None
+    return int(ranking[0]) if made is not None and made.over.differs else None
+
+
 def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The numbers of all groups, each run's, for scripts."""
     return [
@@ -144,6 +194,7 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
     shown = [name for name in names if any(name in run.values for group in groups for run in group.runs)]
     if len({protocol(group, "val/loss") for group in groups}) > 1:  # sums with unlike weights
         shown = [name for name in shown if not name.endswith("/loss")]
+    shown = [name for name in shown if not of_candidates([run for group in groups for run in group.runs], name).endswith("not comparable")]
     columns = min(4, max(1, len(shown)))
     lines = max(1, -(-len(shown) // columns))
     head = 0.28 * -(-len(groups) // 2) + 0.1
@@ -162,6 +213,7 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
             panel.plot(steps, middle, color=colour, linewidth=1.5, marker="o" if len(steps) == 1 else None)
             panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         told = column(name)[0].removeprefix("train/")
+        told += of_candidates([run for group in groups for run in group.runs], name)
         panel.set_title(f"{told}, {'training' if name.startswith('train/') else 'held out'}", fontsize=10, loc="left")
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=8)
@@ -176,19 +228,28 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
 
 
 def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
-    """HTML; the best mean of each column is bold, all of them where it is there several times."""
-    header = ("", "runs", "steps", *(column(name)[0] for name in columns))
+    """HTML; the best mean of each column is bold where it differs from the second best over seeds."""
+    header = ("", "runs", "steps", *(heading(name, groups) for name in columns))
     rows = [[group.label, str(len(group.runs)), f"{group.steps:,}"] for group in groups]
     bold = set()
     for x, name in enumerate(columns, start=len(rows[0])):
-        found = [group.values(name) for group in groups]
-        means = [statistics.mean(values) for values in found if values]
-        best = (max if any(part in name for part in LARGER_IS_BETTER) else min)(means)
-        for y, values in enumerate(found):
-            rows[y].append(spread(values, column(name)[1]) if values else "not measured")
-            if len(means) > 1 and values and statistics.mean(values) == best:
-                bold.add((y, x))
+        for y, group in enumerate(groups):
+            rows[y].append(spread(values, column(name)[1]) if (values := group.values(name)) else "not measured")
+        if (best := surely_best(name, groups)) is not None:
+            bold.add((best, x))
     return report.table(header, rows, bold)
+
+
+def heading(metric: str, groups: Sequence[Group]) -> str:
+    """The title of a column, with what a contrastive loss is taken over."""
+    return column(metric)[0] + of_candidates([run for group in groups for run in group.runs], metric)
+
+
+def _differences_over_seeds(columns: Sequence[str], groups: Sequence[Group]) -> str:
+    """HTML: a line a pair and metric."""
+    rows = [(column(each.metric)[0], f"{each.a} - {each.b}", str(each), each.over.seeds) for each in all_apart(columns, groups)]
+    note = "<p>Differences of runs of one seed: mean [95 % interval of Student's t], two-sided p, not corrected for the number of comparisons.</p>"
+    return note + report.table(("", "rows", "difference", "seeds"), rows) if rows else ""
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -207,8 +268,19 @@ def sheet(run: Curves) -> Image.Image | None:
         return image.convert("RGB")
 
 
-def write_comparison(path: Path, title: str, lead: str, groups: Sequence[Group], sections: Sequence[tuple[str, str]] = ()) -> Path:
-    """The page at `path` and its numbers beside it as .json and .png; `sections` come first. Returns the path.
+BOLD = "Bold: the best mean of a column, where it differs from the second best (paired over seeds, p < .05)."
+
+
+def as_json(each: Apart) -> dict[str, Any]:
+    """A difference for scripts; of one seed the interval is null."""
+    bounds = {name: value if math.isfinite(value) else None for name, value in (("low", each.over.low), ("high", each.over.high))}
+    return {"metric": each.metric, "a": each.a, "b": each.b, "difference": each.over.difference, **bounds, "p": each.over.p, "seeds": each.over.seeds}
+
+
+def write_comparison(
+    path: Path, title: str, lead: str, groups: Sequence[Group], sections: Sequence[tuple[str, str]] = (), more: dict[str, Any] | None = None
+) -> Path:
+    """The page at `path` and its numbers beside it as .json (with what is `more`) and .png; `sections` come first. Returns the path.
 
     Raises:
         OSError: they cannot be written.
@@ -217,9 +289,8 @@ def write_comparison(path: Path, title: str, lead: str, groups: Sequence[Group],
     numbers = ""
     for where, columns, members in made:
         several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
-        numbers += f"<p>Last evaluation, {html.escape(where)}, at most 256 pictures, sigma 0{several}. The best mean of a column is bold.</p>" + _table(
-            columns, members
-        )
+        numbers += f"<p>Last evaluation, {html.escape(where)}, at most 256 pictures, sigma 0{several}. {BOLD}</p>" + _table(columns, members)
+        numbers += _differences_over_seeds(columns, members)
         left_out = [name for name in METRICS if name not in columns and any(group.values(name) for group in members)]
         if left_out:
             numbers += f"<p>Not in one table, for it means something else in each row: {html.escape(', '.join(column(name)[0] for name in left_out))}.</p>"
@@ -237,7 +308,9 @@ def write_comparison(path: Path, title: str, lead: str, groups: Sequence[Group],
         ("Runs", folders),
     ]
     write_whole(path.with_suffix(".png"), drawn)
-    write_whole(path.with_suffix(".json"), json.dumps({"title": title, "groups": as_rows(groups)}, indent=1) + "\n")
+    apart_of_all = [as_json(each) for _, columns, members in made for each in all_apart(columns, members)]
+    written = {"title": title, "groups": as_rows(groups), "differences": apart_of_all, **(more or {})}
+    write_whole(path.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
     return report.write_page(path, title, lead, all_sections)
 
 
@@ -245,11 +318,18 @@ def text_table(groups: Sequence[Group]) -> str:
     """The tables in plain text, one line a group."""
     lines = []
     for where, columns, members in tables(groups):
-        rows = [("", "runs", *(column(name)[0] for name in columns))]
+        rows = [("", "runs", *(heading(name, members) for name in columns))]
+        best = {name: surely_best(name, members) for name in columns}
         rows += [
-            (group.label, str(len(group.runs)), *(spread(group.values(name), column(name)[1]) if group.values(name) else "-" for name in columns))
-            for group in members
+            (
+                group.label,
+                str(len(group.runs)),
+                *(spread(values, column(name)[1]) + " *" * (best[name] == y) if (values := group.values(name)) else "-" for name in columns),
+            )
+            for y, group in enumerate(members)
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns) + 2)]
         lines += [where, *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows), ""]
+        if any(place is not None for place in best.values()):
+            lines[-1:] = [BOLD.replace("Bold", "*"), ""]
     return "\n".join(lines).rstrip()

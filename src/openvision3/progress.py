@@ -7,6 +7,7 @@ always, wandb and trackio where they are asked for. A run folder also holds the 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -246,6 +247,19 @@ def read_skipped(run: Path, count: int) -> list[dict[str, str]]:
         return [json.loads(line) for line in itertools.islice(file, count)]
 
 
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")
+"""on whose versions numbers may depend: networks and VAEs, words, how images are decoded and resized"""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """{name: version} of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the run folder and `doctor`."""
     import torch
@@ -255,6 +269,7 @@ def environment() -> dict[str, Any]:
     return {
         "openvision3": __version__,
         "python": platform.python_version(),
+        **versions(*LIBRARIES),
         "torch": torch.__version__,
         "system": platform.platform(),
         "processor": processor_name(),

@@ -117,6 +117,26 @@ class Curves:
         return next(reversed(points.values())) if points else None
 
 
+CANDIDATES = "val/contrastive_candidates"
+
+
+def candidates(run: Curves, name: str) -> int | None:
+    """Over how many images at once a contrastive loss of the run is taken: guessing gives the logarithm of that. None: it is another metric, or unknown."""
+    if name == "train/contrastive":
+        return run.batch or None
+    count = run.last(CANDIDATES) if name == "val/contrastive" else None
+    return int(count) if count else None
+
+
+def of_candidates(runs: Sequence[Curves], name: str) -> str:
+    """What has to stand beside the name of a contrastive loss: " of 256 (chance 5.55)"; "" beside any other."""
+    counts = sorted({candidates(run, name) or 0 for run in runs if name in run.values}) if name.endswith("/contrastive") else []
+    if not counts:
+        return ""
+    told = " and ".join(f"{count:,}" if count else "an unknown number" for count in counts)
+    return f" of {told}" + (f" (chance {math.log(counts[0]):.2f})" if len(counts) == 1 and counts[0] else ": not comparable" if len(counts) > 1 else "")
+
+
 def open_runs(names: Sequence[str]) -> list[Curves]:
     """Raises ValueError where there is no such folder."""
     if not names:
@@ -135,6 +155,7 @@ def chosen(runs: Sequence[Curves], patterns: Sequence[str] = ()) -> list[str]:
     """The metrics to show that occur, in order. Raises ValueError for a pattern that fits none of those there are."""
     there = list(dict.fromkeys(name for run in runs for name in run.values))
     found = list(dict.fromkeys(name for pattern in patterns or ORDER for name in there if fnmatch.fnmatchcase(name, pattern)))
+    found = [name for name in found if patterns or name != CANDIDATES]  # it stands in the title of the loss
     for pattern in patterns:
         if there and not fnmatch.filter(there, pattern):
             raise ValueError(f"no metric fits {pattern!r}; there are {', '.join(there)}")
@@ -200,7 +221,7 @@ def _head(run: Curves, index: int, several: bool, coloured: bool) -> Text:
 def _panel(runs: Sequence[Curves], name: str, width: int, height: int, coloured: bool, plain: bool) -> RenderableType:
     series = [[(step, value) for step, value in run.values.get(name, {}).items() if math.isfinite(value)] for run in runs]
     bad = sum(not math.isfinite(value) for run in runs for value in run.values.get(name, {}).values())
-    title = Text(name.removeprefix("train/"), style="bold")
+    title = Text(name.removeprefix("train/") + of_candidates(runs, name), style="bold")
     for i, points in enumerate(series):
         if points:
             title.append("  " + number(points[-1][1]), style=f"not bold {COLOURS[i % len(COLOURS)] if len(runs) > 1 else ''}".strip())
@@ -343,7 +364,7 @@ def draw(names: Sequence[str], path: str | Path, metrics: Sequence[str] = ()) ->
                     list(points), list(points.values()), color=colours[i % len(colours)], linewidth=1.5, marker=marker, label=chart_label(str(run.folder))
                 )
         single = f": {number(value)}" if len(runs) == 1 and (value := runs[0].last(name)) is not None else ""
-        panel.set_title(name.removeprefix("train/") + single, fontsize=10, loc="left")
+        panel.set_title(name.removeprefix("train/") + of_candidates(runs, name) + single, fontsize=10, loc="left")
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=8)
         panel.set_xlabel("step", fontsize=8)

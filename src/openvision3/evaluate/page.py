@@ -23,11 +23,11 @@ from openvision3.evaluate.results import (
     by_need,
     how_to_read,
     leading,
-    named,
     scores_by_sample,
     shown,
     split,
     surely_best,
+    titles,
 )
 from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
@@ -45,7 +45,7 @@ COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#7
 def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
     """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
     results = work.results
-    sections = [("Numbers", _numbers(tables, results.not_run) + _left_out([results])), *_differences(tables)]
+    sections = [("Numbers", _numbers(tables, results.rows, results.not_run) + _left_out([results])), *_differences(tables)]
     if scores := _per_picture(work):
         write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
@@ -66,14 +66,13 @@ def _machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{name} {environment[name]}" for name in ("processor", "torch", "python") if environment.get(name))
 
 
-def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun]) -> str:
+def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> str:
     """A table for each setting, a column a model; what was not run stands below and never in a table."""
     lines_of_all = [line for _, lines in tables for line in lines]
     made = f"<p>{html.escape(told)}</p>" if (told := how_to_read(lines_of_all)) else ""
-    for setting, lines in tables:
+    for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
         models = list(dict.fromkeys(model for line in lines for model in line.values))
-        counts = sorted({number.count for line in lines for number in line.values.values()})
-        made += f"<p>{html.escape(f'{named(setting, lines)}, {setting.resolution}, {setting.dtype}')}, N = {', '.join(f'{n:,}' for n in counts)}</p>"
+        made += f"<p>{html.escape(title)}</p>"
         columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
         made += report.table(
             ("", *models, *(heading for heading, _ in columns)),
@@ -279,7 +278,7 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
             report.picture(drawn, "rebuilding, drawing and understanding of each model") + told,
         ),
-        ("Numbers", _numbers(tables, not_run) + _left_out(results)),
+        ("Numbers", _numbers(tables, rows, not_run) + _left_out(results)),
         *_differences(tables),
         *_published(rows),
         ("How it was measured", _protocols(rows)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from openvision3 import __version__
+from openvision3.progress import LIBRARIES, versions
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ def number(metric: str, value: float, count: int, how: str, *packages: str, netw
     return Number(metric, float(value), count, how, library(*packages), network, network_sha256, spread)
 
 
+@functools.cache
 def library(*packages: str) -> str:
-    """openvision3, torch and these packages, each with its version."""
-    return ", ".join([f"openvision3 {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages))])
+    """openvision3, what its numbers may depend on as far as it is installed, and these packages, each with its version."""
+    return ", ".join([f"openvision3 {__version__}", *(f"{name} {version}" for name, version in versions(*LIBRARIES, *packages).items())])
 
 
 def values(numbers: Iterable[Number]) -> dict[str, float]:

@@ -325,6 +325,26 @@ def surely_best(line: Line) -> str:
     return ranking[0] if len(ranking) > 1 and frozenset(ranking[:2]) in apart else ""
 
 
+def titles(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Iterable[Row]) -> list[str]:
+    """What stands above each table: set, size, precision, how many; of models whose name stands for several weights the sha256 of those in this table."""
+    hashes: dict[tuple[str, Number], set[str]] = {}
+    by_name: dict[str, set[str]] = {}
+    for row in rows:
+        hashes.setdefault((row.model, row.number), set()).add(row.model_sha256)
+        by_name.setdefault(row.model, set()).add(row.model_sha256)
+    made = []
+    for setting, lines in tables:
+        counts = sorted({number.count for line in lines for number in line.values.values()})
+        which: dict[str, None] = {}
+        for line in lines:
+            for model, number in line.values.items():
+                if len(by_name.get(model, ())) > 1:
+                    which |= {f"{model} sha256 {each[:12] or 'none'}": None for each in sorted(hashes[model, number])}
+        head = f"{named(setting, lines)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{count:,}' for count in counts)}"
+        made.append("; ".join([head, *which]))
+    return made
+
+
 def how_to_read(lines: Iterable[Line]) -> str:
     """What brackets and bold figures of tables mean; "" where there are none."""
     lines = list(lines)
@@ -334,11 +354,19 @@ def how_to_read(lines: Iterable[Line]) -> str:
     return " ".join(part for part in ("[95 % interval over samples]." if brackets else "", bold) if part)
 
 
-def with_differences(tables: Sequence[tuple[Setting, list[Line]]], scores: Scores) -> list[Difference]:
-    """Puts the paired differences into each line of the tables, and returns them all. Raises ValueError: numbers of one protocol over unlike samples."""
+def with_differences(tables: Sequence[tuple[Setting, list[Line]]], evaluations: Sequence[tuple[Sequence[Row], Scores]]) -> list[Difference]:
+    """Puts the paired differences into each line of the tables, and returns them all. `evaluations` are the rows and the scores of each.
+
+    Raises:
+        ValueError: numbers of one protocol over unlike samples.
+    """
+    places: dict[tuple[str, Number], Scores] = {(row.model, row.number): scores for rows, scores in evaluations for row in rows}
     for _, lines in tables:
         for line in lines:
-            line.differences = differences(line.metric, line.values, scores.columns, scores.parts)
+            own = {model: places[model, number] for model, number in line.values.items() if (model, number) in places}
+            parts = {name: samples for scores in own.values() for name, samples in scores.parts.items()}
+            columns = {model: scores.columns[model] for model, scores in own.items() if model in scores.columns}
+            line.differences = differences(line.metric, line.values, columns, parts)
     return [each for _, lines in tables for line in lines for each in line.differences]
 
 

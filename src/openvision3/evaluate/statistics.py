@@ -182,7 +182,7 @@ def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
     if what is None or column is None or len(set(column.samples)) < 2:
         return number
     samples, values = len(set(column.samples)), column.values
-    if what.kind == "mean" and all(value in (0, 1) for value in values) and len(values) == samples:
+    if number.metric == "exact_match":
         what = Definition(what.column, "share of ones")
     if what.kind.startswith("share") and (len(values) == samples or number.value in (0, 1)):
         low, high = wilson(number.value, samples)

@@ -310,9 +310,11 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) 
         return texts, "the mean text embedding of the first captions of its training pictures"
     if labels.numbered:
         raise CannotRun(f"classes are known by number only ({', '.join(labels.names[:3])} ...); name a file of class names with --classes")
+    synonyms = sum("," in name for name in labels.names)
+    remark = ", a line of synonyms such as OpenCV's and not CLIP's name: compare with no published number" if 2 * synonyms > len(labels.names) else ""
     if kind == "names":
-        return [[name] for name in labels.names], "the text embedding of its name alone"
-    return [prompts(name) for name in labels.names], "the mean text embedding of its name in CLIP's 80 templates"
+        return [[name] for name in labels.names], f"the text embedding of its name alone{remark}"
+    return [prompts(name) for name in labels.names], f"the mean text embedding of its name in CLIP's 80 templates{remark}"
 
 
 def features(model: Functions, pictures: Pictures, labels: Labels, what: str) -> tuple[Tensor, list[int], list[int]]:
