@@ -14,7 +14,10 @@ import pytest
 from tiny_pipeline import pipeline, write_photo
 
 from openvision3 import cli, cli_data, cli_evaluate
+from openvision3.cli_results import print_tables
 from openvision3.data.text import TextTokenizer
+from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.results import Row, Setting, split
 from openvision3.files import write_whole
 from openvision3.hub import ASSETS
 from openvision3.paths import check_apart, expand_home, expand_value
@@ -186,3 +189,14 @@ def test_paths_and_words_that_are_not_utf8_are_one_line_or_work_and_never_a_trac
     log.close()
     assert (tmp_path / "run" / "command.txt").read_bytes().endswith(b"train '\xff'\n")
     assert r"data \udcff" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_no_value_is_cut_from_a_table_of_results_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    setting = Setting("pics", "0" * 64, "64x64", "square", "fp32", 0)
+    names = ("a/run/with/a/long/name", "another/run/with/a/long/name")
+    rows = [Row(name, "1" * 64, Number("psnr", 12.345, 8, "how", "library"), setting) for name in names]
+    print_tables(split(rows), [])
+    out = capsys.readouterr().out
+    assert "…" not in out and out.count("12.3") == 2

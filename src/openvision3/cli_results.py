@@ -33,12 +33,12 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], rows: Sequence[Row
         models = list(dict.fromkeys(model for line in lines for model in line.values))
         screen.print(title, markup=False, style="italic", soft_wrap=True)  # no name is markup, and a title of the table would be broken to its width
         made = Table(box=None, pad_edge=False)
-        made.add_column("")
+        made.add_column("", overflow="fold")  # in a narrow terminal nothing is cut
         for model in models:
-            made.add_column(Text(model), justify="right")
+            made.add_column(Text(model), justify="right", overflow="fold")
         columns = [column for model in (*models, *only_published) for column in published.beside(model, [line.metric for line in lines]).items()]
         for heading, _ in columns:
-            made.add_column(Text(heading), justify="right", style="dim")
+            made.add_column(Text(heading), justify="right", style="dim", overflow="fold")
         for line in lines:
             best = surely_best(line)
             measured = [Text(shown(line.metric, line.values[m]) if m in line.values else "", "bold" if m == best else "") for m in models]
