@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -6,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from openvision3.checkpoint import not_written
 from openvision3.files import half_written, left_behind, write_whole
+
+
+def test_no_room_names_the_file_that_was_written_and_not_the_one_that_was_read(tmp_path):
+    def full(file) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "the/source", None, file.name)
+
+    with pytest.raises(OSError, match="target") as caught:
+        write_whole(tmp_path / "target", full)
+    assert caught.value.filename == str(tmp_path / "target")
+    error = OSError(errno.ENOSPC, "No space left on device", "the/source", None, str(tmp_path / "copy"))
+    assert str(not_written(error, tmp_path, 4)).startswith(f"{tmp_path / 'copy'}: no space left on the disk at step 4")
 
 
 @pytest.mark.parametrize("content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"])

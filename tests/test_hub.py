@@ -245,6 +245,16 @@ def test_a_run_folder_stands_for_its_newest_complete_checkpoint(saved, tmp_path)
 # -- saves are all or nothing ---------------------------------------------------------------------------------------
 
 
+def test_a_save_through_a_link_is_written_where_it_points_every_time(copied, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(copied, target_is_directory=True)
+    for _ in range(2):
+        before = (copied / "model.safetensors").stat().st_ino
+        pipeline().save(link)
+        assert link.is_symlink() and (copied / "model.safetensors").stat().st_ino != before
+    assert not [p.name for p in (*tmp_path.iterdir(), *copied.parent.iterdir()) if p.name.startswith(".")]
+
+
 def test_a_save_replaces_an_older_model(copied):
     other = make_pipeline(seed=5)
     other.save(copied)

@@ -16,7 +16,7 @@ from small_runs import assert_same_run, metrics, pictures, small
 import openvision3
 from openvision3 import doctor
 from openvision3 import pretrain as module
-from openvision3.checkpoint import CheckpointError, RunState, complete_checkpoints
+from openvision3.checkpoint import CheckpointError, RunState, complete_checkpoints, latest_checkpoint
 from openvision3.cli import main
 from openvision3.config import RunConfig, load_config
 from openvision3.data import fingerprint
@@ -50,7 +50,7 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     found = {p.name for p in folder.iterdir()}
     assert found == {
         *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "samples", "checkpoints"),
-        *("environment.json", "command.txt", "tokenizer.json", "fingerprint.safetensors"),
+        *("environment.json", "command.txt", "tokenizer.json", "fingerprint.safetensors", ".lock"),
     }
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-00000004.png", "step-00000007.png"]
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000006", "step-00000007"]
@@ -62,7 +62,7 @@ def test_the_metrics_hold_every_loss_and_the_evaluation(finished):
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 7]
     assert {"train/latent", "train/pixel", "train/contrastive", "train/caption", "train/grad_norm", "rate", "skipped_steps"} <= rows[0].keys()
     assert [row["step"] for row in rows if "val/psnr" in row] == [4, 7]
-    assert {"val/vae_psnr", "val/loss", "val/image_to_text_r@1", "val/text_to_image_r@5"} <= rows[-1].keys()
+    assert {"val/vae_psnr", "val/loss", "val/image_to_text_r@1", "val/text_to_image_r@1"} <= rows[-1].keys()
 
 
 def test_the_run_folder_loads_as_the_model_that_was_trained(finished):
@@ -241,6 +241,41 @@ def test_a_new_run_over_an_old_one_is_refused_before_it_is_prepared(finished, mo
     monkeypatch.setattr(module, "open_source", None)
     with pytest.raises(ValueError, match="already holds a run"):
         pretrain(finished[0], "tiny")
+
+
+def test_a_run_says_where_it_ended_where_this_process_does_not_see_its_folder(tmp_path):
+    """Of several machines with disks of their own only the first sees the run folder."""
+    assert latest_checkpoint(tmp_path / "elsewhere") is None
+
+
+def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, monkeypatch):
+    """Norm, GELU and VAE have no tensors of another shape: what fits by its keys may be nonsense all the same."""
+    outcome = finished[1]
+    for field, value, line in (("token_norm", "none", "encoder.token_norm layernorm, not none"), ("gelu", "tanh", "encoder.gelu exact, not tanh")):
+        new = small(tmp_path, "new", init=str(outcome.folder))
+        setattr(new.model.encoder, field, value)
+        with pytest.raises(ValueError, match=f"was trained with {line}: its weights mean something else here; set --model.encoder"):
+            pretrain(new, "tiny")
+    load = module.VAE.load
+
+    def another(*values, **named):
+        vae = load(*values, **named)
+        vae.sha256 = "f" * 64
+        return vae
+
+    monkeypatch.setattr(module.VAE, "load", another)
+    with pytest.raises(ValueError, match=r"was trained with a VAE of sha256 .* has ffffffffffff\.\.\. now; set --model.vae.name"):
+        pretrain(small(tmp_path, "new", init=str(outcome.folder)), "tiny")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_seen(copied):
+    weights = complete_checkpoints(copied.out)[-1] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 64
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not as it was written; delete it to go on from the checkpoint before it"):
+        pretrain(copied, "tiny")
 
 
 # -- choices ---------------------------------------------------------------------------------------------------------

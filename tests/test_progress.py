@@ -77,6 +77,30 @@ def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 3}
 
 
+def test_a_run_folder_that_another_process_writes_is_refused_until_that_is_gone(tmp_path):
+    script = (
+        "import pathlib, sys; from openvision3 import progress; kept = progress.lock(pathlib.Path(sys.argv[1])); print('kept', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "kept\n"
+        with pytest.raises(ValueError, match=f"is being written by process {other.pid} on .*; wait for it or end it, or name another folder with --out"):
+            RunFolder(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.communicate()
+    RunFolder(tmp_path).close()
+
+
+def test_a_command_that_is_not_utf8_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["openvision3", "train", "--data", "d\udcff"])
+    run = described(tmp_path)
+    run.say("data d\udcff")
+    run.close()
+    assert b"d\xff" in (tmp_path / "command.txt").read_bytes() and b"d\\udcff" in (tmp_path / "log.txt").read_bytes()
+
+
 def test_what_comes_after_the_checkpoint_is_forgotten_a_line_cut_off_by_a_kill_too(tmp_path):
     run = described(tmp_path)
     for step in (1, 2, 3, 4):

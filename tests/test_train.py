@@ -297,6 +297,11 @@ def test_a_loss_that_is_not_finite_is_never_among_the_best(tmp_path):
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
+def test_a_run_whose_every_step_was_skipped_has_failed(tmp_path):
+    with pytest.raises(NotFinite, match=r"all 3 steps since step 0 were skipped as not finite, so nothing was trained"):
+        run(tmp_path, Points({1: "loss", 2: "loss", 3: "loss"}), steps=3)
+
+
 def test_unusable_samples_are_counted_and_listed_as_they_come(tmp_path):
     points = Points()
     problem = {"key": "a", "reason": "truncated", "detail": "cut off"}

@@ -1,7 +1,7 @@
 """Save a run so that nothing is lost, and go on from it.
 
 A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.distributed.checkpoint: weights, optimiser),
-`run_state.json` (progress, and the sha256 of every file in `state/`), and beside them a plain model folder that
+`run_state.json` (progress, and the sha256 of every other file), and beside them a plain model folder that
 `openvision3.load` reads. It is written under a hidden name, flushed to disk, and renamed when it is whole, and renamed back
 before it is deleted: a checkpoint that can be seen is complete.
 
@@ -63,6 +63,11 @@ class RunState:
 def complete_checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if (p / "run_state.json").is_file())
+
+
+def latest_checkpoint(run: str | Path) -> Path | None:
+    """The run's newest checkpoint; None where there is none, or where this process does not see the run folder."""
+    return next(reversed(complete_checkpoints(run)), None)
 
 
 def last_good(run: str | Path) -> str:
@@ -151,7 +156,7 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
         export(making, tensors["model"], state)
         with _alone():
             dcp.save(tensors, checkpoint_id=str(making / "state"), no_dist=True)
-        record = {"format": FORMAT, "files": _sums(making / "state"), **asdict(state)}
+        record = {"format": FORMAT, "files": _sums(making), **asdict(state)}
         (making / "run_state.json").write_text(json.dumps(record) + "\n")
         for path in (*making.rglob("*"), making):
             _flush(path)
@@ -164,7 +169,9 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
         _sweep(making.parent)
         cause = _os_error(error)
         if cause is None:
-            raise
+            if isinstance(error, Exception):
+                raise
+            raise CheckpointError(f"the checkpoint of step {state.step} could not be written: {' '.join(str(_cause(error) or error).split())}") from error
         raise not_written(cause, run, state.step) from error
 
 
@@ -186,7 +193,9 @@ def _val_loss(checkpoint: Path) -> float | None:
 def not_written(error: OSError, run: Path, step: int) -> CheckpointError:
     """What the file system refused, and what there is to go on from."""
     why, what = ("no space left on the disk", "make room") if error.errno == errno.ENOSPC else (error.strerror or str(error), "put that right")
-    return CheckpointError(f"{error.filename or run}: {why} at step {step}; {last_good(run)}; {what} and go on with --resume")
+    # of an error of two files the first was read
+    where = error.filename2 or (run if error.errno == errno.ENOSPC else error.filename) or run
+    return CheckpointError(f"{where}: {why} at step {step}; {last_good(run)}; {what} and go on with --resume")
 
 
 def read_state(folder: Path) -> RunState:
@@ -203,25 +212,27 @@ def read_state(folder: Path) -> RunState:
     if seen != FORMAT:
         raise CheckpointError(f"{folder} is of checkpoint format {seen}, this version of openvision3 reads {FORMAT}; go on with the version that wrote it")
     try:
-        found = _sums(folder / "state")
+        whole = any("/" in name for name in files)  # older checkpoints name the files of state/ alone
+        (folder / "state").stat()
+        found = _sums(folder if whole else folder / "state")
         state = RunState(**record)
     except (OSError, TypeError) as error:
         raise _damaged(folder, str(error)) from error
-    if found != files:
-        wrong = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
-        raise _damaged(folder, f"state/{wrong[0]} is not as it was written")
+    wrong = sorted(name for name in (files.keys() if whole else files.keys() | found.keys()) if files.get(name) != found.get(name))
+    if wrong:
+        raise _damaged(folder, f"{'' if whole else 'state/'}{wrong[0]} is not as it was written")
     return state
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers) -> RunState:
+def load_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers, state: RunState | None = None) -> RunState:
     """Put the weights and the optimiser of a checkpoint in place, strictly: no tensor may be missing, foreign or of another shape.
 
-    Every rank reads what it needs, however many had written it.
+    Every rank reads what it needs, however many had written it. `state` is what `read_state` gave where the files have been looked at before.
 
     Raises:
         CheckpointError: it is damaged, of another version, or of another model.
     """
-    state = read_state(folder)
+    state = state or read_state(folder)
     tensors = _tensors(model, optimizers)
     try:
         names = dcp.FileSystemReader(str(folder / "state")).read_metadata().state_dict_metadata
@@ -265,8 +276,9 @@ def _copied(value: Any) -> Any:
 def _sums(folder: Path) -> dict[str, str]:
     """{file: sha256}: torch's reader takes a flipped bit for a weight."""
     found = {}
-    for path in sorted(folder.iterdir()):
-        found[path.name] = sha256_of(path)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "run_state.json":
+            found[path.relative_to(folder).as_posix()] = sha256_of(path)
     return found
 
 

@@ -204,7 +204,9 @@ def together() -> Iterator[None]:
     error: BaseException | None = None
     try:
         yield
-    except Exception as caught:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as caught:  # torch's CheckpointException is no Exception
         error = caught
     failed = gather_objects(error is not None)
     if error is not None and (world() == 1 or failed.index(True) == rank()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -36,7 +37,7 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
         if not (first_wins and _link(making, path)):
             os.replace(making, path)
     except OSError as error:
-        elsewhere = error.filename not in (None, str(making))  # what `content` read from
+        elsewhere = error.filename not in (None, str(making)) and not error.filename2 and error.errno != errno.ENOSPC  # what `content` read from
         raise OSError(error.errno, error.strerror or str(error), error.filename if elsewhere else str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already

@@ -84,7 +84,7 @@ def save_model(
     """
     if str(folder) in shipped():
         raise ValueError(f"{folder} is the name of a shipped model, which load would take instead; save to ./{folder} or another name")
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # a link stays one: what it points to is replaced
     _check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -287,6 +287,38 @@ def _load_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) 
             raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the right one")
     network.name = config.model.vae.name
     return network
+
+
+def start_from(model: OpenVision3, folder: Path) -> None:
+    """Copy the weights of a model folder into a model that is to be trained further, where they mean the same in it.
+
+    Tensors that fit say little: another VAE's latents, norm or GELU have the same shapes.
+
+    Raises:
+        FileNotFoundError. ValueError: they do not fit, or mean something else here; the line names the first setting that differs.
+    """
+    load_weights(model, folder)
+    saved = read_config(folder)
+    if line := other_vae(saved, model.vae):
+        raise ValueError(f"{folder} was trained {line}; set --model.vae.name to the VAE it was trained on, or start from another model")
+    before, now = flat(to_dict(saved.model)), flat(to_dict(model.config))
+    for name, value in now.items():
+        if not name.startswith(("vae.", "loss.")) and before.get(name) != value:
+            seen = before.get(name)
+            raise ValueError(
+                f"{folder} was trained with {name} {seen}, not {value}: its weights mean something else here; set --model.{name.replace('_', '-')} {seen}"
+            )
+
+
+def other_vae(saved: FolderConfig, vae: VAE) -> str:
+    """What differs between the VAE that a model was trained on and this one, in words; "" where nothing does."""
+    digest, origin = saved.vae["sha256"], _vae_origin(vae)
+    if digest != vae.sha256:
+        return f"with a VAE of sha256 {str(digest)[:12]}..., but {vae.name} has {str(vae.sha256)[:12]}... now"
+    for name in ("latent_scale", "latent_shift"):
+        if name in saved.vae and saved.vae[name] != origin[name]:
+            return f"with {name} {saved.vae[name]} of its VAE, but {vae.name} has {origin[name]} now"
+    return ""
 
 
 def load_weights(model: OpenVision3, folder: Path) -> None:

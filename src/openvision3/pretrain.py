@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openvision3 import distributed, hub
-from openvision3.checkpoint import RunState, complete_checkpoints, load_checkpoint, read_state
+from openvision3.checkpoint import RunState, latest_checkpoint, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import fingerprint, samples
 from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process, to_device
@@ -102,23 +102,24 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         check_trackers(config.track)
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
         measured = choose_precision(config.precision, device) if ranks.rank == 0 else None
+        checkpoint = latest_checkpoint(out) if config.resume else None
+        read = read_state(checkpoint) if checkpoint and ranks.rank == 0 else None  # its files are many GB: one rank reads them all
+    state = distributed.from_first(read) or RunState()
     precision, why = distributed.from_first(measured)  # type: ignore[misc]  # the ranks need not have measured alike
     with distributed.together():
         vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
         held_out = open_held_out(config, _places(config))
         source.problems += held_out.problems
-        checkpoint = next(reversed(complete_checkpoints(out)), None) if config.resume else None
-        state = read_state(checkpoint) if checkpoint else RunState()
         if checkpoint:
             source.problems[:] = read_skipped(out, state.problems)
-        tokenizer = _tokenizer(config, source, out)
+        tokenizer = _tokenizer(config, source, checkpoint or out)
         if checkpoint:
             _check_same(checkpoint, out, vae, len(source), cache)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
         if checkpoint or config.init:  # of a checkpoint this reads what is frozen, the trained follows below
-            hub.load_weights(model, checkpoint or hub.find_folder(config.init))
+            (hub.load_weights if checkpoint else hub.start_from)(model, checkpoint or hub.find_folder(config.init))
         if config.model.loss.lambda_perceptual:
             model.perceptual_distance()  # raises where its files are not at hand, before anything is written
         started_from = _started_from(config, checkpoint)
@@ -152,6 +153,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     with distributed.together():
         _agree(
             {
+                "checkpoint": checkpoint.name if checkpoint else "none",
                 "samples": (len(source), source.key(0), source.key(len(source) - 1)),
                 "held-out pictures": len(held_out),
                 "vocabulary": hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest(),
@@ -171,7 +173,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     with distributed.together():
         if checkpoint:
-            load_checkpoint(checkpoint, model, optimizers)
+            load_checkpoint(checkpoint, model, optimizers, state)
     with distributed.together():
         run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
     try:
@@ -180,7 +182,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         if config.resume:
             run.forget_after(state.step, state.problems)
         run.track(config.track, to_dict(config))
-        if run.writes:
+        if run.writes and not (out / "tokenizer.json").is_file():
             tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
         run.say(f"device {device}, precision {precision} ({why})")
@@ -223,7 +225,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         status = fit(model, batches, optimizers, config.optimizer, loop, run, export=export, evaluate=evaluate, signals=signals)
         counts = f"; skipped samples: {reasons_in_words(batches.problems)}" if batches.problems else ""
         steps = f"; {loop.state.skipped_steps} steps skipped as not finite" if loop.state.skipped_steps else ""
-        run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {complete_checkpoints(out)[-1]}{counts}{steps}")
+        run.say(f"{status} at step {loop.state.step} after {duration(loop.state.seconds)}: {latest_checkpoint(out) or out}{counts}{steps}")
         pipeline.training = _training_record(recipe, config, loop.state, len(source), precision, started_from, cache)
         pipeline.fingerprint = marks
         model.eval()
@@ -338,9 +340,9 @@ def _fingerprint(config: RunConfig, source: Source, held_out: Source, run: RunFo
 def _check_same(checkpoint: Path, out: Path, vae: VAE, count: int, cache: LatentCache | None) -> None:
     """Raises ValueError where the VAE, the data or the cache are no longer those that the run was started with."""
     saved = hub.read_config(checkpoint)
-    digest, before = saved.vae["sha256"], saved.training["training_samples"]
-    if digest != vae.sha256:
-        raise ValueError(f"{out} was started with a VAE of sha256 {digest[:12]}..., but {vae.name} has {vae.sha256[:12]}... now; put the old one back")
+    before = saved.training["training_samples"]
+    if line := hub.other_vae(saved, vae):
+        raise ValueError(f"{out} was started {line}; put the old one back")
     if cache is not None and saved.training.get("latents") != cache.sha256:
         raise ValueError(f"{cache.folder} is not the cache that {out} was started with; put the old one back, or start a new run with --init {out}")
     if before != count:

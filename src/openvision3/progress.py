@@ -7,6 +7,7 @@ always, wandb and trackio where they are asked for. A run folder also holds the 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,6 +33,8 @@ REQUEUE = "REQUEUE"
 """The file in a run folder that says: stopped by a signal, saved, start again with --resume."""
 
 
+LOCK = ".lock"
+"""The file in a run folder that its process holds a lock on."""
 QUIET = 30.0
 """seconds between two lines of progress where there is no terminal for a bar"""
 
@@ -105,10 +108,13 @@ class RunFolder:
         self._told: set[tuple[int, str]] = set()
         self.bar: Progress | None = None
         self._task: Any = None
+        self._lock: IO[str] = open(os.devnull, "w")
         self._log = self._metrics = open(os.devnull, "w")
         if not writes:
             return
         self.check(self.path, resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.path)
         for name in ("checkpoints", "samples"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self._log = open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
@@ -228,10 +234,35 @@ class RunFolder:
     def close(self) -> None:
         if self._trackers is not None:
             self._trackers.close()
-        for file in (self._log, self._metrics, self._board):
+        for file in (self._log, self._metrics, self._board, self._lock):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk has been told of already
                     file.close()
+
+
+def lock(folder: Path) -> IO[str]:
+    """Keep a run folder for this process until what is returned is closed, or the process ends in any way.
+
+    Where the disk knows no locks (some network disks) nothing is kept.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: its workers do not keep it when it is gone
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"{folder} is being written by {owner}; wait for it or end it, or name another folder with --out") from error
+    except OSError:
+        return file
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def _row_key(step: int, row: dict[str, Any]) -> tuple[int, str]:

@@ -102,7 +102,7 @@ def fit(
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
     clock = _Clock()
-    first = state.step
+    first, skipped = state.step, state.skipped_steps
     source = batches.from_step(first)
     known = len(batches.problems)
     saver = Saver(run.path, model, optimizers, export, loop.keep, loop.keep_best)
@@ -161,6 +161,11 @@ def fit(
             if stop and not last_step:
                 return _stopped(loop, run, saver, heard)
         saver.wait()
+    if state.step > first and state.skipped_steps - skipped == state.step - first:
+        raise NotFinite(
+            f"all {state.step - first} steps since step {first} were skipped as not finite, so nothing was trained; "
+            f"start another run with --init from a checkpoint before, and a lower --optimizer.learning-rate or --precision fp32"
+        )
     return "finished"
 
 
@@ -429,5 +434,7 @@ class Signals:
             self.after.asked = self.asked
 
     def __exit__(self, *_: object) -> None:
+        if self.after:
+            self.after.asked = self.asked
         for number, handler in self._old.items():
             signal.signal(number, handler)
