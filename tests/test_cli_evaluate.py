@@ -679,3 +679,14 @@ def test_one_model_measured_twice_hides_neither_bar():
 def test_shares_are_shown_as_percent_and_psnr_in_db():
     told = {metric: shown(metric, Number(metric, 0.5, 1, "x", spread=0.1)) for metric in ("psnr", "image_to_text_r@1", "knn_top_1", "KID on x", "ssim")}
     assert told == {"psnr": "0.50 dB", "image_to_text_r@1": "50.0 %", "knn_top_1": "50.0 %", "KID on x": "0.5000 ± 0.1000", "ssim": "0.5000"}
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted_in_rows_and_told(root, tmp_path, capsys):
+    data = labelled(tmp_path / "data", 2, 40)
+    for place in data.rglob("*.txt"):
+        place.write_text("\u7ea2\u5fc3\n", encoding="utf-8")
+    for kind in ("retrieval", "captioning"):
+        measured(root, tmp_path / kind, kind, "--data", str(data))
+        assert f"{kind} of {root}/model: 100 % of the" in (said := capsys.readouterr().err) and "are unknown to the tokenizer" in said
+        rows = json.loads((tmp_path / kind / "results.json").read_text())["rows"]
+        assert all("% of the" in row["detail"] and "unknown to the tokenizer" in row["detail"] for row in rows)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -465,3 +466,30 @@ def test_a_model_moves_to_a_device_by_name_or_by_torch_and_stays_where_there_is_
         with pytest.raises(ValueError, match=message):
             model.to(wrong)
     assert len(moved) == 2
+
+
+def test_texts_that_the_model_makes_nothing_of_are_refused_or_warned_of():
+    model, image = pipeline(), photo(64, 64)
+    words = model.model.text_encoder.config.positions
+    for labels, said in (
+        (["\u7ea2\u5fc3", "\u84dd\u8f66"], "does not know their words"),
+        (["red " * words + "heart", "red " * words + "cat"], "put what differs first"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.classify(image, labels)
+        with pytest.warns(UserWarning, match=r"mostly unknown|put what differs first"):
+            model.embed_texts(labels)
+    with pytest.warns(UserWarning, match="1 of 2 texts, such as .*mostly unknown"):
+        model.classify(image, ["\u732b", "red heart"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.classify(image, list(NAMES))
+        model.embed_texts(list(NAMES))
+
+
+@pytest.mark.parametrize("call", [lambda m, t: m.embed_texts([t]), lambda m, t: m.embed_texts(t), lambda m, t: m.classify(photo(64, 64), ["red heart", t])])
+@pytest.mark.parametrize("text", ["\udcff cat", "\ud800"])
+def test_text_that_is_no_utf_8_is_one_clear_line(call, text):
+    with pytest.raises(ValueError, match="is not UTF-8 text") as refused:
+        call(pipeline(), text)
+    assert "\n" not in str(refused.value) and str(refused.value).isprintable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -22,6 +23,7 @@ from openvision3.config import RunConfig, load_config
 from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
 from openvision3.data.shards import open_source
+from openvision3.data.text import TextTokenizer
 from openvision3.hub import read_config
 from openvision3.pretrain import Outcome, pretrain, pretrain_in_turn
 from openvision3.progress import REQUEUE
@@ -472,3 +474,12 @@ def test_val_images_that_are_near_duplicates_of_training_images_are_told(tmp_pat
     shutil.copy(tmp_path / "train" / "4.png", tmp_path / "held" / "other.png")
     pretrain(config, "tiny")
     assert "of the first 4 val images are near-duplicates of training images, such as train/" in capsys.readouterr().err
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told_at_the_start(tmp_path):
+    config = small(tmp_path, "run", steps=1)
+    TextTokenizer.train(["nothing of the kind", "of the kind"] * 2, 100).save(tmp_path / "t.json")
+    config.tokenizer = str(tmp_path / "t.json")
+    pretrain(config)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search(r"captions: \d+ % of the \d+ pieces of 10 texts are unknown to the tokenizer; train a tokenizer", log)

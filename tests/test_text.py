@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from openvision3.data import samples
-from openvision3.data.text import TextTokenizer, sentences
+from openvision3.data.text import LONGEST, TextTokenizer, sentences
 
 CAPTIONS = ["a red heart", "a blue heart", "red panda with a blue hat", "hat", "panda", "two red hats"] * 3
 
@@ -166,3 +167,75 @@ def test_marks_within_a_word_come_back_without_spaces():
 )
 def test_sentences_end_at_full_stops_and_not_at_abbreviations(caption, parts):
     assert sentences(caption) == parts
+
+
+# -- what reaches a model ------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_is_an_upper_bound_whatever_the_letters_and_their_order():
+    draw = random.Random(0)
+    chinese = ["".join(chr(draw.randrange(0x4E00, 0x9FA5)) for _ in range(20)) for _ in range(300)]
+    cyrillic = ["".join(chr(draw.randrange(0x430, 0x450)) for _ in range(9)) for _ in range(300)]
+    for captions, vocabulary in ((chinese, 500), (chinese, 10), (cyrillic, 40), (chinese + cyrillic, 300)):
+        tokenizer = TextTokenizer.train(captions, vocabulary)
+        assert len(tokenizer) <= vocabulary
+        assert tokenizer.tokenizer.to_str() == TextTokenizer.train(captions[::-1], vocabulary).tokenizer.to_str()
+    often = TextTokenizer.train([*chinese, *["\u732b"] * 2, *[f"\u732b{i}" for i in range(50)]], 100)
+    assert often.unknown_id not in often.ids("\u732b"), "the letters that are kept are the frequent ones"
+    with pytest.raises(ValueError, match="vocabulary 5 is too small"):
+        TextTokenizer.train(chinese, 5)
+
+
+def test_a_text_is_cut_before_it_is_tokenised(words, monkeypatch):
+    lengths = []
+
+    class Watched:
+        def encode(self, text, **options):
+            lengths.append(len(text))
+            return words.tokenizer.encode(text, **options)
+
+        def __getattr__(self, name):
+            return getattr(words.tokenizer, name)
+
+    watched = TextTokenizer(words.tokenizer)
+    watched.tokenizer = Watched()
+    long = "a red heart " * 1_000_000
+    assert torch.equal(watched.text_ids([long], 8), words.text_ids(["a red heart " * 8], 8))
+    assert torch.equal(watched.caption_ids([long], 8), words.caption_ids(["a red heart " * 8], 8))
+    assert watched.count([long], 8).cut == 1 and max(lengths) <= 9 * LONGEST
+
+
+def test_unknown_and_cut_off_pieces_are_counted(words):
+    counts = words.count(["a red heart", "\u7ea2\u5fc3" * 6 + " heart", "red " * 20, "\u732b", ""], 16)
+    assert (counts.texts, counts.cut, counts.lost) == (5, 1, 2) and counts.unknown >= 10
+    assert str(words.count(["\u7ea2\u5fc3"] * 4, 8)) == "100 % of the 8 pieces of 4 texts are unknown to the tokenizer"
+    assert str(words.count(["a red heart"], 2)) == "1 of 1 texts are longer than the model reads, and cut off"
+    assert str(words.count(["a red heart"], 8)) == ""
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["\u7ea2\u5fc3", "\u84dd\u8f66"], "tokenizer does not know their words"),
+        (["red " * 8 + "heart", "red " * 8 + "hat"], "which reads 8 pieces of a text"),
+        (["A red  heart", "a red heart"], ""),
+        (["a red heart", "a blue heart"], ""),
+        (["heart", "heart"], ""),
+    ],
+)
+def test_unlike_texts_that_are_the_same_to_a_model_are_named(words, texts, said):
+    same = words.same(texts, 8)
+    assert said in same and bool(said) == bool(same) and "\n" not in same
+
+
+@pytest.mark.parametrize("text", ["\udcff cat", "\ud800"])
+def test_half_a_character_is_one_clear_line_at_every_door_of_the_tokenizer(words, text):
+    for door in (
+        words.ids,
+        lambda t: words.text_ids([t], 8),
+        lambda t: words.caption_ids(["a", t], 8),
+        lambda t: words.count([t], 8),
+        lambda t: words.same([t], 8),
+    ):
+        with pytest.raises(ValueError, match=r"^the text is not UTF-8 text: '.*\\ud.*' holds half a character at 0$"):
+            door(text)

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from json import dumps
 from pathlib import Path
@@ -341,7 +342,11 @@ def classify(
     pipeline = _load(model, device, vae)
 
     def one(path: str) -> dict[str, Any]:
-        found = pipeline.classify(path, labels)[:top]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = pipeline.classify(path, labels)[:top]
+        for line in [str(each.message) for each in told if path == paths[0]]:
+            print(f"openvision3: {line}", file=sys.stderr)
         return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in found]}
 
     return _each(paths, one, json, lambda r: f"{r['picture']}: " + ", ".join(f"{x['label']} {100 * x['probability']:.1f}%" for x in r["labels"]))

@@ -436,6 +436,8 @@ def _each(work: Evaluation, kind: str, measure: Callable[[Functions], Measured])
             work.results.not_run.append(NotRun(model.name, kind, str(error)))
             continue
         work.measured[kind, model.name] = done
+        if done.text:
+            print(f"openvision3: {kind} of {model.name}: {done.text}", file=sys.stderr)
         work.results.rows += rows(work, model, kind, done)
         work.results.not_run += [NotRun(model.name, metric, what) for metric, what in done.missing]
         work.results.left_out += [{"model": model.name, "of": kind, "reason": why, "count": count} for why, count in done.left_out.items()]

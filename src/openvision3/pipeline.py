@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from operator import index
@@ -174,10 +175,20 @@ class Pipeline:
 
     @torch.no_grad()
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
-        """Texts -> unit vectors (B, E)."""
+        """Texts -> unit vectors (B, E). Warns of texts that the tokenizer does not know, or that the model cannot tell apart.
+
+        Raises:
+            ValueError: no text, or one that holds half a character.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts {texts!r:.80} cannot be embedded; legal is one text or a list of texts, such as ['a red heart']")
+        if told := self.tokenizer.complaint(texts, self.model.text_encoder.config.positions - 1):
+            warnings.warn(told, stacklevel=2)
+        return self._embed(texts)
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> Tensor:
         ids = self.tokenizer.text_ids(texts, self.model.text_encoder.config.positions).to(self.device)
         with self._autocast():
             return self.model.embed_texts(ids)
@@ -221,11 +232,22 @@ class Pipeline:
         return [self.tokenizer.text(row) for row in ids]
 
     def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
-        """One picture among `labels` -> [(label, probability)], most likely first."""
+        """One picture among `labels` -> [(label, probability)], most likely first. Warns of labels that the tokenizer does not know.
+
+        Raises:
+            ValueError: unlike labels that are the same to the model, because their words are unknown to it or cut off.
+        """
         if isinstance(labels, str) or not isinstance(labels, Iterable) or not (labels := [*labels]):
             raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
+        if not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r:.80}")
+        positions = self.model.text_encoder.config.positions - 1
+        if same := self.tokenizer.same(labels, positions):
+            raise ValueError(same)
+        if told := self.tokenizer.complaint(labels, positions):
+            warnings.warn(told, stacklevel=2)
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
-        scores = (self.model.temperature * embedding @ self.embed_texts(labels).T).softmax(-1)[0].tolist()
+        scores = (self.model.temperature * embedding @ self._embed(labels).T).softmax(-1)[0].tolist()
         return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
 
     # -- as what evaluators ask for --------------------------------------------------------------------------------
@@ -248,7 +270,8 @@ class Pipeline:
             reconstruct=lambda images: self.decode(self.encode(images), (images.shape[2], images.shape[3])).cpu(),
             reconstruct_noisy=reconstruct_noisy,
             embed_images=lambda images: self.embed_images(images).cpu(),
-            embed_texts=lambda texts: self.embed_texts(texts).cpu(),
+            embed_texts=lambda texts: self._embed(texts).cpu(),
+            count_text=lambda texts: self.tokenizer.count(texts, self.model.text_encoder.config.positions - 1),
             caption=self.caption,
             features=lambda images: self.encode(images).mean(1).cpu(),
             note=f"VAE {self.vae.name}, sha256 {self.vae.sha256 or 'none'}",

@@ -23,7 +23,7 @@ from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import Source, open_source, reasons_in_words
-from openvision3.data.text import TextTokenizer
+from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.held_out import EVALUATED, open_held_out, quick_evaluation
 from openvision3.model.openvision3 import OpenVision3, load_distance
@@ -34,6 +34,8 @@ from openvision3.progress import RunFolder, console, duration, environment, read
 from openvision3.trackers import check_trackers
 from openvision3.train import Loop, Signals, backward, fit
 
+COUNTED = 1000
+"""samples of whose captions unknown and cut-off pieces are counted when a run starts"""
 LEARNT_FROM = 500_000
 """samples whose captions a vocabulary is learnt from, at most"""
 
@@ -186,6 +188,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             tokenizer.save(out / "tokenizer.json")
         run.say(f"{recipe}: {len(source):,} samples, {trained / 1e6:.1f} M parameters to train, vocabulary {len(tokenizer)}")
         run.say(f"device {device}, precision {precision} ({why})")
+        if run.writes and (told := _text_told(source, tokenizer, shape)):
+            run.say(f"captions: {told}")
         if not_compiled:
             run.say(not_compiled)
         if about_cache:
@@ -378,6 +382,17 @@ def _some_captions(source: Source) -> list[str]:
         except ImageError as error:
             source.problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
     return found
+
+
+def _text_told(source: Source, tokenizer: TextTokenizer, shape: TextShape) -> str:
+    """What the tokenizer and the model make nothing of in the captions of COUNTED samples, those that an epoch begins with; "" where nothing."""
+    order = source.order(0, 0)
+    counts = TextCount()
+    for position in range(min(len(source), COUNTED)):
+        with contextlib.suppress(ImageError):  # training meets it again, and reports it
+            counts.add(tokenizer.count(source.captions(order.place(position)[0])[:1], shape.caption_positions - 2))
+    hint = "; train a tokenizer on the captions with --tokenizer ''" if counts.unknown > counts.pieces / 20 else ""
+    return f"{counts}{hint}" if str(counts) else ""
 
 
 def _places(config: RunConfig) -> dict[str, Any]:

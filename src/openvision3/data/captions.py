@@ -67,21 +67,25 @@ def decode_text(data: bytes, name: str = "the text") -> str:
     except UnicodeDecodeError as error:
         kind = encoding.removesuffix("-sig").upper()
         raise TextError("not UTF-8", f"{name} is not {kind} text ({error.reason} {data[error.start : error.start + 1]!r}); save it as UTF-8") from error
-    return checked_text(text.rstrip("\0"), name)
+    return _without_nuls(text.rstrip("\0"), name)
 
 
 def checked_text(text: str, name: str = "the text") -> str:
     """The text, as it is. A command line and JSON can give half characters (surrogates), which no tokenizer takes.
 
     Raises:
-        TextError: reason `not UTF-8`, for surrogates and NULs.
+        TextError: reason `not UTF-8`.
     """
-    if "\0" in text:
-        raise TextError("not UTF-8", f"{name} holds NUL bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError("not UTF-8", f"{name} is not UTF-8 text: {text!a:.60} holds half a character at {error.start}") from error
+    return text
+
+
+def _without_nuls(text: str, name: str) -> str:
+    if "\0" in text:
+        raise TextError("not UTF-8", f"{name} holds NUL bytes, as UTF-16 without a byte-order mark does; save it as UTF-8")
     return text
 
 
@@ -109,9 +113,12 @@ def clean_captions(values: Iterable[object]) -> Captions:
     Those of the first value that has any are alike, see `Captions`.
 
     Raises:
-        TextError: see `checked_text`.
+        TextError: half characters or NULs in one of them.
     """
-    groups = [[line for text in _texts(value) if (line := " ".join(checked_text(text, "the caption").split())) and is_visible(line)] for value in values]
+    groups = [
+        [line for text in _texts(value) if (line := " ".join(_without_nuls(checked_text(text, "the caption"), "the caption").split())) and is_visible(line)]
+        for value in values
+    ]
     return Captions([line for group in groups for line in group], alike=next((len(group) for group in groups if group), 1))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from openvision3.contents import holds
-from openvision3.data.captions import checked_text, encoding_of, json_object
+from openvision3.data.captions import decode_text, encoding_of, json_object
 from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -190,7 +190,7 @@ def read_table(folder: Path, path: str) -> Table:
         except UnicodeDecodeError as error:
             raise ValueError(f"{place} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
     if not used:
-        checked_text(seen, str(place))
+        decode_text(seen.encode("utf-8", "surrogateescape"), str(place))
         found = f"; it {holds(place)}" if not seen.isprintable() else ""
         raise ValueError(f"{place} needs the columns file and caption; seen: {seen:.200}{found}")
     return table

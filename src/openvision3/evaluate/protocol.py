@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from openvision3 import __version__
+from openvision3.data.text import TextCount
 from openvision3.progress import LIBRARIES, versions
 
 
@@ -77,6 +78,8 @@ class Functions:
     """images -> unit vectors (B, E)"""
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """texts -> unit vectors (B, E)"""
+    count_text: Callable[[Sequence[str]], TextCount] | None = None
+    """texts -> how much of them it does not know, or cuts off"""
     caption: Callable[[Tensor], list[str]] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     """images -> what a probe sees (B, F): pooled frozen tokens"""

@@ -47,11 +47,16 @@ class Measured:
     captions: str = "none"
     """sha256 of the captions that were compared with"""
     left_out: dict[str, int] = field(default_factory=dict)
+    text: str = ""
+    """what the model makes nothing of in the texts, in words"""
     """why pictures were left out: how many"""
     shown: dict[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=dict)
     """what each sample scored, by its index in the source: what intervals, paired tests and numbers of a subset are made of"""
 
+
+COUNTED = 10_000
+"""Texts of which unknown pieces are counted, about; evenly spaced among more."""
 
 NEEDS = {
     "reconstruction": ("reconstruct",),
@@ -85,6 +90,12 @@ def _hash(value: Any) -> str:
 def _embed_texts(model: Functions, texts: Sequence[str]) -> Tensor:
     assert model.embed_texts is not None
     return torch.cat([model.embed_texts(texts[i : i + TEXTS_AT_ONCE]).cpu().float() for i in range(0, len(texts), TEXTS_AT_ONCE)])
+
+
+def _with_text(numbers: list[Number], model: Functions, texts: Sequence[str]) -> tuple[list[Number], str]:
+    """(the numbers with what the model makes nothing of in the texts that they depend on, that in words)."""
+    told = str(model.count_text(texts[:: max(1, len(texts) // COUNTED)])) if model.count_text is not None else ""
+    return [replace(each, detail="; ".join(filter(None, (each.detail, told)))) for each in numbers], told
 
 
 def image_embeddings(model: Functions, pictures: Pictures) -> Rows:
@@ -222,6 +233,7 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
         return numbers, nearest, _of_samples(columns, used), missing
 
     numbers, nearest, columns, missing = on_first(compute)
+    numbers, lost = _with_text(numbers, model, texts)
     answers = [[(texts[j], texts[j] in found.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
     return Measured(
         numbers,
@@ -229,6 +241,7 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
         used,
         captions=_hash(texts),
         left_out=_without("a caption", len(found.indices) - len(captioned)),
+        text=lost,
         shown={"indices": used[:shown], "answers": answers},
         columns=columns,
     )
@@ -259,7 +272,10 @@ def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", sh
     told = {index: {"written": own, "true": list(true)} for index, (_, own, true) in captioned.items()}
     missing = [(metric, what) for line in lacking for metric, _, what in [line.partition(": ")]]
     left_out = _without("a caption", len(found) - len(captioned))
-    return Measured(numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, shown={"cards": cards, "captions": told}, columns=columns)
+    numbers, lost = _with_text(numbers, model, [text for texts in references for text in texts])
+    return Measured(
+        numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, text=lost, shown={"cards": cards, "captions": told}, columns=columns
+    )
 
 
 def _without(what: str, count: int) -> dict[str, int]:
@@ -288,8 +304,8 @@ def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Seq
 
     done, columns = on_first(compute)
     told = f"{len(labels.names)} classes, sha256 of their texts {_hash([list(texts) for texts in texts_of])}"
-    numbers = _named(done.numbers, "zeroshot")
-    return Measured(numbers, used=used, labels=told, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
+    numbers, lost = _with_text(_named(done.numbers, "zeroshot"), model, [text for texts in texts_of for text in texts])
+    return Measured(numbers, used=used, text=lost, labels=told, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
 
 
 def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
