@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_pipeline import SIZE, make_pipeline
 from openvision3 import distributed, held_out
 from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
 from openvision3.data.shards import Source, open_source
-from openvision3.held_out import quick_evaluation
+from openvision3.held_out import quick_evaluation, shared_files
 from openvision3.pipeline import Pipeline
 
 TERMS = ("loss", "latent", "pixel", "contrastive", "caption")
@@ -91,3 +92,17 @@ def test_what_one_rank_cannot_read_is_left_out_on_all(pipeline, tmp_path, monkey
     found = quick_evaluation(pipeline, source, batches, None)
     assert found["skipped"] == 1 and batches.problems == [elsewhere]
     assert found["contrastive_candidates"] == 7  # nor has it a caption for 6
+
+
+def test_held_out_files_that_are_trained_on_are_found_however_their_path_is_spelt(tmp_path):
+    held, train = noise(tmp_path / "held", 3), tmp_path / "train"
+    (train / "inside").mkdir(parents=True)
+    for folder, name in ((train, "a.png"), (train / "inside", "b.png")):
+        Image.new("RGB", (SIZE, SIZE)).save(folder / name)
+    apart = open_source((str(train),))
+    assert not shared_files(held, apart)
+    (tmp_path / "link").symlink_to(train)
+    for other in (f"{tmp_path}/held/../train", str(tmp_path / "link"), str(train / "inside")):
+        assert shared_files(open_source((other,)), apart), other
+    os.link(tmp_path / "held" / "001.png", train / "c.png")
+    assert [Path(path).name for path in shared_files(held, open_source((str(train),)))] == ["001.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from openvision3.config import RunConfig
 from openvision3.data import samples
 from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
 from openvision3.data.images import to_pil
-from openvision3.data.shards import EmojiSource, Source, open_source, reasons_in_words
+from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, Source, open_source, reasons_in_words
 from openvision3.evaluate import protocol
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
@@ -28,7 +29,7 @@ ROWS = 32
 """images that are computed at a time; no number depends on it"""
 
 
-def open_held_out(config: RunConfig, places: dict[str, Any]) -> Source:
+def open_held_out(config: RunConfig, places: dict[str, Any], training: Source) -> Source:
     """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened with `places` as the data are.
 
     Raises:
@@ -38,13 +39,32 @@ def open_held_out(config: RunConfig, places: dict[str, Any]) -> Source:
         return EmojiSource(samples.load_emoji().evaluation("val", EVALUATED))
     if not config.val:
         raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
-    if set(config.val) & set(config.data) - {"openmoji"}:
-        raise ValueError(f"val and data share {', '.join(set(config.val) & set(config.data) - {'openmoji'})}: evaluate on pictures that are not trained on")
     source = open_source(config.val, side="val", **places)
+    if shared := shared_files(source, training):
+        more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
+        raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on pictures that are not trained on")
     problems: list[dict[str, str]] = []
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
         raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
     return source
+
+
+def shared_files(one: Source, other: Source) -> list[str]:
+    """Files that both read, known by what they are and not by how their names are spelt: the same file on disk, or the same address."""
+    known = dict(_files(other))
+    return [path for what, path in _files(one) if what in known]
+
+
+def _files(source: Source) -> Iterator[tuple[object, str]]:
+    if isinstance(source, MixedSource):
+        for part in source.sources:
+            yield from _files(part)
+    for path in source.tars.paths if isinstance(source, ShardSource) else source.files if isinstance(source, FolderSource) else ():
+        try:
+            found = os.stat(path)
+            yield (found.st_dev, found.st_ino), str(path)
+        except OSError:  # an address, or a file that is gone by now
+            yield str(path), str(path)
 
 
 @torch.no_grad()

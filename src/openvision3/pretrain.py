@@ -111,7 +111,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     with distributed.together():
         vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
-        held_out = open_held_out(config, _places(config))
+        held_out = open_held_out(config, _places(config), source)
         source.problems += held_out.problems
         if checkpoint:
             source.problems[:] = read_skipped(out, state.problems)
