@@ -199,7 +199,7 @@ def test_what_is_hidden(name, hidden):
             [(f"img_v1.{i}.{e}", b"x") for i in range(9) for e in ("jpg", "txt")],
             "only 0.jpg, 0.txt, 1.jpg, 1.txt, 2.jpg and 13 more; names end at their first dot",
         ),
-        ([("0.avif", b"x"), ("0.txt", b"x")], "only avif, txt; .avif is not read: choose one of .jpg"),
+        ([("0.svg", b"x"), ("0.txt", b"x")], "only svg, txt; .svg is not read: choose one of .jpg"),
         ([("0.mp4", b"x")], "only mp4"),
         ([("0." + "y" * 5000, b"x")], "only yyy"),
     ],
