@@ -197,6 +197,6 @@ def test_no_value_is_cut_from_a_table_of_results_in_a_narrow_terminal(monkeypatc
     setting = Setting("pics", "0" * 64, "64x64", "square", "fp32", 0)
     names = ("a/run/with/a/long/name", "another/run/with/a/long/name")
     rows = [Row(name, "1" * 64, Number("psnr", 12.345, 8, "how", "library"), setting) for name in names]
-    print_tables(split(rows), [])
+    print_tables(split(rows), rows, [])
     out = capsys.readouterr().out
     assert "…" not in out and out.count("12.3") == 2
