@@ -113,3 +113,13 @@ def test_shards_can_be_told_apart_however_narrow_the_terminal(columns, tmp_path,
     cells = "".join(row[0].strip() for row in rows if len(row) == 4)
     assert code == 2 and all(name in cells for name in names) and "…" not in out
     assert all(len(line) <= columns for line in out.splitlines()[:-2])
+
+
+def test_a_class_is_told_from_no_caption_at_all_in_shards_and_folders(tmp_path, capsys):
+    write_shard(tmp_path / "0.tar", {"a.jpg": jpeg(), "a.cls": b"3", "b.jpg": jpeg()})
+    (tmp_path / "images/cat").mkdir(parents=True)
+    for name in ("images/cat/1.jpg", "images/2.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    for data in (tmp_path / "0.tar", tmp_path / "images"):
+        code, out, _ = run(capsys, "check", data, "--json")
+        assert (code, json.loads(out)["reasons"]) == (2, {"class but no caption": 1, "no caption": 1})

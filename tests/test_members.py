@@ -10,9 +10,9 @@ from test_shards import captions, jpeg, keys, reasons, three, write_shard
 
 from openvision3 import cli_data
 from openvision3.data.check import check_shard, write_index
+from openvision3.data.folders import is_hidden
 from openvision3.data.image_text import Answer
 from openvision3.data.index import read_head, scan
-from openvision3.data.members import is_hidden
 from openvision3.data.recaption import recaption
 from openvision3.data.shards import ShardSource
 

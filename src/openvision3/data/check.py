@@ -124,7 +124,9 @@ def _usable(source: ShardSource | FolderSource, without: str, decode: bool, prob
             except TextError as error:
                 captions = None
                 note(error.reason, str(error))
-            if captions == ():
+            if captions == () and (label := source.value(sample)) is not None:
+                note("class but no caption", f"class {label:.60}: it serves zeroshot and probe, not training")
+            elif captions == ():
                 note("no caption", without)
             data = source.data(sample)
             if decode:

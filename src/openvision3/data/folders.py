@@ -24,9 +24,9 @@ _SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+f
 Problem = dict[str, str]
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is an operating system's or an editor's, and no data."""
-    return name.startswith(".") or name.lower() in _SYSTEM
+def is_hidden(path: str) -> bool:
+    """Whether a path within a folder or a tar is an operating system's or an editor's, and no data."""
+    return any((part.startswith(".") and part not in (".", "..")) or part.lower() in _SYSTEM for part in path.split("/"))
 
 
 def is_output(folder: Path) -> bool:

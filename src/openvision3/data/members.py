@@ -6,7 +6,6 @@ tar is reported. Hard links stand for the file they name; symbolic links, sparse
 
 from __future__ import annotations
 
-import mimetypes
 import mmap
 import os
 import tarfile
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from openvision3.contents import contents
-from openvision3.data.images import EXTENSIONS
+from openvision3.data.folders import is_hidden
+from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
 
 Problem = dict[str, str]
 
@@ -24,8 +24,6 @@ NAMED = 100
 """characters of a name, and LISTED names, that a message shows"""
 LISTED = 5
 
-SYSTEM = ("__MACOSX", "@eaDir")
-"""folders that systems put beside data; names that begin with a dot (._x, .DS_Store) are left out too"""
 
 HINTS = {
     "hidden file": "hidden or system files, left out",
@@ -162,11 +160,6 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a path within a tar or a folder is of a hidden file, or one that a system keeps for itself."""
-    return any(part in SYSTEM or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
-
-
 def short(name: str) -> str:
     return name if len(name) <= NAMED else f"{name[: NAMED - 3]}..."
 
@@ -182,7 +175,7 @@ def unusable(stem: str, members: Mapping[str, Any]) -> Problem | None:
         return None
     if pictures:
         return _problem(stem, "duplicate", f"{len(pictures)} pictures of this name: {_listed(pictures)}; the first one is used")
-    others = [extension for extension in members if (mimetypes.guess_type(f"x.{extension}")[0] or "").startswith("image/")]
+    others = [extension for extension in members if any(f".{extension}".endswith(known) for known in (*EXTENSIONS, *UNREAD_EXTENSIONS))]
     detail = f"only {_listed(list(members))}"
     if split := next((extension for extension in others if is_picture(extension.rpartition(".")[2])), ""):
         base = stem.rpartition("/")[2]
