@@ -70,7 +70,9 @@ def test_the_parts_have_every_sample_once_the_unseen_first(train, data):
     everything, _ = looked(FolderSource(train), take(FolderSource(train), (), []))
     assert [name.split(" (")[0] for name in everything.parts("probe", range(8))] == ["seen in training"]
     nothing, _ = looked(FolderSource(data), take(EmojiSource(samples.load_emoji().train[:3]), (), []))
-    assert nothing.parts("retrieval", range(6)) == {}
+    assert [name.split(" (")[0] for name in nothing.parts("retrieval", range(6))] == ["unseen in training"]
+    unknown, _ = looked(FolderSource(data), take(FolderSource(train), (), []), kinds=("reconstruction",))
+    assert unknown.parts("retrieval", range(6)) == {} and len(unknown.parts("reconstruction", range(6))) == 2
 
 
 def test_an_emoji_is_seen_where_its_family_is():

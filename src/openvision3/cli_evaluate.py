@@ -466,14 +466,16 @@ def rows(work: Evaluation, model: Functions, kind: str, done: Measured) -> list[
         overlap=work.overlap.told(kind) if work.overlap is not None else NOT_KNOWN,
     )
     found: list[tuple[list[Number], Setting]] = []
+    parts: dict[str, set[int]] = {}
     if work.overlap is not None:
         work.overlap.look(pictures, done.used)
         parts = work.overlap.parts(kind, done.used)
         work.parts |= {part: work.parts.get(part, set()) | samples for part, samples in parts.items()}
-        for part, samples in parts.items():
+        for part, samples in parts.items() if len(parts) > 1 else ():
             of_part = replace(setting, data_sha256=pictures.digest(sorted(samples)))
             found.append((subset_numbers(done.numbers, done.columns, samples, part), of_part))
-    found.append((done.numbers, setting))
+    whole = next(iter(parts)) if len(parts) == 1 else ""  # all are of one part: then these numbers are its
+    found.append(([replace(each, part=whole) for each in done.numbers], setting))
     return [Row(model.name, model.sha256, number, of, model.note, model.licence) for numbers, of in found for number in numbers]
 
 

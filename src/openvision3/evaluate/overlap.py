@@ -91,11 +91,13 @@ class Overlap:
         return {index for index in indices if any(each.counts(kind) for each in self.sightings.get(index, ()))}
 
     def parts(self, kind: str, indices: Sequence[int]) -> dict[str, set[int]]:
-        """The samples by the names of the parts that have numbers of their own, the unseen first: none where all of them are unseen."""
+        """The samples by the names of the parts that are there, the unseen first: none where no training data are known that matter for this kind."""
+        if not any(not each.kinds or kind in each.kinds for each in self.known):
+            return {}
         seen = self.seen(kind, indices)
         what = PARTS.get(kind, "image and family")
         named = {f"{UNSEEN} ({what})": set(indices) - seen, f"{SEEN} ({what})": seen}
-        return {name: part for name, part in named.items() if part} if seen else {}
+        return {name: part for name, part in named.items() if part}
 
     def told(self, kind: str) -> str:
         """For the protocol: what was compared with."""
