@@ -579,6 +579,15 @@ def test_a_run_from_the_cache_that_dies_goes_on_to_the_same_bits(cached_run, tmp
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_goes_on_where_its_cache_lies_under_another_path(cached_run, tmp_path):
+    pretrain(cached_run("run", steps=3))
+    config = cached_run("run", steps=3, resume=True)
+    config.latents = str(tmp_path / "moved")
+    (tmp_path / "latents").rename(config.latents)
+    pretrain(config)
+    assert f"latents lies at {config.latents} now" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_a_run_goes_on_with_its_own_cache_only(cached_run, tmp_path):
     pretrain(cached_run("run", steps=3))
     config = cached_run("run", steps=3, resume=True)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
 
+from openvision3 import identities
 from openvision3 import pretrain as module
 from openvision3.checkpoint import complete_checkpoints
+from openvision3.config import RunConfig, load_config
+from openvision3.data.text import TextTokenizer
+from openvision3.model import vae as vae_module
 from openvision3.pretrain import pretrain
 
 
@@ -134,6 +141,116 @@ def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]
     assert go_on(config).steps == config.steps
     assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]) == before
+
+
+# -- data that lie elsewhere -----------------------------------------------------------------------------------------
+
+
+def write_shard(folder: Path, name: str, shard: Path) -> Path:
+    """The images and texts of `folder` as the one shard `name`."""
+    shard.mkdir()
+    with tarfile.open(shard / name, "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    return shard / name
+
+
+def test_a_run_goes_on_bit_for_bit_where_all_it_reads_lies_under_another_path(tmp_path, monkeypatch, capfd):
+    def make(out: str) -> RunConfig:
+        config = small(tmp_path, out, steps=6, eval_every=2)
+        config.data = (*config.data, str(tmp_path / "shards"))
+        config.tokenizer, config.model.vae.name = str(tmp_path / "words.json"), str(tmp_path / "vae")
+        return config
+
+    write_shard(pictures(tmp_path / "more", 3, seed=2), "00000.tar", tmp_path / "shards")
+    for folder in ("train", "held"):
+        (pictures(tmp_path / folder, 0) / "99.png").write_bytes(b"no image")
+        (tmp_path / folder / "99.txt").write_text("a word")
+    TextTokenizer.train(["red green blue dark light"], 300).save(tmp_path / "words.json")
+    shutil.copytree(Path(vae_module.__file__).parents[1] / "assets" / "vae", tmp_path / "vae")
+    pretrain(make("whole"), "tiny")
+    broken = make("broken")
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 5)
+        pretrain(broken, "tiny")
+    away = tmp_path / "another mount"
+    away.mkdir()
+    names = {"train": "images", "held": "val", "shards": "tars", "words.json": "vocabulary.json", "vae": "a vae"}
+    for before, after in names.items():
+        shutil.move(tmp_path / before, away / after)
+    broken.data, broken.val = (str(away / "images"), str(away / "tars" / "*.tar")), (str(away / "val"),)
+    broken.tokenizer, broken.model.vae.name = str(away / "vocabulary.json"), str(away / "a vae")
+    capfd.readouterr()
+    assert go_on(broken).status == "finished"
+    assert_same_run(tmp_path / "whole", broken.out)
+    assert (Path(broken.out) / "skipped.jsonl").read_text().count("\n") == 2  # each once, under one name
+    said = capfd.readouterr().err
+    assert f"val lies at {away / 'val'} now, and holds what it held at {tmp_path / 'held'}" in said
+    assert said.count(" lies at ") == 4
+    now = load_config(RunConfig, Path(broken.out) / "config.json")
+    assert (now.data, now.val, now.tokenizer, now.model.vae.name) == (broken.data, broken.val, broken.tokenizer, broken.model.vae.name)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder with a run of two steps in `run`."""
+    root = tmp_path_factory.mktemp("begun")
+    pretrain(small(root, "run", steps=2, save_every=1), "tiny")
+    return root
+
+
+@pytest.fixture
+def copied(begun, tmp_path) -> RunConfig:
+    """What goes on with a copy of that run; its images lie where they lay."""
+    shutil.copytree(begun / "run", tmp_path / "run")
+    config = small(begun, "run", steps=2, save_every=1, resume=True)
+    config.out = str(tmp_path / "run")
+    return config
+
+
+def files_of(run: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("field", ["data", "val", "tokenizer"])
+def test_a_run_does_not_go_on_with_something_else_under_another_path(copied, tmp_path, field):
+    if field == "tokenizer":
+        TextTokenizer.train(["other words"], 300).save(tmp_path / "words.json")
+        copied.tokenizer = other = str(tmp_path / "words.json")
+    else:
+        other = str(pictures(tmp_path / "other", {"data": 10, "val": 3}[field], seed=5))
+        setattr(copied, field, (other,))
+    before = files_of(copied.out)
+    with pytest.raises(ValueError, match=f"^{field} was .* and cannot become {other}, which holds something else; name where the same lies now with --{field}"):
+        pretrain(copied, "tiny")
+    assert files_of(copied.out) == before
+
+
+@pytest.mark.parametrize(("field", "changed"), [("data", "0.png"), ("data", "0.txt"), ("val", "0.png")])
+def test_a_run_does_not_go_on_with_something_else_under_the_old_path(copied, field, changed):
+    path = Path(getattr(copied, field)[0]) / changed
+    kept = path.read_bytes()
+    try:
+        if changed.endswith(".txt"):
+            path.write_text("another word")
+        else:
+            Image.new("RGB", (40, 36), (1, 2, 3)).save(path)
+        with pytest.raises(ValueError, match=f"^{field}: {path.parent} no longer holds what it held when {copied.out} was started; put that back"):
+            pretrain(copied, "tiny")
+    finally:
+        path.write_bytes(kept)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_old_paths_only_and_says_why(copied, tmp_path):
+    (Path(copied.out) / identities.FILE).unlink()
+    same = copied.val
+    copied.val = (str(shutil.copytree(same[0], tmp_path / "val")),)
+    with pytest.raises(ValueError, match=r"^val was .* and cannot become .*: an older version started it, which did not record what lay there"):
+        pretrain(copied, "tiny")
+    copied.val = same
+    assert pretrain(copied, "tiny").status == "finished"
+    copied.val = (str(tmp_path / "val"),)  # it is recorded from now on
+    assert pretrain(copied, "tiny").status == "finished"
 
 
 # -- real processes ------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
                 captions += [texts[i][0] for i in captioned]
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
-    batches.problems += [problem for problem in problems if problem not in batches.problems]
+    listed = {(problem["key"], problem["reason"]) for problem in batches.problems}
+    batches.problems += [problem for problem in problems if (problem["key"], problem["reason"]) not in listed]
     if not values:  # they were there when the run began: it goes on without them
         return {"skipped": len(problems)}
     if sheet is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
+import functools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openvision3 import distributed, hub
+from openvision3 import distributed, hub, identities
 from openvision3.checkpoint import RunState, latest_checkpoint, load_checkpoint, read_state
 from openvision3.config import RunConfig, flat, load_config, to_dict
 from openvision3.data import fingerprint, samples
@@ -25,6 +26,7 @@ from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.shards import Source, open_source, reasons_in_words
 from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
+from openvision3.files import write_whole
 from openvision3.held_out import EVALUATED, open_held_out, quick_evaluation
 from openvision3.model.openvision3 import OpenVision3, load_distance
 from openvision3.model.vae import VAE
@@ -116,8 +118,13 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         if checkpoint:
             source.problems[:] = read_skipped(out, state.problems)
         tokenizer = _tokenizer(config, source, checkpoint or out)
+        known = identities.of_inputs(config, source, held_out, vae, cache, tokenizer) if ranks.rank == 0 else {}
+        inputs = identities.compared(out, config, known) if config.resume and ranks.rank == 0 else []
+        identities.refuse_other(out, (each for each in inputs if each.moved))
         if checkpoint:
             _check_same(checkpoint, out, vae, len(source), cache)
+            identities.keep_names(out, source, held_out)
+        identities.refuse_other(out, inputs)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
         if checkpoint or config.init:  # of a checkpoint this reads what is frozen, the trained follows below
@@ -158,7 +165,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
                 "checkpoint": checkpoint.name if checkpoint else "none",
                 "samples": (len(source), source.key(0), source.key(len(source) - 1)),
                 "held-out pictures": len(held_out),
-                "vocabulary": hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest(),
+                "vocabulary": identities.of_tokenizer(tokenizer),
                 "VAE": vae.sha256,
                 "cache of latents": cache.sha256 if cache is not None else "",
                 "compiled": compiled,
@@ -180,6 +187,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
     try:
         config.precision = precision
+        if run.writes and not (config.resume and (out / identities.FILE).is_file()):
+            write_whole(out / identities.FILE, json.dumps(known, indent=2) + "\n")
         run.describe(to_dict(config), environment())
         if config.resume:
             run.forget_after(state.step, state.problems)
@@ -208,6 +217,9 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             run.say(f"the warm-up of {config.optimizer.warmup_steps} steps is as long as the run: the rate never falls; see --optimizer.warmup-steps")
         if config.resume:
             run.say(f"going on from {checkpoint.name}" if checkpoint else "no checkpoint yet: starting over")
+            for each in inputs:
+                if each.moved:
+                    run.say(str(each))
 
         marks = _fingerprint(config, source, held_out, run) if run.writes else None
         loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, config.keep_best, device, precision, state)
@@ -254,18 +266,24 @@ def _agree(facts: dict[str, Any]) -> None:
 def _resumed(config: RunConfig, out: Path) -> RunConfig:
     """The config that the run was started with; only the FREE fields, which do not change its numbers, may be set anew.
 
+    So may those that say where something lies (identities.MOVABLE): what lies there is compared when it is open. Of a run of an older
+    version, which did not record what lay there, they must be as they were.
+
     Raises:
         ValueError: another field has another value now.
     """
+    settled_later = identities.MOVABLE if (out / identities.FILE).is_file() else ()
     old = load_config(RunConfig, out / "config.json")
     before, asked = flat(to_dict(old)), flat(to_dict(config))
     measured = ("steps", "optimizer.warmup_steps") if old.minutes else ()  # the run itself set these
     for name, value in asked.items():
         settled = name in measured or (name, value) == ("precision", "auto")
-        if name not in FREE and not settled and value != before[name]:
-            raise ValueError(f"{name} was {before[name]!r} when {out} was started and cannot become {value!r}; start a new run with --init {out}")
-    for name in FREE:
-        setattr(old, name, getattr(config, name))
+        if name not in (*FREE, *settled_later) and not settled and value != before[name]:
+            why = ": an older version started it, which did not record what lay there (name the old path, or link it)" if name in identities.MOVABLE else ""
+            raise ValueError(f"{name} was {before[name]!r} when {out} was started and cannot become {value!r}{why}; start a new run with --init {out}")
+    for name in (*FREE, *settled_later):
+        *parents, field = name.split(".")
+        setattr(functools.reduce(getattr, parents, old), field, functools.reduce(getattr, name.split("."), config))
     old.resume = True
     return old
 

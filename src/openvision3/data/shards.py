@@ -436,16 +436,41 @@ class MixedSource:
         return source.view(local, size, generator)
 
     def order(self, seed: int, epoch: int) -> Order:
-        if not self.weights and not any(_fetched(source) for source in self.sources):
+        if not self.weights and not any(is_fetched(source) for source in self.sources):
             return Shuffle(len(self), seed, epoch)
         counts = [len(source) for source in self.sources]
         parts = [functools.partial(source.order, draw_seed(seed, "source", number)) for number, source in enumerate(self.sources)]
         return Mix(counts, self.weights or counts, parts, seed, epoch)
 
 
-def _fetched(source: Source) -> bool:
-    """Whether the order of a source has to spare its place."""
-    return any(map(_fetched, source.sources)) if isinstance(source, MixedSource) else isinstance(source, ShardSource) and source.tars.remote
+def is_fetched(source: Source) -> bool:
+    """Whether a source is fetched shard by shard, so that reading samples here and there is dear."""
+    return any(map(is_fetched, source.sources)) if isinstance(source, MixedSource) else isinstance(source, ShardSource) and source.tars.remote
+
+
+def labels_of(source: Source) -> list[str]:
+    """What the keys of its samples begin with, a label for each folder and shard."""
+    if isinstance(source, MixedSource):
+        return [label for part in source.sources for label in labels_of(part)]
+    return list(source.tars.labels) if isinstance(source, ShardSource) else [source.label] if isinstance(source, FolderSource) else []
+
+
+def keep_labels(source: Source, before: list[str]) -> None:
+    """Give the samples the keys that they had where they lay before: what was listed as unusable there is not met as new.
+
+    `before` is what `labels_of` gave; a source of another number of folders and shards keeps its own.
+    """
+    if len(before) != len(labels_of(source)):
+        return
+    if isinstance(source, MixedSource):
+        for part in source.sources:
+            count = len(labels_of(part))
+            keep_labels(part, before[:count])
+            before = before[count:]
+    elif isinstance(source, ShardSource):
+        source.tars.labels = before
+    elif isinstance(source, FolderSource):
+        source.label = before[0]
 
 
 def open_source(
