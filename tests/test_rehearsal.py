@@ -166,8 +166,8 @@ def test_inference_waits_where_a_number_is_needed_and_nowhere_else():
     for _ in range(2):  # the second time the positions are there; the first did not wait for them either
         assert waits(functools.partial(pipeline.encode, images)) == {f"{to}prepare": 1}
     assert waits(functools.partial(pipeline.embed_images, images)) == {f"{to}prepare": 1}
-    assert waits(functools.partial(pipeline.embed_texts, words)) == {f"{to}embed_texts": 1}
+    assert waits(functools.partial(pipeline.embed_texts, words)) == {f"{to}_embed": 1}
     tokens = torch.zeros(2, 16, 64, device=DEVICE)
     assert waits(functools.partial(pipeline.decode, tokens)) == {}
     classified = waits(functools.partial(pipeline.classify, images[0], words))
-    assert classified == {f"{to}prepare": 1, f"{to}embed_texts": 1, "copy from the device pipeline.py:classify": 1}
+    assert classified == {f"{to}prepare": 1, f"{to}_embed": 1, "copy from the device pipeline.py:classify": 1}

@@ -250,3 +250,12 @@ def test_an_orientation_is_read_alike_by_all_views_where_the_block_is_damaged_be
         _, (_, _, right, bottom) = random_view(data, 16, torch.Generator().manual_seed(0), (1.0, 1.0))
         assert bottom <= open_image(data).height
         assert right <= open_image(data).width
+
+
+def test_damage_is_said_of_the_image_that_has_it_and_not_of_the_next():
+    damaged = encoded(corners(32, 32), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x20\0\x12\x01\3\0\1\0\0\0")
+    open_image(damaged)
+    assert images.damage_seen()
+    open_image(damaged)
+    open_image(encoded(corners(32, 32), "PNG"))
+    assert images.damage_seen() is None

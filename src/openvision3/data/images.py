@@ -109,7 +109,8 @@ DAMAGED = "damaged metadata (image used)"
 
 
 def _ignore_warnings() -> None:
-    """Done at each image, for others put filters in front: Pillow's own warnings never reach the terminal."""
+    """Done at each image, for others put filters in front: Pillow's own warnings never reach the terminal. What it said of earlier images is forgotten."""
+    _pillow.seen = False
     filters: list = warnings.filters  # type: ignore[assignment]
     if not filters or filters[0] is not _FILTER:
         if _FILTER in filters:
@@ -118,7 +119,7 @@ def _ignore_warnings() -> None:
 
 
 def damage_seen() -> dict[str, str] | None:
-    """Reason and detail of a problem where Pillow has warned of an image since the last call in this thread; the image may be used all the same."""
+    """Reason and detail of a problem where Pillow has warned of the last image that this thread has read; it may be used all the same."""
     seen, _pillow.seen = _pillow.seen, False
     return {"reason": DAMAGED, "detail": "its EXIF or another block beside the pixels is damaged"} if seen else None
 
