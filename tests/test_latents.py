@@ -345,7 +345,7 @@ def test_a_cache_goes_on_with_its_own_samples_only(folder, vae, tmp_path):
     source = FolderSource(folder)
     writer = LatentWriter(tmp_path / "c", source, vae.encode, settings_of(source, vae))
     list(writer.write([0]))
-    source.files[2] = folder / "other.png"
+    source.names[2] = "other.png"
     with pytest.raises(ValueError, match=r"part-000000.safetensors holds other samples than the data have there now, such as pics/"):
         writer.complete(0)
 

@@ -250,6 +250,14 @@ def test_a_run_says_where_it_ended_where_this_process_does_not_see_its_folder(tm
     assert latest_checkpoint(tmp_path / "elsewhere") is None
 
 
+def test_a_run_does_not_go_on_where_a_process_does_not_see_its_folder(copied, monkeypatch):
+    gather = module.distributed.gather_objects
+    monkeypatch.setattr(module.distributed, "gather_objects", lambda value: [True, False] if value is True else gather(value))
+    line = f"^process 1 does not see {copied.out}/config.json, and every process reads .*: put {copied.out} on a disk that all machines share"
+    with pytest.raises(ValueError, match=line):
+        pretrain(copied, "tiny")
+
+
 def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, monkeypatch):
     """Norm, GELU and VAE have no tensors of another shape: what fits by its keys may be nonsense all the same."""
     outcome = finished[1]

@@ -290,6 +290,75 @@ def test_two_processes_that_are_killed_and_go_on_equal_two_that_were_not_bit_for
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def together(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Two processes of a script of ours."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *arguments]
+    return subprocess.run(start, capture_output=True, text=True, env=environment(), timeout=300)
+
+
+ONE_MISSES = """
+import os, sys
+from datetime import timedelta
+from openvision3 import cli, distributed, held_out
+from openvision3.data.images import ImageError
+from openvision3.data.shards import FolderSource
+distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
+read = FolderSource.data
+def data(self, index):
+    if self.label == "held" and index == 1 and os.environ["RANK"] == "1":
+        raise ImageError("unreadable", "Input/output error")
+    return read(self, index)
+FolderSource.data = data
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_held_out_image_that_one_process_of_a_sharded_model_cannot_read_is_left_out_by_both(data, tmp_path):
+    """Of three images in rows of two, rank 0 has two parts to compute and rank 1 one: unless they agree, each waits for the other."""
+    script = tmp_path / "driver.py"
+    script.write_text(ONE_MISSES)
+    steps = ("--steps", "2", "--eval-every", "1")
+    done = together(script, *command(data, tmp_path / "two", "--parallel", "fsdp", *steps))
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(data / "held", tmp_path / "held")
+    (tmp_path / "held" / "1.png").unlink()
+    run([*command(data, tmp_path / "one", *steps), "--val", str(tmp_path / "held")])
+    two, one = ([row for row in metrics(tmp_path / name) if "val/loss" in row] for name in ("two", "one"))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2]
+    for first, second in zip(two, one, strict=True):
+        assert first.pop("val/skipped") == 1
+        assert first == pytest.approx(second, rel=1e-4)
+
+
+OWN_DISKS = """
+import os, sys
+from openvision3 import cli
+sys.exit(cli.main([*sys.argv[2:], "--out", os.path.join(sys.argv[1], "node" + os.environ["RANK"])]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_one_process_does_not_see_is_told_of_and_the_run_trains_starts_another_but_does_not_go_on(data, tmp_path):
+    script = tmp_path / "driver.py"
+    script.write_text(OWN_DISKS)
+    words = [word for word in command(data, tmp_path, "--steps", "2") if word not in ("--out", str(tmp_path))]
+    done = together(script, str(tmp_path), *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 1 of 2 does not see" in (tmp_path / "node0" / "log.txt").read_text()
+    assert [path.name for path in complete_checkpoints(tmp_path / "node0")] == ["step-00000002"] and not (tmp_path / "node1").exists()
+    done = together(script, str(tmp_path), *words, "--resume")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("openvision3:")]
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("openvision3: process 1 does not see "), done.stderr[-3000:]
+    script.write_text(
+        OWN_DISKS.replace('sys.argv[2:], "--out"', 'sys.argv[2:], "--init", sys.argv[1] + "/node" + "0x"[int(os.environ["RANK"])], "--out"').replace(
+            '"node" +', '"next" +'
+        )
+    )
+    done = together(script, str(tmp_path), *words)  # as the second phase of a recipe does: rank 0 reads, and sends
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "openvision3"]
     done = subprocess.run([*start, *command(data, tmp_path / "run", "--batch", "7")], capture_output=True, text=True, env=environment(), timeout=300)

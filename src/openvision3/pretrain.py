@@ -102,12 +102,22 @@ def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
 def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ranks, signals: Signals) -> Outcome:
     out = Path(config.out or f"runs/{recipe}")
     with distributed.together():
-        RunFolder.check(out, config.resume)
+        if ranks.rank == 0 or not config.resume:
+            RunFolder.check(out, config.resume)
+    if config.resume:
+        with distributed.together():
+            _refuse_unseen(out, out / "config.json")
+    with distributed.together():
         check_trackers(config.track)
         config = _resumed(config, out) if config.resume else copy.deepcopy(config)
         measured = choose_precision(config.precision, device) if ranks.rank == 0 else None
-        checkpoint = latest_checkpoint(out) if config.resume else None
-        read = read_state(checkpoint) if checkpoint and ranks.rank == 0 else None  # its files are many GB: one rank reads them all
+        checkpoint = latest_checkpoint(out) if config.resume and ranks.rank == 0 else None
+        read = read_state(checkpoint) if checkpoint else None  # its files are many GB: one rank reads them all
+    name = distributed.from_first(checkpoint and checkpoint.name)
+    checkpoint = out / "checkpoints" / name if name else None
+    if checkpoint:
+        with distributed.together():
+            _refuse_unseen(out, checkpoint / "run_state.json")
     state = distributed.from_first(read) or RunState()
     precision, why = distributed.from_first(measured)  # type: ignore[misc]  # the ranks need not have measured alike
     with distributed.together():
@@ -117,7 +127,10 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         source.problems += held_out.problems
         if checkpoint:
             source.problems[:] = read_skipped(out, state.problems)
-        tokenizer = _tokenizer(config, source, checkpoint or out)
+        tokenizer = _tokenizer(config, source, checkpoint or out) if ranks.rank == 0 or not config.init else None
+    tokenizer = distributed.from_first(tokenizer) if config.init else tokenizer
+    with distributed.together():
+        assert tokenizer is not None
         known = identities.of_inputs(config, source, held_out, vae, cache, tokenizer) if ranks.rank == 0 else {}
         inputs = identities.compared(out, config, known) if config.resume and ranks.rank == 0 else []
         identities.refuse_other(out, (each for each in inputs if each.moved))
@@ -127,11 +140,11 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         identities.refuse_other(out, inputs)
         torch.manual_seed(config.seed)
         model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
-        if checkpoint or config.init:  # of a checkpoint this reads what is frozen, the trained follows below
+        if checkpoint or (config.init and ranks.rank == 0):  # of a checkpoint what is frozen, the trained follows below; the first rank's are sent to all
             (hub.load_weights if checkpoint else hub.start_from)(model, checkpoint or hub.find_folder(config.init))
         if config.model.loss.lambda_perceptual:
             model.perceptual_distance()  # raises where its files are not at hand, before anything is written
-        started_from = _started_from(config, checkpoint)
+        started_from = _started_from(config, checkpoint) if ranks.rank == 0 else {}
         shape = TextShape(
             config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences, whole=len(config.caption_keys) < 2
         )
@@ -187,9 +200,10 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
     try:
         config.precision = precision
-        if run.writes and not (config.resume and (out / identities.FILE).is_file()):
-            write_whole(out / identities.FILE, json.dumps(known, indent=2) + "\n")
-        run.describe(to_dict(config), environment())
+        with distributed.together():
+            if run.writes and not (config.resume and (out / identities.FILE).is_file()):
+                write_whole(out / identities.FILE, json.dumps(known, indent=2) + "\n")
+            run.describe(to_dict(config), environment())
         if config.resume:
             run.forget_after(state.step, state.problems)
         run.track(config.track, to_dict(config))
@@ -199,6 +213,11 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         run.say(f"device {device}, precision {precision} ({why})")
         if run.writes and (told := _text_told(source, tokenizer, shape)):
             run.say(f"captions: {told}")
+        if unseen := _not_seeing(out / "config.json"):
+            run.say(
+                f"{_processes(unseen)} of {ranks.world} {'does' if len(unseen) == 1 else 'do'} not see {out}: it lies on a disk of process 0's machine; "
+                "training and saving work, but --resume and later commands need it where every process sees it: a shared disk, or copied to each machine"
+            )
         if not_compiled:
             run.say(not_compiled)
         if about_cache:
@@ -248,6 +267,25 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         return Outcome(status, out, pipeline, loop.state.step, precision)
     finally:
         run.close()
+
+
+def _not_seeing(path: Path) -> list[int]:
+    """The ranks that do not see a file; every rank takes part."""
+    return [rank for rank, seen in enumerate(distributed.gather_objects(path.is_file())) if not seen]
+
+
+def _processes(ranks: Sequence[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _refuse_unseen(out: Path, path: Path) -> None:
+    """Raises ValueError where a rank does not see what a run goes on from; every rank takes part, and reads it."""
+    if unseen := _not_seeing(path):
+        verb = "does" if len(unseen) == 1 else "do"
+        raise ValueError(
+            f"{_processes(unseen)} {verb} not see {path}, and every process reads what a run goes on from: "
+            f"put {out} on a disk that all machines share, or copy it to each, then --resume again"
+        )
 
 
 def _agree(facts: dict[str, Any]) -> None:
