@@ -15,8 +15,9 @@ from test_shards import jpeg, write_shard
 from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
 from openvision3.data.captions import Captions, TextError, clean_captions, decode_text, read_text, text_captions
 from openvision3.data.check import check_shard
+from openvision3.data.problems import count_reasons
 from openvision3.data.recaption_files import CaptionFolder, CaptionShard
-from openvision3.data.shards import FolderSource, ShardSource, count_reasons, json_object
+from openvision3.data.shards import FolderSource, ShardSource, json_object
 from openvision3.data.text import TextTokenizer
 
 MARKED = {

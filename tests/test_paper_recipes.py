@@ -19,7 +19,7 @@ from openvision3 import cli
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.data.text import TextTokenizer
 from openvision3.hub import read_config
-from openvision3.recipes import IN_TURN, RECIPES
+from openvision3.recipes import IN_TURN, RECIPES, base_low_res, kept_at_another_batch
 
 BERT_WORDS = 30_522
 
@@ -148,3 +148,18 @@ def test_the_command_that_is_shown_for_the_paper_fits_its_devices(capsys):
         assert cli.main(["estimate", "paper_base", "--gpus", gpus, "--micro-batch", micro_batch, "--json"]) == 0
         for phase in json.loads(capsys.readouterr().out):
             assert phase["fits"], (phase["recipe"], gpus, phase["memory_total"])
+
+
+def test_another_batch_says_what_stays_as_the_recipe_has_it_and_nothing_that_was_set():
+    config = base_low_res()
+    assert not kept_at_another_batch("base_low_res", config)
+    config.batch = 4096
+    line = kept_at_another_batch("base_low_res", config)
+    assert line.startswith("batch 4,096, where base_low_res has 8,192;")
+    assert line.endswith("rate 0.000256 (--optimizer.learning-rate), warm-up of 6,250 steps (--optimizer.warmup-steps), 625,000 steps (--steps)")
+    config.steps *= 2
+    config.optimizer.learning_rate /= 2
+    assert kept_at_another_batch("base_low_res", config).endswith("its own batch: warm-up of 6,250 steps (--optimizer.warmup-steps)")
+    config.optimizer.warmup_steps *= 2
+    assert not kept_at_another_batch("base_low_res", config)
+    assert not kept_at_another_batch("of one's own", config)

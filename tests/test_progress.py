@@ -14,6 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openvision3 import progress
+from openvision3.data.problems import Problems
 from openvision3.progress import RunFolder, duration, environment, read_skipped, track
 
 PROBLEMS = [{"key": str(i), "reason": "truncated", "detail": "cut off"} for i in range(4)]
@@ -101,30 +102,41 @@ def test_a_command_that_is_not_utf8_is_written_down(tmp_path, monkeypatch):
     assert b"d\xff" in (tmp_path / "command.txt").read_bytes() and b"d\\udcff" in (tmp_path / "log.txt").read_bytes()
 
 
+def found(count: int, known: int = 0) -> Problems:
+    problems = Problems(PROBLEMS[:known])
+    for problem in PROBLEMS[:count]:
+        problems.add(problem)
+    return problems
+
+
 def test_what_comes_after_the_checkpoint_is_forgotten_a_line_cut_off_by_a_kill_too(tmp_path):
     run = described(tmp_path)
     for step in (1, 2, 3, 4):
         run.record(step, {"loss": 1.0})
-    run.list_skipped(PROBLEMS[:3])
+    run.list_skipped(found(3))
     run.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     run = RunFolder(tmp_path, resume=True)
     run.forget_after(2, 1)
     assert steps(tmp_path) == [1, 2]
-    assert read_skipped(tmp_path, 9) == PROBLEMS[:1]
+    assert list(read_skipped(tmp_path, 9)) == PROBLEMS[:1]
     run.record(3, {"loss": 1.0})
-    run.list_skipped(PROBLEMS[:2])
+    run.list_skipped(found(2, known=1))
     run.close()
     assert steps(tmp_path) == [1, 2, 3]
-    assert read_skipped(tmp_path, 9) == PROBLEMS[:2]
+    assert list(read_skipped(tmp_path, 9)) == PROBLEMS[:2]
 
 
 def test_unusable_samples_are_listed_once(tmp_path):
     run = described(tmp_path)
-    assert run.list_skipped([]) == 0 and not (tmp_path / "skipped.jsonl").exists()
-    assert [run.list_skipped(PROBLEMS[:n]) for n in (1, 1, 3, 4)] == [1, 1, 3, 4]
-    assert read_skipped(tmp_path, 9) == PROBLEMS
+    problems = Problems()
+    assert run.list_skipped(problems) == 0 and not (tmp_path / "skipped.jsonl").exists()
+    for count in (1, 1, 3, 4):
+        for problem in PROBLEMS[:count]:
+            problems.add(problem)
+        assert run.list_skipped(problems) == count
+    assert list(read_skipped(tmp_path, 9)) == PROBLEMS
 
 
 def scalars(path, name) -> list[tuple[int, float]]:
@@ -158,6 +170,7 @@ def test_a_line_is_said_to_the_person_and_kept_in_the_log(tmp_path, capsys):
 
 SHOW = """
 import sys
+from openvision3.data.problems import Problems
 from openvision3.progress import RunFolder, track
 run = RunFolder(sys.argv[1])
 with run.showing(4, 1):

@@ -21,8 +21,9 @@ from openvision3.data.batches import TextShape, TrainingBatches
 from openvision3.data.check import check_shard, write_index
 from openvision3.data.images import ImageError
 from openvision3.data.index import Stamp
+from openvision3.data.problems import count_reasons
 from openvision3.data.remote import ShardCache, expand_remote
-from openvision3.data.shards import EmojiSource, MixedSource, count_reasons, open_source
+from openvision3.data.shards import EmojiSource, MixedSource, open_source
 from openvision3.data.text import TextTokenizer
 
 fsspec = pytest.importorskip("fsspec")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
 
-from openvision3 import identities
+from openvision3 import held_out, identities
 from openvision3 import pretrain as module
 from openvision3.checkpoint import complete_checkpoints
 from openvision3.config import RunConfig, load_config
@@ -133,6 +134,31 @@ def test_which_checkpoint_is_the_best_outlives_the_process(tmp_path, monkeypatch
     go_on(config)
     assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000004"]
     assert {row["step"]: row["val/loss"] for row in metrics(config.out) if "val/loss" in row} == losses
+
+
+def test_a_loss_that_was_made_otherwise_is_not_compared_with(tmp_path, monkeypatch):
+    """As of a run that an older version began, whose checkpoints do not say how."""
+    losses = {1: 0.1, 2: 3.0, 3: 2.0, 4: 4.0}
+    monkeypatch.setattr(module, "quick_evaluation", lambda *values: {"loss": losses[int(values[-1].stem.removeprefix("step-"))]})
+    config = small(tmp_path, "run", steps=4, eval_every=1, save_every=1, keep=1, keep_best=1)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 2)
+        pretrain(config, "tiny")
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/run_state.json")
+    record = json.loads(state.read_text())
+    assert record.pop("val_measure") == held_out.MEASURE
+    state.write_text(json.dumps(record))
+    go_on(config)
+    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "run" / "log.txt").read_text().count("val/loss was made otherwise until now") == 1
+
+
+def test_what_another_batch_leaves_as_the_recipe_has_it_is_said_once(tmp_path):
+    config = small(tmp_path, "run", batch=4, steps=1, eval_every=0)
+    pretrain(config, "tiny")
+    go_on(config)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("batch 4, where tiny has 8; what is still the recipe's, for its own batch: rate 0.003 (--optimizer.learning-rate)") == 1
 
 
 def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):

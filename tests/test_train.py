@@ -17,6 +17,7 @@ from small_runs import metrics, saved_state
 from torch import Tensor, nn
 
 from openvision3.checkpoint import CheckpointError, RunState, complete_checkpoints, load_checkpoint
+from openvision3.data.problems import Problems
 from openvision3.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.progress import RunFolder
 from openvision3.train import NOT_FINITE_LIMIT, Loop, NotFinite, fit
@@ -67,7 +68,7 @@ class Points:
 
     def __init__(self, at: dict[int, str | Callable[[], Any]] | None = None):
         self.at = at or {}
-        self.problems: list[dict[str, str]] = []
+        self.problems = Problems()
         self.closed = False
         self.watch: Callable[[int], None] = lambda step: None
 
@@ -305,7 +306,7 @@ def test_a_run_whose_every_step_was_skipped_has_failed(tmp_path):
 def test_unusable_samples_are_counted_and_listed_as_they_come(tmp_path):
     points = Points()
     problem = {"key": "a", "reason": "truncated", "detail": "cut off"}
-    points.at = {3: lambda: points.problems.append(problem), 5: lambda: points.problems.append({**problem, "key": "b"})}
+    points.at = {3: lambda: points.problems.add(problem), 5: lambda: points.problems.add({**problem, "key": "b"})}
     *_, state = run(tmp_path, points)
     assert [row["skipped_samples"] for row in metrics(tmp_path)] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert [json.loads(line)["key"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == ["a", "b"]

@@ -58,6 +58,8 @@ class RunState:
     window_steps: int = 0
     val_loss: float | None = None
     """val/loss at this very step, where it was measured"""
+    val_measure: int = 1
+    """how val/loss is made: losses made otherwise are not compared"""
 
 
 def complete_checkpoints(run: str | Path) -> list[Path]:
@@ -162,7 +164,7 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
             _flush(path)
         os.replace(making, folder)
         _flush(folder.parent)
-        for old in _superfluous(run, keep, keep_best):
+        for old in _superfluous(run, keep, keep_best, state.val_measure):
             os.replace(old, old.with_name(f".old-{old.name}"))
         _sweep(making.parent)
     except (Exception, CheckpointException) as error:
@@ -175,17 +177,18 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
         raise not_written(cause, run, state.step) from error
 
 
-def _superfluous(run: Path, keep: int, keep_best: int) -> list[Path]:
-    """Neither among the newest nor among the best. A checkpoint whose loss cannot be read is not among the best."""
+def _superfluous(run: Path, keep: int, keep_best: int, val_measure: int) -> list[Path]:
+    """Neither among the newest nor among the best. A checkpoint whose loss cannot be read, or was made otherwise, is not among the best."""
     older = complete_checkpoints(run)[:-keep]
-    measured = [(loss, path) for path in complete_checkpoints(run) if (loss := _val_loss(path)) is not None and math.isfinite(loss)]
+    measured = [(loss, path) for path in complete_checkpoints(run) if (loss := _val_loss(path, val_measure)) is not None and math.isfinite(loss)]
     best = {path for _, path in sorted(measured)[:keep_best]}
     return [path for path in older if path not in best]
 
 
-def _val_loss(checkpoint: Path) -> float | None:
+def _val_loss(checkpoint: Path, val_measure: int) -> float | None:
     try:
-        return json.loads((checkpoint / "run_state.json").read_text()).get("val_loss")
+        record = json.loads((checkpoint / "run_state.json").read_text())
+        return record.get("val_loss") if record.get("val_measure", 1) == val_measure else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -532,7 +532,7 @@ def _load(model: str, device: str, vae: str) -> Pipeline:
 
 
 def _paths(patterns: Sequence[str]) -> list[str]:
-    from openvision3.data.shards import reasons_in_words
+    from openvision3.data.problems import reasons_in_words
     from openvision3.pipeline import expand_pictures
 
     if not patterns:

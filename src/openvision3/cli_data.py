@@ -74,7 +74,7 @@ def check(data: Data, caption_keys: tuple[str, ...] = (), decode: bool = False, 
         workers: processes; 0: one for each core.
     """
     from openvision3.data.check import Checked, check_folder, check_shard
-    from openvision3.data.shards import count_reasons
+    from openvision3.data.problems import count_reasons
     from openvision3.progress import track
 
     found = _found(data, "data")
@@ -313,7 +313,8 @@ def fingerprint(
     """
     from openvision3.config import read_rules
     from openvision3.data.fingerprint import take
-    from openvision3.data.shards import count_reasons, open_source
+    from openvision3.data.problems import count_reasons
+    from openvision3.data.shards import open_source
     from openvision3.files import check_writable
     from openvision3.progress import track
 
@@ -380,7 +381,7 @@ def _print_shards(flawed: list) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from openvision3.data.shards import reasons_in_words
+    from openvision3.data.problems import reasons_in_words
 
     if not flawed:
         return
@@ -398,7 +399,7 @@ def _print_shards(flawed: list) -> None:
 
 
 def _print_reasons(problems: list[dict[str, str]]) -> None:
-    from openvision3.data.shards import count_reasons
+    from openvision3.data.problems import count_reasons
 
     for reason, count in count_reasons(problems).items():
         first = next(problem for problem in problems if problem["reason"] == reason)

@@ -262,7 +262,7 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
 
 def _nothing(work: Evaluation) -> str:
     """Why there is not one number."""
-    from openvision3.data.shards import reasons_in_words
+    from openvision3.data.problems import reasons_in_words
 
     reasons = list(dict.fromkeys(each.needs for each in work.results.not_run))
     if work.pictures.problems and not any(set(work.pictures.chosen) & set(each.digests) for each in work.at_size.values()):

@@ -52,7 +52,7 @@ def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], rows: Sequence[Row
 
 def tell_left_out(results: Results, of: str = "") -> None:
     """What training has seen, what a metric leaves out, and on stderr what could not be read; `of` names the evaluation where there are several."""
-    from openvision3.data.shards import reasons_in_words
+    from openvision3.data.problems import reasons_in_words
 
     where = f"{of}: " if of else ""
     if results.overlap:

@@ -15,7 +15,8 @@ from openvision3.config import RunConfig
 from openvision3.data import samples
 from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
 from openvision3.data.images import to_pil
-from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, Source, open_source, reasons_in_words
+from openvision3.data.problems import reasons_in_words
+from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource, Source, open_source
 from openvision3.evaluate import protocol
 from openvision3.evaluate.reconstruction import psnr
 from openvision3.evaluate.report import grid
@@ -27,6 +28,8 @@ EVALUATED = 256
 """images an evaluation during training looks at, at most"""
 ROWS = 32
 """images that are computed at a time; no number depends on it"""
+MEASURE = 2
+"""of val/loss, kept in each checkpoint: another number wherever the loss is made otherwise. 1 was the mean over batches of 32."""
 
 
 def open_held_out(config: RunConfig, places: dict[str, Any], training: Source) -> Source:
@@ -93,8 +96,8 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
                 captions += [texts[i][0] for i in captioned]
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
-    listed = {(problem["key"], problem["reason"]) for problem in batches.problems}
-    batches.problems += [problem for problem in problems if (problem["key"], problem["reason"]) not in listed]
+    for problem in problems:
+        batches.problems.add(problem, everywhere=True)
     if not values:  # they were there when the run began: it goes on without them
         return {"skipped": len(problems)}
     if sheet is not None:
@@ -162,8 +165,7 @@ def _shared_rows(source: Source, size: int, problems: list[dict[str, str]]) -> I
         indices = range(start, min(start + ROWS, len(source)))
         here, keys, images, texts = next(evaluation_batches(source, size, ROWS, unusable, indices), ([], [], torch.empty(0), []))
         everywhere = distributed.gather_objects(({index: bool(text) for index, text in zip(here, texts, strict=True)}, unusable))
-        for _, found in everywhere:
-            problems += [problem for problem in found if problem not in problems]
+        problems += {(problem["key"], problem["reason"]): problem for _, found in everywhere for problem in found}.values()
         usable = [place for place, index in enumerate(here) if all(index in rank for rank, _ in everywhere)][:left]
         left -= len(usable)
         if usable:

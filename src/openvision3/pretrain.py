@@ -23,16 +23,18 @@ from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_ba
 from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
-from openvision3.data.shards import Source, open_source, reasons_in_words
+from openvision3.data.problems import Problems, reasons_in_words
+from openvision3.data.shards import Source, open_source
 from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.files import write_whole
-from openvision3.held_out import EVALUATED, open_held_out, quick_evaluation
+from openvision3.held_out import EVALUATED, MEASURE, open_held_out, quick_evaluation
 from openvision3.model.openvision3 import OpenVision3, load_distance
 from openvision3.model.vae import VAE
 from openvision3.optimizer import Optimizers
 from openvision3.pipeline import Pipeline
 from openvision3.progress import RunFolder, console, duration, environment, read_skipped, track
+from openvision3.recipes import kept_at_another_batch
 from openvision3.trackers import check_trackers
 from openvision3.train import Loop, Signals, backward, fit
 
@@ -119,14 +121,13 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         with distributed.together():
             _refuse_unseen(out, checkpoint / "run_state.json")
     state = distributed.from_first(read) or RunState()
+    measured_otherwise, state.val_measure = state.val_measure != MEASURE, MEASURE
     precision, why = distributed.from_first(measured)  # type: ignore[misc]  # the ranks need not have measured alike
     with distributed.together():
         vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
         held_out = open_held_out(config, _places(config), source)
         source.problems += held_out.problems
-        if checkpoint:
-            source.problems[:] = read_skipped(out, state.problems)
         tokenizer = _tokenizer(config, source, checkpoint or out) if ranks.rank == 0 or not config.init else None
     tokenizer = distributed.from_first(tokenizer) if config.init else tokenizer
     with distributed.together():
@@ -165,6 +166,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             pinned=device == "cuda",
             stopping=lambda: signals.asked,
         )
+        if checkpoint:
+            batches.problems = Problems(read_skipped(out, state.problems))
         batches.check_room(ranks.local_world)  # raises where no sample can be used, before anything is written
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         parallel = distributed.choose_parallel(config.parallel, trained, ranks)
@@ -239,6 +242,10 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             for each in inputs:
                 if each.moved:
                     run.say(str(each))
+            if checkpoint and measured_otherwise and config.keep_best:
+                run.say("val/loss was made otherwise until now and is not compared with: which checkpoint is the best is decided anew (--keep-best)")
+        elif line := kept_at_another_batch(recipe, config):
+            run.say(line)
 
         marks = _fingerprint(config, source, held_out, run) if run.writes else None
         loop = Loop(config.steps, config.log_every, config.eval_every, config.save_every, config.keep, config.keep_best, device, precision, state)

@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openvision3.data.problems import Problem, Problems
 from openvision3.files import write_whole
 from openvision3.trackers import Trackers
 
@@ -101,7 +102,6 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, resume: bool = False, writes: bool = True):
         self.path, self.writes = Path(path), writes
-        self._listed = 0
         self._first_step = 0
         self._board: Any = None
         self._trackers: Trackers | None = None
@@ -160,10 +160,12 @@ class RunFolder:
                     self._told.add(_row_key(row["step"], row))
         write_whole(self.path / "metrics.jsonl", "".join(kept))
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-        known = read_skipped(self.path, problems)
         if (self.path / "skipped.jsonl").is_file():
-            write_whole(self.path / "skipped.jsonl", "".join(json.dumps(problem) + "\n" for problem in known))
-        self._listed, self._first_step = len(known), step + 1
+            with open(self.path / "skipped.jsonl", "r+b") as file:
+                for _ in itertools.islice(file, problems):
+                    pass
+                file.truncate(file.tell())
+        self._first_step = step + 1
 
     def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
         """From now on records and pictures go to these trackers too. Raises ValueError for one that is not installed."""
@@ -199,13 +201,13 @@ class RunFolder:
         if self._trackers is not None:
             self._trackers.picture(step, name, path)
 
-    def list_skipped(self, problems: list[dict[str, str]]) -> int:
-        """Append to skipped.jsonl those of the run's `problems` that are not in it yet; returns how many are."""
-        if self.writes and problems[self._listed :]:
+    def list_skipped(self, problems: Problems) -> int:
+        """Append to skipped.jsonl those of the run's `problems` that are new; returns how many lines it has."""
+        new = problems.take_new()
+        if self.writes and new:
             with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(p) + "\n" for p in problems[self._listed :])
-        self._listed = len(problems)
-        return self._listed
+                file.writelines(json.dumps(problem) + "\n" for problem in new)
+        return len(problems)
 
     @contextlib.contextmanager
     def showing(self, steps: int, done: int) -> Iterator[None]:
@@ -270,12 +272,11 @@ def _row_key(step: int, row: dict[str, Any]) -> tuple[int, str]:
     return step, next((name.partition("/")[0] for name in row if name != "step"), "")
 
 
-def read_skipped(run: Path, count: int) -> list[dict[str, str]]:
-    """The first `count` unusable samples that a run has listed."""
-    if not count:
-        return []
-    with open(run / "skipped.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in itertools.islice(file, count)]
+def read_skipped(run: Path, count: int) -> Iterator[Problem]:
+    """The first `count` unusable samples that a run has listed, one at a time."""
+    if count:
+        with open(run / "skipped.jsonl", encoding="utf-8") as file:
+            yield from map(json.loads, itertools.islice(file, count))
 
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")

@@ -251,3 +251,18 @@ IN_TURN = {
     "paper_one_gpu": (one_gpu_low_res, one_gpu_high_res),
 }
 """Both phases, the second from the weights of the first: `openvision3 train paper_base`."""
+
+
+def kept_at_another_batch(name: str, config: RunConfig) -> str:
+    """What a run with another batch than its recipe's has of the recipe all the same, in one line; "" where nothing."""
+    usual = RECIPES[name]() if name in RECIPES else config
+    if config.batch == usual.batch:
+        return ""
+    now, then = config.optimizer, usual.optimizer
+    same = {
+        f"rate {now.learning_rate:.3g} (--optimizer.learning-rate)": now.learning_rate == then.learning_rate,
+        f"warm-up of {now.warmup_steps:,} steps (--optimizer.warmup-steps)": now.warmup_steps == then.warmup_steps,
+        f"{config.steps:,} steps (--steps)": config.steps == usual.steps and not config.minutes,
+    }
+    kept = ", ".join(what for what, is_kept in same.items() if is_kept)
+    return f"batch {config.batch:,}, where {name} has {usual.batch:,}; what is still the recipe's, for its own batch: {kept}" if kept else ""

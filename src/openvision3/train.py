@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from openvision3 import distributed
 from openvision3.checkpoint import Export, RunState, Saver, last_good, not_written
 from openvision3.data.batches import to_device
+from openvision3.data.problems import Problems
 from openvision3.data.workers import WaitGivenUp
 from openvision3.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.progress import RunFolder, duration
@@ -46,7 +47,7 @@ class NoBatch(RuntimeError):
 class Batches(Protocol):
     """Where micro-batches come from, `pieces` of them a step; `batch` counts the rows of a step on all ranks."""
 
-    problems: list[dict[str, str]]
+    problems: Problems
     batch: int
     pieces: int
 
@@ -104,7 +105,6 @@ def fit(
     clock = _Clock()
     first, skipped = state.step, state.skipped_steps
     source = batches.from_step(first)
-    known = len(batches.problems)
     saver = Saver(run.path, model, optimizers, export, loop.keep, loop.keep_best)
 
     with _ending(state, run, saver), run.showing(loop.steps, state.step), Signals(signals, interrupt=True) as heard, contextlib.closing(source):  # type: ignore[type-var]
@@ -138,7 +138,7 @@ def fit(
             saving = last_step or stop or (loop.save_every > 0 and state.step % loop.save_every == 0)
             logging = last_step or state.step % loop.log_every == 0
             if logging or evaluating or saving:
-                known = _share_problems(batches, known)
+                _share_problems(batches)
             if logging:
                 _log(run, loop, batches, state, rate, clock)
             state.val_loss = None
@@ -147,7 +147,6 @@ def fit(
                 with clock.apart(), torch.no_grad(), autocast(loop.device, loop.precision), eager(), distributed.whole(model):
                     found = evaluate(state.step)
                 model.train()
-                known = len(batches.problems)
                 state.val_loss = found.get("loss")
                 run.record(state.step, {f"val/{name}": value for name, value in found.items()})
                 run.say(f"step {state.step}: " + "  ".join(f"val/{name} {value:.4g}" for name, value in found.items()))
@@ -221,7 +220,7 @@ def _without_a_batch(
     """
     state = loop.state
     if trained:
-        _share_problems(batches, len(batches.problems))
+        _share_problems(batches)
         state.problems = run.list_skipped(batches.problems)
         state.seconds += clock.lap()
         saver.save(state)
@@ -238,15 +237,11 @@ def _pieces(fetched: list[dict[str, Tensor]], device: str) -> Iterator[dict[str,
         yield to_device(fetched.pop(0), device)
 
 
-def _share_problems(batches: Batches, known: int) -> int:
-    """What each rank has found unusable since, on all ranks in one order; returns how many problems are known now."""
-    if distributed.world() > 1:
-        new = distributed.gather_objects(batches.problems[known:])
-        del batches.problems[known:]
-        listed = {(problem["key"], problem["reason"]) for problem in batches.problems}
-        merged = {(problem["key"], problem["reason"]): problem for found in new for problem in found}
-        batches.problems += [problem for name, problem in merged.items() if name not in listed]
-    return len(batches.problems)
+def _share_problems(batches: Batches) -> None:
+    """What each rank has found unusable since the last time is known to all."""
+    for rank, found in enumerate(distributed.gather_objects(batches.problems.take_own())):
+        for problem in found if rank != distributed.rank() else ():
+            batches.problems.add(problem, everywhere=True)
 
 
 @contextlib.contextmanager

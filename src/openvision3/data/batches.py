@@ -23,6 +23,7 @@ from torch import Tensor
 from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, damage_seen, to_tensor, uint8_tensor
 from openvision3.data.order import Order, draw_seed
+from openvision3.data.problems import Problems
 from openvision3.data.shards import Source
 from openvision3.data.text import TextTokenizer, sentences
 from openvision3.data.workers import Workers, check_shared_memory, wait
@@ -116,8 +117,9 @@ class TrainingBatches:
         self.stopping, self._processes = stopping, Workers(self, workers, stopping)
         self.rows = range(rank * local, (rank + 1) * local)
         self.pieces = local // (micro_batch or local)
-        self.problems: list[dict[str, str]] = list(source.problems)
-        self._reported = {(p["key"], p["reason"]) for p in self.problems}
+        self.problems = Problems()
+        for problem in source.problems:
+            self.problems.add(problem, everywhere=True)
         self._order: tuple[int, Order | np.ndarray] | None = None
         self._families: list[list[int]] = []
         if families:
@@ -239,7 +241,7 @@ class TrainingBatches:
             return error
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"stopping": None, "_processes": None}  # which a worker that is not forked neither needs nor gets
+        return self.__dict__ | {"stopping": None, "_processes": None, "problems": Problems()}  # which a worker that is not forked neither needs nor gets
 
     @property
     def lost_workers(self) -> int:
@@ -284,15 +286,10 @@ class TrainingBatches:
                 if isinstance(item, Exception):
                     raise item
                 batch, problems = item
-                self._report(problems)
+                for problem in problems:
+                    self.problems.add(problem)
                 batch = self.add_draws(batch, *self._place(number))
                 yield _pin(batch) if self.pinned else batch
-
-    def _report(self, problems: list[dict[str, str]]) -> None:
-        for problem in problems:
-            if (problem["key"], problem["reason"]) not in self._reported:
-                self._reported.add((problem["key"], problem["reason"]))
-                self.problems.append(problem)
 
     def _from_thread(self, first: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
         ready: queue.Queue = queue.Queue(ahead)

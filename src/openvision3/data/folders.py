@@ -14,14 +14,13 @@ from typing import Any
 from openvision3.contents import holds
 from openvision3.data.captions import decode_text, encoding_of, json_object
 from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
+from openvision3.data.problems import Problem
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 """Tables of captions: of this project, and of Hugging Face's imagefolder."""
 
 _SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information"}
 """Folders of operating systems, as they lie on shared disks and in archives."""
-
-Problem = dict[str, str]
 
 
 def is_hidden(path: str) -> bool:

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 from openvision3.contents import contents
 from openvision3.data.folders import is_hidden
 from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
-
-Problem = dict[str, str]
+from openvision3.data.problems import Problem
 
 NAMED = 100
 """characters of a name, and LISTED names, that a message shows"""

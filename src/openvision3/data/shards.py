@@ -14,7 +14,6 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +30,7 @@ from openvision3.data.identity import content_key, digest
 from openvision3.data.images import CROPS, EXTENSIONS, Box, ImageError, from_uint8, open_image, random_view, uint8_tensor
 from openvision3.data.index import is_remote
 from openvision3.data.order import Mix, Order, ShardShuffle, Shuffle, draw_seed
+from openvision3.data.problems import reasons_in_words
 from openvision3.data.remote import ShardCache, expand_remote
 from openvision3.data.tars import WINDOW, Tars, Watch, labels, plain
 
@@ -620,13 +620,3 @@ def _braces(pattern: str) -> list[str]:
     else:
         choices = match.group(1).split(",")
     return [whole for choice in choices for whole in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]
-
-
-def count_reasons(problems: list[dict[str, str]]) -> dict[str, int]:
-    """{reason: how many}, most frequent first."""
-    return dict(Counter(p["reason"] for p in problems).most_common())
-
-
-def reasons_in_words(problems: list[dict[str, str]]) -> str:
-    """3 not an image, 1 truncated: most frequent first; "" of none."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(problems).items())

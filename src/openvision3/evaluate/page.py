@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openvision3.data.images import to_pil
-from openvision3.data.shards import count_reasons
+from openvision3.data.problems import count_reasons
 from openvision3.evaluate import published, report
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import (
