@@ -37,7 +37,10 @@ def test_a_crash_between_two_checkpoints_leaves_no_trace(tmp_path, monkeypatch, 
     runs = [small(tmp_path, name) for name in ("whole", "broken")]
     for config in runs:
         config.optimizer.kind = kind
+    for name in ("train/04a.png", "train/04b.png", "held/01a.png"):
+        (tmp_path / name).write_bytes(b"no image")
     pretrain(runs[0], "tiny")
+    assert len((Path(runs[0].out) / "skipped.jsonl").read_text().splitlines()) == 3
     with monkeypatch.context() as patched, pytest.raises(Crash):
         crash_at(patched, 5)
         pretrain(runs[1], "tiny")
