@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 from small_runs import take
 
+from openvision3.config import RunConfig
 from openvision3.data import samples
 from openvision3.data.batches import TextShape, TrainingBatches, draw_seed, evaluation_batches, to_device
 from openvision3.data.images import to_tensor, uint8_tensor
+from openvision3.data.order import Mix, ShardShuffle, Shuffle
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards import EmojiSource, FolderSource, MixedSource, ShardSource
 from openvision3.data.text import TextTokenizer
@@ -351,3 +354,83 @@ def test_ctrl_c_does_not_take_the_workers_from_a_run_that_wants_to_save():
     out, _ = run.communicate("\n", timeout=60)
     assert out == "went on\n"
     assert run.returncode == 75
+
+
+# --- lanes: the shards of a machine ---------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Samples in shards that would have to be fetched, of these sizes; `before` others stand before them in a mix."""
+
+    problems = ()
+
+    def __init__(self, sizes, before=0):
+        self.starts, self.before = [0, *np.cumsum(sizes).tolist()], before
+
+    def __len__(self):
+        return self.before + self.starts[-1]
+
+    def order(self, seed, epoch, lanes=1):
+        if not self.before:
+            return ShardShuffle(self.starts, 16, seed, epoch, lanes)
+        counts = (self.before, self.starts[-1])
+        return Mix(counts, counts, [lambda turn: Shuffle(self.before, 1, turn), lambda turn: ShardShuffle(self.starts, 16, 2, turn, lanes)], seed, epoch, lanes)
+
+    def fetched(self, batches, steps) -> set[tuple[int, int]]:
+        """(shard, round) of the rows of one machine."""
+        places = [batches.place(step * batches.batch + row) for step in steps for row in batches.rows]
+        return {(int(np.searchsorted(self.starts, index - self.before, "right")) - 1, turn) for index, turn in places if index >= self.before}
+
+
+def machines(source, count, batch=128, lanes=16) -> list[TrainingBatches]:
+    return [TrainingBatches(source, None, TextShape(8, 8), size=16, batch=batch, seed=3, lanes=lanes, rank=rank, world=count) for rank in range(count)]
+
+
+@pytest.mark.parametrize(("count", "lanes", "fetches"), [(1, 16, 64), (2, 16, 64), (8, 16, 64), (16, 16, 64), (32, 16, 128), (64, 64, 64), (8, 1, 512)])
+def test_each_shard_of_an_epoch_is_fetched_by_one_machine(count, lanes, fetches):
+    source = Shards([128] * 64)
+    assert sum(len(source.fetched(each, range(64))) for each in machines(source, count, lanes=lanes)) == fetches
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_shards_of_unlike_sizes_are_fetched_by_two_machines_only_where_they_are_cut(count):
+    sizes = np.random.default_rng(0).integers(1, 256, 64).tolist()
+    source = Shards(sizes)
+    epochs = 3
+    touched = [source.fetched(each, range(epochs * len(source) // 128)) for each in machines(source, count)]
+    assert sum(map(len, touched)) <= epochs * (64 + count - 1)
+
+
+def test_in_a_mix_too_each_shard_is_fetched_by_one_machine():
+    source = Shards([128] * 64, before=1000)
+    touched = [source.fetched(each, range(3 * len(source) // 128)) for each in machines(source, 8)]
+    assert sum(map(len, touched)) <= 64 * (1 + max(turn for each in touched for _, turn in each))
+
+
+def test_what_stands_in_a_row_of_a_step_depends_neither_on_the_processes_nor_on_where_the_run_began():
+    source = Shards(np.random.default_rng(0).integers(1, 60, 40).tolist())
+    steps = range(3 * len(source) // 128 + 1)
+    one, later = machines(source, 1)[0], machines(source, 1)[0]
+    whole = [one.place(step * 128 + row) for step in steps for row in range(128)]
+    for count in (2, 8):
+        ranks = machines(source, count)
+        assert [each.place(step * 128 + row) for step in steps for each in ranks for row in each.rows] == whole
+    assert [later.place(position) for position in range(20 * 128, len(whole))] == whole[20 * 128 :]
+    full = Counter(place for place in whole if place[1] < 2)
+    assert len(full) == full.total() == 2 * len(source), "two whole epochs hold each sample once each"
+
+
+def test_a_sample_that_cannot_be_used_is_replaced_by_one_of_its_lane():
+    made = machines(Shards([100] * 7), 1)[0]
+    for entry in range(0, 2100, 37):
+        others = [made._instead(entry, attempt) for attempt in range(1, 128)]
+        assert {other % 16 for other in others} == {entry % 16}
+        assert {other // 700 for other in others} == {entry // 700}
+        assert len(set(others)) > 20
+
+
+def test_lanes_divide_the_batch():
+    with pytest.raises(ValueError, match="lanes 16 do not divide the batch of 24"):
+        machines(Shards([100] * 7), 1, batch=24)
+    with pytest.raises(ValueError, match="lanes 3 do not divide the batch of 64"):
+        RunConfig(lanes=3, batch=64)

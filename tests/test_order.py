@@ -1,5 +1,6 @@
 """An epoch holds every sample once, whatever the numbers; mixes keep their shares; nothing depends on who asks, or when."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -79,10 +80,39 @@ def test_every_sample_once_and_only_a_window_of_shards_at_a_time(sizes, window, 
 
 def test_shards_are_met_in_another_order_every_epoch_and_mixed_within_a_window():
     starts = list(range(0, 4100, 100))
-    orders = [[ShardShuffle(starts, 4, 0, epoch).place(i)[0] // 100 for i in range(4000)] for epoch in (0, 1)]
+    orders = [[order.place(i)[0] // 100 for i in range(4000)] for order in (ShardShuffle(starts, 4, 0, epoch) for epoch in (0, 1))]
     assert orders[0] != orders[1]
     changes = sum(a != b for a, b in zip(orders[0], orders[0][1:], strict=False))
     assert changes > 2500, "three of four neighbours are from unlike shards"
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any), st.integers(1, 20), st.integers(1, 20), st.integers(0, 100))
+def test_lanes_share_out_an_epoch_each_sample_once_and_read_shards_of_their_own(sizes, window, lanes, epoch):
+    starts = [0, *np.cumsum(sizes).tolist()]
+    order = ShardShuffle(starts, window, 7, epoch, lanes)
+    places = [order.place(i)[0] for i in range(starts[-1])]
+    assert sorted(places) == list(range(starts[-1]))
+    shards = np.searchsorted(starts, places, "right") - 1
+    touched = 0
+    for lane in range(lanes):
+        mine = shards[(lane - epoch * starts[-1]) % lanes :: lanes].tolist()
+        touched += len(set(mine))
+        spans = [(mine.index(s), len(mine) - 1 - mine[::-1].index(s)) for s in set(mine)]
+        assert max((sum(a <= i <= b for a, b in spans) for i in range(len(mine))), default=0) <= max(1, window // lanes)
+    assert touched <= np.count_nonzero(sizes) + lanes - 1, "a shard is read by two lanes only where it is cut"
+
+
+def digest_of(orders) -> str:
+    return hashlib.sha256(repr([order.place(i) for order, count in orders for i in range(count)]).encode()).hexdigest()[:16]
+
+
+def test_without_lanes_the_order_is_that_of_runs_before_there_were_any():
+    sizes = [0, 7, 40, 3, 0, 12, 25, 9, 31, 18, 0, 6]
+    starts = [0, *np.cumsum(sizes).tolist()]
+    assert digest_of((ShardShuffle(starts, 4, 5, epoch), 151) for epoch in range(3)) == "9e0b69cc400c8f14"
+    parts = [lambda turn: Shuffle(5000, 1, turn), lambda turn: ShardShuffle(starts, 4, 2, turn), lambda turn: Shuffle(300, 3, turn)]
+    assert digest_of((Mix((5000, 151, 300), (1, 2, 1), parts, 7, epoch), 5451) for epoch in (0, 3)) == "d0353b74ea791171"
 
 
 # --- mixes ----------------------------------------------------------------------------------------------------------------
@@ -142,3 +172,31 @@ def test_a_mix_by_the_sizes_of_its_sources_is_every_sample_once():
 def test_a_weight_that_would_never_be_seen_is_refused_with_the_arithmetic():
     with pytest.raises(ValueError, match=r"0\.1 / 7\.1 of the 21 samples of an epoch is less than one"):
         Mix((3, 7, 11), (5, 0.1, 2), [lambda turn, c=c: Shuffle(c, 0, turn) for c in (3, 7, 11)], 0, 0)
+
+
+@pytest.mark.parametrize("weights", [(800, 90, 5), (1, 1, 2)])
+def test_a_mix_in_lanes_keeps_the_lanes_and_the_rounds_and_the_shares_of_its_sources(weights):
+    """Shards of 50, a source smaller than a row of lanes, and epochs that end within one."""
+    lanes, counts, epochs = 8, (800, 90, 5), 12
+    starts = list(range(0, 850, 50))
+
+    def parts(s, turn):
+        return ShardShuffle(starts, 16, 1, turn, lanes) if s == 0 else Shuffle(counts[s], s, turn)
+
+    seen: list[Counter] = [Counter() for _ in range(lanes)]
+    shards: dict[int, set[tuple[int, int]]] = {}
+    sources = []
+    for epoch in range(epochs):
+        order = Mix(counts, weights, [lambda turn, s=s: parts(s, turn) for s in range(3)], 0, epoch, lanes)
+        for position in range(895):
+            index, turn = order.place(position)
+            lane = (epoch * 895 + position) % lanes
+            seen[lane][index, turn] += 1
+            sources.append(order.source(position)[0])
+            if index < 800:
+                shards.setdefault(lane, set()).add((index // 50, turn))
+    assert sum(map(len, seen)) == sum(map(Counter.total, seen)) == len(set().union(*seen)), "no sample twice in a round of its source"
+    rounds = 1 + max(turn for lane in shards.values() for _, turn in lane)
+    assert sum(map(len, shards.values())) <= rounds * 16, "of each round each shard is read by one lane"
+    assert np.bincount(sources[: lanes * 895]).tolist() == [lanes * quota for quota in order.quotas]
+    assert np.abs(np.bincount(sources[:BLOCK]) - BLOCK * np.array(weights) / sum(weights)).max() <= 2 * lanes

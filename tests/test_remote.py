@@ -1,5 +1,6 @@
 """Remote shards give the samples that local ones give; the cache keeps its bound and its readers, whoever dies meanwhile."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import small
 from test_shards import captions, jpeg, keys, three, write_shard
 
 from openvision3.data import remote, tars
@@ -23,8 +25,9 @@ from openvision3.data.images import ImageError
 from openvision3.data.index import Stamp
 from openvision3.data.problems import count_reasons
 from openvision3.data.remote import ShardCache, expand_remote
-from openvision3.data.shards import EmojiSource, MixedSource, open_source
+from openvision3.data.shards import EmojiSource, MixedSource, choose_lanes, open_source
 from openvision3.data.text import TextTokenizer
+from openvision3.pretrain import _resumed, pretrain
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -206,6 +209,41 @@ def test_the_order_of_remote_shards_spares_the_cache(server, tmp_path, monkeypat
     assert set(server.gets.values()) == {1}
 
 
+def test_lanes_are_a_function_of_the_batch_and_of_remote_shards_only(server, tmp_path):
+    source = opened(server, tmp_path)
+    for remote_source in (source, MixedSource([source, EmojiSource(())])):
+        assert [choose_lanes(remote_source, batch) for batch in (1024, 120, 6, 17)] == [16, 15, 6, 1]
+    assert choose_lanes(source, 64, asked=4) == 4
+    assert choose_lanes(open_source((f"{server.folder}/*.tar",)), 1024, asked=4) == 1
+
+
+def test_more_lanes_than_the_cache_holds_shards_are_refused_unless_other_machines_read_them(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "WINDOW", 2)
+    source = opened(server, tmp_path, cache_gb=2.5 * shard_size(server) / 1e9)
+    with pytest.raises(ValueError, match=r"cache_gb .* is too small: 4 shards are read at a time"):
+        choose_lanes(source, 8, asked=4)
+    assert choose_lanes(source, 8, asked=4, machines=2) == 4
+
+
+def test_each_machine_fetches_the_shards_of_its_rows_and_batches_are_those_of_one_process(server, tmp_path):
+    words = TextTokenizer.train(["caption one two three"], 50)
+
+    def made(name, **options):
+        source = opened(server, tmp_path, cache=str(tmp_path / name))
+        server.gets.clear()
+        batches = TrainingBatches(source, words, TextShape(8, 8), size=16, batch=4, seed=0, lanes=4, **options)
+        batches.check_room()
+        return [batches[step][0] for step in range(3)], set(server.gets)
+
+    whole, all_shards = made("one")
+    (first, some), (second, others) = (made(f"machine {rank}", rank=rank, world=2) for rank in (0, 1))
+    assert len(all_shards) == 4
+    assert len(some) == len(others) == 2
+    assert some | others == all_shards
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch["images"], torch.cat([first[step]["images"], second[step]["images"]]))
+
+
 # --- the cache ------------------------------------------------------------------------------------------------------------
 
 
@@ -338,3 +376,22 @@ def test_what_cannot_be_listed_names_an_address_that_can_be(ending, monkeypatch)
     monkeypatch.setattr(remote, "filesystem", lambda url: (SimpleNamespace(glob=lambda path: 1 / 0), url))
     with pytest.raises(ValueError, match=r"name the shards, such as hf://datasets/x/y/\{00000\.\.00099\}\.tar$"):
         expand_remote(f"hf://datasets/x/y{ending}")
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_its_lanes_and_goes_on_with_them_and_one_from_before_goes_on_without(server, tmp_path):
+    opened(server, tmp_path)  # writes the indexes
+    places = {"data": (f"{server.url}/{{00000..00003}}.tar",), "index": str(tmp_path / "index"), "cache": str(tmp_path / "cache")}
+    config = small(tmp_path, "run", steps=1, eval_every=0, batch=6, **places)
+    pretrain(config, "tiny")
+    path = tmp_path / "run" / "config.json"
+    assert json.loads(path.read_text())["lanes"] == 6
+    assert _resumed(config, tmp_path / "run").lanes == 6
+    config.lanes = 3
+    with pytest.raises(ValueError, match=r"lanes was 6 when .* was started and cannot become 3"):
+        _resumed(config, tmp_path / "run")
+    config.lanes = 0
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "lanes"}))
+    assert _resumed(config, tmp_path / "run").lanes == 1

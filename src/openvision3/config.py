@@ -72,6 +72,8 @@ class RunConfig:
     """pictures a step, over all devices: the contrast is among all of them"""
     micro_batch: int = 0
     """pictures a device computes at a time; the numbers stay those of the whole batch, for one more forward of the two encoders; 0: all of its share"""
+    lanes: int = 0
+    """parts of the batch that read remote shards of their own, so that up to so many machines fetch each shard once; 0: the most up to 16 that divide it"""
     pixel_share: float = 0.25
     """share of the batch that is decoded to pixels: 1, 1/2, 1/4 ... or 0"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -114,7 +116,7 @@ class RunConfig:
         for name in ("steps", "batch", "captions", "vocabulary", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best", "fingerprint"):
+        for name in ("eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best", "fingerprint", "lanes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be a number that is not negative")
         if not 0 <= self.seed < 2**63:
@@ -126,6 +128,8 @@ class RunConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; legal are {', '.join(legal)}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide the batch of {self.batch}")
+        if self.lanes and self.batch % self.lanes:
+            raise ValueError(f"lanes {self.lanes} do not divide the batch of {self.batch}")
         if self.pixel_share and (not 0 < self.pixel_share <= 1 or abs(1 / self.pixel_share - round(1 / self.pixel_share)) > 1e-6):
             raise ValueError(f"pixel_share {self.pixel_share} must be 0 or one over a whole number, such as 1, 0.5, 0.25")
         if 0 < self.pixel_share * self.batch < 1 - 1e-6:

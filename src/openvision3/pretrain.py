@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.images import ImageError
 from openvision3.data.latents import CachedSource, LatentCache
 from openvision3.data.problems import Problems, reasons_in_words
-from openvision3.data.shards import Source, open_source
+from openvision3.data.shards import Source, choose_lanes, open_source
 from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.doctor import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.files import write_whole
@@ -149,6 +150,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
         shape = TextShape(
             config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences, whole=len(config.caption_keys) < 2
         )
+        lanes = choose_lanes(source, config.batch, config.lanes, math.ceil(ranks.world / ranks.local_world))
+        config.lanes = config.lanes or lanes
         batches = TrainingBatches(
             source,
             tokenizer,
@@ -162,6 +165,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             rank=ranks.rank,
             world=ranks.world,
             micro_batch=config.micro_batch,
+            lanes=lanes,
             latents=cache,
             pinned=device == "cuda",
             stopping=lambda: signals.asked,
@@ -235,6 +239,8 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             run.say(f"{len(batches.problems)} problems found in the data, listed in {out}/skipped.jsonl: {reasons_in_words(batches.problems)}")
         if len(source) < config.batch:
             run.say(fewer_than_a_batch(len(source), config.batch))
+        if config.lanes > lanes:
+            run.say(f"lanes {config.lanes} are for remote shards and there are none: the order is that of local data")
         if config.optimizer.warmup_steps >= config.steps:
             run.say(f"the warm-up of {config.optimizer.warmup_steps} steps is as long as the run: the rate never falls; see --optimizer.warmup-steps")
         if config.resume:
@@ -322,13 +328,14 @@ def _resumed(config: RunConfig, out: Path) -> RunConfig:
     before, asked = flat(to_dict(old)), flat(to_dict(config))
     measured = ("steps", "optimizer.warmup_steps") if old.minutes else ()  # the run itself set these
     for name, value in asked.items():
-        settled = name in measured or (name, value) == ("precision", "auto")
+        settled = name in measured or (name, value) in (("precision", "auto"), ("lanes", 0))
         if name not in (*FREE, *settled_later) and not settled and value != before[name]:
             why = ": an older version started it, which did not record what lay there (name the old path, or link it)" if name in identities.MOVABLE else ""
             raise ValueError(f"{name} was {before[name]!r} when {out} was started and cannot become {value!r}{why}; start a new run with --init {out}")
     for name in (*FREE, *settled_later):
         *parents, field = name.split(".")
         setattr(functools.reduce(getattr, parents, old), field, functools.reduce(getattr, name.split("."), config))
+    old.lanes = old.lanes or 1  # a run from before there were lanes
     old.resume = True
     return old
 

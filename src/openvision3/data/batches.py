@@ -2,7 +2,9 @@
 
 Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`; the global batch of `step` holds
 positions step x batch to (step + 1) x batch, and rank r of W the r-th of W equal parts of it, cut into micro-batches. So a run goes
-on from its step number alone, with any number of workers and ranks. A sample that cannot be used is replaced by another one of the epoch, and reported.
+on from its step number alone, with any number of workers and ranks. With lanes (see `order`) a batch's positions are dealt to its rows in turn:
+each lane has rows side by side, and the ranks of a machine the same few lanes in every step.
+A sample that cannot be used is replaced by another one of the epoch, and reported.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class TrainingBatches:
     `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
     With a cache of `latents` these stand in the batch, and only pictures whose pixels are compared are opened.
     Images are uint8 until `to_device`; `pinned` batches lie where a GPU fetches them from while the host goes on.
+    `lanes` parts of the batch read shards of their own, where these have to be fetched (`shards.choose_lanes`).
     A wait for a batch ends soon after `stopping()` says that the run was asked to stop.
 
     Raises:
@@ -102,6 +105,7 @@ class TrainingBatches:
         rank: int = 0,
         world: int = 1,
         micro_batch: int = 0,
+        lanes: int = 1,
         latents: LatentCache | None = None,
         pinned: bool = False,
         stopping: Callable[[], object] = lambda: False,
@@ -109,18 +113,21 @@ class TrainingBatches:
         local = rows_of_a_process(batch, world, micro_batch)
         if not 0 <= pixel_share <= 1:
             raise ValueError(f"pixel_share {pixel_share} must lie between 0 and 1")
+        if lanes < 1 or batch % lanes:
+            raise ValueError(f"lanes {lanes} do not divide the batch of {batch}")
         if not len(source):
             raise ValueError("the data holds no sample; name a source that has some")
         self.source, self.tokenizer, self.shape = source, tokenizer, shape
         self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
         self.workers, self.augment, self.latents, self.pinned = workers, augment, latents, pinned
+        self.lanes = lanes
         self.stopping, self._processes = stopping, Workers(self, workers, stopping)
         self.rows = range(rank * local, (rank + 1) * local)
         self.pieces = local // (micro_batch or local)
         self.problems = Problems()
         for problem in source.problems:
             self.problems.add(problem, everywhere=True)
-        self._order: tuple[int, Order | np.ndarray] | None = None
+        self._orders: dict[int, Order | np.ndarray] = {}
         self._families: list[list[int]] = []
         if families:
             found: dict[str, list[int]] = {}
@@ -133,13 +140,24 @@ class TrainingBatches:
 
     def place(self, position: int) -> tuple[int, int]:
         """The sample at `position` of the run, and which time through its source that is: what its random view is drawn from."""
-        epoch, within = divmod(position, len(self.source))
-        if self._order is None or self._order[0] != epoch:
+        return self._at(self._entry(position))
+
+    def _entry(self, position: int) -> int:
+        """Which entry of the epochs stands at `position`: entry v is of lane v % lanes, and lane l has the l-th of `lanes` equal parts of each batch."""
+        step, row = divmod(position, self.batch)
+        lane, number = divmod(row, self.batch // self.lanes)
+        return step * self.batch + number * self.lanes + lane
+
+    def _at(self, entry: int) -> tuple[int, int]:
+        epoch, within = divmod(entry, len(self.source))
+        order = self._orders.get(epoch)
+        if order is None:
             if self._families and epoch % 2:
-                self._order = (epoch, self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch)))))
+                order = self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch))))
             else:
-                self._order = (epoch, self.source.order(self.seed, epoch))
-        order = self._order[1]
+                order = self.source.order(self.seed, epoch, self.lanes)
+            kept = list(self._orders.items())[-1:]  # each lane of a batch goes from one epoch into the next
+            self._orders = dict([*kept, (epoch, order)])
         return (int(order[within]), epoch) if isinstance(order, np.ndarray) else order.place(within)
 
     def _by_family(self, rng: np.random.Generator) -> np.ndarray:
@@ -153,8 +171,9 @@ class TrainingBatches:
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run, or where it cannot be used the first usable of those drawn instead."""
         problems: list[dict[str, str]] = []
+        entry = self._entry(position)
         for attempt in range(TRIES):
-            index, epoch = self.place(self._instead(position, attempt) if attempt else position)
+            index, epoch = self._at(self._instead(entry, attempt) if attempt else entry)
             name = f"sample {index}"  # until the source, which may have lost its index, says its name
             try:
                 name = self.source.key(index)
@@ -178,15 +197,17 @@ class TrainingBatches:
             return key, view, captions[0], self._choose(captions, generator), problems
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
-    def _instead(self, position: int, attempt: int) -> int:
-        """Another position of the same epoch: near by at first, where remote shards are at hand, then anywhere."""
+    def _instead(self, entry: int, attempt: int) -> int:
+        """Another entry of the same epoch: near by and of the same lane at first, where remote shards are at hand, then anywhere."""
         count = len(self.source)
-        epoch, within = divmod(position, count)
-        first, last = 0, count
+        epoch, within = divmod(entry, count)
+        first, last, lanes = 0, count, 1
         if attempt < TRIES // 2:
             first = within // NEAR * NEAR
-            last = min(first + NEAR, count)
-        return epoch * count + first + draw_seed(self.seed, "instead", position, attempt) % (last - first)
+            last, lanes = min(first + NEAR, count), self.lanes
+        drawn = first + draw_seed(self.seed, "instead", entry, attempt) % (last - first)
+        drawn += (within - drawn) % lanes  # the next of the lane, or the one before
+        return epoch * count + (drawn if drawn < last else drawn - lanes)
 
     def _choose(self, captions: Captions, generator: torch.Generator) -> tuple[str, ...]:
         """What is contrasted: the first caption and K - 1 others, drawn where there are more.
@@ -254,7 +275,7 @@ class TrainingBatches:
         Raises:
             ValueError: no sample can be used, or there is too little room.
         """
-        batch, _ = self.collate([self.sample(0)])
+        batch, _ = self.collate([self.sample(self.rows.start)])  # of its own: the shard of another would be fetched for nothing
         rows = len(self.rows) // self.pieces
         check_shared_memory(rows * sum(value.nbytes for value in batch.values()), self.workers, held=self.pieces, processes=processes)
 

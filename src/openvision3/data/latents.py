@@ -220,5 +220,5 @@ class CachedSource:
     def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
         raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         return Shuffle(len(self), seed, epoch)

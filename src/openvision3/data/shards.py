@@ -88,8 +88,8 @@ class Source(Protocol):
         """The picture of `crop` as uint8 (3, size, size)."""
         ...
 
-    def order(self, seed: int, epoch: int) -> Order:
-        """In which order an epoch goes through the samples."""
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
+        """In which order an epoch goes through the samples; shards that have to be fetched are dealt to `lanes` (see `order`)."""
         ...
 
 
@@ -132,7 +132,7 @@ class EmojiSource:
     def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
         return uint8_tensor(self.crop(index, size, generator)[0])
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         return Shuffle(len(self), seed, epoch)
 
 
@@ -194,7 +194,7 @@ class _PictureSource(ABC):
     def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
         return random_view(self.data(index), size, generator, self.area, MIN_SIDE)[0]
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         return Shuffle(len(self), seed, epoch)
 
 
@@ -368,11 +368,11 @@ class ShardSource(_PictureSource):
             found = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
         return str(found).strip() or None
 
-    def order(self, seed: int, epoch: int) -> Order:
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         if not self.tars.remote:
             return Shuffle(len(self), seed, epoch)
         starts = self.tars.starts if self.kept is None else np.searchsorted(self.kept, self.tars.starts).tolist()
-        return ShardShuffle(starts, WINDOW, seed, epoch)
+        return ShardShuffle(starts, WINDOW, seed, epoch, lanes)
 
 
 class MixedSource:
@@ -435,17 +435,39 @@ class MixedSource:
         source, local = self._find(index)
         return source.view(local, size, generator)
 
-    def order(self, seed: int, epoch: int) -> Order:
-        if not self.weights and not any(is_fetched(source) for source in self.sources):
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
+        if not self.weights and not _fetched(self):
             return Shuffle(len(self), seed, epoch)
         counts = [len(source) for source in self.sources]
-        parts = [functools.partial(source.order, draw_seed(seed, "source", number)) for number, source in enumerate(self.sources)]
-        return Mix(counts, self.weights or counts, parts, seed, epoch)
+        parts = [functools.partial(source.order, draw_seed(seed, "source", number), lanes=lanes) for number, source in enumerate(self.sources)]
+        return Mix(counts, self.weights or counts, parts, seed, epoch, lanes)
 
 
 def is_fetched(source: Source) -> bool:
     """Whether a source is fetched shard by shard, so that reading samples here and there is dear."""
-    return any(map(is_fetched, source.sources)) if isinstance(source, MixedSource) else isinstance(source, ShardSource) and source.tars.remote
+    return bool(_fetched(source))
+
+
+def _fetched(source: Source) -> list[Tars]:
+    """The shards in a source that are fetched, whose cache its order has to spare."""
+    if isinstance(source, MixedSource):
+        return [tars for inner in source.sources for tars in _fetched(inner)]
+    return [source.tars] if isinstance(source, ShardSource) and source.tars.remote else []
+
+
+def choose_lanes(source: Source, batch: int, asked: int = 0, machines: int = 1) -> int:
+    """The lanes of a run: 1 where nothing is fetched, else those `asked` for, or (0) the most that divide the batch and need no larger cache.
+
+    Raises:
+        ValueError: more lanes on one of the `machines` than the cache holds shards.
+    """
+    fetched = _fetched(source)
+    if not fetched:
+        return 1
+    lanes = asked or max(lanes for lanes in range(1, WINDOW + 1) if batch % lanes == 0)
+    for tars in fetched:
+        tars.check_cache(lanes // machines + 2 * (lanes % machines > 0))  # where machines share lanes, one at each end
+    return lanes
 
 
 def labels_of(source: Source) -> list[str]:

@@ -82,18 +82,20 @@ class Tars:
         counts = [each.count if isinstance(each, IndexFile) else len(each) for each in self._indexes]
         self.starts: list[int] = [0, *itertools.accumulate(counts)]
         if self.remote:
-            self._check_cache()
+            self.check_cache()
 
-    def _check_cache(self) -> None:
+    def check_cache(self, lanes: int = 1) -> None:
+        """Raises ValueError where there is no cache, or one too small for what this machine reads at a time: WINDOW shards, or one a lane."""
         if self.cache is None:
             raise ValueError(
                 f"remote shards such as {next(filter(is_remote, self.paths))} are fetched whole: name a folder with --cache and its bound with --cache-gb"
             )
         sizes = sorted((found.stamp.size for path, found in zip(self.paths, self._indexes, strict=True) if is_remote(path)), reverse=True)
-        needed = sum(sizes[:WINDOW])
+        at_once = max(WINDOW, lanes)
+        needed = sum(sizes[:at_once])
         if needed > self.cache.limit:
             raise ValueError(
-                f"cache_gb {self.cache.limit / 1e9:g} is too small: {len(sizes[:WINDOW])} shards are read at a time, the largest "
+                f"cache_gb {self.cache.limit / 1e9:g} is too small: {len(sizes[:at_once])} shards are read at a time, the largest "
                 f"of {sizes[0] / 1e9:.3g} GB; at least {needed / 1e9 + 0.0005:.3f} GB are needed, twice that is better"
             )
 
