@@ -90,9 +90,8 @@ class Pictures:
                 self.digests[batch.indices[row]] = sha256(to_uint8(batch.images[row]).numpy().tobytes()).hexdigest()
                 self.described[batch.indices[row]] = marks.numpy().tobytes()
             yield batch
-        for each in found:
-            if each not in self.problems:
-                self.problems.append(each)
+        known = {(problem["key"], problem["reason"]) for problem in self.problems}
+        self.problems += [problem for problem in found if (problem["key"], problem["reason"]) not in known]
 
     def collect(self, what: str, function: Callable[[Batch], Sequence[T]]) -> dict[int, T]:
         """What `function` says of each usable picture, by its index, in the order of the pictures, on every rank.
