@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from openvision3 import hub
 from openvision3.config import flat
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Results
+from openvision3.evaluate.results import SCORES, SEEN, UNSEEN, Results
 from openvision3.model.vae import EMBEDDED
 from openvision3.pipeline import load
 
@@ -34,18 +35,31 @@ stamps served only to measure. Whether weights derive from training pictures is 
 CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project". Code: Apache-2.0."""
 
 
+PARTS = ("unseen", "seen", "all")
+"""of the samples of a set, in the order of the tables: the first is what a number says of others"""
+
+
 class Measured:
-    """One evaluation's numbers of the model and of its VAE, and the captions it wrote."""
+    """One evaluation's numbers of the model and of its VAE by part and metric, and the captions it wrote of samples that training has not seen."""
 
     def __init__(self, folder: Path):
         results = Results.load(folder)
-        self.command = results.command
-        self.own: dict[str, Number] = {}
-        self.vae: dict[str, Number] = {}
+        self.overlap = re.sub(r", listed in [^;)]*", "", results.overlap)
+        self.own: dict[str, dict[str, Number]] = {part: {} for part in PARTS}
+        self.vae: dict[str, dict[str, Number]] = {part: {} for part in PARTS}
         for row in results.rows:
-            (self.vae if row.model.startswith("VAE ") else self.own)[row.metric] = row.number
-        lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
-        self.captions = [(line["true"][0], line["written"]) for line in lines if "written" in line]
+            part = next((name for name, begins in (("unseen", UNSEEN), ("seen", SEEN)) if row.number.part.startswith(begins)), "all")
+            (self.vae if row.model.startswith("VAE ") else self.own)[part][row.metric] = row.number
+        lines = [json.loads(line) for line in (folder / SCORES).read_text(encoding="utf-8").splitlines()]
+        captioned = [line for line in lines if "written" in line]
+        unseen = [line for line in captioned if any(part.startswith(UNSEEN) and "caption" in part for part in line["parts"])]
+        self.captions = [(line["true"][0], line["written"]) for line in unseen or captioned]
+
+    def rows(self, *metrics: str) -> Iterator[tuple[str, dict[str, Number], dict[str, Number]]]:
+        """(part, numbers of the model, of the VAE) for each part that has all of these metrics."""
+        for part in PARTS:
+            if all(metric in self.own[part] for metric in metrics):
+                yield part, self.own[part], self.vae[part]
 
 
 def ship(run: Path) -> None:
@@ -63,28 +77,38 @@ def ship(run: Path) -> None:
     (MINI / "command.txt").write_text(earlier + " ".join(["openvision3", *command[1:]]) + "\n")
 
 
-def percent(number: Number) -> str:
-    return f"{100 * number.value:.1f}"
+def cell(number: Number, factor: float = 100, digits: int = 1) -> str:
+    """37.5 [31.8, 43.6]: a value with its 95 % interval over samples, where it has one."""
+    interval = f" [{factor * number.low:.{digits}f}, {factor * number.high:.{digits}f}]" if number.low is not None and number.high is not None else ""
+    return f"{factor * number.value:.{digits}f}{interval}"
 
 
 def write_cards(found: dict[str, Measured], demo: Measured | None) -> None:
     pipeline = load("mini")
-    rebuilt = ["| held-out set | pictures | VAE alone, dB | mini, dB | gap, dB | SSIM, VAE / mini |", "|---|---|---|---|---|---|"]
+    rebuilt = ["| set | samples | VAE alone, dB | mini, dB | SSIM, VAE | SSIM, mini |", "|---|---|---|---|---|---|"]
+    recalled = ["| set | ask | picture to text R@1, % | R@5 | text to picture R@1, % | R@5 |", "|---|---|---|---|---|---|"]
+    captions = ["| model, set | samples | exact, % | token F1, % | CIDEr |", "|---|---|---|---|---|"]
+    alone = ["| set | samples | dB | SSIM |", "|---|---|---|---|"]
     for name, each in found.items():
-        own, vae = each.own["psnr"], each.vae["psnr"]
-        ssim = f"{each.vae['ssim'].value:.3f} / {each.own['ssim'].value:.3f}"
-        rebuilt.append(f"| {name} | {own.count} | {vae.value:.2f} | {own.value:.2f} | {vae.value - own.value:.2f} | {ssim} |")
-    recalled = ["| held-out set | candidates | picture to text R@1 / R@5 / R@10 | text to picture R@1 / R@5 / R@10 |", "|---|---|---|---|"]
+        for part, own, vae in each.rows("psnr"):
+            decibels = [cell(of["psnr"], 1, 2) for of in (vae, own)]
+            rebuilt.append(f"| {name}, {part} | {own['psnr'].count} | {' | '.join(decibels)} | {cell(vae['ssim'], 1, 3)} | {cell(own['ssim'], 1, 3)} |")
+            alone.append(f"| {name}, {part} | {vae['psnr'].count} | {decibels[0]} | {cell(vae['ssim'], 1, 3)} |")
     for name, each in [*found.items(), *([("demo model on openmoji", demo)] if demo else [])]:
-        cells = [" / ".join(percent(each.own[f"{way}_r@{k}"]) for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")]
-        recalled.append(f"| {name} | {each.own['image_to_text_r@1'].count} | {cells[0]} % | {cells[1]} % |")
-    captions = ["| model | exact name, % | token F1, % | CIDEr |", "|---|---|---|---|"]
-    for title, each in (("shipped mini", found["openmoji"]), *([("demo model", demo)] if demo else [])):
-        captions.append(f"| {title} | {percent(each.own['exact_match'])} | {percent(each.own['token_f1'])} | {each.own['cider'].value:.3f} |")
+        for part, own, _ in each.rows("image_to_text_r@1"):
+            cells = [cell(own[f"{way}_r@{k}"]) for way in ("image_to_text", "text_to_image") for k in (1, 5)]
+            recalled.append(f"| {name}, {part} | {own['image_to_text_r@1'].count} | {' | '.join(cells)} |")
+        for part, own, _ in each.rows("exact_match"):
+            captions.append(
+                f"| {name}, {part} | {own['exact_match'].count} | {cell(own['exact_match'])} | {cell(own['token_f1'])} | {cell(own['cider'], 1, 2)} |"
+            )
     columns = ["| true name | mini |" + (" demo model |" if demo else ""), "|---|---|" + ("---|" if demo else "")]
-    for i, (true, written) in enumerate(found["openmoji"].captions[:EXAMPLES]):
-        columns.append(f"| {true} | {written} |" + (f" {demo.captions[i][1]} |" if demo else ""))
-    zeroshot = found["openmoji"].own
+    written = dict(demo.captions) if demo else {}
+    for true, own_words in found["openmoji"].captions[:EXAMPLES]:
+        columns.append(f"| {true} | {own_words} |" + (f" {written.get(true, '')} |" if demo else ""))
+    named = [f"{cell(own['zeroshot_top_1'])} % of {own['zeroshot_top_1'].count} {part}" for part, own, _ in found["openmoji"].rows("zeroshot_top_1")]
+    largest = found["openmoji"].own["all"]["zeroshot_largest_class_share"]
+    overlaps = "\n".join(f"- {name}: {each.overlap}" for name, each in found.items())
     parameters = sum(p.numel() for name, p in pipeline.model.named_parameters() if not name.startswith("vae.")) / 1e6
 
     config = hub.read_config(MINI)
@@ -119,23 +143,29 @@ model = ov3.load("mini")
 
 ## Scores
 Measured by `make results DATA=FOLDER` (the OpenMoji rows by `make results` anywhere); sigma 0, fp32, one seed; resized to 128 px with antialias.
-PSNR and SSIM per picture on uint8, mean. Every number with its protocol: docs/results.md.
+Every number with its protocol: docs/results.md. In brackets 95 % intervals over samples. **Unseen** rows come first: samples of which training
+has seen neither the image nor a near-duplicate, nor, where texts count, an equal caption, nor another emoji of the family. Only these say what
+to expect of other pictures.
+
+{overlaps}
+
+PSNR and SSIM per picture on uint8, mean:
 
 {chr(10).join(rebuilt)}
 
+Retrieval: these samples ask, all of the set are candidates; equal captions count as positives. "pictures" are Open Clip Art and stamps with titles
+and tags as captions, "photos" have the name of their class.
+
 {chr(10).join(recalled)}
 
-Equal captions count as positives. "pictures" are Open Clip Art and stamps with titles and tags as captions; the class names of "photos" were
-never seen in training. Chance is {100 / 256:.1f} % for R@1 among 256.
+Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {"; ".join(named)}
+(always naming the largest group gives {cell(largest)} % of all).
 
-Zero-shot over the nine emoji groups (a group is the mean text embedding of its training names): {percent(zeroshot["zeroshot_top_1"])} % of
-{zeroshot["zeroshot_top_1"].count} emoji with a group (always naming the largest group gives {percent(zeroshot["zeroshot_largest_class_share"])} %).
-
-Captions on the same 256 held-out emoji, greedy; lower-case words, CIDEr by the {found["openmoji"].own["cider"].how.split(",")[1].strip()}:
+Captions, greedy; lower-case words, CIDEr by the {found["openmoji"].own["all"]["cider"].how.split(",")[1].strip()}:
 
 {chr(10).join(captions)}
 
-The first {EXAMPLES} of the 256, not chosen:
+The first {EXAMPLES} unseen emoji, not chosen:
 
 {chr(10).join(columns)}
 """
@@ -143,7 +173,6 @@ The first {EXAMPLES} of the 256, not chosen:
     vae = json.loads((EMBEDDED / "config.json").read_text())
     parameters = sum(p.numel() for p in pipeline.vae.parameters()) / 1e6
     log = json.loads((EMBEDDED / "training.json").read_text())
-    lines = [f"| {name} | {each.vae['psnr'].count} | {each.vae['psnr'].value:.2f} | {each.vae['ssim'].value:.3f} |" for name, each in found.items()]
     (EMBEDDED / "README.md").write_text(
         f"""---
 library_name: diffusers
@@ -166,11 +195,10 @@ feature distance + 0.1 x (channel mean^2 + (channel deviation - 1)^2); Muon on t
 {TERMS.format(more=" and pictures computed from random numbers")}
 
 ## Scores
-PSNR and SSIM per picture on uint8, mean, 128 px, measured by `make results DATA=FOLDER`:
+PSNR and SSIM per picture on uint8, mean, 128 px, 95 % intervals over samples, measured by `make results DATA=FOLDER`; unseen are samples of which
+training has seen no near-duplicate, nor another emoji of the family:
 
-| held-out set | pictures | dB | SSIM |
-|---|---|---|---|
-{chr(10).join(lines)}
+{chr(10).join(alone)}
 """
     )
 
