@@ -78,7 +78,7 @@ def mini_low_res() -> RunConfig:
     """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
 
     openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
-    Two CPU cores without AMX, about 40 minutes; expected on held-out emoji: 22 dB at 64 px, R@1 15 % (docs/training.md draws both phases).
+    Two CPU cores without AMX, about 40 minutes; expected on the val emoji: 22 dB at 64 px (docs/training.md draws both phases).
     """
     config = mini()
     config.size, config.steps = 64, 600
@@ -89,7 +89,7 @@ def mini_high_res() -> RunConfig:
     """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
 
     openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
-    Two CPU cores without AMX, about 10 minutes; expected on held-out emoji: 29 dB, R@1 21 %.
+    Two CPU cores without AMX, about 10 minutes; expected on the val emoji: 29 dB.
     """
     config = mini_low_res()
     config.init = "runs/mini_low_res"
@@ -104,7 +104,7 @@ def demo_low_res() -> RunConfig:
     """Most of what `openvision3 demo` trains: mini_low_res for a few minutes on OpenMoji alone.
 
     openvision3 train demo_low_res --minutes 4
-    Two CPU cores, four minutes; expected on held-out emoji, without AMX: 19 dB at 64 px, R@1 5 %.
+    Two CPU cores, four minutes; expected on the val emoji, without AMX: 19 dB at 64 px.
     """
     config = mini_low_res()
     config.minutes = 4.0
@@ -116,7 +116,7 @@ def demo_high_res() -> RunConfig:
     """The last minute of the demo: mini_high_res on OpenMoji alone.
 
     openvision3 train demo_high_res --init runs/demo_low_res --minutes 1
-    Two CPU cores, one minute; expected on held-out emoji, without AMX: 24 dB, R@1 4 %.
+    Two CPU cores, one minute; expected on the val emoji, without AMX: 24 dB.
     """
     config = mini_high_res()
     config.init, config.minutes = "runs/demo_low_res", 1.0
