@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
 from openvision3.data.shards import open_source
 from openvision3.data.text import TextTokenizer
+from openvision3.held_out import MEASURE
 from openvision3.hub import read_config
 from openvision3.pretrain import Outcome, pretrain, pretrain_in_turn
 from openvision3.progress import REQUEUE
@@ -52,11 +54,11 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     found = {p.name for p in folder.iterdir()}
     assert found == {
         *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "samples", "checkpoints"),
-        *("environment.json", "command.txt", "tokenizer.json", "fingerprint.safetensors", ".lock"),
+        *("environment.json", "command.txt", "tokenizer.json", "fingerprint.safetensors", "identities.json", ".lock"),
     }
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-00000004.png", "step-00000007.png"]
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000006", "step-00000007"]
-    assert load_config(RunConfig, folder / "config.json") == config
+    assert load_config(RunConfig, folder / "config.json") == replace(config, lanes=1), "local data have one lane"
 
 
 def test_the_metrics_hold_every_loss_and_the_evaluation(finished):
@@ -314,7 +316,7 @@ def test_weights_of_small_pictures_start_a_new_run_on_larger_ones(finished, tmp_
 
     def watched(model, batches, optimizers, settings, loop, *more, **named):
         seen.update({name: value.clone() for name, value in model.trained_state().items()})
-        assert loop.state == RunState() and not any(optimizer.state for optimizer in optimizers.all)
+        assert loop.state == RunState(val_measure=MEASURE) and not any(optimizer.state for optimizer in optimizers.all)
         return fit(model, batches, optimizers, settings, loop, *more, **named)
 
     monkeypatch.setattr(module, "fit", watched)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openvision3 import train
 from openvision3.data.batches import to_device
+from openvision3.data.problems import Problems
 from openvision3.data.text import TextTokenizer
 from openvision3.model import transformer
 from openvision3.model.openvision3 import OpenVision3
@@ -30,7 +31,7 @@ LOG = "copy from the device train.py:_numbers"
 class Rows:
     """Micro-batches as the loader makes them for a GPU: images as uint8, all of it pinned."""
 
-    batch, problems = 4, []  # type: ignore[var-annotated]
+    batch, problems = 4, Problems()
 
     def __init__(self, device: FakeDevice, kind: str, pieces: int = 1):
         self.device, self.kind, self.pieces = device, kind, pieces

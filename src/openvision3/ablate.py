@@ -31,7 +31,7 @@ from openvision3.files import write_whole
 from openvision3.model.encoder import SIZES
 from openvision3.model.openvision3 import load_distance
 from openvision3.paths import PathName
-from openvision3.pretrain import FREE, pretrain
+from openvision3.pretrain import FREE, SETTLED, pretrain
 from openvision3.progress import console
 from openvision3.recipes import IN_TURN, RECIPES
 from openvision3.train import NotFinite, Signals
@@ -389,7 +389,8 @@ def _state(place: Path, config: RunConfig) -> str:
     if not (place / "config.json").is_file():
         return "new"
     kept, asked = (flat(to_dict(each)) for each in (load_config(RunConfig, place / "config.json"), config))
-    apart = [name for name in asked if kept[name] != asked[name] and name not in (*FREE, "device", "init")]
+    free = (*FREE, "device", "init")
+    apart = [name for name, value in asked.items() if kept[name] != value and name not in free and (name, value) not in SETTLED]
     if apart:
         raise ValueError(f"{place} holds a run with {apart[0]} {kept[apart[0]]!r}, not {asked[apart[0]]!r}; name another folder with --out")
     if (place / DIVERGED).is_file():

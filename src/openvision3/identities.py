@@ -65,14 +65,18 @@ def of_inputs(config: RunConfig, source: Source, held_out: Source, vae: VAE, cac
     """{field of MOVABLE: digest} of what a run reads, "" for what it does not read; and the labels of `data` and `val`, which are no part of it."""
     loss = config.model.loss
     lpips = bool(loss.lambda_perceptual) and loss.perceptual.startswith("lpips")
+
+    def weights(path: str) -> str:
+        return sha256_of(path) if lpips and Path(path).is_file() else ""  # the network says what is missing
+
     return {
         "data": of_source(source),
         "val": of_source(held_out),
         "latents": cache.sha256 if cache is not None else "",
         "tokenizer": of_tokenizer(tokenizer),
         "model.vae.name": digest(vae.sha256, vae.scale, vae.shift),
-        "model.loss.lpips_backbone": sha256_of(loss.lpips_backbone) if lpips else "",
-        "model.loss.lpips_linear": sha256_of(loss.lpips_linear) if lpips else "",
+        "model.loss.lpips_backbone": weights(loss.lpips_backbone),
+        "model.loss.lpips_linear": weights(loss.lpips_linear),
         LABELS: {"data": labels_of(source), "val": labels_of(held_out)},
     }
 

@@ -53,6 +53,10 @@ FREE = (
 """fields that a run which goes on may set anew"""
 
 
+SETTLED = (("precision", "auto"), ("lanes", 0))
+"""values that a run replaces by what it has chosen"""
+
+
 @dataclass
 class Outcome:
     """A run that has ended: `status` is finished or stopped."""
@@ -328,7 +332,7 @@ def _resumed(config: RunConfig, out: Path) -> RunConfig:
     before, asked = flat(to_dict(old)), flat(to_dict(config))
     measured = ("steps", "optimizer.warmup_steps") if old.minutes else ()  # the run itself set these
     for name, value in asked.items():
-        settled = name in measured or (name, value) in (("precision", "auto"), ("lanes", 0))
+        settled = name in measured or (name, value) in SETTLED
         if name not in (*FREE, *settled_later) and not settled and value != before[name]:
             why = ": an older version started it, which did not record what lay there (name the old path, or link it)" if name in identities.MOVABLE else ""
             raise ValueError(f"{name} was {before[name]!r} when {out} was started and cannot become {value!r}{why}; start a new run with --init {out}")

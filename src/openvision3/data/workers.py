@@ -90,7 +90,8 @@ class Workers:
                 except BrokenProcessPool:
                     for process in processes:  # those that live, too: they would end when it suits them
                         if process.is_alive():
-                            os.kill(process.pid, signal.SIGALRM)
+                            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                                os.kill(process.pid, signal.SIGALRM)
                     pool.shutdown(cancel_futures=True)
                     for entry in pending:
                         entry[1] = entry[1] if _is_whole(entry[1]) else None
