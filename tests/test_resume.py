@@ -32,7 +32,7 @@ def go_on(config):
     return pretrain(config, "tiny")
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_crash_between_two_checkpoints_leaves_no_trace(tmp_path, monkeypatch, kind):
     runs = [small(tmp_path, name) for name in ("whole", "broken")]
     for config in runs:
@@ -84,7 +84,7 @@ def test_a_crash_before_the_first_checkpoint_of_a_second_phase_starts_over_from_
     assert_same_run(whole.out, broken.out)
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(0, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, before, after):
     whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken", workers=before)
     pretrain(whole, "tiny")
