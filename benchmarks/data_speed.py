@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from openvision3.data import images
-from openvision3.data.order import draw_seed
-from openvision3.data.shards import find, open_source
+from openvision3.data.sources import find, open_source
+from openvision3.draws import draw_seed
 
 AREA = (0.4, 1.0)
 

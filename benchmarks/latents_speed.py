@@ -16,19 +16,19 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from openvision3.cache import LatentJob, settings_of
-from openvision3.config import RunConfig
 from openvision3.data.batches import TextShape, TrainingBatches, to_device
 from openvision3.data.images import to_tensor
-from openvision3.data.latent_files import draw_crop
-from openvision3.data.latent_writer import LatentWriter
-from openvision3.data.latents import LatentCache
-from openvision3.data.shards import Source, open_source
+from openvision3.data.latents.files import draw_crop
+from openvision3.data.latents.read import LatentCache
+from openvision3.data.latents.write import LatentWriter
+from openvision3.data.sources import Source, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
-from openvision3.recipes import mini
-from openvision3.train import backward
+from openvision3.train.config import RunConfig
+from openvision3.train.encode_latents import LatentJob, settings_of
+from openvision3.train.loop import backward
+from openvision3.train.recipes import mini
 
 CROPS, PART, BATCH, ROUNDS = 2, 64, 32, 3
 

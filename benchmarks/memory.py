@@ -23,11 +23,11 @@ import tyro
 from step_speed import VOCABULARY, a_batch, a_model, flux_shaped, levers
 from torch import Tensor
 
-from openvision3.doctor import choose_device, choose_precision, dtype_of
+from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.model.vae import VAE
-from openvision3.optimizer import Optimizers
-from openvision3.recipes import RECIPES
-from openvision3.train import backward
+from openvision3.train.loop import backward
+from openvision3.train.optimizer import Optimizers
+from openvision3.train.recipes import RECIPES
 
 
 @dataclass

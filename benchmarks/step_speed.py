@@ -22,15 +22,15 @@ import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from openvision3.config import RunConfig
-from openvision3.data.batches import draw_seed
-from openvision3.doctor import choose_device, choose_precision, dtype_of
+from openvision3.device import choose_device, choose_precision, dtype_of
+from openvision3.draws import draw_seed
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import add_noise
 from openvision3.model.vae import VAE
-from openvision3.optimizer import Optimizers
-from openvision3.recipes import RECIPES
-from openvision3.train import autocast, backward
+from openvision3.train.config import RunConfig
+from openvision3.train.loop import autocast, backward
+from openvision3.train.optimizer import Optimizers
+from openvision3.train.recipes import RECIPES
 
 VOCABULARY = {"base_low_res": 30_524, "mini": 2_474}
 

@@ -14,7 +14,7 @@ import diffusers
 import torch
 import tyro
 
-from openvision3.doctor import choose_precision
+from openvision3.device import choose_precision
 from openvision3.model.vae import VAE
 
 

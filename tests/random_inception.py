@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openvision3.evaluate import extractors
+from openvision3.networks import inception as extractors
 
 
 def random_state() -> dict[str, torch.Tensor]:

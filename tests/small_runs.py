@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from openvision3.checkpoint import complete_checkpoints
-from openvision3.config import RunConfig
 from openvision3.data.batches import TrainingBatches
-from openvision3.progress import RunFolder
-from openvision3.recipes import tiny
+from openvision3.train.checkpoint import complete_checkpoints
+from openvision3.train.config import RunConfig
+from openvision3.train.recipes import tiny
+from openvision3.train.run_folder import RunFolder
 
 MEASURED = {"samples_per_second", "samples_per_second_per_device", "wait", "memory_gb"}
 """what no two runs have in common"""

@@ -89,11 +89,12 @@ PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
 
 @pytest.mark.parametrize(("data", "phrase"), [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "0 bytes")])
 def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase, tmp_path):
-    from openvision3.config import RunConfig, load_config
     from openvision3.data.text import TextTokenizer
     from openvision3.hub import load_weights, read_config
-    from openvision3.model.perceptual import load_foreign_pickle
     from openvision3.model.vae import VAE
+    from openvision3.networks.perceptual import load_foreign_pickle
+    from openvision3.settings import load_config
+    from openvision3.train.config import RunConfig
 
     vae = tmp_path / "vae"
     vae.mkdir()

@@ -14,8 +14,11 @@ import pytest
 import torch
 from PIL import features
 
-from openvision3 import cli, doctor, trial
-from openvision3.doctor import choose_device, choose_precision, examine, measure_precision
+from openvision3 import cli, doctor
+from openvision3.cli import verbs
+from openvision3.device import choose_device, choose_precision, measure_precision
+from openvision3.doctor import examine
+from openvision3.train import trial
 
 
 def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
@@ -107,7 +110,7 @@ def test_a_trial_of_training_reports_losses_speed_and_memory_and_is_well(capsys)
     assert len(found["losses"]) == len(found["gradient_norms"]) == trial.STEPS and all(map(math.isfinite, found["losses"]))
     assert found["samples_per_second"] > 0 and found["peak_memory_gb"] > 0 and found["precision"].startswith("fp32")
     assert found["waits_per_step"] is None and found["collectives"] == {} and found["problems"] == []
-    assert any("not measurable on a CPU" in line for line in cli.lines_of_a_trial(found))
+    assert any("not measurable on a CPU" in line for line in verbs.lines_of_a_trial(found))
 
 
 def test_a_trial_of_training_that_goes_wrong_says_what_and_ends_with_1(monkeypatch, capsys):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openvision3.checkpoint import not_written
 from openvision3.files import half_written, left_behind, write_whole
+from openvision3.train.checkpoint import not_written
 
 
 def test_no_room_names_the_file_that_was_written_and_not_the_one_that_was_read(tmp_path):

@@ -385,11 +385,11 @@ def mini():
 
 
 def test_the_shipped_mini_rebuilds_names_and_describes_a_held_out_emoji(mini):
-    from openvision3.data import samples
-    from openvision3.evaluate.reconstruction import psnr
+    from openvision3.data import openmoji
+    from openvision3.evaluate.metrics.reconstruction import psnr
 
-    emoji = samples.load_emoji().evaluation("test", 8)
-    pictures = [samples.draw(e.character, 128) for e in emoji]
+    emoji = openmoji.load_emoji().evaluation("test", 8)
+    pictures = [openmoji.draw(e.character, 128) for e in emoji]
     images = mini.prepare(pictures)
     assert psnr(images, mini.decode(mini.encode(images))).mean() > 15
     assert all(mini.caption(images))

@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openvision3 import progress
 from openvision3.data.problems import Problems
-from openvision3.progress import RunFolder, duration, environment, read_skipped, track
+from openvision3.progress import duration, environment, track
+from openvision3.train.run_folder import RunFolder, read_skipped
 
 PROBLEMS = [{"key": str(i), "reason": "truncated", "detail": "cut off"} for i in range(4)]
 

@@ -14,7 +14,7 @@ from openvision3.data.text import TextTokenizer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.pipeline import Pipeline
-from openvision3.recipes import small_model
+from openvision3.train.recipes import small_model
 
 NAMES = ("red heart", "blue heart", "grinning face", "cat face", "dog face", "red apple", "green apple", "black cat")
 SIZE = 64

@@ -28,11 +28,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from openvision3.data.images import from_uint8, to_tensor, to_uint8
-from openvision3.data.shards import open_source
-from openvision3.evaluate import captioning
-from openvision3.evaluate.extractors import EfficientNetFeatures, Extractor, Inception
-from openvision3.evaluate.features import Statistics, frechet_distance, kernel_distance
-from openvision3.evaluate.reconstruction import evaluate_reconstruction, ssim
+from openvision3.data.sources import open_source
+from openvision3.evaluate.metrics import captioning
+from openvision3.evaluate.metrics.distances import Statistics, frechet_distance, kernel_distance
+from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, ssim
+from openvision3.networks.inception import EfficientNetFeatures, Extractor, Inception
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from random_inception import random_inception

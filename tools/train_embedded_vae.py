@@ -31,17 +31,17 @@ from diffusers import AutoencoderTiny as _AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from PIL import Image
 
-from openvision3.config import RunConfig
-from openvision3.data import samples
+from openvision3.data import openmoji
 from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
-from openvision3.data.shards import MixedSource, ShardSource, Source, open_source
+from openvision3.data.sources import MixedSource, ShardSource, Source, open_source
 from openvision3.data.workers import outlive_signals
-from openvision3.doctor import choose_device, choose_precision, dtype_of
-from openvision3.evaluate.reconstruction import psnr
-from openvision3.model.perceptual import EfficientNetDistance
-from openvision3.optimizer import Muon
+from openvision3.device import choose_device, choose_precision, dtype_of
+from openvision3.evaluate.metrics.reconstruction import psnr
+from openvision3.networks.perceptual import EfficientNetDistance
 from openvision3.progress import processor_name
-from openvision3.train import autocast
+from openvision3.train.config import RunConfig
+from openvision3.train.loop import autocast
+from openvision3.train.optimizer import Muon
 
 AutoencoderTiny: Any = _AutoencoderTiny  # diffusers' lazy module hides its types
 
@@ -160,9 +160,9 @@ class TrainingPictures(torch.utils.data.Dataset):
             return self.texture(generator)
         if self.source.key(index).startswith("openmoji/") and torch.rand(1, generator=generator).item() < 0.2:
             scale, x, y = torch.rand(3, generator=generator).tolist()
-            emoji = samples.load_emoji().train
+            emoji = openmoji.load_emoji().train
             character = emoji[int(torch.randint(len(emoji), (1,), generator=generator))].character
-            picture = samples.draw(character, self.size, scale=0.6 + scale, shift=(0.4 * x - 0.2, 0.4 * y - 0.2), background=self.texture(generator))
+            picture = openmoji.draw(character, self.size, scale=0.6 + scale, shift=(0.4 * x - 0.2, 0.4 * y - 0.2), background=self.texture(generator))
         return picture
 
 
@@ -174,8 +174,8 @@ def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
 
 def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
     """The evaluation pictures: 256 OpenMoji of the val side, and the `val` shards beside the training data if there are any."""
-    emoji = samples.load_emoji().evaluation("val")
-    sets = {"openmoji": torch.stack([to_tensor(samples.draw(e.character, size)) for e in emoji])}
+    emoji = openmoji.load_emoji().evaluation("val")
+    sets = {"openmoji": torch.stack([to_tensor(openmoji.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
         source = open_source(tuple(shards))
         sets[name] = torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])

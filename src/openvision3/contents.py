@@ -159,3 +159,9 @@ def _text(head: bytes) -> str:
     if text[:1] in ("{", "["):
         return f"JSON text, which begins with {beginning!r}"
     return f"text, which begins with {beginning!r}"
+
+
+def short(error: BaseException) -> str:
+    """What foreign code says when it fails, in one line of at most 200 characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 200 else line[:199] + "…"

@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openvision3.config import flat, from_dict, to_dict
 from openvision3.contents import holds, why_not
 from openvision3.data.fingerprint import FILE
 from openvision3.data.text import TextTokenizer
 from openvision3.files import sha256_of
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
 from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
+from openvision3.settings import flat, from_dict, to_dict
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
@@ -214,7 +214,7 @@ def find_folder(name: str | Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     if (folder / "checkpoints").is_dir():
-        from openvision3.checkpoint import complete_checkpoints
+        from openvision3.train.checkpoint import complete_checkpoints
 
         found = complete_checkpoints(folder)
         if found:

@@ -19,10 +19,10 @@ from openvision3 import hub
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded
 from openvision3.data.folders import scan_folder
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
-from openvision3.data.order import draw_seed
 from openvision3.data.problems import reasons_in_words
 from openvision3.data.text import TextTokenizer
-from openvision3.doctor import choose_device, dtype_of
+from openvision3.device import choose_device, dtype_of
+from openvision3.draws import draw_seed
 from openvision3.evaluate.protocol import Functions
 from openvision3.model.encoder import Encoder
 from openvision3.model.openvision3 import OpenVision3

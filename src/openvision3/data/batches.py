@@ -24,14 +24,15 @@ from torch import Tensor
 
 from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, damage_seen, to_tensor, uint8_tensor
-from openvision3.data.order import Order, draw_seed
+from openvision3.data.order import Order
 from openvision3.data.problems import Problems
-from openvision3.data.shards import Source
+from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer, sentences
 from openvision3.data.workers import Workers, check_shared_memory, wait
+from openvision3.draws import draw_seed
 
 if TYPE_CHECKING:
-    from openvision3.data.latents import CachedView, LatentCache
+    from openvision3.data.latents.read import CachedView, LatentCache
 
 FAMILY = 16
 TRIES = 256

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.images import to_uint8
-from openvision3.data.shards import Source
-from openvision3.data.tars import Watch, plain
+from openvision3.data.shards.tars import Watch, plain
+from openvision3.data.sources import Source
 from openvision3.files import write_whole
 
 FORMAT = "openvision3 fingerprint 1"

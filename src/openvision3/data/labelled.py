@@ -10,8 +10,8 @@ from pathlib import Path
 
 from openvision3.data.captions import read_text
 from openvision3.data.images import ImageError
-from openvision3.data.shards import Source
-from openvision3.data.tars import Watch, plain
+from openvision3.data.shards.tars import Watch, plain
+from openvision3.data.sources import Source
 
 TEMPLATES = (
     "a bad photo of a {}.",

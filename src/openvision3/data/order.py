@@ -11,22 +11,18 @@ lane reads shards of its own. A machine whose rows of every batch are those of s
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+from openvision3.draws import draw_seed
+
 ROUNDS = 8
 """of the Feistel network; with fewer, short lists look less than shuffled"""
 
 _MASK = 2**64 - 1
-
-
-def draw_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but `parts`."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Order(Protocol):

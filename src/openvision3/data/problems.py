@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from openvision3.data.order import draw_seed
+from openvision3.draws import draw_seed
 
 Problem = dict[str, str]
 

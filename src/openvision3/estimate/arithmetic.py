@@ -277,7 +277,7 @@ def perceptual(kind: str, side: int, width_bytes: int) -> Cost:
 
 def _efficientnet_layers(side: int, stages: int = 5) -> Iterator[tuple[float, float, float]]:
     """(positions, multiply-adds a position, channels kept a position) of each convolution."""
-    from openvision3.model.perceptual import _STAGES
+    from openvision3.networks.perceptual import _STAGES
 
     here, width = math.ceil(side / 2), 32
     yield here * here, 27 * 32, 2 * 32
@@ -293,7 +293,7 @@ def _efficientnet_layers(side: int, stages: int = 5) -> Iterator[tuple[float, fl
 
 
 def _stack_layers(net: str, side: int) -> Iterator[tuple[float, float, float]]:
-    from openvision3.model.perceptual import _VGG
+    from openvision3.networks.perceptual import _VGG
 
     if net == "vgg":
         width = 3

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from openvision3.config import nearest
+from openvision3.settings import nearest
 
 NODE = 8
 """devices in one machine"""

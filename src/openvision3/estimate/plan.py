@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openvision3.config import RunConfig
 from openvision3.estimate.arithmetic import FP32, Cost, muon
 from openvision3.estimate.devices import Devices, parse_devices
 from openvision3.estimate.explain import explain
 from openvision3.estimate.sizes import Options, Sizes, divisors, sample_costs
+from openvision3.train.config import RunConfig
 
 RESERVE = 0.1
 """share of a device's memory that is left to its driver, the allocator's gaps and the convolutions' workspace"""
@@ -243,7 +243,7 @@ def _disk(run: Sizes) -> dict[str, float | None]:
 
 def _data_bytes(data: tuple[str, ...]) -> float | None:
     """What lies there now, without what ships with the package; None where something is not at hand."""
-    from openvision3.data.shards import expand
+    from openvision3.data.sources import expand
 
     total = 0.0
     for name in data:

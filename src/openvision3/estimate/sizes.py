@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openvision3.config import RunConfig
 from openvision3.estimate.arithmetic import FP32, NOTHING, PIXELS, PUBLISHED, Cost, VaeShape, linear, perceptual, transformer, vae_decode, vae_encode, vae_shape
 from openvision3.estimate.devices import Devices
-from openvision3.fetch import find_hub
+from openvision3.fetch.store import find_hub
+from openvision3.train.config import RunConfig
 
 BERT = 30_524
 """pieces of bert-base-uncased, and the begin and end marks that it lacks"""

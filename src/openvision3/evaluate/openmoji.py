@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from openvision3.data import samples
+from openvision3.data import openmoji
 from openvision3.data.images import to_pil
 from openvision3.data.labelled import read_labels
-from openvision3.data.shards import EmojiSource
+from openvision3.data.sources import EmojiSource
 from openvision3.evaluate import suite
-from openvision3.evaluate.classes import ClassRow
+from openvision3.evaluate.metrics.accuracy import ClassRow
 from openvision3.evaluate.pictures import Pictures
 from openvision3.evaluate.protocol import Functions, Number
 
@@ -24,7 +24,7 @@ class Findings:
     groups: list[ClassRow]
     without_group: int
     """emoji that zero-shot classification leaves out"""
-    emoji: tuple[samples.Emoji, ...]
+    emoji: tuple[openmoji.Emoji, ...]
     written: list[str]
     psnr: list[float]
     vae_psnr: list[float]
@@ -36,7 +36,7 @@ def evaluate_openmoji(model: Functions, vae: Functions, size: int = 128, count: 
     Zero-shot: a group's embedding is the mean text embedding of the names of its training emoji; emoji without a group are
     left out and counted. Captions by the simple tokeniser: the same numbers on every machine.
     """
-    data = samples.load_emoji()
+    data = openmoji.load_emoji()
     emoji = data.evaluation("test", count)
     pictures = Pictures(EmojiSource(emoji), size)
     own, through_vae = (suite.reconstruction(each, pictures, suite.Networks()) for each in (model, vae))
@@ -63,7 +63,7 @@ def rebuilt_rows(count: int, model: Functions, vae: Functions, size: int = 128) 
     """(original, through the VAE alone, rebuilt from tokens) for the first emoji of the test side."""
     assert model.reconstruct is not None and vae.reconstruct is not None
     rows = []
-    for batch in Pictures(EmojiSource(samples.load_emoji().evaluation("test", count)), size).batches("drawing"):
+    for batch in Pictures(EmojiSource(openmoji.load_emoji().evaluation("test", count)), size).batches("drawing"):
         columns = (batch.images, vae.reconstruct(batch.images), model.reconstruct(batch.images))
         rows += list(zip(*(to_pil(c) for c in columns), strict=True))
     return rows

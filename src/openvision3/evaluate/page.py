@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from openvision3.data.images import to_pil
 from openvision3.data.problems import count_reasons
-from openvision3.evaluate import published, report
+from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import (
     SCORES,
@@ -31,10 +31,11 @@ from openvision3.evaluate.results import (
 )
 from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
-from openvision3.paths import chart_label
+from openvision3.report import html as report
+from openvision3.report.plots import chart_label
 
 if TYPE_CHECKING:
-    from openvision3.cli_evaluate import Evaluation
+    from openvision3.cli.evaluate import Evaluation
 
 FIRST, EXTREME = 12, 6
 """pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""

@@ -14,7 +14,7 @@ from openvision3 import distributed
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.fingerprint import WIDTH, describe
 from openvision3.data.images import check_size, to_uint8
-from openvision3.data.shards import Source
+from openvision3.data.sources import Source
 
 T = TypeVar("T")
 Watch = Callable[[Any, str, int], Any]

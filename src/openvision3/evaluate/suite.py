@@ -14,17 +14,17 @@ from torch import Tensor
 
 from openvision3.data.fingerprint import near_duplicates
 from openvision3.data.labelled import Labels, prompts
-from openvision3.evaluate.captioning import evaluate_captions
-from openvision3.evaluate.classes import Classification
-from openvision3.evaluate.extractors import EfficientNetFeatures, Extractor, Inception
+from openvision3.evaluate.metrics.accuracy import Classification
+from openvision3.evaluate.metrics.captioning import evaluate_captions
+from openvision3.evaluate.metrics.probe import evaluate_knn, evaluate_linear_probe
+from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, metrics_of, noise_curve
+from openvision3.evaluate.metrics.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
 from openvision3.evaluate.pictures import Pictures, Rows, on_first
-from openvision3.evaluate.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.protocol import Functions, Number, number
-from openvision3.evaluate.reconstruction import evaluate_reconstruction, metrics_of, noise_curve
 from openvision3.evaluate.statistics import Column, Columns
-from openvision3.evaluate.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
-from openvision3.fetch import check_published, find
-from openvision3.model.perceptual import EfficientNetDistance, Lpips
+from openvision3.fetch.store import check_published, find
+from openvision3.networks.inception import EfficientNetFeatures, Extractor, Inception
+from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 
 TEXTS_AT_ONCE = 256
 

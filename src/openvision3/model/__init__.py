@@ -1,4 +1,5 @@
 """The paper's figure, left to right: a box is a class or function, under it the shape of what leaves it.
+Tensors only: may import the ground floor, and no file, string, run or command line reaches it.
 
                                                     branch 1, reconstruction
                                                 .-> add_noise ----> LatentDecoder ----> VAE.decode

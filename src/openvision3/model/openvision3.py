@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from openvision3 import distributed
 from openvision3.model import losses
 from openvision3.model.encoder import Encoder, EncoderConfig
-from openvision3.model.perceptual import EfficientNetDistance, Lpips
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE, VAEConfig
-from openvision3.paths import PathName
+from openvision3.networks.perceptual import EfficientNetDistance, Lpips
+from openvision3.settings import PathName
 
 ROWS, PIXEL_ROWS, WORDS = range(3)
 """Places in `counts`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from openvision3.contents import why_not
 from openvision3.files import sha256_of
-from openvision3.paths import PathName
+from openvision3.settings import PathName
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "vae"
 
@@ -243,7 +243,7 @@ def _from_hub_here(name: str) -> Path:
         raise FileNotFoundError(
             f"no such VAE: {name}; legal are embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
         )
-    from openvision3.fetch import find_hub
+    from openvision3.fetch.store import find_hub
 
     files = ("config.json", "diffusion_pytorch_model.safetensors")
     return find_hub(name, (tuple(f"vae/{file}" for file in files), files), "the VAE")

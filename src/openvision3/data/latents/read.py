@@ -1,0 +1,225 @@
+"""The cache of VAE latents, read instead of pictures in every epoch; `openvision3 data latents` writes it (`latent_writer`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openvision3.data.captions import Captions
+from openvision3.data.images import Box, ImageError, uint8_tensor
+from openvision3.data.latents.files import (
+    AGAIN,
+    CACHE,
+    KEYS,
+    OLD_FORMAT,
+    SETTINGS,
+    LatentSettings,
+    Part,
+    Tensors,
+    check_size,
+    checksum,
+    draw_crop,
+    part_name,
+    read_json,
+    unchanged,
+)
+from openvision3.data.order import Order, Shuffle
+from openvision3.data.shards.index import Problem
+from openvision3.data.sources import Source
+from openvision3.draws import draw_seed
+
+
+class CachedView(NamedTuple):
+    """A training view: its latents, and where it was asked for the picture itself, as uint8."""
+
+    latents: Tensor
+    image: Tensor | None
+
+
+class LatentCache:
+    """A complete cache, read entry by entry; nothing is kept open, so that it may be used after a fork and be sent to processes.
+
+    Every entry that is read is checked against its checksum; `verify` reads everything.
+    """
+
+    def __init__(self, folder: Path, settings: LatentSettings, values: dict[str, Any]):
+        self.folder, self.settings, self.values = folder, settings, values
+        self.sha256 = hashlib.sha256((folder / CACHE).read_bytes()).hexdigest()
+        self._starts = np.cumsum([0, *(part["samples"] for part in values["parts"])])
+        self._places: dict[int, Part] = {}
+        index = Tensors(folder / KEYS)
+        self._hashes, self._parts, self._rows = (index.map(name, dtype) for name, dtype in (("hashes", "<i8"), ("parts", "<i4"), ("rows", "<i4")))
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, *, vae_sha256: str | None = None, scale: float | None = None, shift: float | None = None, size: int | None = None
+    ) -> LatentCache:
+        """Open a cache made with this VAE (and this scaling of its latents) at this size.
+
+        Raises:
+            ValueError: no complete cache, one of another VAE or size, or a part that is missing or of another length.
+        """
+        folder = Path(folder)
+        if not (folder / CACHE).is_file():
+            begun = (folder / SETTINGS).is_file()
+            raise ValueError(
+                f"{folder} is a cache that is not complete; run the same openvision3 data latents again, it goes on where it was"
+                if begun
+                else f"{folder} holds no {CACHE}; write a cache of latents with openvision3 data latents DATA --out {folder}"
+            )
+        settings, values = LatentSettings.read(folder / CACHE), read_json(folder / CACHE)
+        if vae_sha256 is not None and vae_sha256 != settings.vae_sha256:
+            raise ValueError(
+                f"{folder} holds latents of the VAE {settings.vae} with sha256 {settings.vae_sha256[:12]}..., but this one has {vae_sha256[:12]}...; "
+                "train with the same VAE (--model.vae.name), or write a cache of this one"
+            )
+        for name, asked in (("scale", scale), ("shift", shift)):
+            if asked is not None and asked != getattr(settings, name):
+                raise ValueError(f"{folder} holds latents with {name} {getattr(settings, name):g}, but the VAE has {asked:g} here; set --model.vae.shift alike")
+        if size is not None and size != settings.size:
+            raise ValueError(f"{folder} holds latents of pictures of {settings.size} px, not {size}; set --size {settings.size}, or write a cache of this size")
+        for entry in (values["keys"], *values["parts"]):
+            check_size(folder, entry)
+        return cls(folder, settings, values)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def verify(self) -> Iterator[str]:
+        """Hash every file; gives the name of each that is as it was written. Raises ValueError at the first that is not."""
+        for entry in (self.values["keys"], *self.values["parts"]):
+            if not unchanged(self.folder / entry["file"], entry):
+                raise ValueError(f"{self.folder / entry['file']} is damaged: its sha256 is not that in {CACHE}; {AGAIN}")
+            yield entry["file"]
+
+    def key_of(self, source: Source, index: int) -> str:
+        """What this cache knows a sample by: its sample key, or in a cache of an older version its name. Raises ImageError."""
+        return source.key(index) if self.values["format"] == OLD_FORMAT else source.sample_key(index)
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """(part, row) of a sample, None where the cache lacks it."""
+        wanted = draw_seed(key)
+        place = int(np.searchsorted(self._hashes, wanted))
+        if place == len(self._hashes) or int(self._hashes[place]) != wanted:
+            return None
+        return int(self._parts[place]), int(self._rows[place])
+
+    def read(self, key: str, crop: int) -> tuple[Tensor, Box]:
+        """The latents (C, h, w) of a crop, in bf16, and its box.
+
+        Raises:
+            ImageError: reason `not in the cache`, `unreadable latents` or `damaged latents`.
+        """
+        found = self.find(key)
+        if found is None:
+            data = ", ".join(self.settings.data)
+            old = f", by an older version that knows samples by their names beside each other: name {data}, or write the cache anew"
+            why = f"{self.folder} has no latents of it; it was made from {data}{old if self.values['format'] == OLD_FORMAT else ''}"
+            raise ImageError("not in the cache", why)
+        number, row = found
+        settings = self.settings
+        entry = row * settings.crops + crop
+        length = 2 * int(np.prod(settings.shape))
+        try:
+            with self._part(number).open() as part:
+                latents = part.read("latents", entry * length, length)
+                box = part.read("boxes", entry * 16, 16)
+                check = struct.unpack("<q", part.read("checksums", entry * 8, 8))[0]
+        except (OSError, ValueError) as error:
+            raise ImageError("unreadable latents", f"{self.folder / part_name(number)}: {error}") from error
+        if checksum(key.encode("utf-8", "surrogateescape"), box, latents) != check:
+            raise ImageError("damaged latents", f"{self.folder / part_name(number)} does not fit its checksum at row {row}, crop {crop}; {AGAIN}")
+        return torch.frombuffer(bytearray(latents), dtype=torch.bfloat16).view(settings.shape), struct.unpack("<4i", box)  # type: ignore[return-value]
+
+    def view(self, source: Source, index: int, *, key: str, seed: int, epoch: int, pixels: bool) -> CachedView:
+        """What a run with `seed` sees of a sample in `epoch`: its crops in turn, in an order of its own, so that each is seen. `key` is `key_of` it.
+
+        With `pixels` the picture is drawn from the source once more, and shows what the latents show.
+
+        Raises:
+            ImageError: as `read` and `Source.crop`, and reason `another picture` where the source's has another box.
+        """
+        settings = self.settings
+        order = torch.randperm(settings.crops, generator=torch.Generator().manual_seed(draw_seed(seed, "crops", key)))
+        crop = int(order[epoch % settings.crops])
+        latents, box = self.read(key, crop)
+        if not pixels:
+            return CachedView(latents, None)
+        image, drawn = draw_crop(source, index, key, settings.size, settings.seed, crop)
+        if tuple(drawn) != box:
+            raise ImageError("another picture", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
+        return CachedView(latents, uint8_tensor(image))
+
+    def sample(self, index: int) -> tuple[str, dict[str, Any]]:
+        """(key, its words) of entry `index`, in the order of the source. Raises ImageError."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[number])
+        try:
+            with self._part(number).open() as part:
+                return part.key(row), json.loads(part.string("word", row))
+        except (OSError, ValueError) as error:
+            raise ImageError("unreadable latents", f"{self.folder / part_name(number)}: {error}") from error
+
+    def _part(self, number: int) -> Part:
+        if number not in self._places:
+            self._places[number] = Part(self.folder, number, self.settings)
+        return self._places[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "settings": self.settings, "values": self.values}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class CachedSource:
+    """The samples of a cache whose pictures are not at hand: keys, captions and families as they were, and no picture."""
+
+    def __init__(self, cache: LatentCache):
+        self.cache = cache
+        self.problems: list[Problem] = []
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def key(self, index: int) -> str:
+        key, words = self.cache.sample(index)
+        return words.get("name", key)
+
+    def sample_key(self, index: int) -> str:
+        return self.cache.sample(index)[0]
+
+    def identity(self) -> str:
+        return self.cache.sha256
+
+    def family(self, index: int) -> str:
+        key, words = self.cache.sample(index)
+        return words.get("family", words.get("name", key))
+
+    def captions(self, index: int) -> Captions:
+        words = self.cache.sample(index)[1]
+        return Captions(words["captions"], words.get("alike", 1))
+
+    def value(self, index: int, name: str = "") -> str | None:
+        return None
+
+    def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
+        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
+        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
+
+    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
+        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
+
+    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
+        return Shuffle(len(self), seed, epoch)

@@ -1,0 +1,222 @@
+"""What lies where in a shard, written once beside it, so that opening a thousand shards reads no tar.
+
+An index is a safetensors file: numbers that are mapped, not loaded, and a header that says which tar it belongs to. About 45
+bytes a sample and its key: 5 GB on disk for 100 million samples, and next to nothing in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from openvision3.data.shards.members import NAMED, Problem, TarMembers, is_picture, short, unusable
+from openvision3.files import write_whole
+
+FORMAT = "openvision3 shard index 2"
+KINDS = ("picture", "txt", "json")
+"""The members of a sample that are read; its picture is the first one of a legal extension."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Which state of a tar an index describes. `etag` is whatever a remote place gives as a mark of the version."""
+
+    size: int
+    mtime_ns: int = 0
+    etag: str = ""
+
+    def matches(self, now: Stamp) -> bool:
+        """Sizes are equal, and so is whichever of the other marks both have."""
+        return self.size == now.size and all(not a or not b or a == b for a, b in ((self.mtime_ns, now.mtime_ns), (self.etag, now.etag)))
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+@dataclass
+class ShardIndex:
+    """The samples of one shard in the order of the tar.
+
+    `offsets` (N, 3) and `sizes` (N, 3) say where the members of KINDS lie; offset 0 stands for none. Sample i has the name
+    `names[name_ends[i - 1]:name_ends[i]]`. `problems` is what the scan found unusable, {key, reason, detail}, keys without the
+    shard's label.
+    """
+
+    stamp: Stamp
+    offsets: np.ndarray
+    sizes: np.ndarray
+    name_ends: np.ndarray
+    names: np.ndarray
+    problems: list[Problem] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def name(self, sample: int) -> str:
+        start = int(self.name_ends[sample - 1]) if sample else 0
+        return bytes(self.names[start : int(self.name_ends[sample])]).decode("utf-8", "surrogateescape")
+
+    def member(self, sample: int, kind: str) -> tuple[int, int] | None:
+        """(offset, size) of a member, None where the sample has none."""
+        column = KINDS.index(kind)
+        offset = int(self.offsets[sample, column])
+        return (offset, int(self.sizes[sample, column])) if offset else None
+
+    @property
+    def is_of_a_tar(self) -> bool:
+        """Whether there is something to keep: not of a web page or an archive of another kind, which is called a tar."""
+        return len(self) > 0 or not any(problem["reason"] == "damaged shard" for problem in self.problems)
+
+    def save(self, path: str | Path) -> None:
+        """Whole or not at all. Raises OSError."""
+        from safetensors.numpy import save
+
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        head = {FORMAT: json.dumps({"stamp": asdict(self.stamp), "problems": self.problems})}  # one entry: safetensors keeps no order of several
+        write_whole(path, save(arrays, head))
+
+
+_ARRAYS: dict[str, tuple[str, np.dtype]] = {
+    "offsets": ("U64", np.dtype("<u8")),
+    "sizes": ("U32", np.dtype("<u4")),
+    "name_ends": ("U32", np.dtype("<u4")),
+    "names": ("U8", np.dtype("u1")),
+}
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """An index file of which only the header has been read."""
+
+    path: str
+    count: int
+    stamp: Stamp
+    problems: list[Problem]
+    places: dict[str, tuple[int, int]]
+    """array name -> (first byte, number of values)"""
+
+    def load(self) -> ShardIndex:
+        """Map the arrays. Raises OSError, ValueError."""
+        with open(self.path, "rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(whole) < max(start + count * _ARRAYS[name][1].itemsize for name, (start, count) in self.places.items()):
+            raise ValueError(f"{self.path} has shrunk")
+        arrays = {name: np.frombuffer(whole, _ARRAYS[name][1], count, start) for name, (start, count) in self.places.items()}
+        shape = (self.count, len(KINDS))
+        return ShardIndex(self.stamp, arrays["offsets"].reshape(shape), arrays["sizes"].reshape(shape), arrays["name_ends"], arrays["names"], self.problems)
+
+
+def read_head(path: str | Path) -> IndexFile:
+    """The header of an index file. Raises OSError; ValueError where it is no index, or not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            end = os.fstat(file.fileno()).st_size
+            if length > end - 8:
+                raise ValueError("it is cut off")
+            head = json.loads(file.read(length))
+        if FORMAT not in head["__metadata__"]:
+            raise ValueError(f"it is of another version: {', '.join(head['__metadata__'])[:NAMED]}, not {FORMAT}")
+        notes = json.loads(head["__metadata__"][FORMAT])
+        places = {}
+        for name, (kind, dtype) in _ARRAYS.items():
+            start, stop = (8 + length + at for at in head[name]["data_offsets"])
+            if head[name]["dtype"] != kind or not 8 + length <= start <= stop <= end:
+                raise ValueError(f"{name} does not fit")
+            places[name] = (start, (stop - start) // dtype.itemsize)
+        count = places["name_ends"][1]
+        if places["offsets"][1] != places["sizes"][1] or places["sizes"][1] != count * len(KINDS):
+            raise ValueError("its arrays differ in length")
+        return IndexFile(str(path), count, Stamp(**notes["stamp"]), notes["problems"], places)
+    except OSError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole shard index ({error or type(error).__name__})") from error
+
+
+def index_path(shard: str, folder: str = "") -> Path:
+    """Where the index of `shard` lies: beside it, or in `folder` under a name that no other shard has."""
+    if not folder:
+        return Path(shard + ".index")
+    where = shard if is_remote(shard) else os.path.abspath(shard)
+    return Path(folder) / f"{Path(shard).name}.{hashlib.blake2b(os.fsencode(where), digest_size=6).hexdigest()}.index"
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
+    """Read the headers of a tar -> its index. A tar that is cut off gives what is whole in it, and says so in `problems`.
+
+    `stamp` stands for the tar where `path` is a copy of it.
+    """
+    problems: list[Problem] = []
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with open(path, "rb") as file:
+            stamp = stamp or stamp_of(os.fstat(file.fileno()))
+            tar = TarMembers(file, path)
+            for member in tar:
+                if not member.offset:
+                    continue
+                members = found.setdefault(member.stem, {})
+                if member.extension in members:
+                    problems.append({"key": member.stem, "reason": "duplicate", "detail": f"{short(member.info.name)} comes twice; the last one is used"})
+                members[member.extension] = member.offset, member.size
+            problems += tar.problems(len(found))
+    except OSError as error:
+        problems.append({"key": "", "reason": "damaged shard", "detail": f"{error}; {len(found)} samples before the damage"})
+    if not found and not problems:
+        problems.append({"key": "", "reason": "empty shard", "detail": "no members"})
+    rows: list[list[tuple[int, int]]] = []
+    names: list[bytes] = []
+    for stem, members in found.items():
+        if problem := unusable(stem, members):
+            problems.append(problem)
+        pictures = [extension for extension in members if is_picture(extension)]
+        if not pictures:
+            continue
+        row = [members[pictures[0]], members.get("txt", (0, 0)), members.get("json", (0, 0))]
+        if max(length for _, length in row) >= 2**32:
+            problems.append({"key": stem, "reason": "too large", "detail": "a member of 4 GiB or more"})
+            continue
+        rows.append(row)
+        names.append(stem.encode("utf-8", "surrogateescape"))
+    table = np.array(rows, dtype=np.uint64).reshape(len(rows), len(KINDS), 2)
+    ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
+    joined = np.frombuffer(b"".join(names), np.uint8)
+    return ShardIndex(stamp or Stamp(0), table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
+
+
+def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:
+    """Read the headers of a tar -> {sample name: (offset, size)} of the members of this extension, which no index lists. Raises OSError.
+
+    What is damaged is left out here, for `scan` has said so.
+    """
+    with open(path, "rb") as file:
+        return {member.stem: (member.offset, member.size) for member in TarMembers(file, path) if member.offset and member.extension == extension}
+
+
+def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, str]:
+    """(the index file, "") where it is there, whole and of this state of the tar, otherwise (None, why not); "" means no such file.
+
+    `now` None: the tar is not looked at.
+    """
+    try:
+        head = read_head(path)
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    if now is not None and not head.stamp.matches(now):
+        return None, f"{path} was made when the shard was another ({head.stamp.size:,} bytes then, {now.size:,} now)"
+    return head, ""

@@ -1,0 +1,321 @@
+"""How well pictures are rebuilt, given `reconstruct(images)`: PSNR, SSIM, feature distances, LPIPS, rFID and KID.
+
+All of it is measured on pictures rounded to uint8, each picture by itself and, for rFID and KID, the set of them. Every rank
+brings its own rows and all get the same answer, which depends neither on how many ranks there are nor on the batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from openvision3 import distributed
+from openvision3.data.images import to_tensor, to_uint8
+from openvision3.evaluate.metrics.distances import Statistics, frechet_distance, frechet_warning, kernel_distance, kernel_distance_shares
+from openvision3.evaluate.protocol import Number, number
+from openvision3.evaluate.statistics import Column, Columns
+from openvision3.networks.inception import Extractor, Inception
+from openvision3.networks.perceptual import EFFICIENTNET_SHA256, EfficientNetDistance, Lpips
+
+Rows = tuple[Sequence[int], Sequence[str], Tensor]
+"""(place of each picture in the whole set, its key, images (B, 3, H, W) in [-1, 1])"""
+
+KID_PICTURES = 10_000
+
+WINDOW, SIGMA = 11, 1.5
+"""Of SSIM's Gaussian, in pixels."""
+
+
+# -- one pair of pictures -------------------------------------------------------------------------------------------
+
+
+def psnr(images: Tensor, images_hat: Tensor) -> Tensor:
+    """(B, 3, H, W) twice in [-1, 1] -> PSNR of each pair in dB, both rounded to uint8 first; 100 dB stands for equal."""
+    _check(images, images_hat)
+    error = (to_uint8(images).float() - to_uint8(images_hat).float()).div(255).pow(2).mean((1, 2, 3))
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
+    """(B, 3, H, W) twice in [-1, 1] -> SSIM of each pair, both rounded to uint8 first.
+
+    Wang et al. 2004, equation 13, with K1 = 0.01, K2 = 0.03 and range 1: a Gaussian window of 11 pixels and sigma 1.5 about every
+    pixel, the picture mirrored at its edges, on each colour by itself; mean over pixels and colours. As torchmetrics has it;
+    scikit-image leaves out windows that reach beyond an edge.
+
+    Raises:
+        ValueError: unlike shapes, or a side of less than 11 pixels.
+    """
+    _check(images, images_hat)
+    height, width = images.shape[2:]
+    if min(height, width) < WINDOW:
+        raise ValueError(f"pictures of {height}x{width} have no SSIM; its window needs {WINDOW} pixels on each side")
+    down, across = (_windows(length, images.device) for length in (height, width))
+    # About mid-grey, which variances do not see, so that little is lost where a square is taken from a square.
+    x, y = (to_uint8(side).float() / 255 - 0.5 for side in (images, images_hat))
+    mean_x, mean_y, xx, yy, xy = (down @ part @ across.T for part in (x, y, x * x, y * y, x * y))
+    variance_x, variance_y, covariance = (xx - mean_x**2).clamp_min(0), (yy - mean_y**2).clamp_min(0), xy - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    light = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (variance_x + variance_y + 0.03**2)
+    return (light * structure).mean((1, 2, 3))
+
+
+def _windows(length: int, device: torch.device) -> Tensor:
+    """(length, length): row i weighs the pixels of the window about pixel i; beyond an edge lies the mirror of the picture."""
+    offsets = torch.arange(WINDOW) - WINDOW // 2
+    weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2))
+    places = (torch.arange(length)[:, None] + offsets).abs()
+    places = torch.where(places < length, places, 2 * (length - 1) - places)
+    found = torch.zeros(length, length, dtype=torch.float64)
+    found.scatter_add_(1, places, (weights / weights.sum()).expand(length, -1))
+    return found.float().to(device)
+
+
+def _check(images: Tensor, images_hat: Tensor) -> None:
+    if images.shape != images_hat.shape:
+        raise ValueError(f"pictures of {tuple(images.shape)} and {tuple(images_hat.shape)} cannot be compared; they must be of one shape")
+
+
+# -- a set of pictures, on any number of ranks ----------------------------------------------------------------------
+
+
+@dataclass
+class Reconstruction:
+    """What was measured, picture by picture in the order of their places, and over all of them."""
+
+    indices: list[int]
+    keys: list[str]
+    psnr: list[float]
+    """dB"""
+    ssim: list[float]
+    distance: list[float] | None
+    """EfficientNet-Lite0 feature distance"""
+    lpips: list[float] | None
+    numbers: list[Number]
+    columns: Columns
+    """what each picture scored, by metric; of KID its share of the estimate"""
+
+    def worst(self, count: int = 8) -> list[int]:
+        """Positions in these lists of the pictures with the lowest PSNR, the worst first."""
+        return sorted(range(len(self.psnr)), key=lambda i: (self.psnr[i], i))[:count]
+
+    def best(self, count: int = 8) -> list[int]:
+        """Positions of those with the highest PSNR, the best first."""
+        return sorted(range(len(self.psnr)), key=lambda i: (-self.psnr[i], i))[:count]
+
+
+def evaluate_reconstruction(
+    batches: Iterable[Rows],
+    reconstruct: Callable[[Tensor], Tensor],
+    *,
+    extractors: Sequence[Extractor] = (),
+    distance: EfficientNetDistance | None = None,
+    lpips: Lpips | None = None,
+    pictures: str = "",
+    seed: int = 0,
+) -> Reconstruction:
+    """Measure the pictures that this rank brings, together with those of all others. Every rank has to call it.
+
+    PSNR and SSIM always; `distance` and `lpips` where they are given; KID on each extractor's features, and rFID where one of them
+    is Inception, both of two pictures or more; `seed` is that of KID's subsets. A metric whose weights are missing says so when its
+    network is built. `pictures` goes into every protocol: which set, how cropped. `reconstruct` must do without other ranks, of which
+    some may have fewer pictures: a sharded model stands within `distributed.whole`.
+
+    Raises:
+        ValueError: no pictures, a place that comes twice, or pictures that cannot be measured.
+        OtherRankFailed: another rank has failed, and says why.
+    """
+    rows = _Rows(distance, lpips)
+    sets = [_Set(extractor) for extractor in extractors]
+    with distributed.together(), torch.no_grad():
+        for indices, keys, images in batches:
+            places = [int(i) for i in indices]
+            if not len(places) == len(keys) == len(images):
+                raise ValueError(f"a batch has {len(places)} places, {len(keys)} keys and {len(images)} pictures; there must be as many of each")
+            images_hat = reconstruct(images).to(images.device)
+            if not (finite := images_hat.isfinite().flatten(1).all(1)).all():
+                raise ValueError(f"the reconstruction of {keys[int(finite.int().argmin())]} is not finite: compute in fp32 or bf16, not fp16")
+            rows.add(places, keys, images, images_hat)
+            for each in sets:
+                each.add(places, images, images_hat)
+    indices, keys, table, sizes = rows.over_ranks()
+    where = ", ".join(part for part in (pictures, _sizes(sizes), "both sides rounded to uint8") if part)
+    columns = dict(zip(rows.names, table.T.tolist(), strict=True))
+
+    def over_pictures(metric: str, name: str, what: str, network: str = "", sha256: str = "") -> Number:
+        values = table[:, rows.names.index(name)]
+        how = f"{what} of each picture, mean over pictures (spread: standard deviation over pictures); {where}"
+        return number(metric, values.mean().item(), len(values), how, network=network, network_sha256=sha256, spread=values.std(correction=0).item())
+
+    numbers = [
+        over_pictures("psnr", "psnr", "PSNR in dB over all colours, 100 for equal pictures,"),
+        over_pictures("ssim", "ssim", "SSIM (Gaussian window 11, sigma 1.5, mirrored edges, range 1, mean over colours)"),
+    ]
+    if distance is not None:
+        what = f"channel-normalised squared difference of the first {distance.stages} stages, at the pictures' own size,"
+        numbers.append(over_pictures(distance.name, "distance", what, "EfficientNet-Lite0", EFFICIENTNET_SHA256))
+    if lpips is not None:
+        numbers.append(over_pictures("lpips", "lpips", f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256()))
+    named = {"psnr": "psnr", "ssim": "ssim", "lpips": "lpips"} | ({"distance": distance.name} if distance is not None else {})
+    scored = {named[name]: Column(indices, values) for name, values in columns.items()}
+    for each in sets:
+        found, shares = each.numbers(indices, where, seed) if len(indices) > 1 else ([], {})
+        numbers += found
+        scored |= shares
+    return Reconstruction(indices, keys, columns["psnr"], columns["ssim"], columns.get("distance"), columns.get("lpips"), numbers, scored)
+
+
+@dataclass
+class _Rows:
+    """What each picture scores."""
+
+    distance: EfficientNetDistance | None
+    lpips: Lpips | None
+    places: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        given = {"distance": self.distance, "lpips": self.lpips}
+        return ["psnr", "ssim", *(name for name, network in given.items() if network is not None)]
+
+    def add(self, places: Sequence[int], keys: Sequence[str], images: Tensor, images_hat: Tensor) -> None:
+        found = [psnr(images, images_hat), ssim(images, images_hat)]
+        for network in (self.distance, self.lpips):
+            if network is not None:
+                device = next(network.parameters()).device
+                found.append(network.per_picture(*(to_tensor(to_uint8(side)).to(device) for side in (images, images_hat))))
+        self.places += places
+        self.keys += keys
+        self.scores.append(torch.stack([column.double().cpu() for column in found], 1))
+        self.sizes.add((images.shape[2], images.shape[3]))
+
+    def over_ranks(self) -> tuple[list[int], list[str], Tensor, set[tuple[int, int]]]:
+        """Places in order, keys, scores (N, names) and sizes of all ranks' pictures."""
+        places = distributed.gather_rows(torch.tensor(self.places, dtype=torch.long))
+        keys = [key for part in distributed.gather_objects(self.keys) for key in part]
+        scores = distributed.gather_rows(torch.cat([torch.zeros(0, len(self.names), dtype=torch.float64), *self.scores]))
+        sizes = set().union(*distributed.gather_objects(self.sizes))
+        if not len(places):
+            raise ValueError("no pictures to evaluate on")
+        order = places.argsort(stable=True)
+        places = places[order]
+        twice = places[1:][places[1:] == places[:-1]]
+        if len(twice):
+            raise ValueError(f"picture {int(twice[0])} came twice ({len(twice)} did): each belongs to one batch of one rank")
+        return places.tolist(), [keys[i] for i in order.tolist()], scores[order], sizes
+
+
+def metrics_of(extractor: Extractor) -> list[str]:
+    """What is measured on its features."""
+    kid = f"KID on {extractor.name} features"
+    return ["rfid", kid] if isinstance(extractor, Inception) else [kid]
+
+
+class _Set:
+    """Features of originals and reconstructions: their statistics for rFID, and for KID those of the originals with the smallest hashes.
+
+    These are a random sample in whatever order the set comes, such as class by class; the same one on any number of ranks and by whatever name.
+    """
+
+    def __init__(self, extractor: Extractor):
+        self.extractor = extractor
+        self.places: list[tuple[bytes, int]] = []
+        """(sha256 of the original, place)"""
+        self.kept: list[Tensor] = []
+        """features (B, 2, width) of originals and reconstructions at these places, in fp32 on the CPU"""
+        self.last: tuple[bytes, int] = (b"\xff" * 33, 0)
+        """none beyond can be among the KID_PICTURES smallest"""
+        self.statistics = [Statistics(extractor.width) for _ in range(2)] if isinstance(extractor, Inception) else []
+
+    def add(self, places: list[int], images: Tensor, images_hat: Tensor) -> None:
+        features = torch.stack([self.extractor(side).float().cpu() for side in (images, images_hat)], 1)
+        for side, statistics in enumerate(self.statistics):
+            statistics.add(features[:, side])
+        drawn = [(hashlib.sha256(image.numpy().tobytes()).digest(), place) for image, place in zip(to_uint8(images).cpu(), places, strict=True)]
+        wanted = [i for i, place in enumerate(drawn) if place <= self.last]
+        self.places += [drawn[i] for i in wanted]
+        self.kept.append(features[wanted])
+        if len(self.places) > 2 * KID_PICTURES:
+            self._forget_beyond(sorted(self.places)[KID_PICTURES - 1])
+
+    def _forget_beyond(self, last: tuple[bytes, int]) -> None:
+        wanted = [i for i, place in enumerate(self.places) if place <= last]
+        self.places, self.last = [self.places[i] for i in wanted], last
+        self.kept = [torch.cat([torch.zeros(0, 2, self.extractor.width), *self.kept])[wanted]]
+
+    def numbers(self, indices: list[int], where: str, seed: int) -> tuple[list[Number], Columns]:
+        """Given the places of all ranks' pictures: the numbers, and what each picture adds to KID. Rank 0 computes, all get the answer."""
+        extractor = self.extractor
+        drawn = sorted(pair for part in distributed.gather_objects(self.places) for pair in part)
+        self._forget_beyond(drawn[:KID_PICTURES][-1])
+        places = distributed.gather_rows(torch.tensor([place for _, place in self.places], dtype=torch.long))
+        order = places.argsort()
+        places, kept = places[order], distributed.gather_rows(self.kept[0])[order]
+        statistics = [each.over_ranks() for each in self.statistics]
+        found: list[Number] = []
+        shares: Columns = {}
+        with distributed.together():
+            if distributed.rank() == 0 or distributed.world() == 1:
+                if statistics:
+                    how = f"Frechet distance between originals and reconstructions on pool_3 features; {extractor.preparation}; {where}"
+                    how += frechet_warning(len(indices), extractor.width)
+                    found.append(self._number("rfid", frechet_distance(*statistics), len(indices), how))
+                kid = kernel_distance(kept[:, 0], kept[:, 1], paired=True, seed=seed)
+                first = "all" if len(kept) == len(indices) else f"{len(kept)} of {len(indices)}, those whose pixels have the smallest sha256"
+                how = (
+                    f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no picture against its own copy "
+                    f"(spread: standard deviation over {kid.subsets} subsets of {kid.size}); {extractor.preparation}; {where}"
+                )
+                name = metrics_of(extractor)[-1]
+                found.append(self._number(name, kid.value, len(kept), how, kid.spread))
+                if len(kept) > 2:
+                    shares[name] = Column(places.tolist(), kernel_distance_shares(kept[:, 0], kept[:, 1]).tolist())
+        return distributed.from_first((found, shares))
+
+    def _number(self, metric: str, value: float, count: int, how: str, spread: float | None = None) -> Number:
+        return number(metric, value, count, how, network=self.extractor.name, network_sha256=self.extractor.sha256, spread=spread)
+
+
+def _sizes(sizes: set[tuple[int, int]]) -> str:
+    seen = [f"{height}x{width}" for height, width in sorted(sizes)]
+    return seen[0] if len(seen) == 1 else f"{len(seen)} sizes from {seen[0]} to {seen[-1]}"
+
+
+# -- against noise on the tokens ------------------------------------------------------------------------------------
+
+
+def noise_curve(
+    batches: Iterable[Rows], reconstruct_noisy: Callable[[Tensor, Sequence[float], Sequence[str]], Iterable[Tensor]], sigmas: Sequence[float]
+) -> tuple[list[tuple[float, float, int]], Columns]:
+    """(sigma, mean PSNR in dB, pictures) for each strength of the noise on the tokens, over the pictures of all ranks; and the PSNR of each picture.
+
+    `reconstruct_noisy(images, sigmas, keys)` gives the images rebuilt at each sigma, and draws a row's noise from its key, so that no batch and no rank
+    shows in the curve.
+
+    Raises:
+        ValueError: no pictures, or no sigma, or one that is negative or not finite.
+    """
+    if not sigmas or not all(0 <= sigma < float("inf") for sigma in sigmas):
+        raise ValueError(f"sigmas {list(sigmas)} cannot be measured; legal are one or more finite numbers from 0 on")
+    here: list[int] = []
+    scores = [torch.zeros(0, len(sigmas), dtype=torch.float64)]
+    with distributed.together(), torch.no_grad():
+        for indices, keys, images in batches:
+            rebuilt = reconstruct_noisy(images, sigmas, keys)
+            scores.append(torch.stack([psnr(images, images_hat.to(images.device)).double().cpu() for images_hat in rebuilt], 1))
+            here += [int(i) for i in indices]
+    places = distributed.gather_rows(torch.tensor(here, dtype=torch.long))
+    if not len(places):
+        raise ValueError("no pictures to evaluate on")
+    order = places.argsort()
+    table = distributed.gather_rows(torch.cat(scores))[order]
+    columns = {f"psnr, sigma {sigma:g}": Column(places[order].tolist(), table[:, i].tolist()) for i, sigma in enumerate(sigmas)}
+    return [(float(sigma), value, len(places)) for sigma, value in zip(sigmas, table.mean(0).tolist(), strict=True)], columns

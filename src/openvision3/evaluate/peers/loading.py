@@ -1,0 +1,298 @@
+"""What a foreign network needs before it can be measured: its files found and hashed, pictures and texts as it was given them.
+
+Nothing is downloaded. Errors say in one line what was looked for, where a user gets it, and under which licence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor
+
+from openvision3.contents import contents, short, why_not
+from openvision3.evaluate.protocol import Functions
+from openvision3.fetch.sources import ASSETS
+from openvision3.fetch.store import find as fetched
+from openvision3.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer: what it can do, and what has to be at hand for it."""
+
+    load: Callable[[Request], Functions]
+    can: tuple[str, ...]
+    """the fields of Functions that it fills"""
+    size: int
+    """side of the pictures that its released weights were trained for"""
+    hub: str
+    """where its weights come from, on huggingface.co"""
+    files: tuple[str, ...]
+    """what is read of it, relative to the folder"""
+    licence: str
+    library: str
+    """what has to be installed beside torch"""
+    pixels: str
+    """how pictures in [-1, 1] become its input, and back"""
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    """what its config has to say, so that no number gets another model's name"""
+    note: str = ""
+    """stands beside its numbers"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `load_peer`, its folder found."""
+
+    name: str
+    peer: Peer
+    folder: Path
+    device: str
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """On the device, without gradient, in the precision asked for; the result in fp32 on the CPU."""
+        with torch.no_grad(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16"):
+            return function(*(each.to(self.device) for each in inputs)).float().cpu()
+
+    def file(self, *names: str) -> Path:
+        """The first of these files that the folder has. Raises FileNotFoundError."""
+        for name in names:
+            if (self.folder / name).exists():
+                return self.folder / name
+        raise FileNotFoundError(f"{self.folder} holds no {' or '.join(names)}; {needed(self.name, self.peer)}")
+
+    def json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self.file(name).read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+            raise ValueError(f"a {type(found).__name__}, not an object")
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name} is no JSON object: {short(error)}; get it anew") from error
+
+    def check(self, found: Mapping[str, Any]) -> None:
+        """Raises ValueError where the weights are another model's."""
+        for name, legal in self.peer.expects.items():
+            if name in found and found[name] != legal:
+                raise ValueError(f"{self.folder} holds no {self.name}: {name} is {found[name]!r}, not {legal!r}; {needed(self.name, self.peer)}")
+
+    def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True) -> Functions:
+        """What the loaders return, with what is known of every peer filled in."""
+        assert set(can) == set(self.peer.can), f"{self.name} can {sorted(can)}, its row says {sorted(self.peer.can)}"
+        notes = "; ".join(part for part in (other_weights(self.name, sha256), self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
+        return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, fixed=fixed, **can)
+
+
+def other_weights(name: str, sha256: str) -> str:
+    """What a peer's rows have to say where its weights are known to be others than the published ones; "" where they are these or nothing is known."""
+    published = [file.sha256 for file in ASSETS[name].files if file.sha256 and file.name.endswith((".safetensors", ".bin"))] if name in ASSETS else []
+    if len(published) != 1 or sha256.startswith(published[0]):
+        return ""
+    return f"NOT the published weights: sha256 {sha256[:12]}..., theirs is {published[0][:12]}..."
+
+
+def find(name: str, peer: Peer, folder: str) -> Path:
+    """The folder that was named, else where `openvision3 fetch` has put it, else the hub client's cache. Raises FileNotFoundError."""
+    if folder:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no such folder: {folder}; {needed(name, peer)}")
+        return Path(folder)
+    if name in ASSETS and "checkout" not in peer.library:
+        with contextlib.suppress(FileNotFoundError):
+            found = fetched(name)
+            return found if found.is_dir() else found.parent
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(peer.hub, local_files_only=True))
+    except Exception as error:  # the hub client raises a dozen kinds; all mean the same here
+        raise FileNotFoundError(f"{name} is not on this machine; {needed(name, peer)}") from error
+
+
+def needed(name: str, peer: Peer) -> str:
+    how = f"openvision3 fetch {name}, or name their folder" if name in ASSETS else "get them there, and name their folder"
+    beside = f", and {peer.library}" if "checkout" in peer.library else ""
+    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}){beside}: {how} with --peer-folder {name}=FOLDER"
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Pictures (B, 3, H, W) in [-1, 1] -> a network's input (B, 3, size, size).
+
+    Resizing is torch's, with antialiasing, on values that are not rounded to 8 bits in between as Pillow's are.
+    """
+
+    size: int
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+    crop: bool = False
+    """the short side becomes `size` and the centre is cut out; otherwise both sides become `size`"""
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        edge = min(height, width)
+        sides = (self.size * height // edge, self.size * width // edge) if self.crop else (self.size, self.size)
+        images = resize(images, *sides, self.mode)
+        top, left = ((side - self.size) // 2 for side in sides)
+        images = images[..., top : top + self.size, left : left + self.size]
+        return (images / 2 + 0.5 - images.new_tensor(self.mean)[:, None, None]) / images.new_tensor(self.std)[:, None, None]
+
+
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Pictures of that size, antialiased and clamped to [-1, 1]; untouched where they have it already."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images.float(), (height, width), mode=mode, antialias=True).clamp(-1, 1)
+
+
+def pixels_of(config: Mapping[str, Any]) -> Pixels:
+    """A preprocessor_config.json of transformers, old or new, as Pixels. Raises ValueError for what it does not say or we do not do."""
+    try:
+        crop = bool(config.get("do_center_crop", False))
+        told_size = config["crop_size"] if crop else config["size"]
+        size = told_size if isinstance(told_size, int) else told_size["height"]
+        mode: Literal["bicubic", "bilinear"] = {2: "bilinear", 3: "bicubic"}[config.get("resample", 3)]  # type: ignore[assignment]
+        edge = config["size"] if isinstance(config["size"], int) else config["size"].get("shortest_edge", config["size"].get("height"))
+        if edge != size or (not isinstance(told_size, int) and told_size["width"] != size):
+            raise ValueError(f"size {config['size']} with crop_size {config.get('crop_size')}")
+        return Pixels(size, tuple(config["image_mean"]), tuple(config["image_std"]), crop, mode)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"preprocessor_config.json asks for pictures in a way that is not built here: {short(error)}; legal are squares") from error
+
+
+def only_at(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    """For a network that rebuilds squares of `size` only.
+
+    Smaller images are not enlarged for it and averaged down again: more tokens an image than its own would flatter it (5 dB from 128 to 256 px).
+
+    Raises:
+        ValueError: images of another size.
+    """
+
+    def rebuilt(images: Tensor) -> Tensor:
+        if images.shape[-2:] != (size, size):
+            raise ValueError(f"it rebuilds images of {size}x{size} only, not of {images.shape[-2]}x{images.shape[-1]}; measure at --size {size}")
+        return function(images).clamp(-1, 1)
+
+    return rebuilt
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+class TextIds:
+    """Texts -> ids (B, T) as a tokenizer.json says, cut to `positions` with the end mark kept, padded with `pad_id` to all positions."""
+
+    def __init__(self, path: Path, positions: int, pad_id: int):
+        from tokenizers import Tokenizer
+
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {why_not(path, 'JSON', error):.200}; get it anew") from error
+        if not self.tokenizer.encode("").ids:
+            raise ValueError(f"{path} ends texts without a mark, from which the embedding is read; get the file that stands beside the weights")
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(positions)
+        self.positions, self.pad_id = positions, pad_id
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = [self.tokenizer.encode(text).ids for text in texts]
+        return torch.tensor([row + [self.pad_id] * (self.positions - len(row)) for row in rows])
+
+
+class WordPieceIds:
+    """Texts -> ids (B, T) as OpenVision 1 was given them: begin mark, pieces, end mark, padding, and the class mark in the last place."""
+
+    BEGIN, END, CLASS, PAD = 1, 2, 101, 0
+
+    def __init__(self, path: Path, positions: int):
+        from tokenizers import BertWordPieceTokenizer
+
+        try:
+            self.tokenizer = BertWordPieceTokenizer.from_file(str(path), lowercase=True)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{path} is not a WordPiece vocabulary: {short(error)}; get it anew") from error
+        if self.tokenizer.token_to_id("[CLS]") != self.CLASS:
+            raise ValueError(f"{path} has [CLS] at {self.tokenizer.token_to_id('[CLS]')}, not at {self.CLASS}: it is not OpenVision's; get it anew")
+        self.positions = positions
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        clean = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
+        pieces = [self.tokenizer.encode(text, add_special_tokens=False).ids[: self.positions - 3] for text in clean]
+        return torch.tensor([[self.BEGIN, *row, self.END, *[self.PAD] * (self.positions - 3 - len(row)), self.CLASS] for row in pieces])
+
+
+# -- files and libraries -------------------------------------------------------------------------------------------------
+
+
+def shards(path: Path) -> list[Path]:
+    """A file of weights as itself, an index of shards as the shards. Raises FileNotFoundError for one that is missing."""
+    if not path.name.endswith(".index.json"):
+        return [path]
+    found = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+    for shard in found:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{path} names {shard.name}, which is not beside it; get it anew")
+    return found
+
+
+def weights_sha256(files: Iterable[Path]) -> str:
+    """Of one file its own hash; of several the hash of their hashes in hexadecimal, joined in the order of their names."""
+    hashes = [sha256_of(path) for path in sorted(files)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def library_of(name: Literal["diffusers", "transformers"]) -> Any:
+    """The library, quiet. Raises ValueError where it is not installed."""
+    try:
+        if name == "diffusers":
+            import diffusers as found
+        else:
+            import transformers as found  # type: ignore[no-redef]
+    except ImportError as error:
+        raise ValueError(f"{name} is not installed; pip install 'openvision3[transformers]'") from error
+    found.utils.logging.set_verbosity_error()
+    found.utils.logging.disable_progress_bar()
+    return found
+
+
+@contextlib.contextmanager
+def told(asked: Request) -> Iterator[None]:
+    """What goes wrong in the libraries that read weights, in one line."""
+    try:
+        yield
+    except (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else short(error)
+        if isinstance(error, SafetensorError | EOFError) or "Unable to load weights" in what:
+            files = sorted(file for ending in ("safetensors", "bin") for file in Path(asked.folder).glob(f"*.{ending}"))
+            seen = {file.name: contents(file) for file in files}
+            foreign = [f"{name} holds {kind}" for name, kind in seen.items() if not kind.startswith(("safetensors", "a PyTorch", "a Python pickle"))]
+            what = foreign[0] if foreign else "its file of weights is cut short or damaged; get it anew"
+        raise ValueError(f"{asked.name} cannot be loaded from {asked.folder}: {what}") from error
+
+
+def complete(asked: Request, wrong: Sequence[Any]) -> None:
+    """The libraries would go on with random numbers. Raises ValueError."""
+    if wrong:
+        raise ValueError(f"the weights in {asked.folder} do not fit its config.json: {len(wrong)} missing or of another shape, the first is {wrong[0]}")

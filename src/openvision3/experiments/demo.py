@@ -1,0 +1,150 @@
+"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, test it on emoji of other families, write one page."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from openvision3.data import openmoji
+from openvision3.evaluate import protocol
+from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
+from openvision3.evaluate.peers.table import vae_functions
+from openvision3.progress import console, duration
+from openvision3.report import html as report
+from openvision3.train.pretrain import Outcome, pretrain_in_turn
+from openvision3.train.recipes import demo_high_res, demo_low_res
+
+SHOWN_ROWS, SHOWN_CAPTIONS = 24, 32
+RUNS = ("low_res", "run")
+FILES = ("openmoji.png", "results.json", "report.html")
+
+
+def run_demo(minutes: float, out: Path, seed: int) -> int:
+    """Returns the exit code; prints where the report is.
+
+    Raises:
+        ValueError: minutes that are not positive, or an `out` that holds something else.
+    """
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes {minutes} must be a positive number")
+    _clear(out)
+    start = time.perf_counter()
+    screen = console()
+    _render(out)
+    low, high = demo_low_res(), demo_high_res()
+    share = high.minutes / (low.minutes + high.minutes)
+    low.minutes, low.seed, low.out = minutes * (1 - share), seed, str(out / "low_res")
+    high.minutes, high.seed, high.out, high.init = minutes * share, seed, str(out / "run"), low.out
+    outcome = pretrain_in_turn([("demo_low_res", low), ("demo_high_res", high)])
+    if outcome.status == "stopped":
+        screen.print("the demo was stopped; no report is written", markup=False)
+        return 75
+    screen.print("evaluating on the test emoji ...", markup=False)
+    run = outcome.pipeline.functions()
+    vae = vae_functions(outcome.pipeline.vae, "VAE", outcome.precision)
+    findings = evaluate_openmoji(run, vae)
+    (out / "results.json").write_text(json.dumps(as_json(findings), indent=2) + "\n")
+    rows = rebuilt_rows(SHOWN_ROWS, run, vae)
+    page = write_report(out / "report.html", outcome, findings, rows, time.perf_counter() - start)
+    r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
+    screen.print(
+        f"rebuilt at {r['reconstruction']['psnr']:.1f} dB (its VAE alone {r['vae_reconstruction']['psnr']:.1f}), "
+        f"R@1 {100 * r['retrieval']['image_to_text_r@1']:.0f}% of {len(findings.emoji)}, zero-shot groups "
+        f"{100 * r['zeroshot']['zeroshot_top_1']:.0f}%, captions F1 {100 * r['captions']['token_f1']:.0f}%",
+        markup=False,
+    )
+    print(f"report: {page.resolve()}\nyour turn: {_program()} caption PICTURE --model {outcome.folder}")
+    return 0
+
+
+def as_json(findings: Findings) -> dict[str, list[dict]]:
+    """Every number with how it was measured, and the groups of zero-shot classification one by one."""
+    found = {name: [asdict(each) for each in numbers] for name, numbers in findings.results.items()}
+    return {**found, "zeroshot_groups": [asdict(row) for row in findings.groups]}
+
+
+def _program() -> str:
+    """How this was started, to be typed again: no environment needs to be active for it."""
+    return f"{sys.executable} -m openvision3" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo left there, and nothing else. Raises ValueError where the folder is of something else."""
+    held = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    earlier = any((out / name / "log.txt").is_file() for name in RUNS) or held == {"openmoji.png"}  # the latter was stopped before it trained
+    if (out.exists() and not out.is_dir()) or (held and not earlier):
+        raise ValueError(f"{out} exists and is not a demo; name another folder with --out")
+    if earlier:
+        for name in RUNS:
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+
+
+def _render(out: Path) -> None:
+    """Draw what is about to be learned as one sheet, so that a person sees the data before the numbers."""
+    data = openmoji.load_emoji()
+    sheet = report.grid([[openmoji.draw(e.character, 64) for e in data.train[i * 16 : i * 16 + 256 : 16]] for i in range(0, 160, 20)], ())
+    out.mkdir(parents=True, exist_ok=True)
+    sheet.save(out / "openmoji.png")
+    dropped = "".join(f"; left out: {count} {why}" for why, count in data.dropped.items())
+    sides = f"{len(data.train)} emoji to train on, {len(data.val)} to evaluate on the way, {len(data.test)} to test"
+    console().print(f"OpenMoji: {sides}{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
+
+
+def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tuple], seconds: float) -> Path:
+    """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
+    r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
+    percent = lambda group, name: f"{100 * r[group][name]:.1f}%"  # noqa: E731
+    first, last = (report.read_metrics(path.parent / name / "metrics.jsonl") for name in RUNS)
+    before = max(row["step"] for row in first)
+    metrics = [*first, *(row | {"step": before + row["step"]} for row in last)]
+    names = [f"train/{n}" for n in ("loss", "pixel", "latent", "contrastive", "caption", "grad_norm")] + ["rate", "samples_per_second"]
+    top = [
+        ("PSNR rebuilt", f"{r['reconstruction']['psnr']:.2f} dB"),
+        ("PSNR of its VAE", f"{r['vae_reconstruction']['psnr']:.2f} dB"),
+        ("picture to name, R@1", percent("retrieval", "image_to_text_r@1")),
+        ("picture to name, R@5", percent("retrieval", "image_to_text_r@5")),
+        ("name to picture, R@1", percent("retrieval", "text_to_image_r@1")),
+        ("name to picture, R@5", percent("retrieval", "text_to_image_r@5")),
+        ("R@1 by chance", f"{100 / len(findings.emoji):.1f}%"),
+        ("zero-shot, 9 groups", percent("zeroshot", "zeroshot_top_1")),
+        ("always the largest group", percent("zeroshot", "zeroshot_largest_class_share")),
+        ("captions exactly right", percent("captions", "exact_match")),
+        ("captions, word F1", percent("captions", "token_f1")),
+        ("captions, CIDEr (simple tokeniser)", f"{r['captions']['cider']:.2f}"),
+    ]
+    zeroshot = [(row.name, row.count, f"{100 * row.accuracy:.1f}%") for row in findings.groups]
+    shown = zip(rows, findings.emoji, findings.psnr, findings.vae_psnr, strict=False)
+    rebuilt = [(images, f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB") for images, e, own, vae in shown]
+    drawn = [openmoji.draw(e.character, 128) for e in findings.emoji[:SHOWN_CAPTIONS]]
+    cards = [(image, words, e.name) for image, words, e in zip(drawn, findings.written, findings.emoji, strict=False)]
+    measured = [(name, n.metric, f"{n.value:.4g}", n.count, n.how) for name, numbers in findings.results.items() for n in numbers]
+    protocols = report.table(("of", "metric", "value", "count", "how"), measured)
+    largest = percent("zeroshot", "zeroshot_largest_class_share")
+    zero_note = f"<p>{findings.without_group} emoji without a group are left out; the largest group holds {largest}.</p>"
+    sections = [
+        ("Numbers", report.numbers(top)),
+        ("Curves", report.picture(report.curves(metrics, names), "training curves")),
+        ("Original | VAE alone | rebuilt from tokens", report.triple_rows(rebuilt)),
+        ("Captions (above: written, below: true name)", report.caption_cards(cards)),
+        ("Zero-shot by emoji group", report.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),
+        ("How this was measured", protocols),
+    ]
+    drawings = [max(row.get("samples", 0) for row in rows) for rows in (first, last)]
+    training = outcome.pipeline.training
+    phases = f"{before} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
+    lead = (
+        f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
+        "test emoji, of whose families (other skin tones, other genders, drawings that are alike) nothing was trained on, and others than those "
+        "evaluated on the way; examples are the first of the set, not chosen."
+    )
+    footer = "Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."
+    return report.write_page(
+        path, f"OpenVision 3 after {duration(training['started_from']['seconds'] + training['seconds'])} of training", lead, sections, footer
+    )

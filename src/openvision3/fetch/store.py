@@ -1,0 +1,308 @@
+"""Which foreign files are here, and bringing those that are not: `openvision3 fetch NAME`.
+
+It is the one thing here that downloads; training and evaluation only look: `find` and `find_hub` say what to fetch. Hashes are
+enforced: published ones always, others from the first fetch on (`fetched.json` beside the files). What there is, is in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from openvision3.contents import holds
+from openvision3.fetch.download import Downloaded, SourceError, check_url, download
+from openvision3.fetch.sources import ASSETS, HUB, UNKNOWN, Asset, File, named
+from openvision3.files import sha256_of, write_whole
+
+# -- where things are ------------------------------------------------------------------------------------------------
+
+
+def default_folder() -> Path:
+    """$XDG_CACHE_HOME/openvision3 or ~/.cache/openvision3: where commands look for what was fetched."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "openvision3"
+
+
+def find(name: str, file: str = "", *, needed_by: str = "", folder: Path | None = None) -> Path:
+    """A fetched asset: the path of its `file` (or of its only one), else its folder. Nothing is downloaded.
+
+    Looks into `folder`, or into the default one and then the caches of torch.hub and of the hub's client.
+
+    Raises:
+        FileNotFoundError: it is not here; says what to fetch. ValueError: it is damaged, or an unknown name.
+    """
+    asset = named(name)
+    wanted = [f for f in asset.files if f.name == file] if file else list(asset.files)
+    if not wanted:
+        raise ValueError(f"{name} has no file {file!r}; legal are {', '.join(f.name for f in asset.files)}")
+    one = wanted[0] if len(wanted) == 1 else None
+    place = (folder or default_folder()) / name
+    if all((place / f.name).is_file() for f in wanted):
+        record = read_record(place)
+        for f in wanted:
+            _check_size(place / f.name, f, record)
+        return place / one.name if one else place
+    if folder is None:
+        for cached in _in_other_caches(asset, wanted):
+            return cached / one.name if one else cached
+    what = file or (one.name if one else f"the {len(wanted)} files of {name}")
+    raise FileNotFoundError(f"{needed_by or asset.needed_by} needs {what}; get it with `openvision3 fetch {name}` ({asset.terms})")
+
+
+def at_hand(path: str) -> str:
+    """A path below the working folder as it is, or, where nothing is there, the same one below the default folder if it was fetched."""
+    fetched = default_folder() / path
+    return str(fetched) if not Path(path).exists() and fetched.is_file() else path
+
+
+def find_hub(hub: str, choices: tuple[tuple[str, ...], ...], needed_by: str) -> Path:
+    """The folder of a hub repository that holds all files of one of `choices`: fetched, or in the cache of the hub's client.
+
+    Raises:
+        FileNotFoundError: it is not here; says how to get it.
+    """
+    assets = [asset for asset in ASSETS.values() if asset.hub == hub]
+    for files in choices:
+        for folder in (default_folder() / asset.name for asset in assets):
+            if all((folder / file).is_file() for file in files):
+                return folder
+        for cached in _in_hub_cache(hub, files):
+            return cached
+    if assets:
+        raise FileNotFoundError(f"{needed_by} needs {hub}, which is not on this machine; get it with `openvision3 fetch {assets[0].name}` ({assets[0].terms})")
+    raise FileNotFoundError(
+        f"{needed_by} needs {hub}, which is not on this machine, and nothing is downloaded by itself; get it with `hf download {hub}`, "
+        "or name a folder that holds it"
+    )
+
+
+def _in_other_caches(asset: Asset, files: list[File]) -> list[Path]:
+    """The folder that holds all of them already, from torch.hub or the hub's client; none: an empty list."""
+    if asset.hub:
+        return _in_hub_cache(asset.hub, tuple(f.name for f in files))
+    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch"
+    folder = Path(home).expanduser() / "hub" / "checkpoints"
+    return [folder] if all((folder / f.name).is_file() for f in files) else []
+
+
+def _in_hub_cache(hub: str, files: tuple[str, ...]) -> list[Path]:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [try_to_load_from_cache(hub, file) for file in files]
+    except HFValidationError:  # no legal id
+        return []
+    if not all(isinstance(path, str) for path in found):
+        return []
+    return [Path(str(found[0])).parents[files[0].count("/")]]
+
+
+# -- what is recorded and checked ------------------------------------------------------------------------------------
+
+
+def read_record(place: Path) -> dict[str, dict[str, Any]]:
+    """What `fetched.json` says of each file: sha256, size, url, commit, when. Raises ValueError where it is no such file."""
+    path = place / "fetched.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for entry in record.values():
+            if not isinstance(entry["sha256"], str) or not isinstance(entry["size"], int):
+                raise TypeError
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what fetch writes, so nothing can be compared with it; remove {place} and fetch again") from error
+    return record
+
+
+def _check_size(path: Path, file: File, record: dict[str, dict[str, Any]]) -> None:
+    expected = record[file.name]["size"] if file.name in record else file.size
+    seen = path.stat().st_size
+    if expected is not None and seen != expected:
+        raise ValueError(f"{path} has {seen:,} bytes, expected {expected:,}, and {holds(path)}; it is damaged or another file: remove it and fetch again")
+
+
+def _check_hash(subject: str, seen: str, file: File, record: dict[str, dict[str, Any]], todo: str) -> None:
+    """Raises ValueError naming both hashes. `subject` has the hash that was seen."""
+    recorded = record.get(file.name, {}).get("sha256", "")
+    if not seen.startswith(file.sha256):
+        first = "" if len(file.sha256) == 64 else "one that begins with "
+        raise ValueError(f"{subject} sha256 {seen}, expected {first}{file.sha256} ({file.hash_from}); {todo}")
+    if recorded and seen != recorded:
+        raise ValueError(f"{subject} sha256 {seen}, expected {recorded} as first fetched; {todo}")
+
+
+def _check_file(path: Path, file: File, record: dict[str, dict[str, Any]]) -> str:
+    """The sha256 of a file that is here and is what it should be. Raises ValueError."""
+    _check_size(path, file, record)
+    seen = sha256_of(path)
+    _check_hash(f"{path} has", seen, file, record, "it is damaged or another file: remove it and fetch again")
+    return seen
+
+
+def check_published(name: str, file: str, path: Path) -> None:
+    """Raises ValueError where `path` does not hold the bytes that are published as this file of an asset; what is not known of them passes."""
+    found = next(f for f in named(name).files if f.name == file)
+    _check_hash(f"{path} has", sha256_of(path), found, {}, f"a number from it would not be what its name says; get it with `openvision3 fetch {name}`")
+
+
+def check(asset: Asset, folder: Path) -> list[str]:
+    """Read every byte that is here; one line for each file that is not what it should be."""
+    place, problems = folder / asset.name, []
+    try:
+        record = read_record(place)
+    except ValueError as error:
+        return [str(error)]
+    for file in asset.files:
+        path = place / file.name
+        if path.is_file():
+            try:
+                _check_file(path, file, record)
+            except ValueError as error:
+                problems.append(str(error))
+        elif file.name in record:
+            problems.append(f"{path} is missing; fetch {asset.name} again")
+    return problems
+
+
+def state(asset: Asset, folder: Path) -> str:
+    """absent, incomplete, here or damaged: from names and sizes alone, `check` reads the bytes."""
+    place = folder / asset.name
+    here = [file for file in asset.files if (place / file.name).is_file()]
+    try:
+        record = read_record(place)
+        for file in here:
+            _check_size(place / file.name, file, record)
+    except ValueError:
+        return "damaged"
+    if len(here) == len(asset.files):
+        return "here"
+    return "incomplete" if here or any(place.glob("**/.*.part")) else "absent"
+
+
+def describe(asset: Asset, folder: Path) -> dict[str, Any]:
+    """One entry of the list, for --json; what is not known is null."""
+    try:
+        record = read_record(folder / asset.name)
+    except ValueError:
+        record = {}
+    files = [
+        {
+            "name": file.name,
+            "urls": list(_urls(asset, file)),
+            "size": record[file.name]["size"] if file.name in record else file.size,
+            "sha256": (record[file.name]["sha256"] if file.name in record else file.sha256) or None,
+            "hash_from": "fetched.json" if file.name in record and not file.sha256 else file.hash_from or None,
+        }
+        for file in asset.files
+    ]
+    return {
+        "name": asset.name,
+        "needed_by": asset.needed_by,
+        "licence": None if asset.licence == UNKNOWN else asset.licence,
+        "gated": asset.gated,
+        "source": asset.source,
+        "state": state(asset, folder),
+        "folder": str(folder / asset.name),
+        "used_by": asset.used_by or None,
+        "note": asset.note or None,
+        "files": files,
+    }
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(asset: Asset, folder: Path) -> list[str]:
+    """Have all files of an asset in `folder`, each checked; returns one line for each file.
+
+    Raises:
+        ValueError: a file has another hash than the one that is published or was recorded. OSError: source or disk.
+    """
+    place, told = folder / asset.name, []
+    for file in asset.files:
+        path, record = place / file.name, read_record(place)
+        if path.is_file():
+            seen = _check_file(path, file, record)
+            if file.name not in record:
+                _write_record(place, file, Downloaded(seen, path.stat().st_size), "")
+            told.append(f"{file.name}: was here, sha256 {seen[:12]}")
+            continue
+        got = _download(asset, file, path, record)
+        told.append(f"{file.name}: {readable_size(got.size)}, sha256 {got.sha256[:12]}, {_proof(file, record)}")
+    return told
+
+
+def _proof(file: File, record: dict[str, Any]) -> str:
+    if len(file.sha256) == 64:
+        return "as published"
+    return "as first fetched" if file.name in record else "recorded" + (" (its first digits as published)" if file.sha256 else "")
+
+
+def _download(asset: Asset, file: File, path: Path, record: dict[str, Any]) -> Downloaded:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ValueError(f"{asset.name} is not here and HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or copy the files to {path.parent}")
+    token = ""
+    if asset.hub:
+        from huggingface_hub import get_token
+
+        token = get_token() or ""
+    urls, place = _urls(asset, file), path.parents[file.name.count("/")]
+    for i, url in enumerate(urls):
+
+        def keep(got: Downloaded, url: str = url) -> None:
+            todo = f"dropped; if its source has changed and the new one is wanted, remove {place / 'fetched.json'}" if file.name in record else "dropped"
+            _check_hash(f"{url} came with", got.sha256, file, record, todo)
+            _write_record(place, file, got, url)
+
+        try:
+            known = bool(file.sha256) or file.name in record
+            return download(url, path, keep, what=f"{asset.name}: {path.name}", token=token, size=file.size, checked=known)
+        except SourceError as error:
+            if i + 1 == len(urls):
+                raise _explained(asset, error, bool(token)) from error
+    raise AssertionError("a file without a source")
+
+
+def _explained(asset: Asset, error: SourceError, token: bool) -> SourceError:
+    if asset.hub and error.status in (401, 403):
+        page = f"{HUB}/{asset.hub}"
+        sign = "the token of HF_TOKEN was shown" if token else "no token is set"
+        todo = f"accept its licence on {page}, then set HF_TOKEN to a token of that account" if asset.gated or error.status == 403 else f"look at {page}"
+        return SourceError(f"{asset.name}: {error} ({sign}); it is gated, or not there: {todo}", error.status)
+    if error.status in (404, 410):
+        return SourceError(f"{asset.name}: {error}; it has moved: say so to the authors of openvision3, or copy the file to its place by hand", error.status)
+    return SourceError(f"{asset.name}: {error}", error.status)
+
+
+def _urls(asset: Asset, file: File) -> tuple[str, ...]:
+    if not asset.hub:
+        return file.urls
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    check_url(endpoint)
+    return (f"{endpoint}/{asset.hub}/resolve/main/{file.name}",)
+
+
+def _write_record(place: Path, file: File, got: Downloaded, url: str) -> None:
+    record = read_record(place)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    record[file.name] = {"sha256": got.sha256, "size": got.size, "url": url, "commit": got.commit, "fetched": when}
+    write_whole(place / "fetched.json", json.dumps(record, indent=2) + "\n")
+
+
+def readable_size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def size_in_words(files: list[dict[str, Any]]) -> str:
+    """Of a `describe`d asset: unknown, 335 MB, or 168 MB + unknown where the size of some files is not known."""
+    known = [file["size"] for file in files if file["size"] is not None]
+    if not known:
+        return UNKNOWN
+    return readable_size(sum(known)) if len(known) == len(files) else f"{readable_size(sum(known))} + {UNKNOWN}"

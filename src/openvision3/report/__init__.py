@@ -1,0 +1,4 @@
+"""What every page shares: HTML, sheets of images, plots and their palette.
+
+May import the ground floor only.
+"""

@@ -1,0 +1,208 @@
+"""A source of pictures and a VAE become a cache of latents: in this process, in one of several, or on a Ray cluster.
+
+Every part is a function of the data and the settings alone, so all three write the same files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from openvision3.data.latents.files import PART, SETTINGS, LatentSettings
+from openvision3.data.latents.write import LatentWriter
+from openvision3.data.sources import open_source
+from openvision3.device import choose_device, choose_precision, dtype_of
+from openvision3.distributed import Ranks
+from openvision3.model.vae import VAE
+from openvision3.progress import console, counting, track
+from openvision3.settings import read_rules
+
+
+@dataclass
+class LatentJob:
+    """All that `openvision3 data latents` is told; a process on another machine is told the same."""
+
+    data: tuple[str, ...]
+    out: str
+    vae: str = "embedded"
+    shift: bool | None = None
+    size: int = 128
+    crops: int = 4
+    crop_area: tuple[float, float] = (0.4, 1.0)
+    seed: int = 0
+    batch: int = 32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+    workers: int = 0
+    only: tuple[str, ...] = ()
+    caption_keys: tuple[str, ...] = ()
+    aliases: bool = False
+    part_samples: int = PART
+    index: str = ""
+    cache: str = ""
+    cache_gb: float = 100.0
+
+    def __post_init__(self):
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision {self.precision!r} is unknown; legal are auto, bf16 and fp32")
+        if self.vae == "pixels":
+            raise ValueError("pixels is no VAE: there is nothing that a cache would spare; name another with --vae")
+        read_rules(self.only)
+
+
+def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
+    """Open the data and the VAE that `job` names. Precision auto: that of a cache already begun, else the faster one here.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: bad input, or a folder that cannot be written or is of another job.
+    """
+    device = choose_device(job.device)
+    places = {"index": job.index, "cache": job.cache, "cache_gb": job.cache_gb}
+    source = open_source(job.data, caption_keys=job.caption_keys, only=read_rules(job.only), area=job.crop_area, aliases=job.aliases, watch=track, **places)  # type: ignore[arg-type]
+    begun = Path(job.out) / SETTINGS
+    precision: str = job.precision
+    if precision == "auto":
+        precision = LatentSettings.read(begun).precision if begun.is_file() else choose_precision("auto", device)[0]
+    place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
+
+    def writer(precision: str) -> LatentWriter:
+        vae = VAE.load(job.vae, shift=job.shift, dtype=dtype_of(precision)).to(place)
+        settings = settings_of(job, vae, precision, len(source))
+        return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
+
+    try:
+        return writer(precision)
+    except ValueError:  # another process was first, and had measured otherwise
+        if job.precision != "auto" or not begun.is_file() or (first := LatentSettings.read(begun).precision) == precision:
+            raise
+        return writer(first)
+
+
+def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> LatentSettings:
+    """What the latents of `job` depend on, over a source of so many samples."""
+    return LatentSettings(
+        vae=vae.name,
+        vae_sha256=vae.sha256,
+        scale=vae.scale,
+        shift=vae.shift,
+        channels=vae.latent_channels,
+        stride=vae.stride,
+        size=job.size,
+        crops=job.crops,
+        crop_area=job.crop_area,
+        seed=job.seed,
+        precision=precision,
+        samples=samples,
+        part_samples=job.part_samples,
+        data=tuple(job.data),
+    )
+
+
+def write_latents(job: LatentJob, engine: Literal["local", "ray"] = "local", actors: int = 0) -> dict[str, Any] | None:
+    """Write the cache, or what is missing or damaged of it; returns `cache.json`, None where other processes have not written all their parts.
+
+    Started as one of WORLD_SIZE processes (torchrun, srun), this one writes every WORLD_SIZE-th part. `actors` is how many
+    processes Ray is to start; 0: one a GPU of the cluster, or one a CPU where it has none.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: bad input, a full disk; complete parts stay.
+    """
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine {engine!r} is unknown; legal are local and ray")
+    ranks = Ranks.from_environment()
+    if engine == "ray" and ranks.world > 1:
+        raise ValueError(f"engine ray starts processes itself; start it once, not as one of {ranks.world}")
+    ray_cpus, ray_gpus = _start_ray() if engine == "ray" else (0, 0)
+    if engine == "ray" and job.precision == "auto" and ray_gpus and not (Path(job.out) / SETTINGS).is_file():
+        job = dataclasses.replace(job, precision="bf16")  # measured here it would say nothing of the GPUs there
+    writer = open_writer(job, ranks.local_rank)
+    settings = writer.settings
+    mine = range(ranks.rank, settings.parts, ranks.world)
+    crop = 2 * settings.channels * (settings.size // settings.stride) ** 2
+    if ranks.rank == 0:
+        total = settings.samples * settings.crops * crop
+        say(f"{settings.samples:,} samples, {settings.crops} crops of {settings.size} px, {crop:,} bytes each: {total / 1e9:.2f} GB in {settings.parts} parts")
+        say(f"VAE {settings.vae}, {settings.precision}, into {job.out}")
+    todo = [part for part in mine if not writer.complete(part)]
+    if len(todo) < len(mine) and ranks.rank == 0:
+        say(f"{len(mine) - len(todo)} of {len(mine)} parts are complete")
+    images = sum(len(settings.range(part)) for part in todo) * settings.crops
+    try:
+        with counting("latents", "images", images, silent=ranks.rank > 0) as count:
+            for done in _with_ray(job, settings, todo, actors or int(ray_gpus or ray_cpus), ray_gpus > 0) if engine == "ray" else writer.write(todo):
+                count(done * settings.crops)
+        found = writer.finish()
+    except OSError as error:
+        kept = sum((writer.folder / f"part-{part:06d}.json").is_file() for part in range(settings.parts))
+        told = f"{error.strerror or error}; {kept} of {settings.parts} parts are complete and stay, the same command goes on with the others"
+        raise OSError(error.errno, told, error.filename or job.out) from error
+    return found
+
+
+def say(line: str) -> None:
+    console().print(line, markup=False, soft_wrap=True)
+
+
+# -- Ray -----------------------------------------------------------------------------------------------------------
+
+
+def _start_ray() -> tuple[int, int]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine -> its CPUs and GPUs. Nothing is sent anywhere."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError(f"engine ray needs an extra that is not installed ({error}); pip install 'openvision3[ray]', or use --engine local") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        own: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        )  # and no cluster that happens to run here
+        ray.init(**own, log_to_driver=False, logging_level=logging.ERROR)
+    found = ray.cluster_resources()
+    return int(found.get("CPU", 1)), int(found.get("GPU", 0))
+
+
+def _with_ray(job: LatentJob, settings: LatentSettings, parts: list[int], actors: int, gpu: bool) -> Iterator[int]:
+    import ray.data
+
+    if not parts:
+        return
+    for name in ("ray.data", "ray.data._internal.util"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    absolute = tuple(name if name == "openmoji" or "://" in name else os.path.abspath(os.path.expanduser(name)) for name in job.data)
+    job = dataclasses.replace(job, data=absolute, out=os.path.abspath(job.out), precision=settings.precision)  # type: ignore[arg-type]
+    if Path(job.vae).expanduser().is_dir():
+        job.vae = os.path.abspath(os.path.expanduser(job.vae))
+
+    class PartWriter:
+        """One process of the cluster: opens the data and the VAE once, then writes the parts it is given."""
+
+        def __init__(self):
+            self.writer: LatentWriter | None = None
+
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                self.writer = self.writer or open_writer(job)  # here, where a machine that lacks the data can say so
+                return {"samples": sum(self.writer.write([int(row["item"])])), "error": "", "errno": 0, "place": ""}
+            except ValueError as error:  # or it would come back as a page of Ray's own
+                return {"samples": 0, "error": str(error), "errno": -1, "place": ""}
+            except OSError as error:
+                return {"samples": 0, "error": error.strerror or str(error), "errno": error.errno or 0, "place": str(error.filename or "")}
+
+    pool = ray.data.ActorPoolStrategy(size=max(1, min(actors, len(parts))))
+    written = ray.data.from_items(parts, override_num_blocks=len(parts)).map(PartWriter, compute=pool, num_cpus=1, num_gpus=1 if gpu else 0)  # type: ignore[arg-type]
+    for row in written.iter_rows():
+        if row["errno"] < 0:
+            raise ValueError(row["error"])
+        if row["error"]:
+            raise OSError(row["errno"], row["error"], row["place"])
+        yield row["samples"]

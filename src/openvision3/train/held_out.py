@@ -1,0 +1,175 @@
+"""Held-out images, evaluated while a run goes on: which they are, and the losses, PSNR and retrieval on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openvision3 import distributed
+from openvision3.data import openmoji
+from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
+from openvision3.data.images import to_pil
+from openvision3.data.problems import reasons_in_words
+from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource, Source, open_source
+from openvision3.evaluate import protocol
+from openvision3.evaluate.metrics.reconstruction import psnr
+from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
+from openvision3.model import losses
+from openvision3.pipeline import Pipeline
+from openvision3.report.html import grid
+from openvision3.train.config import RunConfig
+
+EVALUATED = 256
+"""images an evaluation during training looks at, at most"""
+ROWS = 32
+"""images that are computed at a time; no number depends on it"""
+MEASURE = 2
+"""of val/loss, kept in each checkpoint: another number wherever the loss is made otherwise. 1 was the mean over batches of 32."""
+
+
+def open_held_out(config: RunConfig, places: dict[str, Any], training: Source) -> Source:
+    """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened with `places` as the data are.
+
+    Raises:
+        ValueError: nothing to evaluate on, or the training data themselves.
+    """
+    if config.val == ("openmoji",):
+        return EmojiSource(openmoji.load_emoji().evaluation("val", EVALUATED))
+    if not config.val:
+        raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
+    source = open_source(config.val, side="val", **places)
+    if shared := shared_files(source, training):
+        more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
+        raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on pictures that are not trained on")
+    problems: list[dict[str, str]] = []
+    if next(evaluation_batches(source, config.size, 1, problems), None) is None:
+        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
+    return source
+
+
+def shared_files(one: Source, other: Source) -> list[str]:
+    """Files that both read, known by what they are and not by how their names are spelt: the same file on disk, or the same address."""
+    known = dict(_files(other))
+    return [path for what, path in _files(one) if what in known]
+
+
+def _files(source: Source) -> Iterator[tuple[object, str]]:
+    if isinstance(source, MixedSource):
+        for part in source.sources:
+            yield from _files(part)
+    for path in source.tars.paths if isinstance(source, ShardSource) else source.files if isinstance(source, FolderSource) else ():
+        try:
+            found = os.stat(path)
+            yield (found.st_dev, found.st_ino), str(path)
+        except OSError:  # an address, or a file that is gone by now
+            yield str(path), str(path)
+
+
+@torch.no_grad()
+def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, sheet: Path | None) -> dict[str, float]:
+    """Losses, PSNR (model and VAE) and retrieval on held-out images, the same on all ranks; a sheet original | VAE | rebuilt at `sheet`, if any.
+
+    The losses are those of one batch of all the images: each term over its own count, the contrast over all images with a caption
+    at once, `contrastive_candidates` of them (guessing gives the logarithm of that). Images that cannot be used, on whichever rank,
+    are left out on all, are counted, and join the problems of the run.
+    """
+    values, vae_values = [], []
+    captions: list[str] = []
+    problems: list[dict[str, str]] = []
+    rows: list[tuple] = []
+    held_out = Losses(pipeline)
+    pipeline.model.eval()
+    for keys, images, texts in _shared_rows(source, batches.size, problems):
+        with distributed.alone():
+            images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), vae_only(pipeline, images)
+            values.append(psnr(images, images_hat))
+            vae_values.append(psnr(images, vae_hat))
+            captioned = [i for i, t in enumerate(texts) if t]
+            if captioned:
+                batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
+                held_out.add(to_device(batch, pipeline.device))
+                captions += [texts[i][0] for i in captioned]
+        if not rows:
+            rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
+    for problem in problems:
+        batches.problems.add(problem, everywhere=True)
+    if not values:  # they were there when the run began: it goes on without them
+        return {"skipped": len(problems)}
+    if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        grid(rows, ("original", "VAE", "rebuilt")).save(sheet)
+    results = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
+    if problems:
+        results["skipped"] = len(problems)
+    if captions:
+        with distributed.alone():
+            results |= held_out.values()
+        image_embedding, text_embedding = torch.cat(held_out.images), torch.cat(held_out.texts)[:, 0]
+        if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # of NaN nothing can be said, and the losses say it already
+            retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
+            results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}
+    return results
+
+
+@torch.no_grad()
+def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
+    """Through the frozen VAE alone: the ceiling of what the tokens can rebuild."""
+    return pipeline.vae.decode(pipeline.vae.encode(images.to(pipeline.device))).cpu()
+
+
+class Losses:
+    """The loss of batches of any size, as if all their rows were one batch."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline, self.model = pipeline, pipeline.model
+        self.sums: dict[str, float] = {}
+        self.counts = torch.zeros(3, dtype=torch.long)
+        self.images: list[Tensor] = []
+        self.texts: list[Tensor] = []
+        self.present: list[Tensor] = []
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        counts = self.model.counts(batch)
+        _, parts = self.model(batch | {"counts": torch.ones_like(counts)})  # a mean over a count of one is the sum
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double().item()
+        self.counts += counts.cpu()
+        text_embedding, present = self.model.embed_captions(batch)
+        for kept, rows in ((self.images, self.pipeline.embed_images(batch["images"])), (self.texts, text_embedding), (self.present, present)):
+            kept.append(rows.cpu())
+
+    def values(self) -> dict[str, float]:
+        """The loss and its parts, and how many captions each image was contrasted with (in the first set of captions)."""
+        counts = dict(zip(("latent", "pixel", "caption"), self.counts.tolist(), strict=True))
+        counts["perceptual"] = counts["pixel"]
+        present, log_temperature = torch.cat(self.present), distributed.full(self.model.log_temperature).cpu()
+        parts = {name: torch.tensor(value / max(1, counts[name])) for name, value in self.sums.items() if name != "contrastive"}
+        parts["contrastive"] = losses.contrastive_loss(torch.cat(self.images), torch.cat(self.texts), log_temperature, present)
+        named = {"loss": self.model.weigh(parts), **parts}
+        return {name: value.item() for name, value in named.items()} | {"contrastive_candidates": int(present[:, 0].sum())}
+
+
+def _shared_rows(source: Source, size: int, problems: list[dict[str, str]]) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
+    """(keys, images, captions) of up to EVALUATED images, in order, the same on all ranks: what one cannot read, none gets.
+
+    The parts of a sharded model are computed by all ranks together, so that unlike rows would make them wait for each other without end.
+    """
+    left = EVALUATED
+    for start in range(0, len(source), ROWS):
+        unusable: list[dict[str, str]] = []
+        indices = range(start, min(start + ROWS, len(source)))
+        here, keys, images, texts = next(evaluation_batches(source, size, ROWS, unusable, indices), ([], [], torch.empty(0), []))
+        everywhere = distributed.gather_objects(({index: bool(text) for index, text in zip(here, texts, strict=True)}, unusable))
+        problems += {(problem["key"], problem["reason"]): problem for _, found in everywhere for problem in found}.values()
+        usable = [place for place, index in enumerate(here) if all(index in rank for rank, _ in everywhere)][:left]
+        left -= len(usable)
+        if usable:
+            captioned = [all(rank[here[place]] for rank, _ in everywhere) for place in usable]
+            yield [keys[p] for p in usable], images[usable], [texts[p] if has else () for p, has in zip(usable, captioned, strict=True)]
+        if not left:
+            return

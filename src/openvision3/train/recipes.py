@@ -1,0 +1,268 @@
+"""Every run as a function that returns a config. `openvision3 train RECIPE --field value ...` starts one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from openvision3.fetch.store import at_hand
+from openvision3.model.encoder import EncoderConfig
+from openvision3.model.openvision3 import LossConfig, ModelConfig
+from openvision3.model.reconstruction import LatentDecoderConfig
+from openvision3.model.understanding import CaptionerConfig, TextEncoderConfig
+from openvision3.train.config import RunConfig
+from openvision3.train.optimizer import OptimizerConfig
+
+
+def small_model(size: str = "mini", decoder: str = "micro", embed_dim: int = 256) -> ModelConfig:
+    """A model of ours for few cores and short captions.
+
+    The paper's balance of 0.5 to 1 starves reconstruction at this scale (two cross-entropies of 2 to 4 against L1 terms of
+    0.1 to 0.3): omega_rec 4 and tau 0.4 rebuild better without hurting understanding.
+    """
+    return ModelConfig(
+        encoder=EncoderConfig(size, embed_dim=embed_dim),
+        latent_decoder=LatentDecoderConfig(decoder),
+        text_encoder=TextEncoderConfig(size, positions=32),
+        captioner=CaptionerConfig(size, positions=32),
+        loss=LossConfig(omega_rec=4.0, omega_und=1.0, tau=0.4),
+    )
+
+
+def mini() -> RunConfig:
+    """The model that ships, at 128 px.
+
+    openvision3 train mini --data openmoji SHARDS --only source=clipart
+    Two CPU cores with AMX, about 45 minutes; expected: see the card in assets/mini/README.md.
+    """
+    return RunConfig(
+        model=small_model(),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=50, weight_decay=0.1),
+        captions=2,
+        sentences=True,
+        aliases=True,
+        families=True,
+        vocabulary=3072,
+        steps=1400,
+        batch=64,
+        pixel_share=0.25,
+    )
+
+
+def tiny() -> RunConfig:
+    """The smallest run with every part in it, for tests and first looks.
+
+    openvision3 train tiny --steps 20
+    One CPU core, about ten seconds; expected: the loss falls from 15 to 12, and nothing that is worth looking at.
+    """
+    config = mini()
+    config.model = small_model("tiny", "tiny", 64)
+    config.size, config.batch, config.steps, config.vocabulary = 64, 8, 20, 512
+    config.log_every, config.eval_every, config.save_every = 5, 0, 10
+    config.optimizer.warmup_steps = 2
+    return config
+
+
+def folder() -> RunConfig:
+    """Train on pictures of your own: a folder with x.jpg beside x.txt, or captions.csv.
+
+    openvision3 train folder --data MY_PICTURES --val MY_OTHER_PICTURES [--init mini]
+    Two CPU cores and up, about 45 minutes with AMX; expected: depends on the pictures, watch val/psnr and val/image_to_text_r@1.
+    """
+    config = mini()
+    config.data, config.val = (), ()
+    config.families = False  # every picture is one of its own, and --weights orders an epoch too
+    return config
+
+
+def mini_low_res() -> RunConfig:
+    """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
+
+    openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
+    Two CPU cores without AMX, about 40 minutes; expected on the val emoji: 22 dB at 64 px (docs/training.md draws both phases).
+    """
+    config = mini()
+    config.size, config.steps = 64, 600
+    return config
+
+
+def mini_high_res() -> RunConfig:
+    """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
+
+    openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
+    Two CPU cores without AMX, about 10 minutes; expected on the val emoji: 29 dB.
+    """
+    config = mini_low_res()
+    config.init = "runs/mini_low_res"
+    config.size, config.steps = 128, config.steps // 10
+    config.optimizer.learning_rate /= 3
+    config.optimizer.warmup_steps = 10
+    config.eval_every = config.save_every = 50
+    return config
+
+
+def demo_low_res() -> RunConfig:
+    """Most of what `openvision3 demo` trains: mini_low_res for a few minutes on OpenMoji alone.
+
+    openvision3 train demo_low_res --minutes 4
+    Two CPU cores, four minutes; expected on the val emoji, without AMX: 19 dB at 64 px.
+    """
+    config = mini_low_res()
+    config.minutes = 4.0
+    config.eval_every = config.save_every = 0
+    return config
+
+
+def demo_high_res() -> RunConfig:
+    """The last minute of the demo: mini_high_res on OpenMoji alone.
+
+    openvision3 train demo_high_res --init runs/demo_low_res --minutes 1
+    Two CPU cores, one minute; expected on the val emoji, without AMX: 24 dB.
+    """
+    config = mini_high_res()
+    config.init, config.minutes = "runs/demo_low_res", 1.0
+    config.eval_every = config.save_every = 0
+    return config
+
+
+EPOCH = 1_280_000
+"""Samples of what the paper calls an epoch."""
+
+BERT = "bert-base-uncased/tokenizer.json"
+"""The paper's vocabulary: a file that `openvision3 fetch bert-base-uncased` or the user brings."""
+
+LPIPS = ("lpips-vgg/vgg16-397923af.pth", "lpips-vgg/vgg.pth")
+"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that `openvision3 fetch lpips-vgg` or the user brings."""
+
+
+def _paper(encoder: str, decoder: str) -> RunConfig:
+    """Table 1, low_res, for an encoder and latent decoder of these sizes."""
+    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=at_hand(BERT))
+    config.model = ModelConfig(
+        encoder=EncoderConfig(encoder),
+        latent_decoder=LatentDecoderConfig(decoder),
+        text_encoder=TextEncoderConfig(encoder),
+        captioner=CaptionerConfig(encoder),
+    )
+    if encoder == "L":
+        config.model.encoder.embed_dim = 1024
+    config.model.vae.name = "black-forest-labs/FLUX.1-schnell"
+    config.batch, config.pixel_share, config.workers = 8192, 1.0, 8
+    config.steps, config.optimizer = _schedule(config.batch, 4000, 8e-6, 40)
+    config.log_every, config.eval_every, config.save_every, config.keep = 50, 5000, 1000, 3
+    return config
+
+
+def _schedule(batch: int, epochs: int, base_rate: float, warmup_epochs: int) -> tuple[int, OptimizerConfig]:
+    """Steps, and AdamW with the peak rate base x batch / 256 as in the authors' code base."""
+    return epochs * EPOCH // batch, OptimizerConfig(learning_rate=base_rate * batch / 256, warmup_steps=warmup_epochs * EPOCH // batch)
+
+
+def _high_res(low_res: Callable[[], RunConfig]) -> RunConfig:
+    """Table 1: what high_res changes in low_res, from whose weights it starts; positions follow from the size, so that they fit."""
+    config = low_res()
+    config.init = f"runs/{low_res.__name__}"
+    config.size, config.batch, config.tokenizer = 256, 4096, ""  # the words are those of --init
+    config.steps, config.optimizer = _schedule(config.batch, 400, 4e-7, 20)
+    loss = config.model.loss
+    loss.lambda_perceptual, loss.perceptual = 0.5, "lpips-vgg"
+    loss.lpips_backbone, loss.lpips_linear = map(at_hand, LPIPS)
+    return config
+
+
+def base_low_res() -> RunConfig:
+    """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
+
+    torchrun --nproc-per-node 8 ... -m openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
+    4000 epochs of 1.28 M samples: about 1,960 H100-hours at 40 % of their peak (31 hours on 64), 740 with cached latents and
+    --pixel-share 0.125. On 8 of 80 GB --micro-batch 128 (10.6 days). Another --batch B wants --optimizer.learning-rate 8e-6 x B / 256, and
+    --steps and --optimizer.warmup-steps times 8192 / B. Expected after both phases (paper v2; v1 in brackets): PSNR 30.33, rFID 0.187
+    (0.216 in its ablation) on ImageNet 256, gFID through RAE 1.87 (1.89), SeedBench in LLaVA-1.5 63.1 (62.4).
+    """
+    return _paper("B", "B")
+
+
+def base_high_res() -> RunConfig:
+    """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
+
+    torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
+    400 epochs: about 760 H100-hours (12 on 64) in --micro-batch 32, which 80 GB hold. Needs the two LPIPS files, or
+    --model.loss.perceptual efficientnet. Expected: see base_low_res.
+    """
+    return _high_res(base_low_res)
+
+
+def large_low_res() -> RunConfig:
+    """The paper's large model, L/2 encoder and B/1 latent decoder, at 128 px.
+
+    torchrun ... -m openvision3 train large_low_res --data ... (as base_low_res)
+    4000 epochs: about 2,660 H100-hours (42 hours on 64). Expected after both phases (paper v2): rFID 0.186 in the ablation of encoder
+    sizes, SeedBench in LLaVA-1.5 65.8.
+    """
+    return _paper("L", "B")
+
+
+def large_high_res() -> RunConfig:
+    """large_low_res at 256 px from its weights.
+
+    torchrun ... -m openvision3 train large_high_res --init runs/large_low_res --data ... (as base_low_res)
+    400 epochs: about 1,000 H100-hours (16 on 64) in --micro-batch 32. Needs the LPIPS files as base_high_res does. Expected: see large_low_res.
+    """
+    return _high_res(large_low_res)
+
+
+def one_gpu_low_res() -> RunConfig:
+    """base_low_res for one GPU of 80 GB and a day or two: the paper's batch in micro-batches, 100 epochs, an eighth of the pixels.
+
+    openvision3 train one_gpu_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER [--latents CACHE]
+    128 M samples: about 27 hours on an H100 at 40 % of its peak, 21 with cached latents. Expected: below the paper's numbers, which took
+    forty times the samples.
+    """
+    return _one_gpu(base_low_res(), 256, 100, 8e-6)
+
+
+def one_gpu_high_res() -> RunConfig:
+    """base_high_res for one GPU, from the weights of one_gpu_low_res: 10 epochs.
+
+    openvision3 train one_gpu_high_res --init runs/one_gpu_low_res --data ... (as one_gpu_low_res)
+    13 M samples: about 8 hours on an H100. Needs the LPIPS files as base_high_res does. Expected: see one_gpu_low_res.
+    """
+    return _one_gpu(_high_res(one_gpu_low_res), 64, 10, 4e-7)
+
+
+def _one_gpu(config: RunConfig, micro_batch: int, epochs: int, base_rate: float) -> RunConfig:
+    config.micro_batch, config.pixel_share = micro_batch, 1 / 8
+    config.steps, config.optimizer = _schedule(config.batch, epochs, base_rate, max(1, epochs // 50))
+    return config
+
+
+RECIPES = {
+    f.__name__: f
+    for f in (
+        *(mini, tiny, folder, mini_low_res, mini_high_res, demo_low_res, demo_high_res),
+        *(base_low_res, base_high_res, large_low_res, large_high_res, one_gpu_low_res, one_gpu_high_res),
+    )
+}
+
+IN_TURN = {
+    "paper_base": (base_low_res, base_high_res),
+    "paper_large": (large_low_res, large_high_res),
+    "paper_mini": (mini_low_res, mini_high_res),
+    "demo": (demo_low_res, demo_high_res),
+    "paper_one_gpu": (one_gpu_low_res, one_gpu_high_res),
+}
+"""Both phases, the second from the weights of the first: `openvision3 train paper_base`."""
+
+
+def kept_at_another_batch(name: str, config: RunConfig) -> str:
+    """What a run with another batch than its recipe's has of the recipe all the same, in one line; "" where nothing."""
+    usual = RECIPES[name]() if name in RECIPES else config
+    if config.batch == usual.batch:
+        return ""
+    now, then = config.optimizer, usual.optimizer
+    same = {
+        f"rate {now.learning_rate:.3g} (--optimizer.learning-rate)": now.learning_rate == then.learning_rate,
+        f"warm-up of {now.warmup_steps:,} steps (--optimizer.warmup-steps)": now.warmup_steps == then.warmup_steps,
+        f"{config.steps:,} steps (--steps)": config.steps == usual.steps and not config.minutes,
+    }
+    kept = ", ".join(what for what, is_kept in same.items() if is_kept)
+    return f"batch {config.batch:,}, where {name} has {usual.batch:,}; what is still the recipe's, for its own batch: {kept}" if kept else ""

@@ -1,0 +1,218 @@
+"""Class labels from emoji groups, sub-folders, JSON fields and .cls members; nothing is left out without a word."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+from shard_files import jpeg, write_shard
+
+from openvision3.data import openmoji
+from openvision3.data.images import ImageError
+from openvision3.data.labelled import TEMPLATES, Labels, prompts, read_labels, read_names
+from openvision3.data.shards import tars
+from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource
+
+
+def folder(root: Path, classes: dict[str, int]) -> FolderSource:
+    """`count` pictures in each sub-folder; "" is the folder itself."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (root / name / f"{i}.jpg").write_bytes(jpeg())
+    return FolderSource(root)
+
+
+def shard(path: Path, values: list, member: str = "json", start: int = 0) -> str:
+    """A sample for each value; None leaves the member out."""
+    members = {}
+    for i, value in enumerate(values, start):
+        members[f"{i:09d}.jpg"] = jpeg()
+        if value is not None:
+            members[f"{i:09d}.{member}"] = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return write_shard(path, members)
+
+
+# -- where labels come from -------------------------------------------------------------------------------------------
+
+
+def test_emoji_are_labelled_by_group():
+    source = EmojiSource(openmoji.load_emoji().test)
+    found = read_labels(source)
+    assert found.names == tuple(sorted(found.names)) and len(found.names) == 5
+    assert all(source.emoji[index].group == found.names[number] for index, number in zip(found.indices, found.classes, strict=True))
+    assert all(found.classes.count(number) >= 20 for number in range(len(found.names)))
+    assert len(found.indices) + sum(found.left_out.values()) == len(source)
+    assert found.left_out["no label"] == sum(e.group is None for e in source.emoji)
+    assert source.value(0, "name") == source.emoji[0].name and source.value(0, "colour") is None
+
+
+def test_a_picture_is_of_the_first_sub_folder_however_deep_it_lies(tmp_path):
+    source = folder(tmp_path, {"cat": 2, "dog": 1, "dog/puppies": 2, "": 1})
+    found = read_labels(source, least=1)
+    assert found.names == ("cat", "dog") and found.left_out == {"no label": 1}
+    assert [found.classes.count(i) for i in range(2)] == [2, 3]
+    assert [source.key(i) for i in found.indices] == [source.key(i) for i in range(len(source)) if source.value(i)]
+    assert source.value(0, "category") is None
+
+
+def test_a_field_of_the_json_labels_a_shard(tmp_path):
+    values = [{"category": "cat"}, {"category": 7}, {"category": " dog "}, {"other": 1}, {"category": ["x"]}, {"category": None}, {"category": True}, None]
+    source = ShardSource([shard(tmp_path / "0.tar", values)])
+    assert [source.value(i, "category") for i in range(8)] == ["cat", "7", "dog", None, None, None, None, None]
+    found = read_labels(source, "category", least=1)
+    assert found.names == ("7", "cat", "dog") and found.indices == (0, 1, 2) and found.classes == (1, 0, 2) and found.left_out == {"no label": 5}
+
+
+def test_cls_members_are_found_though_no_index_lists_them(tmp_path):
+    paths = [shard(tmp_path / "0.tar", [b"3", b" 0\n", None], "cls"), shard(tmp_path / "1.tar", [b"1", b"3"], "CLS", start=3)]
+    source = ShardSource(paths)
+    assert [source.value(i) for i in range(5)] == [source.value(i, "cls") for i in range(5)] == ["3", "0", None, "1", "3"]
+    again = pickle.loads(pickle.dumps(source))
+    assert [again.value(i) for i in (4, 0, 4)] == ["3", "3", "3"]
+    names = ["zero", "one", "two", "three"]
+    found = read_labels(source, names=names, least=1)
+    assert found.names == ("zero", "one", "three") and found.classes == (2, 0, 1, 2) and found.indices == (0, 1, 3, 4)
+
+
+def test_the_headers_of_a_shard_are_read_once_for_all_its_labels(tmp_path, monkeypatch):
+    source = ShardSource([shard(tmp_path / f"{n}.tar", [b"1"] * 5, "cls", start=5 * n) for n in range(3)])
+    read = []
+    extra = tars.extra_members
+    monkeypatch.setattr(tars, "extra_members", lambda path, ending: read.append(path) or extra(path, ending))
+    assert [source.value(i) for i in range(15)] == ["1"] * 15 and len(read) == 3
+
+
+def test_labels_of_samples_that_a_rule_keeps_are_theirs(tmp_path):
+    source = ShardSource([shard(tmp_path / "0.tar", [{"n": i, "category": f"c{i}"} for i in range(4)])], only={"n": "2"})
+    assert len(source) == 1 and source.value(0, "category") == "c2"
+
+
+def test_a_mix_asks_each_source(tmp_path):
+    source = MixedSource([folder(tmp_path / "a", {"cat": 1}), ShardSource([shard(tmp_path / "0.tar", [b"dog"], "cls")])])
+    assert [source.value(i) for i in range(2)] == ["cat", "dog"]
+
+
+def test_a_shard_that_vanishes_is_counted(tmp_path):
+    path = shard(tmp_path / "0.tar", [{"category": "cat"}] * 3)
+    other = shard(tmp_path / "1.tar", [{"category": "dog"}] * 2, start=3)
+    source = ShardSource([path, other])
+    os.unlink(path)
+    with pytest.raises(ImageError):
+        source.value(0, "category")
+    assert read_labels(source, "category", least=1).left_out == {"vanished": 3}
+    source = ShardSource([shard(tmp_path / "2.tar", [b"1"], "cls")])
+    os.unlink(tmp_path / "2.tar")
+    with pytest.raises(ImageError):
+        source.value(0)
+
+
+def test_the_cls_members_of_a_remote_shard_are_refused(tmp_path):
+    source = ShardSource([shard(tmp_path / "0.tar", [b"1"], "cls")])
+    source.tars.paths[0] = "https://example.org/0.tar"
+    with pytest.raises(ValueError, match="copy the shard here, or name a JSON field"):
+        source.tars.extra(0, "cls")
+
+
+# -- which class it is ------------------------------------------------------------------------------------------------
+
+
+def test_small_classes_are_left_out_and_counted(tmp_path):
+    source = folder(tmp_path, {"ant": 2, "bee": 5, "cat": 1, "dog": 3})
+    found = read_labels(source, least=3)
+    assert found.names == found.values == ("bee", "dog") and found.left_out == {"class of fewer than 3 pictures": 3}
+    assert [source.value(i) for i in found.indices] == [found.names[n] for n in found.classes]
+    assert read_labels(source, names=["ant", "bee", "cat", "cow", "dog"], least=0).names == ("ant", "bee", "cat", "cow", "dog"), "all stay candidates"
+    with pytest.raises(ValueError, match="no class has 20 pictures, the largest of 4 has 5"):
+        read_labels(source)
+
+
+def test_names_number_lines_and_wordnet_ids_mean_the_listed_classes(tmp_path):
+    wordnet = folder(tmp_path / "w", {"n01443537": 1, "n01440764": 2})
+    found = read_labels(wordnet, names=["tench", "goldfish"], least=1)
+    assert found.names == ("tench", "goldfish") and found.values == ("n01440764", "n01443537")
+    assert [wordnet.value(i) for i in found.indices] == [found.values[n] for n in found.classes]
+    named = folder(tmp_path / "n", {"goldfish": 2, "tench": 1, "newt": 1})
+    found = read_labels(named, names=["tench", "goldfish"], least=1)
+    assert found.names == ("tench", "goldfish") and sorted(found.classes) == [0, 1, 1] and found.left_out == {"class not in the list": 1}
+    twice = ShardSource([shard(tmp_path / "0.tar", [b"1", b"2"], "cls")])  # CLIP's list of ImageNet names "missile" and "sunglasses" twice
+    assert read_labels(twice, names=["crane", "missile", "missile"], least=1).classes == (0, 1)
+
+
+def test_another_set_is_read_with_the_classes_of_the_first(tmp_path):
+    train = read_labels(folder(tmp_path / "train", {"n01443537": 3, "n01440764": 3, "n01484850": 1}), names=["tench", "goldfish", "shark"], least=2)
+    test = read_labels(folder(tmp_path / "test", {"n01443537": 1, "n01484850": 2}), like=train)
+    assert test.names == train.names == ("tench", "goldfish") and test.classes == (1,) and test.left_out == {"class not in the list": 2}
+    with pytest.raises(ValueError, match=r"no picture is of one of the 2 classes asked for, such as tench; seen: dog ..."):
+        read_labels(folder(tmp_path / "strange", {"dog": 2}), like=train)
+    numbers = [shard(tmp_path / f"{n}.tar", [str(v).encode() for v in values], "cls") for n, values in enumerate(([0, 2, 2], [2, 1]))]
+    train = read_labels(ShardSource(numbers[:1]), names=["a", "b", "c"], least=0)
+    assert read_labels(ShardSource(numbers[1:]), like=train).classes == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "told"),
+    [
+        ({"": 2}, (), "none of the 2 pictures has a group, a sub-folder or a .cls member"),
+        ({"cat": 1}, ("dog",), "classes are called cat ... \\(1 of them\\) and none is among the 1 names \\(dog ...\\)"),
+        ({"5": 1}, ("a", "b"), "class number 5 has no name: 2 names are given, for 0 to 1"),
+        ({"n01440764": 1}, ("a", "b"), "as many WordNet ids as names"),
+        ({"a": 1}, ("a", "b", "a"), "a stands twice among the class names"),
+    ],
+)
+def test_labels_that_fit_no_class_are_refused(tmp_path, classes, names, told):
+    with pytest.raises(ValueError, match=told) as error:
+        read_labels(folder(tmp_path, classes), names=names, least=1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_field_that_no_sample_has_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none of the 1 pictures has a label under colour; name a field of the shards' JSON with --label-key"):
+        read_labels(ShardSource([shard(tmp_path / "0.tar", [{"category": "x"}])]), "colour")
+
+
+def test_numbers_alone_are_no_words():
+    assert Labels(("0", "12"), ("0", "12"), (0, 1), (0, 1)).numbered and Labels(("n01440764",), ("n01440764",), (0,), (0,)).numbered
+    assert not Labels(("0", "cat"), ("0", "cat"), (0, 1), (0, 1)).numbered
+
+
+def test_class_names_are_one_a_line(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\ufefftench\r\n great  white shark \nkite (bird of prey)\n\n", encoding="utf-8")
+    assert read_names(path) == ("tench", "great white shark", "kite (bird of prey)")
+    for text, told in (("a\n\nb\n", "empty line 2"), ("\n", "is empty")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=told):
+            read_names(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-16 text"):
+        read_names(path)
+    with pytest.raises(FileNotFoundError, match="one name a line"):
+        read_names(tmp_path / "none.txt")
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_templates_are_clips_eighty():
+    assert len(TEMPLATES) == len(set(TEMPLATES)) == 80 and all(t.count("{}") == 1 and t.endswith(".") for t in TEMPLATES)
+    assert {"a photo of a {}.", "itap of my {}.", "a origami {}.", "a {} in a video game.", "a photo of many {}."} < set(TEMPLATES)
+    # All but four come with "a" and with "the", so that a slip in one of them would leave its partner alone.
+    assert {t for t in TEMPLATES if _other(t) not in TEMPLATES} == {"a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."}
+
+
+def _other(template: str) -> str:
+    """With the article of the class changed: the last "a" or "the" before it, leaving "a photo of" alone."""
+    before, after = template.split("{}")
+    found = list(re.finditer(r"\b(a|the)\b", before))
+    if not found:
+        return ""
+    last = found[-1]
+    return before[: last.start()] + ("the" if last[1] == "a" else "a") + before[last.end() :] + "{}" + after
+
+
+def test_prompts_put_the_class_into_each_template_and_underscores_are_spaces():
+    assert prompts("golden_retriever")[0] == "a bad photo of a golden retriever." and len(prompts("x")) == 80
+    assert prompts("odd {0} name", ("a {}.", "the {}.")) == ["a odd {0} name.", "the odd {0} name."]

@@ -1,0 +1,160 @@
+"""What training has seen is told from what it has not: by captions, images and families, whatever the data are called, and numbers of the two stand apart."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import make_pipeline, write_photo
+
+from openvision3 import cli, hub
+from openvision3.data import openmoji
+from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take
+from openvision3.data.sources import EmojiSource, FolderSource
+from openvision3.evaluate.overlap import Known, Overlap, of_model
+from openvision3.evaluate.pictures import Pictures
+from openvision3.evaluate.results import Results, leading
+
+
+def photos(folder, seeds, caption="photo {}"):
+    for seed in seeds:
+        path = write_photo(folder / f"{seed}.png", 48, 40, seed)
+        path.with_suffix(".txt").write_text(caption.format(seed))
+    return folder
+
+
+def looked(source, *known: Fingerprint, kinds=()) -> tuple[Overlap, Pictures]:
+    pictures = Pictures(source, 128)
+    for _ in pictures.batches("looking"):
+        pass
+    overlap = Overlap([Known("the model", each, kinds) for each in known])
+    overlap.look(pictures, range(len(source)))
+    return overlap, pictures
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("overlap") / "train", range(8))
+
+
+@pytest.fixture(scope="module")
+def data(train, tmp_path_factory):
+    """Two images of training under other names, one of them through JPEG and scaling; one with a caption of training; three that are new."""
+    folder = photos(tmp_path_factory.mktemp("overlap") / "data", range(20, 24), "new photo {}")
+    shutil.copy(train / "3.png", folder / "a.png")
+    image = Image.open(train / "5.png")
+    image.resize((96, 80), Image.Resampling.BICUBIC).save(folder / "b.jpg", quality=70)
+    for name, caption in (("a", "a copy"), ("b", "another copy"), ("20", "  Photo,  2. ")):
+        (folder / f"{name}.txt").write_text(caption)
+    return folder
+
+
+def test_copies_of_images_and_of_captions_are_seen_and_each_counts_where_it_matters(train, data):
+    source = FolderSource(data)
+    overlap, pictures = looked(source, take(FolderSource(train), ("train",), []))
+    names = {index: source.files[index].name for index in range(len(source))}
+    assert {names[i] for i in overlap.seen("reconstruction", range(6))} == {"a.png", "b.jpg"}
+    assert {names[i] for i in overlap.seen("retrieval", range(6))} == {names[i] for i in overlap.seen("captioning", range(6))} == {"a.png", "b.jpg", "20.png"}
+    assert overlap.counts() == {"samples": 6, "equal captions": 1, "near-duplicate images": 2, "families in common": 0, "any of these": 3}
+    lines = {line["key"].split("/")[-1]: line for line in overlap.lines(pictures)}
+    assert lines["a.png"]["near"] == "train/3.png" and lines["a.png"]["apart"] == 0 and lines["b.jpg"]["near"] == "train/5.png"
+    assert lines["20.png"]["captions"] == ("Photo, 2.",) and lines["20.png"]["near"] is None
+
+
+def test_the_parts_have_every_sample_once_the_unseen_first(train, data):
+    overlap, _ = looked(FolderSource(data), take(FolderSource(train), (), []))
+    parts = overlap.parts("retrieval", range(6))
+    assert [name.split(" (")[0] for name in parts] == ["unseen in training", "seen in training"]
+    assert [len(part) for part in parts.values()] == [3, 3] and set.union(*parts.values()) == set(range(6))
+    everything, _ = looked(FolderSource(train), take(FolderSource(train), (), []))
+    assert [name.split(" (")[0] for name in everything.parts("probe", range(8))] == ["seen in training"]
+    nothing, _ = looked(FolderSource(data), take(EmojiSource(openmoji.load_emoji().train[:3]), (), []))
+    assert [name.split(" (")[0] for name in nothing.parts("retrieval", range(6))] == ["unseen in training"]
+    unknown, _ = looked(FolderSource(data), take(FolderSource(train), (), []), kinds=("reconstruction",))
+    assert unknown.parts("retrieval", range(6)) == {} and len(unknown.parts("reconstruction", range(6))) == 2
+
+
+def test_an_emoji_is_seen_where_its_family_is():
+    emoji = {e.name: e for e in openmoji.load_emoji().every}
+    known = take(EmojiSource((emoji["man firefighter"],)), (), [])
+    source = EmojiSource((emoji["woman firefighter dark skin tone"], emoji["pizza"]))
+    overlap, _ = looked(source, known)
+    assert overlap.seen("reconstruction", (0, 1)) == {0} and overlap.counts()["families in common"] == 1
+
+
+def test_what_a_vae_has_seen_counts_for_rebuilding_alone(train):
+    overlap, _ = looked(FolderSource(train), take(FolderSource(train), (), []), kinds=("reconstruction",))
+    assert overlap.seen("reconstruction", range(8)) == set(range(8)) and overlap.seen("retrieval", range(8)) == set()
+    assert overlap.told("retrieval") == "not known; name the training data with --train"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overlap") / "model"
+    make_pipeline().save(folder)
+    return folder
+
+
+def measured(out, kind, model, data, *more) -> Results:
+    assert cli.main(["evaluate", kind, str(model), "--data", str(data), "--size", "32", "--sigmas", "0", "--metrics", "psnr", "--out", str(out), *more]) == 0
+    return Results.load(out)
+
+
+def test_numbers_of_unseen_samples_lead_and_are_means_of_theirs_alone(model, train, data, tmp_path, capsys):
+    results = measured(tmp_path / "out", "reconstruction", model, data, "--train", str(train))
+    ours = [row.number for row in results.rows if row.model == str(model) and row.metric == "psnr"]
+    assert [(number.part.split(" (")[0], number.count) for number in ours] == [("unseen in training", 4), ("seen in training", 2), ("", 6)]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
+    scores = {line["key"].split("/")[-1]: line["psnr"] for line in lines if line["model"] == str(model)}
+    seen = [scores.pop(name) for name in ("a.png", "b.jpg")]
+    assert ours[1].value == pytest.approx(sum(seen) / 2, abs=1e-3) and ours[0].value == pytest.approx(sum(scores.values()) / 4, abs=1e-3)
+    out = capsys.readouterr().out
+    assert (
+        out.index("unseen in training (") < out.index("seen in training (image")
+        and "seen in training: 3 of 6 samples (1 equal captions, 2 near-duplicate images" in out
+    )
+    assert all("compared with the training data of" in row.setting.overlap for row in results.rows)
+    assert {row.number.part.split(" (")[0] for row in leading(results.rows)} == {"unseen in training"}
+    listed = {json.loads(line)["key"].split("/")[-1] for line in (tmp_path / "out" / "overlap.jsonl").read_text().splitlines()}
+    assert listed == {"a.png", "b.jpg", "20.png"}
+
+
+def test_without_any_training_data_that_are_known_the_protocol_says_so(model, data, tmp_path, capsys):
+    results = measured(tmp_path / "out", "retrieval", model, data)
+    assert {row.number.part for row in results.rows} == {""}
+    assert {row.setting.overlap for row in results.rows} == {"not known; name the training data with --train"}
+    assert results.overlap.endswith(f"the training data of {model} are not known: name them with --train") and results.overlap in capsys.readouterr().out
+
+
+def test_a_fingerprint_stands_for_the_data_in_the_model_folder_or_named(model, train, data, tmp_path):
+    assert cli.main(["data", "fingerprint", str(train), "--out", str(tmp_path / FILE)]) == 0
+    named = measured(tmp_path / "named", "retrieval", model, data, "--train", str(tmp_path / FILE))
+    with_it = shutil.copytree(model, tmp_path / "model")
+    shutil.copy(tmp_path / FILE, with_it)
+    inside = measured(tmp_path / "inside", "retrieval", with_it, data)
+    parts = [[(row.metric, row.number.part, row.number.value) for row in results.rows] for results in (named, inside)]
+    assert parts[0] == parts[1] and {part.split(" (")[0] for _, part, _ in parts[0]} == {"unseen in training", "seen in training", ""}
+    again = tmp_path / "again"
+    from openvision3 import load
+
+    load(with_it).save(again)
+    assert recorded(again).captions.tolist() == recorded(with_it).captions.tolist()
+
+
+def test_a_fingerprint_is_no_data_to_fit_a_probe_to(model, train, tmp_path, capsys):
+    assert cli.main(["data", "fingerprint", str(train), "--out", str(tmp_path / FILE)]) == 0
+    assert cli.main(["evaluate", "probe", str(model), "--data", str(train), "--train", str(tmp_path / FILE), "--out", str(tmp_path / "out")]) == 2
+    assert "training pictures with classes are needed; name them with --train" in capsys.readouterr().err
+
+
+def test_the_shipped_mini_and_its_vae_know_what_they_were_trained_on():
+    known, unknown = of_model(hub.find_folder("mini"), "mini", "embedded")
+    assert unknown == [] and [each.of for each in known] == ["mini", "the VAE of mini"]
+    test = openmoji.load_emoji().evaluation("test")
+    source = EmojiSource(test)
+    for each in known:
+        assert each.fingerprint.samples == 7755 and len(each.fingerprint.images) > 7000
+        assert sum(each.fingerprint.has_family(source.family(i)) for i in range(len(test))) == 154
+    drawn = take(EmojiSource(openmoji.load_emoji().train[:40]), (), [])
+    assert len(list(known[0].fingerprint.nearest(torch.from_numpy(drawn.images)))) >= 35

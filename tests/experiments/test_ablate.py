@@ -1,0 +1,440 @@
+"""Grids of short runs: what their cells change, that they go on, share runs and draw their page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipeline import write_photo
+
+from openvision3 import cli
+from openvision3.experiments.ablate import ABLATIONS, AblationOptions, Cell, Claim, base_config, changed, finished, operations, phases
+from openvision3.experiments.compare import Group, protocol, read_groups, tables, text_table, write_comparison
+from openvision3.experiments.watch import Curves, chosen, of_candidates
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.pipeline import load
+from openvision3.settings import flat, to_dict
+from openvision3.train.recipes import RECIPES, base_low_res, mini_low_res, tiny
+
+
+def pictures(folder: Path, count: int, seed: int) -> Path:
+    for i in range(count):
+        write_photo(folder / f"{i}.png", 40, 40, seed + i).with_suffix(".txt").write_text(f"picture number {i} of {seed}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> list[str]:
+    """A base whose runs take two seconds, without NAME and --out."""
+    root = tmp_path_factory.mktemp("ablate")
+    data, val = pictures(root / "train", 12, 0), pictures(root / "val", 4, 100)
+    fields = ["--data", str(data), "--val", str(val), "--size", "32", "--batch", "4", "--no-families", "--no-aliases", "--precision", "fp32"]
+    return ["--recipe", "tiny", "--steps", "4", "--seeds", "0", "1", *fields]
+
+
+@pytest.fixture(scope="module")
+def synergy(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("grids") / "out"
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command]) == 0
+    return out
+
+
+def numbers(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_cell_is_trained_once_a_seed_in_a_folder_that_says_what_it_changes(synergy):
+    cells = {p.name for p in synergy.iterdir() if p.is_dir()}
+    assert cells == {"base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing"))}
+    assert all(finished(synergy / cell / f"seed-{seed}") for cell in cells for seed in (0, 1))
+
+
+def test_a_frozen_encoder_is_saved_with_the_heads_and_stays_what_it_was(synergy):
+    first, last = (load(synergy / "encoder_learns_from=nothing" / f"seed-{seed}").model for seed in (0, 1))
+    torch.manual_seed(0)
+    fresh = OpenVision3(first.config, first.vae, first.vocabulary, first.pad_id).init_weights()
+    for name, value in fresh.encoder.named_parameters():
+        assert torch.equal(first.encoder.get_parameter(name), value) == (not name.startswith("pool_")), name
+    assert not torch.equal(first.encoder.class_token, last.encoder.class_token)
+
+
+def test_the_page_holds_every_cell_and_the_mean_over_seeds(synergy):
+    page = (synergy / "synergy.html").read_text()
+    for label in ("both", "only understanding", "only reconstruction", "heads on a frozen random encoder"):
+        assert label in page
+    found = json.loads((synergy / "synergy.json").read_text())["groups"]
+    for row in found:
+        assert row["seeds"] == [0, 1] and len(row["values"]["val/psnr"]) == 2
+        for run, value in zip(row["runs"], row["values"]["val/psnr"], strict=True):
+            assert value == [r["val/psnr"] for r in numbers(Path(run)) if "val/psnr" in r][-1]
+    assert (synergy / "synergy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_grid_that_is_finished_trains_nothing_and_its_cells_serve_another_grid(synergy, command, capsys):
+    before = {p: p.stat().st_mtime_ns for p in synergy.rglob("metrics.jsonl")}
+    assert cli.main(["ablate", "synergy", "--out", str(synergy), *command]) == 0
+    assert cli.main(["ablate", "token_norm", "--out", str(synergy), *command]) == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert {p.name for p in synergy.iterdir() if p.is_dir()} >= {"base", "token_norm=none"}
+    assert "tokens as they are" in capsys.readouterr().out
+
+
+def test_equal_seeds_begin_with_equal_losses_in_every_cell_of_the_synergy(synergy):
+    """The same weights see the same pictures: who learns from whom shows from the second step on."""
+    first = [numbers(synergy / cell / "seed-0")[0]["train/loss"] for cell in ("base", "encoder_learns_from=understanding", "encoder_learns_from=nothing")]
+    assert first == pytest.approx([first[0]] * 3, abs=1e-5)
+
+
+def test_a_row_holds_the_seeds_that_all_rows_have(synergy, command, tmp_path, capsys):
+    out = shutil.copytree(synergy, tmp_path / "out")
+    shutil.rmtree(out / "encoder_learns_from=nothing" / "seed-1")
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command, "--draw"]) == 0
+    assert [row["seeds"] for row in json.loads((out / "synergy.json").read_text())["groups"]] == [[0]] * 4
+
+
+def test_a_cell_that_diverges_is_named_and_the_grid_goes_on(command, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [
+        "ablate",
+        "token_norm",
+        "--out",
+        str(out),
+        *command,
+        "--seeds",
+        "0",
+        "--optimizer.learning-rate",
+        "1e30",
+        "--steps",
+        "12",
+        "--optimizer.kind",
+        "adamw",
+    ]
+    assert cli.main(argv) == 2  # both cells are lost, and there is nothing to draw
+    assert len(list(out.glob("*/seed-0/DIVERGED"))) == 2
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
+    assert cli.main(argv) == 2 and {p: p.stat().st_mtime_ns for p in before} == before, "not tried again"
+
+
+def test_a_run_of_another_config_in_the_place_of_a_cell_is_refused(synergy, command, tmp_path, capsys):
+    out = shutil.copytree(synergy, tmp_path / "out")
+    path = out / "base" / "seed-0" / "config.json"
+    path.write_text(path.read_text().replace('"tau": 0.4', '"tau": 0.9'))
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command]) == 2
+    assert "model.loss.tau 0.9, not 0.4" in capsys.readouterr().err
+
+
+def test_another_base_in_the_same_folder_is_refused(synergy, command, capsys):
+    assert cli.main(["ablate", "synergy", "--out", str(synergy), *command, "--model.loss.tau", "0.1"]) == 2
+    assert "model.loss.tau 0.4, not 0.1" in capsys.readouterr().err
+
+
+def test_unfinished_runs_are_left_out_of_the_numbers_and_named(synergy, command, capsys):
+    assert cli.main(["ablate", "synergy", "--out", str(synergy), *command, "--seeds", "0", "1", "7", "--draw"]) == 0
+    told = capsys.readouterr()
+    assert "4 runs are not finished" in told.err and "both, seed 7" in told.err
+    assert "both, seed 7" in (synergy / "synergy.html").read_text()
+    assert cli.main(["ablate", "tau", "--out", str(synergy), *command, "--seeds", "7", "--draw"]) == 2
+
+
+@pytest.mark.slow
+def test_a_grid_that_was_killed_goes_on_and_ends_with_the_numbers_of_one_that_was_not(synergy, command, tmp_path):
+    argv = [sys.executable, "-m", "openvision3", "ablate", "synergy", "--out", str(tmp_path / "out"), *command]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = tmp_path / "out" / "encoder_learns_from=understanding" / "seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not killed.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    mine, other = (json.loads((p / "synergy.json").read_text())["groups"] for p in (tmp_path / "out", synergy))
+    for a, b in zip(mine, other, strict=True):
+        for name, found in a["values"].items():
+            assert found == pytest.approx(b["values"][name], abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_grid_and_neither_trains_what_the_other_has(command, tmp_path):
+    argv = [sys.executable, "-m", "openvision3", "ablate", "token_norm", "--out", str(tmp_path / "out"), *command]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both].count(0) >= 1, told
+    assert cli.main(argv[3:]) == 0
+    for run in (tmp_path / "out").glob("*/seed-*"):
+        steps = [row["step"] for row in numbers(run) if "train/loss" in row]
+        assert steps == sorted(set(steps)), "trained twice"
+
+
+@pytest.mark.slow
+def test_a_grid_in_two_processes_gives_the_numbers_of_one(synergy, command, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "openvision3", "ablate", "token_norm", "--out", str(tmp_path / "out"), *command, "--seeds", "0"]
+    both = [
+        subprocess.Popen(
+            argv, env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and b"page:" in told[0] and not told[1]
+    for a, b in zip(numbers(tmp_path / "out" / "base" / "seed-0"), numbers(synergy / "base" / "seed-0"), strict=True):
+        if "train/loss" in a:
+            assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-3)
+
+
+# -- what cells change ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("recipe", ["mini_low_res", "base_low_res"])
+def test_every_cell_of_every_grid_is_a_legal_run_of_its_own(name, recipe):
+    base = RECIPES[recipe]()
+    base.steps = 40
+    if recipe == "base_low_res":
+        base.model.vae.name = "embedded"
+    cells = ABLATIONS[name].cells(recipe, base)
+    folders = [phases(cell, base, recipe)[-1][0] for cell in cells]
+    assert len(set(folders)) >= len(cells) - (name == "pixel_share")  # equal compute at the base's own share is the base
+    assert all(len(folder) < 150 for folder in folders)
+    assert len({cell.label for cell in cells}) == len(cells)
+
+
+def test_no_cell_of_one_grid_lies_in_the_folder_of_another_cell():
+    base = base_low_res()
+    base.steps, base.model.vae.name = 40, "embedded"
+    by_folder: dict[str, dict] = {}
+    for ablation in ABLATIONS.values():
+        for cell in ablation.cells("base_low_res", base):
+            for folder, config in phases(cell, base, "base_low_res"):
+                values = flat(to_dict(config))
+                assert by_folder.setdefault(folder, values) == values, folder
+
+
+def test_the_papers_balances_sizes_and_strengths_are_in_the_grids():
+    base = base_low_res()
+    assert [c.changes["model.loss.omega_rec"] for c in ABLATIONS["balance"].cells("base_low_res", base)] == [0.5, 1, 2, 4, 8, 20]
+    assert [c.changes["model.latent_decoder.size"] for c in ABLATIONS["decoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
+    assert [c.changes["model.encoder.size"] for c in ABLATIONS["encoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
+    assert [c.changes["model.loss.tau"] for c in ABLATIONS["tau"].cells("base_low_res", base)] == [0, 0.4, 0.8, 1.2]
+
+
+def test_the_second_phase_keeps_what_was_set_for_the_first_and_changes_by_ratios():
+    base = base_low_res()
+    base.steps, base.batch, base.optimizer.learning_rate, base.model.vae.name = 20_000, 1024, 3.2e-5, "embedded"
+    base.model.loss.perceptual = "lpips-alex"
+    (_, low), (_, high) = phases(ABLATIONS["two_phases"].cells("base_low_res", base)[0], base, "base_low_res")
+    assert (high.batch, high.size, high.model.loss.lambda_perceptual, high.model.loss.perceptual) == (512, 256, 0.5, "lpips-alex")
+    assert high.optimizer.learning_rate == pytest.approx(3.2e-5 * 6.4e-6 / 2.56e-4) and low.steps * low.batch == 10 * high.steps * high.batch
+
+
+def test_the_operations_of_a_frozen_encoder_are_its_forward_alone():
+    base = mini_low_res()
+    cells = {cell.label: operations(phases(cell, base, "mini_low_res"), "mini_low_res") for cell in ABLATIONS["synergy"].cells("mini_low_res", base)}
+    assert cells["heads on a frozen random encoder"] < 0.9 * cells["both"]
+
+
+@pytest.mark.parametrize("name", ["pixel_share", "two_phases"])
+def test_equal_compute_costs_what_the_base_costs_to_within_a_step(name):
+    base = mini_low_res()
+    base.steps = 200
+    cells = ABLATIONS[name].cells("mini_low_res", base)
+    wanted = next(
+        operations(phases(c, base, "mini_low_res"), "mini_low_res") for c in cells if c.then or (name == "pixel_share" and c.changes == {"pixel_share": 0.25})
+    )
+    equal = [c for c in cells if c.equal_compute]
+    assert equal
+    for cell in equal:
+        runs = phases(cell, base, "mini_low_res")
+        assert operations(runs, "mini_low_res") == pytest.approx(wanted, rel=1 / runs[0][1].steps)
+
+
+def test_two_phases_train_a_tenth_at_the_larger_size_from_the_weights_of_the_first():
+    base = mini_low_res()
+    base.steps = 50
+    both, alone = ABLATIONS["two_phases"].cells("mini_low_res", base)
+    (_, low), (_, high) = phases(both, base, "mini_low_res")
+    assert (low.size, low.steps, high.size, high.steps) == (64, 50, 128, 5) and high.optimizer.learning_rate < low.optimizer.learning_rate
+    [(_, one)] = phases(alone, base, "mini_low_res")
+    assert one.size == 128 and one.optimizer.learning_rate == low.optimizer.learning_rate
+
+
+def test_two_phases_of_a_recipe_that_is_no_first_phase_are_refused(capsys):
+    assert cli.main(["ablate", "two_phases", "--recipe", "tiny", "--out", "/nonexistent/x"]) == 2
+    assert "no first phase" in capsys.readouterr().err
+
+
+def test_a_cell_that_breaks_the_config_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="tau"):
+        changed(tiny(), {"model.loss.tau": -1.0})
+    assert flat(to_dict(changed(tiny(), {"model.loss.tau": 1.5})))["model.loss.tau"] == 1.5
+    assert base_config(AblationOptions(steps=7), tiny()).optimizer.warmup_steps == 1
+    assert phases(Cell("x", {}), tiny(), "tiny")[0][0] == "base"
+
+
+def test_an_unknown_ablation_is_one_line(capsys):
+    assert cli.main(["ablate", "sinergy"]) == 2
+    assert "Did you mean 'synergy'?" in capsys.readouterr().err
+    assert cli.main(["ablate", "--help"]) == 0
+    assert "does each branch help the other?" in capsys.readouterr().out
+
+
+# -- compare -------------------------------------------------------------------------------------------------------
+
+
+def test_compare_groups_runs_that_differ_in_their_seed_alone(synergy, tmp_path, capsys):
+    runs = sorted(map(str, synergy.glob("*/seed-*")))
+    groups = read_groups([run for run in runs if "token_norm" not in run])
+    assert sorted(len(group.runs) for group in groups) == [2, 2, 2, 2]
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 0
+    assert "±" in capsys.readouterr().out and "encoder_learns_from" in (tmp_path / "page.html").read_text()
+
+
+def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path):
+    """Another size is another table; a weighted sum of losses is no column where the weights differ."""
+    base = Group("base", [Curves(synergy / "base" / "seed-0").read()])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text((synergy / "base" / "seed-0" / "metrics.jsonl").read_text())
+    config = json.loads((synergy / "base" / "seed-0" / "config.json").read_text())
+    config["model"]["loss"]["omega_rec"] = 9.0
+    (other / "config.json").write_text(json.dumps(config))
+    [(_, columns, members)] = tables([base, Group("other", [Curves(other).read()])])
+    assert len(members) == 2 and "val/loss" not in columns and "val/psnr" in columns
+    config["size"] = 64
+    (other / "config.json").write_text(json.dumps(config))
+    assert [len(members) for _, _, members in tables([base, Group("other", [Curves(other).read()])])] == [1, 1]
+    assert protocol(base, "val/psnr") != protocol(Group("other", [Curves(other).read()]), "val/psnr")
+
+
+def groups_of(root: Path, **ends: Sequence[float]) -> list[Group]:
+    """Groups of runs, a seed a value, that ended at these PSNRs; contrastive loss is the value over ten."""
+    made = []
+    config = to_dict(tiny())
+    for label, values in ends.items():
+        runs = []
+        for seed, value in enumerate(values):
+            folder = root / label / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(config | {"seed": seed}))
+            line = {"step": 10, "val/psnr": value, "val/contrastive": value / 10, "val/contrastive_candidates": 256, "train/contrastive": 1.0}
+            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            runs.append(Curves(folder).read())
+        made.append(Group(label, runs))
+    return made
+
+
+def bold(page: str, label: str) -> list[str]:
+    return re.findall("<b>(.*?)</b>", re.search(f"<tr><td>{label}</td>(.*?)</tr>", page).group(1))
+
+
+def test_the_best_mean_is_bold_only_where_it_differs_from_the_second_best_over_seeds(tmp_path):
+    sure = groups_of(tmp_path / "sure", a=[20.0, 21.0, 22.0], b=[22.0, 23.1, 23.9])
+    page = write_comparison(tmp_path / "sure.html", "Compared", "", sure).read_text()
+    assert bold(page, "b") == ["23.00 ± 0.95"] and bold(page, "a") == ["2.100 ± 0.100"], "the larger PSNR, the smaller loss"
+    assert "*" in text_table(sure) and "p &lt; .001" in page
+    chance = groups_of(tmp_path / "chance", a=[20.0, 21.0, 22.0], b=[22.0, 20.9, 22.3])
+    page = write_comparison(tmp_path / "chance.html", "Compared", "", chance).read_text()
+    assert not bold(page, "a") and not bold(page, "b") and "*" not in text_table(chance)
+    one = groups_of(tmp_path / "one", a=[20.0], b=[30.0])
+    page = write_comparison(tmp_path / "one.html", "Compared", "", one).read_text()
+    assert not bold(page, "a") and not bold(page, "b") and "one seed: no interval" in page
+
+
+def test_differences_over_seeds_are_in_the_numbers_beside_the_page(tmp_path):
+    write_comparison(tmp_path / "page.html", "Compared", "", groups_of(tmp_path / "runs", a=[20.0, 21.0, 22.0], b=[22.0, 23.1, 23.9], c=[1.0]))
+    found = {(each["metric"], each["a"], each["b"]): each for each in json.loads((tmp_path / "page.json").read_text())["differences"]}
+    each = found["val/psnr", "a", "b"] if ("val/psnr", "a", "b") in found else found["val/psnr", "b", "a"]
+    assert abs(each["difference"]) == pytest.approx(2.0) and each["seeds"] == 3 and each["p"] == pytest.approx(0.0008322931113192524)
+    assert found["val/psnr", "a", "c"]["low"] is None and found["val/psnr", "a", "c"]["p"] == 1
+
+
+def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_not_compared(tmp_path):
+    groups = groups_of(tmp_path / "runs", a=[20.0, 21.0], b=[22.0, 23.0])
+    page = write_comparison(tmp_path / "page.html", "Compared", "", groups).read_text()
+    assert "contrastive of 256 (chance 5.55)" in page and "contrastive of 256 (chance 5.55)" in text_table(groups)
+    assert of_candidates(groups[0].runs, "train/contrastive") == f" of {tiny().batch} (chance {math.log(tiny().batch):.2f})"
+    for run in groups[1].runs:
+        run.values["val/contrastive_candidates"] = dict.fromkeys(run.values["val/contrastive_candidates"], 64.0)
+    page = write_comparison(tmp_path / "unlike.html", "Compared", "", groups).read_text()
+    assert "Not in one table, for it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
+    runs = [run for group in groups for run in group.runs]
+    assert of_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in chosen(runs)
+    for run in groups[1].runs:
+        del run.values["val/contrastive_candidates"]
+    assert of_candidates(runs, "val/contrastive") == " of an unknown number and 256: not comparable", "a run of an earlier version"
+
+
+@pytest.mark.parametrize(
+    ("both", "verdicts"),
+    [
+        ([10.0, 11.0, 12.1], ["fails", "holds"]),
+        ([30.0, 31.0, 32.1], ["fails", "fails"]),
+        ([20.3, 20.9, 22.4], ["undecided", "undecided"]),
+        ([9.0], ["undecided"] * 2),
+    ],
+)
+def test_a_claim_holds_fails_or_is_undecided_by_the_test_over_seeds(tmp_path, both, verdicts):
+    groups = groups_of(tmp_path, a=both, b=[20.0, 21.0, 22.0])
+    same, lower = (Claim("x", (("a", "b", "val/contrastive", says),)) for says in ("the same", "lower"))
+    assert [claim.judge(groups)[0] for claim in (same, lower)] == verdicts
+    assert Claim("x", (("a", "nobody", "val/contrastive", "lower"),)).judge(groups) is None
+    [(part, value, verdict)] = lower.judge(groups)[1]
+    assert part == "contrastive of a - b: lower?" and verdict == verdicts[1] and ("one seed" in value) == (len(both) == 1)
+
+
+def test_the_page_of_the_synergy_judges_each_claim_of_the_paper(synergy):
+    claims = json.loads((synergy / "synergy.json").read_text())["claims"]
+    assert [len(claim["parts"]) for claim in claims] == [2, 2, 2, 2] and {claim["verdict"] for claim in claims} <= {"holds", "fails", "undecided"}
+    page = (synergy / "synergy.html").read_text()
+    assert "What the paper says, here" in page and all(claim["claim"] in page for claim in claims) and "chance 1.39" in page
+
+
+def test_compare_refuses_what_is_no_run(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["compare", str(tmp_path / "empty"), "--out", str(tmp_path / "a.html")]) == 2
+    assert "no numbers yet" in capsys.readouterr().err
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_gradients_reach_the_encoder_from_the_named_branch_alone():
+    """The paper's figures: heads of the other branch learn on detached tokens, and their losses stay those of the whole model."""
+    from tiny_pipeline import make_pipeline
+
+    pipeline = make_pipeline()
+    batch = {
+        "images": torch.rand(3, 3, 32, 32) * 2 - 1,
+        "text_ids": pipeline.tokenizer.text_ids(["red heart", "cat face", "black cat"], 32)[:, None],
+        "caption_ids": pipeline.tokenizer.caption_ids(["red heart", "cat face", "black cat"], 32),
+        "draw_key": torch.arange(3),
+    }
+    losses, gradients = {}, {}
+    for who in ("both", "understanding", "reconstruction", "nothing"):
+        config = changed(tiny(), {"model.loss.encoder_learns_from": who}).model
+        model = OpenVision3(config, pipeline.vae, pipeline.model.vocabulary, pipeline.model.pad_id)
+        model.load_state_dict(pipeline.model.state_dict())
+        loss, parts = model(batch)
+        loss.backward()
+        losses[who] = (loss.item(), parts["caption"].item())
+        gradients[who] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert all(found == pytest.approx(losses["both"], abs=1e-5) for found in losses.values())
+    heads = [name for name in gradients["both"] if not name.startswith("encoder.") or "pool_" in name]
+    for who, found in gradients.items():
+        assert all(torch.allclose(found[name], gradients["both"][name], atol=1e-5) for name in heads), who
+    blocks = [name for name in gradients["both"] if name not in heads]
+    assert not any(name in gradients["nothing"] for name in blocks)
+    for name in blocks:
+        assert torch.allclose(gradients["understanding"][name] + gradients["reconstruction"][name], gradients["both"][name], atol=2e-5), name
