@@ -23,6 +23,7 @@ from openvision3.data.latents.read import LatentCache
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import Source, open_source
 from openvision3.data.text import TextTokenizer
+from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.train.config import RunConfig
@@ -41,7 +42,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def main(data: Positional[tuple[str, ...]], samples: int = 256) -> None:
-    config, source, vae = mini(), open_source(data), VAE.load("embedded")
+    config, source, vae = mini(), open_source(data), load_vae("embedded")
     source.samples = source.samples[:samples]  # type: ignore[attr-defined]  # the first of the shards are enough
     with tempfile.TemporaryDirectory() as folder:
         job = LatentJob(data, folder, size=config.size, crops=CROPS, crop_area=config.crop_area, part_samples=PART)

@@ -24,6 +24,7 @@ from step_speed import VOCABULARY, a_batch, a_model, flux_shaped, levers
 from torch import Tensor
 
 from openvision3.device import choose_device, choose_precision, dtype_of
+from openvision3.hub import load_vae
 from openvision3.model.vae import VAE
 from openvision3.train.loop import backward
 from openvision3.train.optimizer import Optimizers
@@ -63,7 +64,7 @@ def pieces(options: Options, batch: dict[str, Tensor], count: int) -> Iterator[d
 
 def contrast(options: Options, device: str, precision: str) -> dict[str, float]:
     config = RECIPES["mini"]()
-    model = a_model(config, VAE.load("embedded", dtype=dtype_of(precision)), VOCABULARY["mini"], device)
+    model = a_model(config, load_vae("embedded", dtype=dtype_of(precision)), VOCABULARY["mini"], device)
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     count = options.pairs // options.micro_batch
     batch = a_batch(config, VOCABULARY["mini"], options.micro_batch, options.size)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.draws import draw_seed
+from openvision3.hub import load_distance, load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import add_noise
 from openvision3.model.vae import VAE
@@ -71,7 +72,7 @@ def flux_shaped() -> diffusers.AutoencoderKL:
 
 def a_model(config: RunConfig, vae: VAE, vocabulary: int, device: str) -> OpenVision3:
     torch.manual_seed(0)
-    return OpenVision3(config.model, vae, vocabulary).init_weights().to(device).train()
+    return OpenVision3(config.model, vae, vocabulary, distance=load_distance(config.model.loss)).init_weights().to(device).train()
 
 
 def a_batch(config: RunConfig, vocabulary: int, batch: int, size: int) -> dict[str, Tensor]:
@@ -144,7 +145,7 @@ def main(options: Options) -> None:
     vocabulary = VOCABULARY[options.recipe]
     flux = options.vae == "flux" or (options.recipe == "base_low_res" and options.vae != "embedded")
     torch.manual_seed(0)
-    vae = VAE(flux_shaped(), dtype=dtype_of(precision)) if flux else VAE.load("embedded", shift=False, dtype=dtype_of(precision))
+    vae = VAE(flux_shaped(), dtype=dtype_of(precision)) if flux else load_vae("embedded", shift=False, dtype=dtype_of(precision))
     model = a_model(config, vae, vocabulary, device)
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     batch = {name: value.to(device) for name, value in a_batch(config, vocabulary, options.batch, options.size).items()}

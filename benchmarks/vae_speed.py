@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from openvision3.device import choose_precision
+from openvision3.hub import load_vae
 from openvision3.model.vae import VAE
 
 
@@ -42,7 +43,7 @@ def main(batch: int = 32) -> None:
             print("bf16: not measured, this processor has no instructions for it")
             continue
         found: dict[str, dict[str, float]] = {}
-        for shape, vae in (("embedded", VAE.load("embedded", dtype=dtype)), ("TAESD's shape", taesd_shape(dtype))):
+        for shape, vae in (("embedded", load_vae("embedded", dtype=dtype)), ("TAESD's shape", taesd_shape(dtype))):
             latents = vae.encode(images)
             wanted = latents.clone().requires_grad_()
             found[shape] = {

@@ -6,6 +6,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from openvision3.hub import load_distance
 from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig, OpenVision3
 from openvision3.model.reconstruction import LatentDecoderConfig
@@ -84,8 +85,16 @@ def tiny_config(patch: int = 2, gelu: str = "exact", token_norm: str = "layernor
 
 def tiny_model(vae: VAE | None = None, seed: int = 0, **config) -> OpenVision3:
     vae = vae or tiny_vae()
+    settings = tiny_config(**config)
+    distance = load_distance(settings.loss)
     torch.manual_seed(seed)
-    return OpenVision3(tiny_config(**config), vae, VOCABULARY, PAD).init_weights()
+    return OpenVision3(settings, vae, VOCABULARY, PAD, distance).init_weights()
+
+
+def smooth_images(rows: int = 2, height: int = 32, width: int = 48, seed: int = 0) -> Tensor:
+    """(rows, 3, height, width) in [-1, 1]."""
+    coarse = torch.rand(rows, 3, 3, 3, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
 
 
 def captions(count: int, length: int, generator: torch.Generator) -> Tensor:

@@ -90,8 +90,7 @@ PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
 @pytest.mark.parametrize(("data", "phrase"), [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "0 bytes")])
 def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase, tmp_path):
     from openvision3.data.text import TextTokenizer
-    from openvision3.hub import load_weights, read_config
-    from openvision3.model.vae import VAE
+    from openvision3.hub import load_vae, load_weights, read_config
     from openvision3.networks.perceptual import load_foreign_pickle
     from openvision3.settings import load_config
     from openvision3.train.config import RunConfig
@@ -106,14 +105,14 @@ def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase,
         lambda: load_weights(None, tmp_path),
         lambda: TextTokenizer.load(tmp_path / "tokenizer.json"),
         lambda: load_foreign_pickle(tmp_path / "weights.pth"),
-        lambda: VAE.load(vae),
+        lambda: load_vae(vae),
     ]
     for read in readers:
         with pytest.raises(ValueError, match=phrase):
             read()
     (vae / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": [32], "down_block_types": ["DownEncoderBlock2D"]}')
     with pytest.raises(ValueError, match=phrase):
-        VAE.load(vae)
+        load_vae(vae)
 
 
 def test_a_file_of_the_right_kind_that_is_damaged_keeps_its_readers_words(tmp_path):

@@ -1,6 +1,7 @@
 """A model as a folder: what is saved is loaded bit for bit, saves are all or nothing, damage is named in one line."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import tiny_network
+from shapes import kl_network, smooth_images, tiny_network
 from tiny_pipeline import NAMES, foreign_vae, make_pipeline, photo, pipeline
 
 import openvision3 as ov3
 from openvision3 import hub
-from openvision3.model.vae import EMBEDDED, VAE
+from openvision3.hub import EMBEDDED
+from openvision3.model.vae import VAE
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_any_vae_travels_on_request_and_is_found_inside_first(tmp_path):
 
 def test_a_vae_folder_can_be_named(tmp_path):
     tiny_network().save_pretrained(tmp_path / "taesd")
-    model = make_pipeline(VAE.load(tmp_path / "taesd"))
+    model = make_pipeline(hub.load_vae(tmp_path / "taesd"))
     model.save(tmp_path / "model")
     (tmp_path / "taesd").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"the VAE of .*model is not at hand.*name its folder with --vae") as error:
@@ -346,3 +348,67 @@ def test_a_model_is_not_saved_under_a_name_that_loads_another(tmp_path, monkeypa
         pipeline().save("file/model")
     modes = {path.stat().st_mode for path in (tmp_path / "mini-of-mine").iterdir() if path.is_file()}
     assert len(modes) == 1
+
+
+# -- the VAE -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [kl_network(), tiny_network()], ids=["kl", "tiny"])
+@pytest.mark.parametrize("inside", ["", "vae"])
+def test_a_folder_in_diffusers_layout_loads_as_it_was_saved(network, inside, tmp_path):
+    images = smooth_images()
+    network.save_pretrained(tmp_path / inside)
+    vae = hub.load_vae(tmp_path)
+    torch.testing.assert_close(vae.encode(images), VAE(network).encode(images), rtol=1e-5, atol=1e-6)
+    assert vae.sha256 == hashlib.sha256((tmp_path / inside / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert hub.load_vae(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert hub.load_vae(tmp_path, shift=True).uses_shift
+
+
+def test_old_attention_names_load_and_lost_weights_do_not(tmp_path):
+    network = kl_network()
+    network.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+
+    def store(changed):
+        save_file(changed, file, metadata={"format": "pt"})
+
+    def old(name):  # Stable Diffusion's file has these
+        for new, was in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+            name = name.replace(new, was)
+        return name
+
+    store({old(name): value for name, value in state.items()})
+    torch.testing.assert_close(hub.load_vae(tmp_path).encode(smooth_images()), VAE(network).encode(smooth_images()), rtol=1e-5, atol=1e-6)
+
+    first, *rest = state
+    for changed in ({name: state[name] for name in rest}, state | {"more": torch.ones(1)}):
+        store(changed)
+        with pytest.raises(ValueError, match=r"do not fit its config\.json: 1 are missing, unknown"):
+            hub.load_vae(tmp_path)
+    store(state | {first: torch.ones(3)})
+    with pytest.raises(ValueError, match=r"cannot be loaded|do not fit") as caught:
+        hub.load_vae(tmp_path)
+    assert "\n" not in str(caught.value)
+    file.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        hub.load_vae(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no diffusion_pytorch_model\.safetensors"):
+        hub.load_vae(tmp_path)
+
+
+def test_what_is_no_vae_gets_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="holds no VAE"):
+        hub.load_vae(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="holds a UNet2DModel; choose one of AutoencoderKL, AutoencoderTiny"):
+        hub.load_vae(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is not a config"):
+            hub.load_vae(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such VAE: \./nowhere"):
+        hub.load_vae("./nowhere")

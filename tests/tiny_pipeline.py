@@ -11,6 +11,7 @@ from PIL import Image
 from shapes import tiny_vae
 
 from openvision3.data.text import TextTokenizer
+from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.pipeline import Pipeline
@@ -23,7 +24,7 @@ SIZE = 64
 def make_pipeline(vae: VAE | None = None, seed: int = 0) -> Pipeline:
     tokenizer = TextTokenizer.train(NAMES * 2, 200)
     torch.manual_seed(seed)
-    model = OpenVision3(small_model("tiny", "tiny", 64), vae or VAE.load("embedded"), len(tokenizer), tokenizer.pad_id).init_weights()
+    model = OpenVision3(small_model("tiny", "tiny", 64), vae or load_vae("embedded"), len(tokenizer), tokenizer.pad_id).init_weights()
     return Pipeline(model, tokenizer, SIZE, training={"recipe": "tiny", "steps": 3})
 
 

@@ -22,7 +22,7 @@ import torch
 from openvision3 import hub
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import SCORES, SEEN, UNSEEN, Results
-from openvision3.model.vae import EMBEDDED
+from openvision3.hub import EMBEDDED
 from openvision3.pipeline import load
 from openvision3.settings import flat
 

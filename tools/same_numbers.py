@@ -28,9 +28,16 @@ SAME = ("--precision", "fp32", "--device", "cpu", "--compile", "off", "--seed", 
 TIMES = ("seconds", "per_second", "wait", "rate_", "memory", "samples_s", "minutes", "version", "environment", "machine", "command", "date", "openvision3")
 """Names that hold one of these are no results: they depend on the clock or name where the numbers were made."""
 FLUX = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "norm_num_groups": 32,
-    "use_quant_conv": False, "use_post_quant_conv": False,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "norm_num_groups": 32,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 
 
@@ -79,7 +86,18 @@ def measure(checkout: Path, place: Path, inputs: Path) -> dict[str, dict[str, An
         "tiny": train("tiny", "--steps", 5),
         "mini_low_res": train("mini_low_res", "--steps", 5, "--batch", 32, "--micro-batch", 16, "--data", "openmoji"),
     }
-    paper = ("--model.vae.name", inputs / "vae", "--tokenizer", inputs / "words.json", "--data", "openmoji", "--batch", 2, "--pixel-share", 0.5)
+    paper: tuple[object, ...] = (
+        "--model.vae.name",
+        inputs / "vae",
+        "--tokenizer",
+        inputs / "words.json",
+        "--data",
+        "openmoji",
+        "--batch",
+        2,
+        "--pixel-share",
+        0.5,
+    )
     paper = (*paper, "--eval-every", 0, "--optimizer.warmup-steps", 1, "--model.loss.perceptual", "efficientnet", "--val", inputs / "held_out")
     numbers["base_low_res"] = train("base_low_res", *paper, "--steps", 5)
     numbers["base_high_res"] = train("base_high_res", *paper, "--steps", 2, "--init", place / "base_low_res")
@@ -114,7 +132,7 @@ def main(before: Path, after: Path, /, out: Path = Path("same_numbers")) -> int:
     inputs = out / "inputs"
     inputs.mkdir(parents=True)
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(**FLUX).save_pretrained(inputs / "vae")
+    diffusers.AutoencoderKL(**FLUX).save_pretrained(inputs / "vae")  # type: ignore[attr-defined]
     shutil.copyfile(before / "src/openvision3/assets/mini/tokenizer.json", inputs / "words.json")
     (inputs / "held_out").mkdir()
     from PIL import Image

@@ -15,8 +15,7 @@ def examine() -> dict[str, Any]:
     """Everything `openvision3 doctor` shows; `problems` lists what is missing, each with what to do."""
     from PIL import features
 
-    from openvision3.hub import shipped
-    from openvision3.model.vae import EMBEDDED
+    from openvision3.hub import EMBEDDED, shipped
     from openvision3.progress import environment
 
     device = choose_device()

@@ -24,15 +24,25 @@ from openvision3.contents import holds, why_not
 from openvision3.data.fingerprint import FILE
 from openvision3.data.text import TextTokenizer
 from openvision3.files import sha256_of
-from openvision3.model.openvision3 import ModelConfig, OpenVision3
-from openvision3.model.vae import EMBEDDED, VAE, VAEConfig
+from openvision3.model.openvision3 import LossConfig, ModelConfig, OpenVision3
+from openvision3.model.vae import LEVELS, VAE, VAEConfig
+from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 from openvision3.settings import flat, from_dict, to_dict
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ASSETS / "vae"
 FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE}
 """All that a model folder holds: a save replaces nothing else."""
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+VAE_LICENCES = {
+    "embedded": "CC BY-SA 4.0 (OpenMoji) and public domain (Open Clip Art) training data; see the model card",
+    "pixels": "none: no VAE",
+    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial licence",
+    "madebyollin/taesd": "MIT",
+    "madebyollin/taef1": "MIT",
+}
 
 
 @dataclass
@@ -151,7 +161,7 @@ def _vae_origin(vae: VAE) -> dict[str, Any]:
     return {
         "name": vae.name,
         "sha256": vae.sha256,
-        "licence": vae.licence,
+        "licence": vae_licence(vae.name),
         "latent_channels": vae.latent_channels,
         "stride": vae.stride,
         "latent_scale": vae.scale,
@@ -264,7 +274,7 @@ def load_model(
     """
     folder = find_folder(name)
     config = read_config(folder)
-    network = _load_vae(folder, config, vae_dtype, vae)
+    network = _load_recorded_vae(folder, config, vae_dtype, vae)
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     if len(tokenizer) != config.vocabulary:
         raise ValueError(f"{folder}: tokenizer.json has {len(tokenizer)} pieces, the model was built for {config.vocabulary}")
@@ -273,12 +283,12 @@ def load_model(
     return model.to(device).eval(), tokenizer, config
 
 
-def _load_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) -> VAE:
+def _load_recorded_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) -> VAE:
     """The VAE that is named, else the one inside the folder, else the one that the config names; it must be the one of the training."""
     inside = folder / "vae"
     source = vae or (str(inside) if inside.is_dir() else config.model.vae.name)
     try:
-        network = VAE.load(source, shift=config.model.vae.shift, dtype=dtype)
+        network = load_vae(source, shift=config.model.vae.shift, dtype=dtype)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the VAE of {folder} is not at hand: {error}; name its folder with --vae, or load(..., vae=FOLDER)") from error
     own, trained = _vae_origin(network), config.vae
@@ -287,6 +297,75 @@ def _load_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) 
             raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the right one")
     network.name = config.model.vae.name
     return network
+
+
+def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype = torch.float32) -> VAE:
+    """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
+
+    Raises:
+        FileNotFoundError: no such folder, or a hub id that was not fetched before and is not in the hub's local cache.
+        ValueError: the folder holds no VAE, one of another class, or weights that do not fit its config.
+    """
+    name = str(name)
+    if name == "pixels":
+        return VAE(None, name=name)
+    folder = _find_vae(name)
+    weights = folder / _VAE_WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no {weights.name}")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a config in diffusers' layout: {why_not(folder / 'config.json', 'JSON', error)}") from error
+    if kind not in LEVELS:
+        raise ValueError(f"{folder} holds a {kind}; choose one of {', '.join(LEVELS)}")
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        network, report = getattr(diffusers, kind).from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the VAE in {folder} cannot be loaded: {weights.name}: {why_not(weights, 'safetensors', error)}") from error
+    # diffusers leaves weights that it does not find at random
+    misfits = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if misfits:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {len(misfits)} are missing, unknown or of another shape; the first is {misfits[0]}"
+        )
+    return VAE(network, name=name, shift=shift, dtype=dtype, sha256=sha256_of(weights))
+
+
+def vae_licence(name: str) -> str:
+    return VAE_LICENCES.get(name, "unknown: see where it came from")
+
+
+def _find_vae(name: str) -> Path:
+    """embedded, a folder or a hub id -> the local folder that holds its config.json. Nothing is downloaded."""
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"no such VAE: {name}; choose embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
+            )
+        from openvision3.fetch.store import find_hub
+
+        files = ("config.json", _VAE_WEIGHTS)
+        folder = find_hub(name, (tuple(f"vae/{file}" for file in files), files), "the VAE")
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(f"{folder} holds no VAE: neither it nor its sub-folder vae has a config.json in diffusers' layout")
+
+
+def load_distance(loss: LossConfig) -> torch.nn.Module | None:
+    """The network of the perceptual term, or None if the loss has no such term. Raises FileNotFoundError, ValueError."""
+    if not loss.lambda_perceptual:
+        return None
+    if loss.perceptual == "efficientnet":
+        return EfficientNetDistance()
+    return Lpips(loss.perceptual.removeprefix("lpips-"), loss.lpips_backbone, loss.lpips_linear)
 
 
 def start_from(model: OpenVision3, folder: Path) -> None:

@@ -24,6 +24,7 @@ from openvision3.estimate.explain import flops, gigabytes, hours
 from openvision3.estimate.plan import RESERVE, _memory, estimate
 from openvision3.estimate.show import bar, show, to_json
 from openvision3.estimate.sizes import BERT, Options, Sizes, divisors, sample_costs
+from openvision3.hub import load_vae
 from openvision3.model.encoder import SIZES, Encoder, EncoderConfig
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig
@@ -150,7 +151,7 @@ def test_operations_of_a_whole_step_are_those_that_torch_counts():
     config.captions, config.pixel_share, config.batch, config.model.loss.lambda_perceptual = 2, 1.0, 4, 0.5
     run = Sizes(config, Options(), parse_devices("cpu"))
     parts = {part.name: part for part in estimate(config, "tiny", Options(), run.devices).parts}
-    model = OpenVision3(config.model, VAE.load("embedded"), config.vocabulary).init_weights()
+    model = OpenVision3(config.model, load_vae("embedded"), config.vocabulary).init_weights()
     words = lambda *shape: torch.randint(5, 500, shape)  # noqa: E731
     batch = {"images": torch.rand(4, 3, config.size, config.size), "text_ids": words(4, 2, run.text_length), "caption_ids": words(4, run.caption_length)}
     forward = counted(lambda: model(batch)[0])
@@ -282,7 +283,7 @@ def test_kept_bytes_of_a_whole_step_are_near_those_that_autograd_keeps():
     config = tiny()
     config.captions, config.pixel_share, config.batch, config.precision = 2, 1.0, 4, "fp32"
     found = estimate(config, "tiny", Options(), parse_devices("cpu"))
-    model = OpenVision3(config.model, VAE.load("embedded"), config.vocabulary).init_weights()
+    model = OpenVision3(config.model, load_vae("embedded"), config.vocabulary).init_weights()
     words = lambda *shape: torch.randint(5, 500, shape)  # noqa: E731
     batch = {"images": torch.rand(4, 3, config.size, config.size), "text_ids": words(4, 2, 32), "caption_ids": words(4, 32)}
     measured = kept_bytes(lambda: model(batch)[0], [model])
@@ -351,7 +352,7 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter_spread_over
 
 def test_parameters_are_those_of_the_real_model():
     config = tiny()
-    model = OpenVision3(config.model, VAE.load("embedded"), config.vocabulary)
+    model = OpenVision3(config.model, load_vae("embedded"), config.vocabulary)
     found = estimate(config, "tiny", Options(), parse_devices("cpu"))
     assert sum(found.parameters.values()) + 1 == sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = sum(v.numel() for v in momentum(model, config))

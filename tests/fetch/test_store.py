@@ -18,7 +18,7 @@ from openvision3.cli import fetch as cli_fetch
 from openvision3.fetch import download as downloading
 from openvision3.fetch.sources import ASSETS, Asset, File
 from openvision3.fetch.store import find, find_hub
-from openvision3.model.vae import VAE
+from openvision3.hub import load_vae, vae_licence
 from openvision3.train.recipes import base_high_res, base_low_res
 
 OTHER = BYTES[::-1]
@@ -358,19 +358,19 @@ def test_a_vae_named_by_its_hub_id_is_found_where_it_was_fetched_and_never_downl
         FileNotFoundError,
         match=r"the VAE needs black-forest-labs/FLUX\.1-schnell, .*get it with `openvision3 fetch flux-vae` \(licence: Apache-2\.0; gated, from",
     ):
-        VAE.load("black-forest-labs/FLUX.1-schnell")
+        load_vae("black-forest-labs/FLUX.1-schnell")
     with pytest.raises(FileNotFoundError, match=r"the VAE needs some/other, .*`hf download some/other`, or name a folder"):
-        VAE.load("some/other")
+        load_vae("some/other")
     with pytest.raises(FileNotFoundError, match="needs some/bad id,"):
-        VAE.load("some/bad id")
+        load_vae("some/bad id")
     pipeline().vae.network.save_pretrained(home / "flux-vae" / "vae")
-    vae = VAE.load("black-forest-labs/FLUX.1-schnell")
-    assert vae.name == "black-forest-labs/FLUX.1-schnell" and vae.licence == "Apache-2.0"
+    vae = load_vae("black-forest-labs/FLUX.1-schnell")
+    assert vae.name == "black-forest-labs/FLUX.1-schnell" and vae_licence(vae.name) == "Apache-2.0"
     in_hub_cache(tmp_path / "hub", "some/other", "config.json", "diffusion_pytorch_model.safetensors")
     snapshot = find_hub("some/other", (("config.json", "diffusion_pytorch_model.safetensors"),), "the VAE")
     shutil.rmtree(snapshot)
     shutil.copytree(home / "flux-vae" / "vae", snapshot)
-    assert VAE.load("some/other").sha256 == vae.sha256
+    assert load_vae("some/other").sha256 == vae.sha256
 
 
 def test_every_peer_can_be_fetched_under_its_own_name_from_its_own_place():

@@ -296,7 +296,7 @@ def test_losses_under_autocast_are_fp32_and_close(dtype):
 
 
 def test_pixels_take_the_vaes_place_with_768_values_a_token():
-    model, rows = tiny_model(VAE.load("pixels"), patch=16, beta=0.0, tau=0.0), batch(height=32, width=48)
+    model, rows = tiny_model(VAE(None), patch=16, beta=0.0, tau=0.0), batch(height=32, width=48)
     assert model.latent_decoder.linear.out_features == 768
     assert tuple(model.encoder.patchify.weight.shape) == (64, 3, 16, 16)
     loss, parts = model(rows)
@@ -311,8 +311,8 @@ def test_pixels_take_the_vaes_place_with_768_values_a_token():
     "call, words",
     [
         (lambda: tiny_model(patch=4), "patch 4 on a VAE of stride 8 spans 32 pixels, not 16; set --model.encoder.patch 2"),
-        (lambda: tiny_model(VAE.load("pixels"), beta=0.0), "spans 2 pixels, not 16; set --model.encoder.patch 16"),
-        (lambda: tiny_model(VAE.load("pixels"), patch=16), "beta 0.4 would count it again; set --model.loss.beta 0"),
+        (lambda: tiny_model(VAE(None), beta=0.0), "spans 2 pixels, not 16; set --model.encoder.patch 16"),
+        (lambda: tiny_model(VAE(None), patch=16), "beta 0.4 would count it again; set --model.loss.beta 0"),
         (lambda: tiny_model(VAE(tiny_network(channels=16))).decode(torch.zeros(1, 4, 64), (1, 2)), "4 tokens do not fill a grid of 1 x 2"),
         (lambda: tiny_model().encoder(torch.zeros(1, 16, 4, 4)), "16 channels, this encoder was built for 4"),
         (lambda: tiny_model().encode(torch.zeros(1, 3, 40, 32)), "multiples of 16 pixels"),

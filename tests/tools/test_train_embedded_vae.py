@@ -14,7 +14,7 @@ from PIL import Image
 
 from openvision3.data import openmoji
 from openvision3.data.images import to_tensor
-from openvision3.model.vae import VAE
+from openvision3.hub import load_vae
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_embedded_vae.py"
 NARROW = {
@@ -43,7 +43,7 @@ def test_a_vae_that_was_stopped_goes_on_and_ends_with_latents_of_unit_variance(t
     said, _ = process.communicate()
     assert process.returncode == 0 and f"going on from step {done}" in said, said
 
-    vae = VAE.load(tmp_path / "ema")
+    vae = load_vae(tmp_path / "ema")
     assert (vae.latent_channels, vae.stride) == (16, 8)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == done + 20 and rows[-1]["openmoji"] > rows[0]["openmoji"]

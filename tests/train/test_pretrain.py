@@ -219,14 +219,14 @@ def test_a_run_does_not_go_on_with_other_data_or_another_vae(finished, copied, t
             pretrain(copied, "tiny")
     finally:
         extra.unlink()
-    load = module.VAE.load
+    load = module.hub.load_vae
 
     def another(*values, **named):
         vae = load(*values, **named)
         vae.sha256 = "f" * 64
         return vae
 
-    monkeypatch.setattr(module.VAE, "load", another)
+    monkeypatch.setattr(module.hub, "load_vae", another)
     with pytest.raises(ValueError, match=r"was started with a VAE of sha256 .* has ffffffffffff\.\.\. now"):
         pretrain(copied, "tiny")
 
@@ -269,14 +269,14 @@ def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, mon
         setattr(new.model.encoder, field, value)
         with pytest.raises(ValueError, match=f"was trained with {line}: its weights mean something else here; set --model.encoder"):
             pretrain(new, "tiny")
-    load = module.VAE.load
+    load = module.hub.load_vae
 
     def another(*values, **named):
         vae = load(*values, **named)
         vae.sha256 = "f" * 64
         return vae
 
-    monkeypatch.setattr(module.VAE, "load", another)
+    monkeypatch.setattr(module.hub, "load_vae", another)
     with pytest.raises(ValueError, match=r"was trained with a VAE of sha256 .* has ffffffffffff\.\.\. now; set --model.vae.name"):
         pretrain(small(tmp_path, "new", init=str(outcome.folder)), "tiny")
     assert not (tmp_path / "new").exists()

@@ -17,6 +17,7 @@ from torch import Tensor
 from openvision3.data.batches import to_device
 from openvision3.data.problems import Problems
 from openvision3.data.text import TextTokenizer
+from openvision3.hub import load_distance
 from openvision3.model import transformer
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.train import loop as train
@@ -60,7 +61,7 @@ class Rows:
 def make_model(perceptual: bool = False) -> OpenVision3:
     config = small_model("tiny", "tiny", 64)
     config.loss.lambda_perceptual = 0.5 * perceptual
-    return OpenVision3(config, tiny_vae(), 200).init_weights()
+    return OpenVision3(config, tiny_vae(), 200, distance=load_distance(config.loss)).init_weights()
 
 
 class Unsaved:
@@ -108,7 +109,7 @@ def as_on_a_gpu(monkeypatch):
 def test_a_training_step_waits_for_the_device_once_and_mixes_no_devices(as_on_a_gpu, tmp_path, kind, options):
     model = make_model(options.get("perceptual", False)).to(DEVICE)
     if options.get("perceptual"):
-        model.perceptual_distance().to(DEVICE)  # which a run does in its first step
+        model._distance[0].to(DEVICE)  # which a run does in its first step
     settings = OptimizerConfig(options.get("optimizer", "adamw"), warmup_steps=1)
     run = RunFolder(tmp_path / "run")
     with fake_device(numbers) as device:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics
 
-from openvision3.model.vae import VAE
+from openvision3.hub import load_vae
 from openvision3.train.checkpoint import complete_checkpoints
 
 RATE = 1e-4
@@ -234,7 +234,7 @@ def test_with_fsdp_each_process_holds_its_share_of_what_is_trained_and_the_whole
             other = found[1][kind][name]
             assert one["sharded"] and other["sharded"] and one["here"] + other["here"] == one["whole"] == other["whole"], name
             assert max(one["here"], other["here"]) < one["whole"] or one["rows"] == 1, name  # a single row is not divided
-    vae = dict(VAE.load("embedded").named_parameters())
+    vae = dict(load_vae("embedded").named_parameters())
     for rank in found:
         assert {name.removeprefix("vae.") for name in rank["vae"]} == vae.keys()
         for name, value in rank["vae"].items():

@@ -178,7 +178,7 @@ def find_vae(name: str) -> VaeShape:
     Raises:
         FileNotFoundError: neither. ValueError: another class of VAE.
     """
-    from openvision3.model.vae import EMBEDDED
+    from openvision3.hub import EMBEDDED
 
     if name == "pixels":
         return PIXELS

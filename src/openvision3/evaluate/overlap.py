@@ -17,7 +17,7 @@ from typing import Any
 from openvision3.data.fingerprint import Fingerprint, recorded
 from openvision3.evaluate.pictures import Pictures
 from openvision3.evaluate.results import SEEN, UNSEEN
-from openvision3.model.vae import EMBEDDED
+from openvision3.hub import EMBEDDED
 
 FILE = "overlap.jsonl"
 """in the folder of an evaluation: a line a sample that training has seen"""

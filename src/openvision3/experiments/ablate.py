@@ -26,8 +26,8 @@ from openvision3.estimate.sizes import Options
 from openvision3.experiments.compare import Group, apart, as_json, column, text_table, write_comparison
 from openvision3.experiments.watch import Curves
 from openvision3.files import write_whole
+from openvision3.hub import load_distance
 from openvision3.model.encoder import SIZES
-from openvision3.model.openvision3 import load_distance
 from openvision3.progress import console
 from openvision3.report import html as report
 from openvision3.settings import PathName, flat, from_dict, load_config, to_dict
@@ -253,8 +253,7 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
             for _, runs in plans:
                 for _, config in runs:
                     rows_of_a_process(config.batch, ranks.world, config.micro_batch)
-                    if config.model.loss.lambda_perceptual:
-                        load_distance(config.model.loss)
+                    load_distance(config.model.loss)
                 operations(runs, options.recipe)  # raises where the VAE is not at hand
             precision = _same_base(out, base, device, options.draw) if ranks.rank == 0 else ""
         precision = distributed.from_first(precision)

@@ -17,7 +17,6 @@ from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE, VAEConfig
-from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 from openvision3.settings import PathName
 
 ROWS, PIXEL_ROWS, WORDS = range(3)
@@ -77,13 +76,14 @@ class ModelConfig:
 class OpenVision3(nn.Module):
     """images <-> tokens <-> words. `vae` is frozen and whole; everything else trains from scratch.
 
-    `vocabulary` and `pad_id` come from the text tokenizer that made the ids.
+    `vocabulary` and `pad_id` come from the text tokenizer that made the ids. `distance(images, images_hat)`, the mean over rows, is the
+    network of the perceptual term (`hub.load_distance`). It is frozen, is never saved and may be left out where that term is not computed.
 
     Raises:
         ValueError: the encoder's patch does not make 16-pixel tokens on this VAE, or beta counts the pixel loss twice.
     """
 
-    def __init__(self, config: ModelConfig, vae: VAE, vocabulary: int, pad_id: int = 0):
+    def __init__(self, config: ModelConfig, vae: VAE, vocabulary: int, pad_id: int = 0, distance: nn.Module | None = None):
         super().__init__()
         if config.encoder.patch * vae.stride != 16:
             raise ValueError(
@@ -103,7 +103,7 @@ class OpenVision3(nn.Module):
         if config.loss.encoder_learns_from == "nothing":
             for name, parameter in self.encoder.named_parameters():
                 parameter.requires_grad_(name.startswith("pool_"))  # the pooling is a head of understanding
-        self._perceptual: list[nn.Module] = []  # outside the module tree: frozen, never saved
+        self._distance = (distance,)  # a tuple keeps it outside the module tree
 
     def init_weights(self) -> OpenVision3:
         for part in (self.encoder, self.latent_decoder, self.text_encoder, self.captioner):
@@ -191,8 +191,11 @@ class OpenVision3(nn.Module):
         images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
         parts["pixel"] = losses.pixel_loss(target, images_hat, count)
         if weights.lambda_perceptual:
-            distance = self.perceptual_distance().to(target.device)(target, images_hat).float()  # the mean over rows
-            parts["perceptual"] = distributed.share(distance * len(target), count)
+            (distance,) = self._distance
+            if distance is None:
+                raise ValueError(f"lambda_perceptual {weights.lambda_perceptual:g} needs a distance: OpenVision3(..., distance=hub.load_distance(config.loss))")
+            mean = distance.to(target.device)(target, images_hat).float()
+            parts["perceptual"] = distributed.share(mean * len(target), count)
 
     def prepare(self, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The micro-batches of one step, each with what it has to know of the others, for one `forward` and backward each.
@@ -269,16 +272,3 @@ class OpenVision3(nn.Module):
         else:
             targets = targets.masked_fill(targets == self.pad_id, losses.IGNORED)
         return losses.caption_loss(features, self.captioner.embedding.weight, self.captioner.output_bias, targets, count)
-
-    def perceptual_distance(self) -> nn.Module:
-        """The network of the perceptual term, read from its files at the first call. Raises FileNotFoundError, ValueError."""
-        if not self._perceptual:
-            self._perceptual.append(load_distance(self.config.loss))
-        return self._perceptual[0]
-
-
-def load_distance(weights: LossConfig) -> nn.Module:
-    """The network of the perceptual term that `weights` names. Raises FileNotFoundError, ValueError."""
-    if weights.perceptual == "efficientnet":
-        return EfficientNetDistance()
-    return Lpips(weights.perceptual.removeprefix("lpips-"), weights.lpips_backbone, weights.lpips_linear)

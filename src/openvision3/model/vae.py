@@ -1,35 +1,20 @@
 """images <-> latents: any diffusers `AutoencoderKL` or `AutoencoderTiny`, frozen; or none at all, for the ablation.
 
-vae = VAE.load("embedded")           # the one that ships; or a folder, or a hub id
+vae = hub.load_vae("embedded")       # the one that ships; or a folder, or a hub id
 latents = vae.encode(images)         # (B, 3, H, W) in [-1, 1] -> (B, C, H/stride, W/stride)
 images = vae.decode(latents)         # gradient reaches `latents`, never the weights
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openvision3.contents import why_not
-from openvision3.files import sha256_of
 from openvision3.settings import PathName
-
-EMBEDDED = Path(__file__).parent.parent / "assets" / "vae"
-
-LICENCES = {
-    "embedded": "CC BY-SA 4.0 (OpenMoji) and public domain (Open Clip Art) training data; see the model card",
-    "pixels": "none: no VAE",
-    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
-    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial licence",
-    "madebyollin/taesd": "MIT",
-    "madebyollin/taef1": "MIT",
-}
 
 LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
 """Where each class keeps its levels: every one but the last halves the sides, so the stride is 2^(levels - 1)."""
@@ -79,46 +64,6 @@ class VAE(nn.Module):
         self.shift = float(settings.get("shift_factor") or 0.0) if self.uses_shift else 0.0
         network.requires_grad_(False).eval()
         nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # diffusers' own warns of an empty list
-
-    @classmethod
-    def load(cls, name: str | Path, *, shift: bool | None = None, dtype: torch.dtype = torch.float32) -> VAE:
-        """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
-
-        Raises:
-            FileNotFoundError: no such folder, or a hub id that was not fetched before and is not in the hub's local cache.
-            ValueError: the folder holds no VAE, one of another class, or weights that do not fit its config.
-        """
-        name = str(name)
-        if name == "pixels":
-            return cls(None, name=name)
-        folder = _locate(name)
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        if not weights.is_file():
-            raise FileNotFoundError(f"{folder} holds no {weights.name}")
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not a config in diffusers' layout: {why_not(folder / 'config.json', 'JSON', error)}") from error
-        if kind not in LEVELS:
-            raise ValueError(f"{folder} holds a {kind}; legal are {' and '.join(LEVELS)}")
-        import diffusers
-
-        diffusers.utils.logging.set_verbosity_error()
-        try:
-            network, found = getattr(diffusers, kind).from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"the VAE in {folder} cannot be loaded: {weights.name}: {why_not(weights, 'safetensors', error)}") from error
-        # diffusers leaves weights that it does not find at random
-        wrong = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
-        if wrong:
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {len(wrong)} missing, foreign or of another shape, the first is {wrong[0]}")
-        return cls(network, name=name, shift=shift, dtype=dtype, sha256=sha256_of(weights))
-
-    @property
-    def licence(self) -> str:
-        return LICENCES.get(self.name, "unknown: see where it came from")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,26 +169,3 @@ def _ramp(length: int, overlap: int, device: torch.device) -> Tensor:
     ramp[:overlap] *= rise[:length]
     ramp[-overlap:] *= rise.flip(0)[-length:]
     return ramp
-
-
-def _locate(name: str) -> Path:
-    """embedded | folder | hub id -> the folder that holds config.json."""
-    folder = EMBEDDED if name == "embedded" else Path(name)
-    if not folder.is_dir():
-        folder = _from_hub_here(name)
-    for candidate in (folder / "vae", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ValueError(f"{folder} holds no VAE: a config.json in diffusers' layout was looked for there and in its sub-folder vae")
-
-
-def _from_hub_here(name: str) -> Path:
-    """A hub id -> its folder on this machine: fetched by `openvision3 fetch`, or in the cache of the hub's client. Nothing is downloaded."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"no such VAE: {name}; legal are embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
-        )
-    from openvision3.fetch.store import find_hub
-
-    files = ("config.json", "diffusion_pytorch_model.safetensors")
-    return find_hub(name, (tuple(f"vae/{file}" for file in files), files), "the VAE")

@@ -20,6 +20,7 @@ from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import open_source
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.distributed import Ranks
+from openvision3.hub import load_vae
 from openvision3.model.vae import VAE
 from openvision3.progress import console, counting, track
 from openvision3.settings import read_rules
@@ -73,7 +74,7 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
     place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
 
     def writer(precision: str) -> LatentWriter:
-        vae = VAE.load(job.vae, shift=job.shift, dtype=dtype_of(precision)).to(place)
+        vae = load_vae(job.vae, shift=job.shift, dtype=dtype_of(precision)).to(place)
         settings = settings_of(job, vae, precision, len(source))
         return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
 

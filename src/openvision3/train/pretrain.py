@@ -27,7 +27,7 @@ from openvision3.data.sources import Source, choose_lanes, open_source
 from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.device import choose_compile, choose_device, choose_precision, dtype_of
 from openvision3.files import write_whole
-from openvision3.model.openvision3 import OpenVision3, load_distance
+from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.pipeline import Pipeline
 from openvision3.progress import console, duration, environment, track
@@ -98,8 +98,7 @@ def pretrain_in_turn(phases: Sequence[tuple[str, RunConfig]]) -> Outcome:
         with distributed.together():
             for _, config in phases:
                 rows_of_a_process(config.batch, ranks.world, config.micro_batch)
-                if config.model.loss.lambda_perceptual:
-                    load_distance(config.model.loss)
+                hub.load_distance(config.model.loss)
         for name, config in phases:
             outcome = None  # the model of the phase before gives its memory back
             outcome = pretrain(config, name, signals)
@@ -132,7 +131,7 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
     measured_otherwise, state.val_measure = state.val_measure != MEASURE, MEASURE
     precision, why = distributed.from_first(measured)  # type: ignore[misc]  # the ranks need not have measured alike
     with distributed.together():
-        vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
+        vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
         source, cache, about_cache = _open_data(config, vae)
         held_out = open_held_out(config, _places(config), source)
         source.problems += held_out.problems
@@ -147,12 +146,11 @@ def _pretrain(config: RunConfig, recipe: str, device: str, ranks: distributed.Ra
             _check_same(checkpoint, out, vae, len(source), cache)
             identities.keep_names(out, source, held_out)
         identities.refuse_other(out, inputs)
+        distance = hub.load_distance(config.model.loss)  # raises where its files are missing, before anything is written
         torch.manual_seed(config.seed)
-        model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id).init_weights()
+        model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id, distance).init_weights()
         if checkpoint or (config.init and ranks.rank == 0):  # of a checkpoint what is frozen, the trained follows below; the first rank's are sent to all
             (hub.load_weights if checkpoint else hub.start_from)(model, checkpoint or hub.find_folder(config.init))
-        if config.model.loss.lambda_perceptual:
-            model.perceptual_distance()  # raises where its files are not at hand, before anything is written
         started_from = _started_from(config, checkpoint) if ranks.rank == 0 else {}
         shape = TextShape(
             config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences, whole=len(config.caption_keys) < 2

@@ -21,8 +21,8 @@ from openvision3.data.batches import TextShape, TrainingBatches, to_device
 from openvision3.data.sources import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_compile, choose_device, choose_precision, dtype_of
+from openvision3.hub import load_distance, load_vae
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.model.vae import VAE
 from openvision3.train.config import RunConfig
 from openvision3.train.loop import backward, peak_memory
 from openvision3.train.optimizer import Optimizers, rate_at
@@ -49,9 +49,10 @@ def try_training(config: RunConfig) -> dict[str, Any]:
         collectives = check_collectives(device)
         with distributed.together():
             batches, words = _batches(config, ranks, device)
-            vae = VAE.load(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
+            vae = load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(precision))
+            distance = load_distance(config.model.loss)
             torch.manual_seed(config.seed)
-            model = OpenVision3(config.model, vae, len(words), words.pad_id).init_weights().to(device)
+            model = OpenVision3(config.model, vae, len(words), words.pad_id, distance).init_weights().to(device)
             compiled, not_compiled = choose_compile(config.compile, device)
         parallel = distributed.choose_parallel(config.parallel, sum(p.numel() for p in model.parameters() if p.requires_grad), ranks)
         distributed.wrap_blocks(model, config.checkpointing, compiled)

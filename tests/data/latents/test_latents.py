@@ -39,6 +39,7 @@ from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import FolderSource, Source, open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.draws import draw_seed
+from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.train.config import RunConfig
@@ -62,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    return VAE.load("embedded")
+    return load_vae("embedded")
 
 
 def settings_of(source: Source, vae: VAE, **changes) -> LatentSettings:

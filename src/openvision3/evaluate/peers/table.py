@@ -38,6 +38,7 @@ from openvision3.evaluate.peers.loading import (
     weights_sha256,
 )
 from openvision3.evaluate.protocol import Functions
+from openvision3.hub import load_vae, vae_licence
 from openvision3.model.vae import VAE
 from openvision3.networks.open_clip import OpenClipText, OpenClipViT
 from openvision3.networks.perceptual import load_foreign_pickle
@@ -92,7 +93,7 @@ def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
         256,
         precision,
         vae.sha256,
-        vae.licence,
+        vae_licence(vae.name),
         reconstruct=lambda images: run(functions["reconstruct"], images),
         features=lambda images: run(functions["features"], images),
     )
@@ -115,7 +116,7 @@ def _of_vae(vae: VAE) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def _load_vae(asked: Request) -> VAE:
     asked.file("diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
-    vae = VAE.load(asked.folder, dtype=asked.dtype)
+    vae = load_vae(asked.folder, dtype=asked.dtype)
     assert vae.network is not None
     config: Any = vae.network.config
     asked.check({"class": vae.kind, **config})
