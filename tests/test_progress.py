@@ -73,16 +73,15 @@ def test_a_start_that_died_before_its_config_was_written_can_be_repeated(tmp_pat
 
 def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     run = described(tmp_path)
-    monkeypatch.setattr(progress.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run.describe({"steps": 99}, {})
     assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 3}
 
 
 def test_a_run_folder_that_another_process_writes_is_refused_until_that_is_gone(tmp_path):
-    script = (
-        "import pathlib, sys; from openvision3 import progress; kept = progress.lock(pathlib.Path(sys.argv[1])); print('kept', flush=True); sys.stdin.read()"
-    )
+    script = "import pathlib, sys; from openvision3.train.run_folder import lock\n"
+    script += "kept = lock(pathlib.Path(sys.argv[1])); print('kept', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "kept\n"
@@ -172,7 +171,8 @@ def test_a_line_is_said_to_the_person_and_kept_in_the_log(tmp_path, capsys):
 SHOW = """
 import sys
 from openvision3.data.problems import Problems
-from openvision3.progress import RunFolder, track
+from openvision3.train.run_folder import RunFolder
+from openvision3.progress import track
 run = RunFolder(sys.argv[1])
 with run.showing(4, 1):
     run.say("a line")

@@ -83,9 +83,9 @@ def test_every_option_of_every_command_expands_the_tilde_or_holds_words(monkeypa
     assert not wrong, f"give these the hint PathName, or name them in TEXTS: {wrong}"
 
 
-def parsed(monkeypatch, verb: str, *argv: str, verbs: Any = verbs.VERBS) -> dict[str, Any]:
+def parsed(monkeypatch, verb: str, *argv: str, commands: Any = verbs.VERBS) -> dict[str, Any]:
     """The arguments that a verb gets."""
-    return verbs.parse(verbs.deferred(verbs[verb]), argv, f"openvision3 {verb}").keywords
+    return verbs.parse(verbs.deferred(commands[verb]), argv, f"openvision3 {verb}").keywords
 
 
 def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_and_nowhere_in_words(monkeypatch, tmp_path):
@@ -93,7 +93,7 @@ def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_
     found = parsed(monkeypatch, "classify", "~/a/*.png", "x~/b.png", "--model=~/m", "--vae", "~/v", "--labels", "~/not a path", "~")
     assert found["pictures"] == (f"{tmp_path}/a/*.png", "x~/b.png") and found["model"] == f"{tmp_path}/m" and found["vae"] == f"{tmp_path}/v"
     assert found["labels"] == ("~/not a path", "~")
-    found = parsed(monkeypatch, "recaption", "~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png", verbs=cli_data.VERBS)
+    found = parsed(monkeypatch, "recaption", "~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png", commands=cli_data.VERBS)
     assert [found[name] for name in ("data", "model", "out", "prompt", "sheet")] == [
         (f"{tmp_path}/{{0..3}}.tar",),
         f"{tmp_path}/m",

@@ -327,8 +327,8 @@ def test_evaluation_sees_every_usable_picture_once_in_order_and_names_the_rest(b
 SCRIPT = """
 import sys, torch
 from openvision3.data.batches import TextShape, TrainingBatches
-from openvision3.data.samples import load_emoji
-from openvision3.data.shards import EmojiSource
+from openvision3.data.openmoji import load_emoji
+from openvision3.data.sources import EmojiSource
 from openvision3.data.text import TextTokenizer
 source = EmojiSource(load_emoji().train[:50])
 words = TextTokenizer.train([e.name for e in source.emoji])

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from openvision3 import doctor
+from openvision3 import device
 from openvision3.cli import main
 from openvision3.data.images import ImageError
 from openvision3.data.labelled import read_labels
@@ -162,12 +162,12 @@ def test_data_check_looks_at_a_folder_as_at_shards(tmp_path, capsys):
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert doctor.cores() == 1
+    assert device.cores() == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(doctor.Path, "read_text", lambda self: "150000 100000\n")
-    assert doctor.cores() == 2
-    monkeypatch.setattr(doctor.Path, "read_text", lambda self: "max 100000\n")
-    assert doctor.cores() == 64
+    monkeypatch.setattr(device.Path, "read_text", lambda self: "150000 100000\n")
+    assert device.cores() == 2
+    monkeypatch.setattr(device.Path, "read_text", lambda self: "max 100000\n")
+    assert device.cores() == 64
 
 
 def test_a_folder_of_sub_folders_is_expanded_and_an_empty_one_says_what_it_holds(tmp_path):

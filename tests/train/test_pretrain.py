@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics, pictures, small
 
 import openvision3
-from openvision3 import doctor
 from openvision3.cli import main
 from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
@@ -371,13 +370,13 @@ def test_measuring_the_rate_leaves_the_model_and_the_batches_as_they_were(tmp_pa
 
 
 def test_the_chosen_precision_is_told_and_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "measure_precision", lambda device: {"fp32": 1.0, "bf16": 3.0})
+    monkeypatch.setattr("openvision3.device.measure_precision", lambda device: {"fp32": 1.0, "bf16": 3.0})
     config = small(tmp_path, "run", precision="auto", steps=2)
     outcome = pretrain(config, "tiny")
     assert outcome.precision == load_config(RunConfig, tmp_path / "run" / "config.json").precision == "bf16"
     assert "precision bf16 (measured: bf16 runs at 3x" in (tmp_path / "run" / "log.txt").read_text()
     assert openvision3.load(config.out, device="cpu").embed_texts("a word").isfinite().all()
-    monkeypatch.setattr(doctor, "measure_precision", lambda device: {"fp32": 3.0, "bf16": 1.0})
+    monkeypatch.setattr("openvision3.device.measure_precision", lambda device: {"fp32": 3.0, "bf16": 1.0})
     config.resume = True
     assert pretrain(config, "tiny").precision == "bf16"  # not measured anew
 

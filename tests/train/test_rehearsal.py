@@ -26,7 +26,7 @@ from openvision3.train.recipes import small_model
 from openvision3.train.run_folder import RunFolder
 
 STEPS = 2
-LOG = "copy from the device train.py:_numbers"
+LOG = "copy from the device train/loop.py:_numbers"
 
 
 class Rows:

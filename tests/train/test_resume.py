@@ -287,11 +287,13 @@ def test_a_run_of_an_older_version_goes_on_with_the_old_paths_only_and_says_why(
 
 DRIVER = """
 import os, signal, sys
-from openvision3 import checkpoint, cli, held_out, pretrain, progress
+from openvision3.train import checkpoint, held_out, pretrain
+from openvision3 import cli
+from openvision3.train import run_folder
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-advance, replace, rmtree, save = progress.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
+advance, replace, rmtree, save = run_folder.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
 evaluation = pretrain.quick_evaluation
 def at_step(self, done):
     if done == step:
@@ -317,10 +319,10 @@ def in_evaluation(*values):
         held_out.evaluate_retrieval = die
     return evaluation(*values)
 if what.startswith("SIG"):
-    progress.RunFolder.advance = at_step
+    run_folder.RunFolder.advance = at_step
 elif what == "nan":
     import torch
-    from openvision3.train import Optimizers
+    from openvision3.train.loop import Optimizers
     stepped, steps = Optimizers.step, [0]
     def spoil(self):
         stepped(self)

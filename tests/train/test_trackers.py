@@ -160,8 +160,8 @@ KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from small_runs import small
-from openvision3.progress import RunFolder
-from openvision3.pretrain import pretrain
+from openvision3.train.run_folder import RunFolder
+from openvision3.train.pretrain import pretrain
 
 advance = RunFolder.advance
 

@@ -196,7 +196,8 @@ def test_a_rank_that_is_killed_leaves_a_run_that_goes_on(data, alone, tmp_path):
 SHARDS = """
 import os, sys, torch
 from torch.distributed.tensor import DTensor
-from openvision3 import cli, pretrain
+from openvision3 import cli
+from openvision3.train import pretrain
 folder, argv = sys.argv[1], sys.argv[2:]
 sys.argv = ["openvision3", *argv]
 fit = pretrain.fit
@@ -300,9 +301,10 @@ def together(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 ONE_MISSES = """
 import os, sys
 from datetime import timedelta
-from openvision3 import cli, distributed, held_out
+from openvision3 import cli, distributed
+from openvision3.train import held_out
 from openvision3.data.images import ImageError
-from openvision3.data.shards import FolderSource
+from openvision3.data.sources import FolderSource
 distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
 read = FolderSource.data
 def data(self, index):

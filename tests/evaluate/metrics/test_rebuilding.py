@@ -253,8 +253,8 @@ def test_the_curve_over_noise_refuses_nonsense():
 SCRIPT = """
 import sys, torch
 from openvision3 import distributed
-from openvision3.evaluate import reconstruction
-import test_reconstruction_metrics as here
+from openvision3.evaluate.metrics import reconstruction
+import test_rebuilding as here
 folder, split = sys.argv[1], int(sys.argv[2])
 with distributed.started() as ranks:
     torch.save(here.measure(folder, [slice(0, split), slice(split, None)][ranks.rank], size=1 + ranks.rank), f"{folder}/found.{ranks.rank}")
@@ -279,7 +279,13 @@ def start(script: str, *arguments: str) -> list[subprocess.CompletedProcess]:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     here = os.path.dirname(__file__)
-    names = {"WORLD_SIZE": "2", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    places = os.pathsep.join([here, os.path.dirname(os.path.dirname(here)), os.environ.get("PYTHONPATH", "")])
+    names = {
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": places,
+    }
     begun = [
         subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True, env={**os.environ, **names, "RANK": str(r)})
         for r in range(2)
@@ -316,7 +322,7 @@ def test_two_processes_with_unlike_shares_find_what_one_finds(files, split):
 FAILING = """
 import sys, torch
 from openvision3 import distributed
-import test_reconstruction_metrics as here
+import test_rebuilding as here
 def reconstruct(images):
     if distributed.rank() == 1:
         raise ValueError("rank 1 cannot")
