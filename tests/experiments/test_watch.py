@@ -21,7 +21,6 @@ from small_runs import pictures
 
 from openvision3 import cli
 from openvision3.experiments.watch import MARKS, ORDER, Curves, Picture, chosen, draw, number, open_runs, watch
-from openvision3.report.plots import chart_label
 
 
 def write(folder: Path, rows: list[dict], mode: str = "w", end: str = "") -> Path:
@@ -262,4 +261,3 @@ def test_any_name_of_a_run_can_stand_on_a_chart(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert draw([str(tmp_path / name) for name in names], tmp_path / "a.png") == 1
-    assert [chart_label(name) for name in names] == [" _a", r"\$x^{\$", r"a\$b", "<b>[red]", r"r\udcff"]

@@ -157,7 +157,7 @@ def recaption(
     from openvision3.recaption.rewrite import examples, settings_of
     from openvision3.recaption.rewrite import recaption as write_anew
     from openvision3.recaption.rewrite import shard_split as read_split
-    from openvision3.report.html import caption_sheet
+    from openvision3.report.sheets import caption_sheet
 
     split = read_split(shard_split)
     if sheet:

@@ -255,7 +255,7 @@ def reconstruct(
     """
     from openvision3.data.images import pad, to_pil
     from openvision3.evaluate.metrics.reconstruction import psnr
-    from openvision3.report.html import grid
+    from openvision3.report.sheets import grid
     from openvision3.train.held_out import vae_only
 
     paths = _paths(pictures)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from openvision3.data.images import to_pil
 from openvision3.data.problems import count_reasons
+from openvision3.evaluate.metrics.captioning import words
 from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import (
@@ -31,8 +32,7 @@ from openvision3.evaluate.results import (
 )
 from openvision3.evaluate.statistics import spoken_p
 from openvision3.files import write_whole
-from openvision3.report import html as report
-from openvision3.report.plots import chart_label
+from openvision3.report import html, plots, sheets
 
 if TYPE_CHECKING:
     from openvision3.cli.evaluate import Evaluation
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 FIRST, EXTREME = 12, 6
 """pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""
 AMPLIFIED = 4
-COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb", "#78716c", "#0f172a")
 
 
 def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
@@ -59,23 +58,23 @@ def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Se
     sizes = list(dict.fromkeys(row.setting.resolution for row in results.rows))
     seen = f"{len(work.pictures.chosen):,} pictures of {' and '.join(sizes)} px{skipped}"
     lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {seen}."
-    footer = f"<code>{html.escape(results.command)}</code><br>{html.escape(_machine(results.environment))}, {results.seconds:.0f} s"
-    return report.write_page(out / "report.html", "Evaluation", lead, sections, footer)
+    footer = (results.command, f"{_machine(results.environment)}, {results.seconds:.0f} s")
+    return html.write_page(out / "report.html", "Evaluation", lead, sections, footer)
 
 
 def _machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{name} {environment[name]}" for name in ("processor", "torch", "python") if environment.get(name))
 
 
-def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> str:
+def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> Markup:
     """A table for each setting, a column a model; what was not run stands below and never in a table."""
     lines_of_all = [line for _, lines in tables for line in lines]
-    made = f"<p>{html.escape(told)}</p>" if (told := how_to_read(lines_of_all)) else ""
+    made = html.note(told) if (told := how_to_read(lines_of_all)) else Markup()
     for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
         models = list(dict.fromkeys(model for line in lines for model in line.values))
-        made += f"<p>{html.escape(title)}</p>"
+        made += html.note(title)
         columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
-        made += report.table(
+        made += html.table(
             ("", *models, *(heading for heading, _ in columns)),
             [
                 (
@@ -88,11 +87,11 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Ro
             {(y, 1 + models.index(best)) for y, line in enumerate(lines) if (best := surely_best(line))},
         )
     if not_run:
-        made += "<p>Not run:</p>" + report.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
+        made += html.note("Not run:") + html.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
     return made
 
 
-def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, str]]:
+def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, Markup]]:
     """What two models differ in on the same samples, with interval and test; a section of its own, if any."""
     rows = [
         (one.metric, f"{one.a} - {one.b}", f"{one.difference:.4g} [{one.low:.4g}, {one.high:.4g}]", spoken_p(one.p), one.test, one.count, one.part or "all")
@@ -101,11 +100,11 @@ def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple
         for one in line.differences
     ]
     header = ("", "models", "difference [95 %]", "p, two-sided", "test", "samples", "of")
-    note = "<p>Paired over the same samples; intervals by paired bootstrap. p is not corrected for the number of comparisons.</p>"
-    return [("Differences", note + report.table(header, rows))] if rows else []
+    note = html.note("Paired over the same samples; intervals by paired bootstrap. p is not corrected for the number of comparisons.")
+    return [("Differences", note + html.table(header, rows))] if rows else []
 
 
-def _left_out(results: Sequence[Results]) -> str:
+def _left_out(results: Sequence[Results]) -> Markup:
     """Pictures that could not be read, and those that a metric leaves out; of several evaluations with the number of each."""
     rows: list[tuple[Any, ...]] = []
     for number, one in enumerate(results, start=1):
@@ -113,10 +112,11 @@ def _left_out(results: Sequence[Results]) -> str:
         rows += [(number, "all", "", reason, count) for reason, count in count_reasons(one.skipped).items()]
     several = len(results) > 1
     header = ("evaluation", "of", "model", "reason", "pictures")
-    return "<p>Left out:</p>" + report.table(header if several else header[1:], rows if several else [row[1:] for row in rows]) if rows else ""
+    table = html.table(header if several else header[1:], rows if several else [row[1:] for row in rows])
+    return html.note("Left out:") + table if rows else Markup()
 
 
-def _protocols(rows: Sequence[Row]) -> str:
+def _protocols(rows: Sequence[Row]) -> Markup:
     seen: dict[tuple, Row] = {}
     for row in rows:
         seen.setdefault(row.protocol, row)
@@ -128,17 +128,17 @@ def _protocols(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     models = {row.model: row for row in rows}
     who = [(name, row.model_sha256 or "none", row.licence, row.note) for name, row in models.items()]
-    head = report.table(("metric", "N", "protocol", "network", "interval", "setting", "library"), table)
+    head = html.table(("metric", "N", "protocol", "network", "interval", "setting", "library"), table)
     data = {(row.setting.data, row.setting.data_sha256) for row in rows}
-    sets = report.table(("pictures", "sha256 over them"), sorted(data))
-    return head + report.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
+    sets = html.table(("pictures", "sha256 over them"), sorted(data))
+    return head + html.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
-def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _published(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     """The paper's numbers by the names of these metrics, if any, in a section of their own: their protocols are not those of the numbers above."""
     header, listed = published.compact({row.metric for row in rows})
-    note = f"<p>From the paper ({html.escape(published.SOURCE)}), not to be compared with numbers of other sets, sizes or networks.</p>"
-    return [("Published numbers, not measured here", note + report.table(header, listed))] if listed else []
+    note = html.note(f"From the paper ({published.SOURCE}), not to be compared with numbers of other sets, sizes or networks.")
+    return [("Published numbers, not measured here", note + html.table(header, listed))] if listed else []
 
 
 def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
 # -- reconstruction ------------------------------------------------------------------------------------------------
 
 
-def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     if not measured:
         return []
     curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
@@ -175,10 +175,10 @@ def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]
         places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
     columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
     figures = [(f"{title}: original | {columns}", _figures(work, measured, which)) for title, which in places.items()]
-    return [(heading, report.picture(drawn, heading)), *figures]
+    return [(heading, html.picture(drawn, heading)), *figures]
 
 
-def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> str:
+def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
     """Original, and rebuilt beside its error for each model, for these places of the list of pictures."""
     import torch
 
@@ -191,40 +191,21 @@ def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) 
     }
     columns: list[Any] = [to_pil(images)]
     for images_hat in rebuilt.values():
-        columns += [to_pil(images_hat.cpu()), [report.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
-    figures = ""
+        columns += [to_pil(images_hat.cpu()), [sheets.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
+    figures = []
     for row, place in enumerate(places):
-        shown_pictures = "".join(report.picture(column[row], first.keys[place]) for column in columns)
         told = ", ".join(f"{name} {done.shown['pictures'].psnr[place]:.1f} dB" for name, done in measured.items())
-        told = html.escape(f"{first.keys[place]}: {told}")
-        figures += f'<figure><div style="grid-template-columns: repeat({len(columns)}, 1fr)">{shown_pictures}</div><figcaption>{told}</figcaption></figure>'
-    return f'<div class="wide">{figures}</div>'
+        figures.append(([html.picture(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {told}"))
+    return html.figures(figures, wide=True)
 
 
 def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
     """How PSNR spreads over the pictures, and how it falls with the noise, where there are curves. PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10 if curves else 5, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(values)}
-    low, high = min(min(v) for v in values.values()), max(max(v) for v in values.values())
-    for name, found in values.items():
-        panels[0].hist(found, bins=40, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name], label=chart_label(name))
-    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_title("pictures, over the PSNR of each, dB", fontsize=10, loc="left")
-    for name, points in curves.items():
-        panels[1].plot(*zip(*points, strict=True), marker="o", color=colours[name])
-        panels[1].set_title("mean PSNR, dB, over sigma of the noise on the tokens", fontsize=10, loc="left")
-    for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    panels: list[plots.Panel] = [plots.Histogram("pictures, over the PSNR of each, dB", values)]
+    if curves:
+        lines = {name: plots.Line(*zip(*points, strict=True)) for name, points in curves.items()}
+        panels.append(plots.Lines("mean PSNR, dB, over sigma of the noise on the tokens", lines, x_label="sigma", points=True))
+    return plots.draw(panels, list(values), width=5, height=3)
 
 
 # -- words ---------------------------------------------------------------------------------------------------------
@@ -234,31 +215,34 @@ def _pictures_at(work: Evaluation, indices: Sequence[int]) -> list[Any]:
     return [image for batch in work.pictures.subset(indices).batches("drawing") for image in list(to_pil(batch.images))]  # type: ignore[arg-type]
 
 
-def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
         images = _pictures_at(work, done.shown["indices"])
-        cards = ""
-        for image, answers in zip(images, done.shown["answers"], strict=True):
-            lines = "<br>".join(f'<span class="right">{html.escape(text)}</span>' if right else html.escape(text) for text, right in answers)
-            cards += f'<div class="card">{report.picture(image, answers[0][0])}<p>{lines}</p></div>'
-        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", f'<div class="cards">{cards}</div>'))
+        cards = [
+            (html.picture(image, answers[0][0]), [(text, "right" if right else "") for text, right in answers])
+            for image, answers in zip(images, done.shown["answers"], strict=True)
+        ]
+        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", html.cards(cards)))
     return sections
 
 
-def _captions(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+def _captions(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
         images = _pictures_at(work, [index for index, _, _ in done.shown["cards"]])
-        cards = report.caption_cards([(image, written, true) for image, (_, written, true) in zip(images, done.shown["cards"], strict=True)])
-        sections.append((f"{name}: captions of the first pictures (above: written, below: true)", cards))
+        cards = [
+            html.caption_card(image, caption, truth, words(caption) == words(truth))
+            for image, (_, caption, truth) in zip(images, done.shown["cards"], strict=True)
+        ]
+        sections.append((f"{name}: captions of the first pictures (above: written, below: true)", html.cards(cards)))
     return sections
 
 
-def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, str]]:
+def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        table = report.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
+        table = html.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
         sections.append((f"{name}: zero-shot by class", table))
     return sections
 
@@ -271,21 +255,21 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
     results = [each for i, each in enumerate(results) if each not in results[:i]]
     rows = [row for each in results for row in each.rows]
     drawn = figure_one(rows)
-    told = "<p>Bars of one protocol stand side by side; groups of one name and unlike protocols are numbered in the order of the list below.</p>"
+    note = html.note("Bars of one protocol stand side by side; groups of one name and unlike protocols are numbered in the order of the list below.")
     commands = [(i, each.command, _machine(each.environment), f"{each.seconds:.0f}") for i, each in enumerate(results, start=1)]
     write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            report.picture(drawn, "rebuilding, drawing and understanding of each model") + told,
+            html.picture(drawn, "rebuilding, drawing and understanding of each model") + note,
         ),
         ("Numbers", _numbers(tables, rows, not_run) + _left_out(results)),
         *_differences(tables),
         *_published(rows),
         ("How it was measured", _protocols(rows)),
-        ("Commands", report.table(("evaluation", "command", "machine", "seconds"), commands)),
+        ("Commands", html.table(("evaluation", "command", "machine", "seconds"), commands)),
     ]
-    return report.write_page(path, "Evaluations", f"{len(results)} evaluation{'s' if len(results) > 1 else ''}.", sections)
+    return html.write_page(path, "Evaluations", f"{len(results)} evaluation{'s' if len(results) > 1 else ''}.", sections)
 
 
 PANELS = (
@@ -298,36 +282,17 @@ PANELS = (
 
 def figure_one(rows: Sequence[Row]) -> bytes:
     """A panel for rFID, KID, gFID and understanding, a bar for each model and protocol; a panel without numbers says what it needs. PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    groups = [bar_groups([row for row in leading(rows) if row.metric == metric]) for _, metric, _, _ in PANELS]
+    panels = [
+        plots.Bars(title, [(label, {model: _bar(number, factor) for model, number in numbers.items()}) for label, numbers in found], otherwise)
+        for (title, _, factor, otherwise), found in zip(PANELS, groups, strict=True)
+    ]
+    models = dict.fromkeys(model for found in groups for _, numbers in found for model in numbers)
+    return plots.draw(panels, list(models), width=3.7, height=3.4)
 
-    figure = Figure(figsize=(3.7 * len(PANELS), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), squeeze=False)[0]
-    drawn = [bar_groups([row for row in leading(rows) if row.metric == metric]) for _, metric, _, _ in PANELS]
-    names = dict.fromkeys(model for groups in drawn for _, numbers in groups for model in numbers)
-    colours = {model: COLOURS[i % len(COLOURS)] for i, model in enumerate(names)}
-    for panel, (title, _, factor, otherwise), groups in zip(panels, PANELS, drawn, strict=True):
-        panel.set_title(title, fontsize=10, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-        if not groups:
-            panel.text(0.5, 0.5, otherwise, ha="center", va="center", fontsize=9, transform=panel.transAxes)
-            panel.set_xticks([])
-            panel.set_yticks([])
-            continue
-        models = [model for model in colours if any(model in numbers for _, numbers in groups)]
-        for i, model in enumerate(models):
-            bars = [(j + i / (len(models) + 1), numbers[model].value * factor) for j, (_, numbers) in enumerate(groups) if model in numbers]
-            panel.bar([x for x, _ in bars], [y for _, y in bars], width=0.9 / (len(models) + 1), color=colours[model])
-        places = [j + (len(models) - 1) / 2 / (len(models) + 1) for j in range(len(groups))]
-        panel.set_xticks(places, [chart_label(label) for label, _ in groups], fontsize=7, rotation=90 if len(groups) > 4 else 0)  # more do not fit side by side
-        panel.tick_params(labelsize=8)
-    if colours:
-        figure.legend(
-            handles=[Patch(color=colours[model], label=chart_label(model)) for model in colours], loc="outside upper left", ncols=4, frameon=False, fontsize=8
-        )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+
+def _bar(number: Number, factor: float) -> plots.Bar:
+    return plots.Bar(*(end if end is None else end * factor for end in (number.value, number.low, number.high)))  # type: ignore[arg-type]
 
 
 def bar_groups(rows: Sequence[Row]) -> list[tuple[str, dict[str, Number]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-import html
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from openvision3.files import write_whole
 from openvision3.hub import load_distance
 from openvision3.model.encoder import SIZES
 from openvision3.progress import console
-from openvision3.report import html as report
+from openvision3.report import html
 from openvision3.settings import PathName, flat, from_dict, load_config, to_dict
 from openvision3.train.checkpoint import complete_checkpoints, read_state
 from openvision3.train.config import RunConfig
@@ -449,20 +448,20 @@ def _write(name: str, out: Path, plans: Sequence[tuple[Cell, list[tuple[str, Run
         (cell.label, " then ".join(f"{config.steps:,} x {config.batch} at {config.size} px" for _, config in runs), f"{operations(runs, options.recipe):.3g}")
         for cell, runs in plans
     ]
-    about = report.table(("", "steps x pictures", "operations of training"), costs)
+    about = html.table(("", "steps x pictures", "operations of training"), costs)
     if lost:
-        about += f"<p>Ended early, for their loss did not stay finite: {html.escape('; '.join(lost))}.</p>"
+        about += html.note(f"Ended early, for their loss did not stay finite: {'; '.join(lost)}.")
     left = [each for each in missing if each not in lost]
     if left:
-        about += f"<p>Not finished, and not in the numbers: {html.escape('; '.join(left))}.</p>"
+        about += html.note(f"Not finished, and not in the numbers: {'; '.join(left)}.")
     used = ", ".join(map(str, sorted(common))) or "unlike ones in each row"
     lead = f"{ABLATIONS[name].question} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {used}."
     judged = [(claim, found) for claim in ABLATIONS[name].claims if (found := claim.judge(groups)) is not None]
     sections, more = [("Cells", about)], {"claims": [{"claim": claim.says, "verdict": verdict, "parts": kept} for claim, (verdict, _, kept) in judged]}
     if judged:
         rows = [(claim.says if not i else "", verdict if not i else "", *line) for claim, (verdict, lines, _) in judged for i, line in enumerate(lines)]
-        note = "<p>By differences of runs of one seed: mean [95 % interval of Student's t], p of the paired t-test; undecided where p is .05 or more.</p>"
-        sections.append(("What the paper says, here", note + report.table(("claim", "here", "part", "difference", "part alone"), rows)))
+        note = html.note("By differences of runs of one seed: mean [95 % interval of Student's t], p of the paired t-test; undecided where p is .05 or more.")
+        sections.append(("What the paper says, here", note + html.table(("claim", "here", "part", "difference", "part alone"), rows)))
     page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, sections, more if judged else None)
     print(text_table(groups))
     for claim, (verdict, lines, _) in judged:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
 from openvision3.experiments.watch import Curves, candidates, of_candidates, open_runs
 from openvision3.files import sha256_of, write_whole
-from openvision3.report import html as report
-from openvision3.report.plots import chart_label
+from openvision3.report import html, plots
 from openvision3.settings import flat, load_config, to_dict
 from openvision3.train.checkpoint import complete_checkpoints
 from openvision3.train.config import RunConfig
@@ -39,7 +37,6 @@ METRICS = (
 CURVES = ("train/pixel", "train/latent", "train/perceptual", "train/contrastive", "train/caption", "val/psnr", "val/pixel", "val/latent", "val/contrastive",
           "val/caption", "val/image_to_text_r@1", "train/loss")  # fmt: skip
 NOT_SETTINGS = ("out", "resume", "workers", "track", "index", "cache", "cache_gb", "log_every", "eval_every", "save_every", "keep", "keep_best", "seed")
-COLOURS = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#1e293b", "#60a5fa", "#78716c")
 
 
 @dataclass
@@ -189,47 +186,29 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
     """A panel a metric, a line a group: the mean over its seeds, and the span of them as a band. PNG."""
-    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
-    from matplotlib.lines import Line2D
-
-    shown = [name for name in names if any(name in run.values for group in groups for run in group.runs)]
+    runs = [run for group in groups for run in group.runs]
+    shown = [name for name in names if any(name in run.values for run in runs)]
     if len({protocol(group, "val/loss") for group in groups}) > 1:  # sums with unlike weights
         shown = [name for name in shown if not name.endswith("/loss")]
-    shown = [name for name in shown if not of_candidates([run for group in groups for run in group.runs], name).endswith("not comparable")]
-    columns = min(4, max(1, len(shown)))
-    lines = max(1, -(-len(shown) // columns))
-    head = 0.28 * -(-len(groups) // 2) + 0.1
-    figure = Figure(figsize=(3.6 * columns, 2.6 * lines + head))
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for panel in panels.flat[len(shown) :]:
-        panel.set_visible(False)
-    for panel, name in zip(panels.flat, shown, strict=False):
-        for i, group in enumerate(groups):
-            series = [run.values[name] for run in group.runs if name in run.values]
-            steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
-            if not steps:
-                continue
-            low, middle, high = ([function([s[step] for s in series]) * column(name)[1] for step in steps] for function in (min, statistics.mean, max))
-            colour = COLOURS[i % len(COLOURS)]
-            panel.plot(steps, middle, color=colour, linewidth=1.5, marker="o" if len(steps) == 1 else None)
-            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        told = column(name)[0].removeprefix("train/")
-        told += of_candidates([run for group in groups for run in group.runs], name)
-        panel.set_title(f"{told}, {'training' if name.startswith('train/') else 'held out'}", fontsize=10, loc="left")
-        panel.grid(alpha=0.25)
-        panel.tick_params(labelsize=8)
-        panel.set_xlabel("step", fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=chart_label(group.label)) for i, group in enumerate(groups)]
-    figure.legend(handles=handles, loc="upper left", ncols=2, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - head / figure.get_figheight()))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    shown = [name for name in shown if not of_candidates(runs, name).endswith("not comparable")]
+    panels = []
+    for name in shown:
+        factor = column(name)[1]
+        lines = {group.label: line for group in groups if (line := _line([run.values[name] for run in group.runs if name in run.values], factor))}
+        title = heading(name, groups).removeprefix("train/") + (", training" if name.startswith("train/") else ", held out")
+        panels.append(plots.Lines(title, lines))
+    return plots.draw(panels, [group.label for group in groups])
 
 
-def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
-    """HTML; the best mean of each column is bold where it differs from the second best over seeds."""
+def _line(series: Sequence[Mapping[int, float]], factor: float) -> plots.Line | None:
+    """Mean and span over seeds at the steps that all of them have; None without such a step."""
+    steps = sorted(set.intersection(*(set(values) for values in series))) if series else []
+    low, middle, high = ([function([values[step] for values in series]) * factor for step in steps] for function in (min, statistics.mean, max))
+    return plots.Line(steps, middle, low, high) if steps else None
+
+
+def _table(columns: Sequence[str], groups: Sequence[Group]) -> Markup:
+    """The best mean of each column is bold where it differs from the second best over seeds."""
     header = ("", "runs", "steps", *(heading(name, groups) for name in columns))
     rows = [[group.label, str(len(group.runs)), f"{group.steps:,}"] for group in groups]
     bold = set()
@@ -238,7 +217,7 @@ def _table(columns: Sequence[str], groups: Sequence[Group]) -> str:
             rows[y].append(spread(values, column(name)[1]) if (values := group.values(name)) else "not measured")
         if (best := surely_best(name, groups)) is not None:
             bold.add((best, x))
-    return report.table(header, rows, bold)
+    return html.table(header, rows, bold)
 
 
 def heading(metric: str, groups: Sequence[Group]) -> str:
@@ -246,11 +225,11 @@ def heading(metric: str, groups: Sequence[Group]) -> str:
     return column(metric)[0] + of_candidates([run for group in groups for run in group.runs], metric)
 
 
-def _differences_over_seeds(columns: Sequence[str], groups: Sequence[Group]) -> str:
-    """HTML: a line a pair and metric."""
+def _differences_over_seeds(columns: Sequence[str], groups: Sequence[Group]) -> Markup:
+    """A line a pair and metric."""
     rows = [(column(each.metric)[0], f"{each.a} - {each.b}", str(each), each.over.seeds) for each in all_apart(columns, groups)]
-    note = "<p>Differences of runs of one seed: mean [95 % interval of Student's t], two-sided p, not corrected for the number of comparisons.</p>"
-    return note + report.table(("", "rows", "difference", "seeds"), rows) if rows else ""
+    note = html.note("Differences of runs of one seed: mean [95 % interval of Student's t], two-sided p, not corrected for the number of comparisons.")
+    return note + html.table(("", "rows", "difference", "seeds"), rows) if rows else Markup()
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -287,24 +266,24 @@ def write_comparison(
         OSError: they cannot be written.
     """
     made = tables(groups)
-    numbers = ""
+    numbers = Markup()
     for where, columns, members in made:
         several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
-        numbers += f"<p>Last evaluation, {html.escape(where)}, at most 256 pictures, sigma 0{several}. {BOLD}</p>" + _table(columns, members)
+        numbers += html.note(f"Last evaluation, {where}, at most 256 pictures, sigma 0{several}. {BOLD}") + _table(columns, members)
         numbers += _differences_over_seeds(columns, members)
         left_out = [name for name in METRICS if name not in columns and any(group.values(name) for group in members)]
         if left_out:
-            numbers += f"<p>Not in one table, for it means something else in each row: {html.escape(', '.join(column(name)[0] for name in left_out))}.</p>"
+            numbers += html.note(f"Not in one table, for it means something else in each row: {', '.join(column(name)[0] for name in left_out)}.")
     drawn = curves(groups)
     sheets = [(group.label, found) for group in groups if (found := sheet(group.runs[0])) is not None]
-    shown = "".join(f"<figure>{report.picture(image, label)}<figcaption>{html.escape(label)}</figcaption></figure>" for label, image in sheets)
-    settings = report.table(("field", *(group.label for group in groups)), [(name, *found) for name, found in differences(groups)])
-    folders = report.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])
+    shown = html.figures([([html.picture(image, label)], label) for label, image in sheets]) if sheets else html.note("no sheets")
+    settings = html.table(("field", *(group.label for group in groups)), [(name, *found) for name, found in differences(groups)])
+    folders = html.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])
     all_sections = [
         *sections,
         ("Numbers", numbers),
-        ("Curves", report.picture(drawn, "curves of all runs")),
-        ("Original | VAE | rebuilt, the first pictures of the set, first seed", f'<div class="rows">{shown}</div>' if shown else "<p>no sheets</p>"),
+        ("Curves", html.picture(drawn, "curves of all runs")),
+        ("Original | VAE | rebuilt, the first pictures of the set, first seed", shown),
         ("What differs", settings),
         ("Runs", folders),
     ]
@@ -312,7 +291,7 @@ def write_comparison(
     apart_of_all = [as_json(each) for _, columns, members in made for each in all_apart(columns, members)]
     written = {"title": title, "groups": as_rows(groups), "differences": apart_of_all, **(more or {})}
     write_whole(path.with_suffix(".json"), json.dumps(written, indent=1) + "\n")
-    return report.write_page(path, title, lead, all_sections)
+    return html.write_page(path, title, lead, all_sections)
 
 
 def text_table(groups: Sequence[Group]) -> str:

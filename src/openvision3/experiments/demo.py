@@ -12,10 +12,12 @@ from pathlib import Path
 
 from openvision3.data import openmoji
 from openvision3.evaluate import protocol
+from openvision3.evaluate.metrics.captioning import words
 from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
 from openvision3.evaluate.peers.table import vae_functions
+from openvision3.experiments.watch import Curves
 from openvision3.progress import console, duration
-from openvision3.report import html as report
+from openvision3.report import html, plots, sheets
 from openvision3.train.pretrain import Outcome, pretrain_in_turn
 from openvision3.train.recipes import demo_high_res, demo_low_res
 
@@ -89,7 +91,7 @@ def _clear(out: Path) -> None:
 def _render(out: Path) -> None:
     """Draw what is about to be learned as one sheet, so that a person sees the data before the numbers."""
     data = openmoji.load_emoji()
-    sheet = report.grid([[openmoji.draw(e.character, 64) for e in data.train[i * 16 : i * 16 + 256 : 16]] for i in range(0, 160, 20)], ())
+    sheet = sheets.grid([[openmoji.draw(e.character, 64) for e in data.train[i * 16 : i * 16 + 256 : 16]] for i in range(0, 160, 20)], ())
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / "openmoji.png")
     dropped = "".join(f"; left out: {count} {why}" for why, count in data.dropped.items())
@@ -101,10 +103,7 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
     """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     percent = lambda group, name: f"{100 * r[group][name]:.1f}%"  # noqa: E731
-    first, last = (report.read_metrics(path.parent / name / "metrics.jsonl") for name in RUNS)
-    before = max(row["step"] for row in first)
-    metrics = [*first, *(row | {"step": before + row["step"]} for row in last)]
-    names = [f"train/{n}" for n in ("loss", "pixel", "latent", "contrastive", "caption", "grad_norm")] + ["rate", "samples_per_second"]
+    first, last = (Curves(path.parent / name).read() for name in RUNS)
     top = [
         ("PSNR rebuilt", f"{r['reconstruction']['psnr']:.2f} dB"),
         ("PSNR of its VAE", f"{r['vae_reconstruction']['psnr']:.2f} dB"),
@@ -121,30 +120,47 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
     ]
     zeroshot = [(row.name, row.count, f"{100 * row.accuracy:.1f}%") for row in findings.groups]
     shown = zip(rows, findings.emoji, findings.psnr, findings.vae_psnr, strict=False)
-    rebuilt = [(images, f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB") for images, e, own, vae in shown]
-    drawn = [openmoji.draw(e.character, 128) for e in findings.emoji[:SHOWN_CAPTIONS]]
-    cards = [(image, words, e.name) for image, words, e in zip(drawn, findings.written, findings.emoji, strict=False)]
-    measured = [(name, n.metric, f"{n.value:.4g}", n.count, n.how) for name, numbers in findings.results.items() for n in numbers]
-    protocols = report.table(("of", "metric", "value", "count", "how"), measured)
-    largest = percent("zeroshot", "zeroshot_largest_class_share")
-    zero_note = f"<p>{findings.without_group} emoji without a group are left out; the largest group holds {largest}.</p>"
-    sections = [
-        ("Numbers", report.numbers(top)),
-        ("Curves", report.picture(report.curves(metrics, names), "training curves")),
-        ("Original | VAE alone | rebuilt from tokens", report.triple_rows(rebuilt)),
-        ("Captions (above: written, below: true name)", report.caption_cards(cards)),
-        ("Zero-shot by emoji group", report.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),
-        ("How this was measured", protocols),
+    columns = ("original", "VAE alone", "rebuilt")
+    rebuilt = [
+        ([html.picture(image, f"{name}: {e.name}") for image, name in zip(images, columns, strict=True)], f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB")
+        for images, e, own, vae in shown
     ]
-    drawings = [max(row.get("samples", 0) for row in rows) for rows in (first, last)]
+    drawn = [openmoji.draw(e.character, 128) for e in findings.emoji[:SHOWN_CAPTIONS]]
+    cards = [
+        html.caption_card(image, caption, e.name, words(caption) == words(e.name))
+        for image, caption, e in zip(drawn, findings.written, findings.emoji, strict=False)
+    ]
+    measured = [(name, n.metric, f"{n.value:.4g}", n.count, n.how) for name, numbers in findings.results.items() for n in numbers]
+    largest = percent("zeroshot", "zeroshot_largest_class_share")
+    zero_note = html.note(f"{findings.without_group} emoji without a group are left out; the largest group holds {largest}.")
+    sections = [
+        ("Numbers", html.numbers(top)),
+        ("Curves", html.picture(_curves(first, last), "training curves")),
+        ("Original | VAE alone | rebuilt from tokens", html.figures(rebuilt)),
+        ("Captions (above: written, below: true name)", html.cards(cards)),
+        ("Zero-shot by emoji group", html.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),
+        ("How this was measured", html.table(("of", "metric", "value", "count", "how"), measured)),
+    ]
+    drawings = [int(run.last("samples") or 0) for run in (first, last)]
     training = outcome.pipeline.training
-    phases = f"{before} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
+    phases = f"{first.step} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
     lead = (
         f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
         "test emoji, of whose families (other skin tones, other genders, drawings that are alike) nothing was trained on, and others than those "
         "evaluated on the way; examples are the first of the set, not chosen."
     )
-    footer = "Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."
-    return report.write_page(
-        path, f"OpenVision 3 after {duration(training['started_from']['seconds'] + training['seconds'])} of training", lead, sections, footer
-    )
+    title = f"OpenVision 3 after {duration(training['started_from']['seconds'] + training['seconds'])} of training"
+    footer = ["Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."]
+    return html.write_page(path, title, lead, sections, footer)
+
+
+def _curves(first: Curves, last: Curves) -> bytes:
+    """A panel a metric, the second phase after the first. PNG."""
+    names = [*(f"train/{part}" for part in ("loss", "pixel", "latent", "contrastive", "caption", "grad_norm")), "rate", "samples_per_second"]
+    panels = []
+    for name in names:
+        points = first.values.get(name, {}) | {first.step + step: value for step, value in last.values.get(name, {}).items()}
+        if points:
+            title = f"{name.removeprefix('train/')}: {list(points.values())[-1]:.3g}"
+            panels.append(plots.Lines(title, {"": plots.Line(list(points), list(points.values()))}))
+    return plots.draw(panels, [""])

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from openvision3.files import write_whole
 from openvision3.progress import duration
-from openvision3.report.plots import chart_label
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "red", "blue")
 MARKS = "*x+o#@"
@@ -342,38 +341,17 @@ def draw(names: Sequence[str], path: str | Path, metrics: Sequence[str] = ()) ->
     Raises:
         ValueError: no such run folder, or nothing to draw. OSError: `path` cannot be written.
     """
-    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
+    from openvision3.report import plots
 
     runs = open_runs(names)
     shown = chosen(runs, metrics)
     if not shown:
         raise ValueError(f"no numbers yet in {', '.join(str(run.file) for run in runs)}: nothing to draw")
-    columns = min(4, len(shown))
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * lines + 0.4 * (len(runs) > 1)))
-    panels = figure.subplots(lines, columns, squeeze=False)
-    colours = ("#0e7490", "#c026d3", "#ca8a04", "#16a34a", "#dc2626", "#2563eb")
-    for panel in panels.flat[len(shown) :]:
-        panel.set_visible(False)
-    for panel, name in zip(panels.flat, shown, strict=False):
-        for i, run in enumerate(runs):
-            points = run.values.get(name, {})
-            if points:
-                marker = "o" if len(points) == 1 else None
-                panel.plot(
-                    list(points), list(points.values()), color=colours[i % len(colours)], linewidth=1.5, marker=marker, label=chart_label(str(run.folder))
-                )
+    labels = [str(run.folder) for run in runs] if len(runs) > 1 else [""]
+    panels = []
+    for name in shown:
         single = f": {number(value)}" if len(runs) == 1 and (value := runs[0].last(name)) is not None else ""
-        panel.set_title(name.removeprefix("train/") + of_candidates(runs, name) + single, fontsize=10, loc="left")
-        panel.grid(alpha=0.25)
-        panel.tick_params(labelsize=8)
-        panel.set_xlabel("step", fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1:
-        from matplotlib.lines import Line2D
-
-        handles = [Line2D([], [], color=colours[i % len(colours)], label=chart_label(str(run.folder))) for i, run in enumerate(runs)]
-        figure.legend(handles=handles, loc="upper left", ncols=min(4, len(runs)), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight() if len(runs) > 1 else 1))
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+        lines = {label: plots.Line(list(points), list(points.values())) for label, run in zip(labels, runs, strict=True) if (points := run.values.get(name))}
+        panels.append(plots.Lines(name.removeprefix("train/") + of_candidates(runs, name) + single, lines))
+    write_whole(path, plots.draw(panels, labels))
     return len(shown)

@@ -1,6 +1,137 @@
-"""Figures that every page and document shares."""
+"""Every figure of pages and documents: one palette, one style, and panels of lines, bars or histograms. Matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
+"""The colours of Okabe and Ito, which colour-blind readers can tell apart; grey stands for their yellow, which is too light on white."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """y over x, with a band from `low` to `high` where they are given."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A panel of lines, by name."""
+
+    title: str
+    lines: Mapping[str, Line]
+    x_label: str = "step"
+    points: bool = False
+    """mark every point"""
+
+    def draw(self, axes: Axes, colours: Mapping[str, str]) -> None:
+        for name, line in self.lines.items():
+            marker = "o" if self.points or len(line.x) == 1 else None
+            axes.plot(line.x, line.y, color=colours[name], linewidth=1.5, marker=marker, markersize=4)
+            if len(line.low):
+                axes.fill_between(line.x, line.low, line.high, color=colours[name], alpha=0.15, linewidth=0)
+        axes.set_xlabel(self.x_label, fontsize=8)
+        axes.grid(alpha=0.25)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A panel of how often values occur, by name, in bins that all names share."""
+
+    title: str
+    values: Mapping[str, Sequence[float]]
+    bins: int = 40
+
+    def draw(self, axes: Axes, colours: Mapping[str, str]) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        low, high = min(map(min, self.values.values())), max(map(max, self.values.values()))
+        for name, values in self.values.items():
+            axes.hist(values, bins=self.bins, range=(low, high if high > low else low + 1), alpha=0.5, color=colours[name])
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value, with the ends of its interval where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A panel of groups of bars: (label below the group, bars by name). Without a group it shows `otherwise`."""
+
+    title: str
+    groups: Sequence[tuple[str, Mapping[str, Bar]]]
+    otherwise: str = ""
+
+    def draw(self, axes: Axes, colours: Mapping[str, str]) -> None:
+        if not self.groups:
+            axes.text(0.5, 0.5, self.otherwise, ha="center", va="center", fontsize=9, transform=axes.transAxes)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            return
+        names = [name for name in colours if any(name in bars for _, bars in self.groups)]
+        width = 1 / (len(names) + 1)
+        for number, name in enumerate(names):
+            for place, bar in [(group + number * width, bars[name]) for group, (_, bars) in enumerate(self.groups) if name in bars]:
+                axes.bar(place, bar.value, width=0.9 * width, color=colours[name])
+                if bar.low is not None and bar.high is not None:
+                    axes.vlines(place, bar.low, bar.high, color="#444444", linewidth=1)
+        centres = [group + (len(names) - 1) / 2 * width for group in range(len(self.groups))]
+        crowded = len(self.groups) > 4
+        axes.set_xticks(centres, [chart_label(label) for label, _ in self.groups], fontsize=7, rotation=90 if crowded else 0)
+
+
+Panel = Lines | Histogram | Bars
+
+
+def draw(panels: Sequence[Panel], names: Sequence[str], *, width: float = 3.6, height: float = 2.6, columns: int = 4) -> bytes:
+    """A PNG of all panels in rows of `columns`, each `width` x `height` inches.
+
+    `names` are those of lines, values and bars: the same name has the same colour in every panel, and the legend shows all but "".
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+    from matplotlib.patches import Patch
+
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+    labels = {name: chart_label(name) for name in names if name}
+    columns = max(1, min(columns, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    legend_columns = max(1, min(len(labels), int(columns * width * 12 / (max(map(len, labels.values()), default=0) + 6))))
+    legend_rows = -(-len(labels) // legend_columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.2 * legend_rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in places:
+        axes.set_visible(False)
+    for axes, panel in zip(figure.axes, panels, strict=False):
+        axes.set_visible(True)
+        panel.draw(axes, colours)
+        axes.set_title(panel.title, fontsize=10, loc="left")
+        axes.tick_params(axis="y", labelsize=8)
+        if not isinstance(panel, Bars):
+            axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if labels:
+        handles = [Patch(color=colours[name], label=label) for name, label in labels.items()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=legend_columns, frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def chart_label(name: str) -> str:

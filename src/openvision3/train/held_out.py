@@ -21,7 +21,7 @@ from openvision3.evaluate.metrics.reconstruction import psnr
 from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
 from openvision3.model import losses
 from openvision3.pipeline import Pipeline
-from openvision3.report.html import grid
+from openvision3.report.sheets import grid
 from openvision3.train.config import RunConfig
 
 EVALUATED = 256
