@@ -9,9 +9,11 @@ import pytest
 
 from openvision3.cli import data as cli_data
 from openvision3.cli import verbs
+from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS
 from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.results import TableOptions
+from openvision3.cli.train import configure_run
 from openvision3.estimate.sizes import Options
 from openvision3.experiments.ablate import ABLATIONS, AblationOptions, base_config
 from openvision3.train.recipes import IN_TURN, RECIPES
@@ -32,7 +34,7 @@ def commands(text: str) -> Iterator[list[str]]:
         words = shlex.split(told)
         if "slurm.sbatch" in line:
             words = ["train", *words]
-        if words and words[0] in verbs.VERBS and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE", "NAME", "WHAT")):
+        if words and words[0] in verbs() and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE", "NAME", "WHAT")):
             yield words
 
 
@@ -44,25 +46,25 @@ def check(words: list[str]) -> None:
     if verb in ("train", "estimate"):
         name, *fields = rest
         if verb == "estimate":
-            _, fields = verbs.parse(Options, fields, "estimate", return_unknown_args=True)
+            _, fields = parse(Options, fields, "estimate", return_unknown_args=True)
         for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
-            verbs._configured(recipe, fields)
+            configure_run(recipe, fields)
     elif verb == "ablate":
-        options, fields = verbs.parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
-        ABLATIONS[rest[0]].cells(options.recipe, base_config(options, verbs._configured(options.recipe, fields)))
+        options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
+        ABLATIONS[rest[0]].cells(options.recipe, base_config(options, configure_run(options.recipe, fields)))
     elif verb == "evaluate":
-        verbs.parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
+        parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
         assert rest[0] in (*KINDS, "all", "table")
     elif verb == "data":
         needed = {"recaption": ["--model", "x", "--out", "x"], "latents": ["--out", "x"]}.get(rest[0], [])
         given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
-        verbs.parse(
-            verbs.deferred(cli_data.VERBS[rest[0]]),
+        parse(
+            deferred(cli_data.VERBS[rest[0]]),
             [*given, *(w for a, w in zip(needed[::2], needed[1::2], strict=True) for w in (a, w) if a not in rest)],
             "data",
         )
     else:
-        verbs.parse(verbs.deferred(verbs.VERBS[verb]), rest, verb)
+        parse(deferred(verbs()[verb]), rest, verb)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

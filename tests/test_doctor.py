@@ -15,7 +15,7 @@ import torch
 from PIL import features
 
 from openvision3 import cli, doctor
-from openvision3.cli import verbs
+from openvision3.cli.train import lines_of_a_trial
 from openvision3.doctor import examine
 from openvision3.train import trial
 
@@ -39,7 +39,7 @@ def test_a_trial_of_training_reports_losses_speed_and_memory_and_is_well(capsys)
     assert len(found["losses"]) == len(found["gradient_norms"]) == trial.STEPS and all(map(math.isfinite, found["losses"]))
     assert found["samples_per_second"] > 0 and found["peak_memory_gb"] > 0 and found["precision"].startswith("fp32")
     assert found["waits_per_step"] is None and found["collectives"] == {} and found["problems"] == []
-    assert any("not measurable on a CPU" in line for line in verbs.lines_of_a_trial(found))
+    assert any("not measurable on a CPU" in line for line in lines_of_a_trial(found))
 
 
 def test_a_trial_of_training_that_goes_wrong_says_what_and_ends_with_1(monkeypatch, capsys):

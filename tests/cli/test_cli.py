@@ -17,7 +17,7 @@ from tiny_pipeline import pipeline, write_photo
 
 import openvision3 as ov3
 from openvision3 import cli
-from openvision3.cli import verbs
+from openvision3.cli import use
 from openvision3.train import held_out
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(work, model, capsys, mo
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a disk that nobody can write to is needed, root included")
 def test_a_place_that_cannot_be_written_to_is_one_line_before_any_work(work, model, capsys, monkeypatch):
-    monkeypatch.setattr(verbs, "_load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(use, "_load", lambda *_: pytest.fail("the model was loaded first"))
     assert "nothing can be written into /proc" in refused(capsys, "encode", "pics/a.png", "--model", model, "--out", "/proc/tokens")
 
 
@@ -296,7 +296,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line_before_any_work(work, mod
 def test_output_names_never_collide_whatever_the_pictures_are_called():
     names: dict[str, int] = {}
     stems = ["a", "a-2", "a", "a", "a-2", "a-3", "a-2-2", "a"]
-    assert len({verbs._unused(stem, names) for stem in stems}) == len(stems)
+    assert len({use._unused(stem, names) for stem in stems}) == len(stems)
 
 
 def test_output_stays_in_its_folder_for_strange_names(work, model, capsys):
@@ -376,7 +376,7 @@ def test_help_and_early_errors_do_not_wait_for_torch(argv):
 def test_help_lists_every_verb_and_each_has_help_of_its_own(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in verbs.VERBS:
+    for verb in cli.verbs():
         assert f"\n  {verb} " in text
         if verb in ("train", "estimate", "ablate", "evaluate", "data"):
             assert cli.main([verb, "--help"]) == 0

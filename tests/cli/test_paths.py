@@ -14,9 +14,9 @@ import pytest
 from tiny_pipeline import pipeline, write_photo
 
 from openvision3 import cli
+from openvision3.cli import common, results, train
 from openvision3.cli import data as cli_data
 from openvision3.cli import evaluate as cli_evaluate
-from openvision3.cli import verbs
 from openvision3.cli.paths import check_apart, expand_home, expand_value
 from openvision3.cli.results import print_tables
 from openvision3.data.text import TextTokenizer
@@ -38,9 +38,9 @@ class Parsed(Exception):
 
 
 def targets(monkeypatch) -> dict[str, Any]:
-    """What each command hands to `verbs.parse`: a dataclass or a verb. Commands with help of their own are asked by a name that they know."""
+    """What each command hands to `common.parse`: a dataclass or a verb. Commands with help of their own are asked by a name that they know."""
     seen: dict[str, Any] = {}
-    real = verbs.parse
+    real = common.parse
 
     def parse(target: Any, argv: Any, program: str, **settings: Any) -> Any:
         seen[f"{program} {target.__name__}"] = target
@@ -48,12 +48,13 @@ def targets(monkeypatch) -> dict[str, Any]:
             return real(target, argv, program, **settings)
         raise Parsed
 
-    monkeypatch.setattr(verbs, "parse", parse)
+    for module in (common, train, cli_evaluate, results):
+        monkeypatch.setattr(module, "parse", parse)
     inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
-    for verb in verbs.VERBS:
+    for verb in cli.verbs():
         for rest in inner.get(verb, [""]):
             with pytest.raises(Parsed):
-                verbs._run([verb, *filter(None, [rest])], verbs.VERBS, "openvision3", "")
+                common.run_verb([verb, *filter(None, [rest])], cli.verbs(), "openvision3", "")
     return seen
 
 
@@ -83,9 +84,9 @@ def test_every_option_of_every_command_expands_the_tilde_or_holds_words(monkeypa
     assert not wrong, f"give these the hint PathName, or name them in TEXTS: {wrong}"
 
 
-def parsed(monkeypatch, verb: str, *argv: str, commands: Any = verbs.VERBS) -> dict[str, Any]:
+def parsed(monkeypatch, verb: str, *argv: str, commands: Any = None) -> dict[str, Any]:
     """The arguments that a verb gets."""
-    return verbs.parse(verbs.deferred(commands[verb]), argv, f"openvision3 {verb}").keywords
+    return common.parse(common.deferred((commands or cli.verbs())[verb]), argv, f"openvision3 {verb}").keywords
 
 
 def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_and_nowhere_in_words(monkeypatch, tmp_path):
@@ -101,9 +102,9 @@ def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_
         "~/x",
         f"{tmp_path}/s.png",
     ]
-    options = verbs.parse(cli_evaluate.Options, ["--peer-folder", "flux-vae=~/w", "--data", "~/a", "b", "--out=~/o"], "openvision3 evaluate")
+    options = common.parse(cli_evaluate.Options, ["--peer-folder", "flux-vae=~/w", "--data", "~/a", "b", "--out=~/o"], "openvision3 evaluate")
     assert options.peer_folder == (f"flux-vae={tmp_path}/w",) and options.data == (f"{tmp_path}/a", "b") and options.out == f"{tmp_path}/o"
-    config = verbs._configured("tiny", ["--model.vae.name=~/vae", "--val=~/v", "--tokenizer=~/t.json", "--init", "~"])
+    config = train.configure_run("tiny", ["--model.vae.name=~/vae", "--val=~/v", "--tokenizer=~/t.json", "--init", "~"])
     assert (config.model.vae.name, config.val, config.tokenizer, config.init) == (f"{tmp_path}/vae", (f"{tmp_path}/v",), f"{tmp_path}/t.json", str(tmp_path))
 
 

@@ -16,7 +16,7 @@ from shapes import FLUX
 from small_runs import metrics, pictures
 
 from openvision3 import cli
-from openvision3.cli import verbs
+from openvision3.cli.train import configure_run
 from openvision3.data.text import TextTokenizer
 from openvision3.hub import read_config
 from openvision3.train.checkpoint import complete_checkpoints
@@ -138,7 +138,7 @@ def test_high_res_starts_from_low_res_and_names_the_run_that_it_lacks(tmp_path, 
 
 
 def test_the_other_size_of_high_res_is_one_field(tmp_path):
-    config = verbs._configured("base_high_res", ["--size", "224"])
+    config = configure_run("base_high_res", ["--size", "224"])
     assert (config.size, config.batch, config.init) == (224, 4096, "runs/base_low_res")
 
 

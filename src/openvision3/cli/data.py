@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
+from openvision3.cli.common import Device, Json, run_verb
 from openvision3.cli.paths import check_apart
-from openvision3.cli.verbs import Device, Json
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
@@ -340,6 +340,11 @@ def fingerprint(
 
 
 VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint)}
+
+
+def data(argv: Sequence[str]) -> int:
+    """Prepare pictures with words for training: openvision3 data COMMAND ..."""
+    return run_verb(argv, VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
 
 
 # -- what the verbs share ------------------------------------------------------------------------------------------

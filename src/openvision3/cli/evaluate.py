@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
+from openvision3.cli.common import output_folder, parse, unknown
 from openvision3.settings import NamedPath, PathName
 
 if TYPE_CHECKING:
@@ -185,9 +186,7 @@ class Evaluation:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Measure a model, and peers by the same code: openvision3 evaluate reconstruction|retrieval|captioning|zeroshot|probe|all MODEL --data ..."""
-    from openvision3.cli.verbs import parse, unknown
-
+    """Measure a model, and its peers by the same code: openvision3 evaluate WHAT [MODEL] --data DATA"""
     program = "openvision3 evaluate"
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -227,11 +226,10 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
     import torch
 
     from openvision3 import distributed
-    from openvision3.cli.verbs import _output_folder
     from openvision3.device import choose_device
     from openvision3.evaluate.results import NotRun
 
-    _output_folder(options.out, (*options.data, *options.train))
+    output_folder(options.out, (*options.data, *options.train))
     options.device = choose_device(options.device)
     if options.precision == "fp32":  # cuDNN would take TF32 for it
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

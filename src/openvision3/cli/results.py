@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from openvision3.cli.common import output_folder, parse
 from openvision3.settings import PathName
 
 if TYPE_CHECKING:
@@ -65,14 +66,13 @@ def tell_left_out(results: Results, of: str = "") -> None:
 
 def table(argv: Sequence[str]) -> int:
     """Results of several evaluations on one page, like beside like."""
-    from openvision3.cli.verbs import _output_folder, parse
     from openvision3.evaluate.page import write_summary
     from openvision3.evaluate.results import Results, Scores, split, with_differences
 
     options = parse(TableOptions, argv, "openvision3 evaluate table")
     if not options.results:
         raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
-    _output_folder(str(Path(options.out).parent))
+    output_folder(str(Path(options.out).parent))
     given = list({os.path.realpath(path): path for path in options.results}.values())
     found = [Results.load(path) for path in given]
     all_rows = list(dict.fromkeys(row for each in found for row in each.rows))
