@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import errno
+import io
 import json
 import os
 import sys
@@ -17,7 +17,7 @@ from PIL import Image
 
 from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_captions, decode_text, json_object, text_captions, too_large
 from openvision3.data.images import ImageError, open_image
-from openvision3.data.shards.members import Member, Problem, TarMembers, is_picture, unusable
+from openvision3.data.shards.members import Member, Problem, TarScan, is_picture, unusable
 from openvision3.data.sources import FolderSource
 
 ORIGINAL = "org_caption"
@@ -33,25 +33,19 @@ class CaptionShard:
     def __init__(self, path: str, target: Path):
         self.path, self.target = path, target
         self.size = os.path.getsize(path)
-        self.damage, self.lost = "", False
+        self.is_missing_members = False
         self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
-        """Read the headers and the JSON. Raises ValueError: captions would be written over."""
+        """Read the headers and the JSON. Raises ValueError: captions would be overwritten."""
         self.size = os.path.getsize(self.path)
-        found: dict[str, dict[str, Member]] = {}
-        with open(self.path, "rb") as file:
-            tar = TarMembers(file, self.path)
-            self.members = list(tar)
-            self.damage, self.lost = tar.damage, tar.lost
-        for member in self.members:
-            if member.offset:
-                found.setdefault(member.stem, {})[member.extension] = member
-        self.samples = [(stem, parts) for stem, parts in found.items() if any(map(is_picture, parts))]
+        tar = TarScan(self.path).read()
+        self.members, self.is_missing_members = tar.members, tar.is_missing_members
+        self.samples = [(stem, members) for stem, members in tar.samples.items() if any(map(is_picture, members))]
         self.problems = [p | {"key": f"{self.path} {p['key']}".rstrip()} for p in tar.problems(len(self.samples))]
         if not self.samples:
-            told = [problem for stem, parts in found.items() if (problem := unusable(stem, parts))]
-            self.problems += [told[0] | {"key": self.path}] if told else []
+            reasons = [problem for stem, members in tar.samples.items() if (problem := unusable(stem, members))]
+            self.problems += [reasons[0] | {"key": self.path}] if reasons else []
             self.problems += [] if self.problems else [{"key": self.path, "reason": "empty shard", "detail": "no members"}]
         self.name = name
         self.values: list[dict | None] = []
@@ -100,59 +94,59 @@ class CaptionShard:
         return open_image(data)
 
     def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
-        """All members as they were, the JSON with its new fields; a sample without JSON gets one behind its last member."""
-        new: dict[int, bytes] = {}
-        behind: dict[int, tarfile.TarInfo] = {}
-        place = {id(member): number for number, member in enumerate(self.members)}
-        for (_, parts), values, result in zip(self.samples, self.values, results, strict=True):
+        """Copy all members byte for byte, but the JSON, which gains its fields; a sample without JSON gets one behind its last member."""
+        new: dict[int, tuple[Member, bytes]] = {}
+        """{number of a member: the JSON that replaces it or comes behind it, with the member whose header it takes}"""
+        numbers = {member.start: number for number, member in enumerate(self.members)}
+        for (_, members), values, result in zip(self.samples, self.values, results, strict=True):
             if values is None:
                 continue
-            told = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
-            told |= {self.name: result["caption"]} if "caption" in result else {}
-            told[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
-            number = place[id(parts["json"])] if "json" in parts else max(place[id(m)] for m in parts.values())
-            new[number] = json.dumps(told).encode()
-            if "json" not in parts:
-                picture = next(m for extension, m in parts.items() if is_picture(extension))
-                behind[number] = copy.copy(picture.info)
-                behind[number].name = picture.info.name[: -len(picture.extension)] + "json"
-        with open(self.path, "rb") as source:
+            values = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
+            values |= {self.name: result["caption"]} if "caption" in result else {}
+            values[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
+            like = members.get("json") or next(member for extension, member in members.items() if is_picture(extension))
+            last = like if like.extension == "json" else max(members.values(), key=lambda member: member.start)
+            new[numbers[last.start]] = like, json.dumps(values).encode()
+        with open(self.path, "rb") as source, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
             for number, member in enumerate(self.members):
-                if number in new and number not in behind:
-                    _copy(source, out, member.start, member.info.offset)
-                    _put(out, member.info, new[number])
-                else:
-                    _copy(source, out, member.start, member.end)
-                    if number in behind:
-                        _put(out, behind[number], new[number])
-        out.write(tarfile.NUL * 2 * tarfile.BLOCKSIZE)
-        out.write(tarfile.NUL * (-out.tell() % tarfile.RECORDSIZE))
+                replaced = number in new and member.extension == "json"
+                _copy(source, tar, member.start, member.header if replaced else member.end)
+                if number in new:
+                    like, data = new[number]
+                    tar.addfile(_json_header(source, like, len(data)), io.BytesIO(data))
 
 
-def _copy(source: BinaryIO, out: BinaryIO, start: int, end: int) -> None:
+def _copy(source: BinaryIO, tar: tarfile.TarFile, start: int, end: int) -> None:
+    """Copy bytes of a tar as they are."""
     source.seek(start)
+    padding = -(end - start) % tarfile.BLOCKSIZE  # the last member of a shard that is cut off may lack its filling
+    tar.offset += end - start + padding  # type: ignore[attr-defined]
     while start < end:
         piece = source.read(min(1 << 20, end - start))
         if not piece:
             raise OSError(errno.EIO, "it became shorter while it was read", source.name)
-        out.write(piece)
+        tar.fileobj.write(piece)  # type: ignore[union-attr]
         start += len(piece)
-    out.write(tarfile.NUL * (-out.tell() % tarfile.BLOCKSIZE))  # the last member of a shard that is cut off may lack its filling
+    tar.fileobj.write(tarfile.NUL * padding)  # type: ignore[union-attr]
 
 
-def _put(out: BinaryIO, info: tarfile.TarInfo, data: bytes) -> None:
-    info = copy.copy(info)
-    info.size, info.type, info.linkname = len(data), tarfile.REGTYPE, ""  # in place of a link there is a file
+def _json_header(source: BinaryIO, like: Member, size: int) -> tarfile.TarInfo:
+    """The header of a JSON of `size` bytes, with name, owner and dates of the member `like`."""
+    source.seek(like.header)
+    with tarfile.open(fileobj=source, mode="r:") as tar:
+        info = tar.next()
+    assert info is not None
+    if like.extension != "json":
+        info.name = info.name[: -len(like.extension)] + "json"
+    info.size, info.type, info.linkname = size, tarfile.REGTYPE, ""  # a file replaces a link
     info.pax_headers = {name: value for name, value in info.pax_headers.items() if name not in ("size", "path")}
-    out.write(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-    out.write(data)
-    out.write(tarfile.NUL * (-len(data) % tarfile.BLOCKSIZE))
+    return info
 
 
 class CaptionFolder:
     """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
 
-    damage, lost = "", False
+    is_missing_members = False
 
     def __init__(self, folder: str, target: Path):
         self.path, self.target = folder, target

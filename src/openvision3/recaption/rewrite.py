@@ -154,7 +154,7 @@ def recaption(
             try:
                 job.open(name, caption_key, replace)
                 tally.problems += job.problems
-                if job.lost or not len(job):  # a copy that lacks members would be taken for the shard
+                if job.is_missing_members or not len(job):  # a copy that lacks members would be taken for the shard
                     tally.unwritten += 1
                 else:
                     describe = describe or load()  # before anything is written

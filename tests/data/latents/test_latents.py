@@ -548,7 +548,7 @@ def test_a_damaged_entry_is_replaced_and_listed(cache, folder, words, tmp_path):
     out = tmp_path / "c"
     shutil.copytree(cache.folder, out)
     with open(out / "part-000002.safetensors", "r+b") as part:
-        part.seek(cache._part(2).place("latents"))
+        part.seek(cache._part(2).starts["latents"])
         part.write(bytes(2 * CROPS * 512))
     made = batches(FolderSource(folder), words, LatentCache.open(out), pixel_share=0.0)
     first(made, 10)

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from openvision3.data.images import Box
 from openvision3.data.sources import Source
+from openvision3.data.tensor_file import TensorFile
 from openvision3.draws import draw_seed
 
 FORMAT = "openvision3 latents 2"
@@ -107,74 +107,46 @@ def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: 
     return source.crop(index, size, torch.Generator().manual_seed(draw_seed(seed, "crop", key, crop)))
 
 
-class Tensors:
-    """Where the tensors of a safetensors file lie. Raises OSError; ValueError where it is no such file, or a cut one."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                length = struct.unpack("<Q", file.read(8))[0]
-                if length > size - 8:
-                    raise ValueError("its header is cut off")
-                self.head: dict[str, Any] = json.loads(file.read(length))
-                self.start = 8 + length
-                if self.start + max(entry["data_offsets"][1] for name, entry in self.head.items() if name != "__metadata__") != size:
-                    raise ValueError("it is not as long as its header says")
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, RecursionError) as error:
-                raise ValueError(f"{path} is not a whole safetensors file: {error or type(error).__name__}") from error
-
-    def map(self, name: str, dtype: str) -> np.ndarray:
-        start, end = self.head[name]["data_offsets"]
-        count = (end - start) // np.dtype(dtype).itemsize
-        return np.memmap(self.path, dtype, "r", self.start + start, (count,)) if count else np.empty(0, dtype)
-
-
 class Part:
-    """A part whose header has been read; within `with` it is open, and what is wanted is read from it at offsets.
+    """A part whose header has been read; within `with part.open()` bytes are read from it at offsets.
 
     Raises:
         OSError; ValueError: no whole part, or one of another cache.
     """
 
     def __init__(self, folder: Path, number: int, settings: LatentSettings):
-        found = Tensors(folder / part_name(number))
-        self.path = found.path
+        self.path = folder / part_name(number)
         try:
-            notes = json.loads(found.head.get("__metadata__", {}).get("openvision3", "{}"))
-            vae, part = notes.get("vae_sha256"), notes.get("part")
-            latents = found.head["latents"]
-            dtype, shape = latents["dtype"], tuple(latents["shape"])
-            self.count = int(shape[0])
-            self._at = {name: found.start + int(found.head[name]["data_offsets"][0]) for name in TENSORS}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is damaged: its header lacks or misspells {error}; {AGAIN}") from error
+            file = TensorFile(self.path)
+            notes = json.loads(file.metadata["openvision3"])
+            vae, part = notes["vae_sha256"], notes["part"]
+            self.starts = {name: file.places[name].start for name in TENSORS}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged: {error}; {AGAIN}") from error
         if vae != settings.vae_sha256 or part != number:
             raise ValueError(f"{self.path} is part {part} of a cache of VAE {str(vae)[:12]}..., not of this one")
-        if shape != (self.count, settings.crops, *settings.shape) or dtype != "BF16":
-            raise ValueError(f"{self.path} holds latents of another shape: {dtype} {list(shape)}")
+        latents = file.places["latents"]
+        if latents.shape[1:] != (settings.crops, *settings.shape) or latents.dtype != "BF16":
+            raise ValueError(f"{self.path} holds latents of another shape: {latents.dtype} {list(latents.shape)}")
+        self.count = latents.shape[0]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[PartReader]:
         with open(self.path, "rb", buffering=0) as file:
             yield PartReader(self, file.fileno())
 
-    def place(self, name: str) -> int:
-        return self._at[name]
-
 
 class PartReader:
-    """Bytes of an open part, at offsets, so that nobody shares a position."""
+    """Reads bytes of an open part at offsets, so that processes do not share a position."""
 
     def __init__(self, part: Part, descriptor: int):
         self.part, self.descriptor, self.count = part, descriptor, part.count
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        found = os.pread(self.descriptor, length, self.part.place(name) + offset)
-        if len(found) != length:
+        data = os.pread(self.descriptor, length, self.part.starts[name] + offset)
+        if len(data) != length:
             raise ValueError(f"{self.part.path} ends before it should")
-        return found
+        return data
 
     def string(self, name: str, row: int) -> bytes:
         first = struct.unpack("<q", self.read(f"{name}_ends", 8 * (row - 1), 8))[0] if row else 0

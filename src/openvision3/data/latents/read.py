@@ -24,7 +24,6 @@ from openvision3.data.latents.files import (
     SETTINGS,
     LatentSettings,
     Part,
-    Tensors,
     check_size,
     checksum,
     draw_crop,
@@ -35,6 +34,7 @@ from openvision3.data.latents.files import (
 from openvision3.data.order import Order, Shuffle
 from openvision3.data.shards.index import Problem
 from openvision3.data.sources import Source
+from openvision3.data.tensor_file import TensorFile
 from openvision3.draws import draw_seed
 
 
@@ -56,8 +56,8 @@ class LatentCache:
         self.sha256 = hashlib.sha256((folder / CACHE).read_bytes()).hexdigest()
         self._starts = np.cumsum([0, *(part["samples"] for part in values["parts"])])
         self._places: dict[int, Part] = {}
-        index = Tensors(folder / KEYS)
-        self._hashes, self._parts, self._rows = (index.map(name, dtype) for name, dtype in (("hashes", "<i8"), ("parts", "<i4"), ("rows", "<i4")))
+        index = TensorFile(folder / KEYS).map()
+        self._hashes, self._parts, self._rows = index["hashes"], index["parts"], index["rows"]
 
     @classmethod
     def open(

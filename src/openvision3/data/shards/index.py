@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
-import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from openvision3.data.shards.members import NAMED, Problem, TarMembers, is_picture, short, unusable
+from openvision3.data.shards.members import NAMED, Problem, TarScan, is_picture, unusable
+from openvision3.data.tensor_file import TensorFile
 from openvision3.files import write_whole
 
 FORMAT = "openvision3 shard index 2"
@@ -79,66 +78,43 @@ class ShardIndex:
         """Whole or not at all. Raises OSError."""
         from safetensors.numpy import save
 
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
         head = {FORMAT: json.dumps({"stamp": asdict(self.stamp), "problems": self.problems})}  # one entry: safetensors keeps no order of several
         write_whole(path, save(arrays, head))
 
 
-_ARRAYS: dict[str, tuple[str, np.dtype]] = {
-    "offsets": ("U64", np.dtype("<u8")),
-    "sizes": ("U32", np.dtype("<u4")),
-    "name_ends": ("U32", np.dtype("<u4")),
-    "names": ("U8", np.dtype("u1")),
-}
+ARRAYS = {"offsets": "U64", "sizes": "U32", "name_ends": "U32", "names": "U8"}
+"""The arrays of an index file, with their safetensors types."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
     """An index file of which only the header has been read."""
 
-    path: str
+    file: TensorFile
     count: int
     stamp: Stamp
     problems: list[Problem]
-    places: dict[str, tuple[int, int]]
-    """array name -> (first byte, number of values)"""
 
     def load(self) -> ShardIndex:
         """Map the arrays. Raises OSError, ValueError."""
-        with open(self.path, "rb") as file:
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(whole) < max(start + count * _ARRAYS[name][1].itemsize for name, (start, count) in self.places.items()):
-            raise ValueError(f"{self.path} has shrunk")
-        arrays = {name: np.frombuffer(whole, _ARRAYS[name][1], count, start) for name, (start, count) in self.places.items()}
-        shape = (self.count, len(KINDS))
-        return ShardIndex(self.stamp, arrays["offsets"].reshape(shape), arrays["sizes"].reshape(shape), arrays["name_ends"], arrays["names"], self.problems)
+        return ShardIndex(self.stamp, **self.file.map(), problems=self.problems)
 
 
 def read_head(path: str | Path) -> IndexFile:
-    """The header of an index file. Raises OSError; ValueError where it is no index, or not a whole one."""
+    """Read the header of an index file. Raises OSError; ValueError where it is no index, or not a whole one."""
+    file = TensorFile(path)
     try:
-        with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            end = os.fstat(file.fileno()).st_size
-            if length > end - 8:
-                raise ValueError("it is cut off")
-            head = json.loads(file.read(length))
-        if FORMAT not in head["__metadata__"]:
-            raise ValueError(f"it is of another version: {', '.join(head['__metadata__'])[:NAMED]}, not {FORMAT}")
-        notes = json.loads(head["__metadata__"][FORMAT])
-        places = {}
-        for name, (kind, dtype) in _ARRAYS.items():
-            start, stop = (8 + length + at for at in head[name]["data_offsets"])
-            if head[name]["dtype"] != kind or not 8 + length <= start <= stop <= end:
-                raise ValueError(f"{name} does not fit")
-            places[name] = (start, (stop - start) // dtype.itemsize)
-        count = places["name_ends"][1]
-        if places["offsets"][1] != places["sizes"][1] or places["sizes"][1] != count * len(KINDS):
+        if FORMAT not in file.metadata:
+            raise ValueError(f"it is of another version: {', '.join(file.metadata)[:NAMED]}, not {FORMAT}")
+        notes = json.loads(file.metadata[FORMAT])
+        if {name: place.dtype for name, place in file.places.items()} != ARRAYS:
+            raise ValueError("its arrays are of another kind")
+        (count,) = file.places["name_ends"].shape
+        if not file.places["offsets"].shape == file.places["sizes"].shape == (count, len(KINDS)):
             raise ValueError("its arrays differ in length")
-        return IndexFile(str(path), count, Stamp(**notes["stamp"]), notes["problems"], places)
-    except OSError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        return IndexFile(file, count, Stamp(**notes["stamp"]), notes["problems"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole shard index ({error or type(error).__name__})") from error
 
 
@@ -159,33 +135,23 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
 
     `stamp` stands for the tar where `path` is a copy of it.
     """
-    problems: list[Problem] = []
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    tar = TarScan(path)
     try:
-        with open(path, "rb") as file:
-            stamp = stamp or stamp_of(os.fstat(file.fileno()))
-            tar = TarMembers(file, path)
-            for member in tar:
-                if not member.offset:
-                    continue
-                members = found.setdefault(member.stem, {})
-                if member.extension in members:
-                    problems.append({"key": member.stem, "reason": "duplicate", "detail": f"{short(member.info.name)} comes twice; the last one is used"})
-                members[member.extension] = member.offset, member.size
-            problems += tar.problems(len(found))
+        tar.read()
     except OSError as error:
-        problems.append({"key": "", "reason": "damaged shard", "detail": f"{error}; {len(found)} samples before the damage"})
-    if not found and not problems:
+        tar.damage = str(error)
+    problems = [*tar.duplicates, *tar.problems(len(tar.samples))]
+    if not tar.samples and not problems:
         problems.append({"key": "", "reason": "empty shard", "detail": "no members"})
     rows: list[list[tuple[int, int]]] = []
     names: list[bytes] = []
-    for stem, members in found.items():
+    for stem, members in tar.samples.items():
         if problem := unusable(stem, members):
             problems.append(problem)
         pictures = [extension for extension in members if is_picture(extension)]
         if not pictures:
             continue
-        row = [members[pictures[0]], members.get("txt", (0, 0)), members.get("json", (0, 0))]
+        row = [(member.offset, member.size) if member else (0, 0) for member in (members[pictures[0]], members.get("txt"), members.get("json"))]
         if max(length for _, length in row) >= 2**32:
             problems.append({"key": stem, "reason": "too large", "detail": "a member of 4 GiB or more"})
             continue
@@ -194,7 +160,8 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     table = np.array(rows, dtype=np.uint64).reshape(len(rows), len(KINDS), 2)
     ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
     joined = np.frombuffer(b"".join(names), np.uint8)
-    return ShardIndex(stamp or Stamp(0), table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
+    stamp = stamp or (stamp_of(tar.status) if tar.status else Stamp(0))
+    return ShardIndex(stamp, table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
 
 
 def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:
@@ -202,8 +169,7 @@ def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]
 
     What is damaged is left out here, for `scan` has said so.
     """
-    with open(path, "rb") as file:
-        return {member.stem: (member.offset, member.size) for member in TarMembers(file, path) if member.offset and member.extension == extension}
+    return {stem: (members[extension].offset, members[extension].size) for stem, members in TarScan(path).read().samples.items() if extension in members}
 
 
 def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, str]:

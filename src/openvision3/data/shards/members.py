@@ -31,99 +31,115 @@ HINTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
-    """One member; `offset` is 0 for what is no file, or is passed over."""
+    """One member of a tar; `offset` is 0 for what is no file of a sample."""
 
-    info: tarfile.TarInfo
     start: int
-    """where its headers begin, and `end` where those of the next one may"""
+    """where it begins with all that stands before its header, such as global headers"""
+    header: int
+    """where its own headers begin"""
     end: int
+    """where the next member may begin"""
     stem: str
     extension: str
     offset: int
-    """where its bytes lie: of a hard link those of the file it names"""
+    """where its bytes begin: for a hard link, those of the file that it names"""
     size: int
 
 
-class TarMembers:
-    """Goes through the members of a tar, which is open as `file`. What there is to say of it is known at the end.
+class TarScan:
+    """The members of one tar, after `read`, and what is to be said of the tar.
 
-    Memory holds one member, and the names and places of all for hard links.
+    Memory holds the names and places of all members, and no headers.
     """
 
-    def __init__(self, file: BinaryIO, path: str | Path):
-        self.file, self.path = file, path
-        self.size = os.fstat(file.fileno()).st_size
+    def __init__(self, path: str | Path):
+        self.path = path
+        self.members: list[Member] = []
+        self.samples: dict[str, dict[str, Member]] = {}
+        """{name of a sample: {extension: its last member of this extension}}, in the order of the tar"""
+        self.duplicates: list[Problem] = []
+        self.status: os.stat_result | None = None
+        """of the open file"""
         self.damage = ""
         """why not all of the file is read"""
-        self.lost = False
-        """whether there are members behind the damage that cannot be found"""
+        self.is_missing_members = False
+        """whether members lie behind the damage and cannot be found"""
         self._passed: dict[str, tuple[int, str]] = {}
         self._between = ""
 
-    def __iter__(self) -> Iterator[Member]:
-        places: dict[str, tuple[int, int]] = {}
+    def read(self) -> TarScan:
+        """Read all headers. Raises OSError; what was read until then is kept."""
+        files: dict[str, Member] = {}
         start: int | None = 0
-        while start is not None:
-            at = start
-            try:
-                self.file.seek(start)
-                with tarfile.open(fileobj=self.file, mode="r:") as tar:
-                    while (info := tar.next()) is not None:
-                        tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                        if info.offset_data + (info.size if info.isreg() and info.sparse is None else 0) > self.size:
-                            raise tarfile.ReadError("unexpected end of data")
-                        member = self._member(info, at, min(tar.offset, self.size), places)
-                        at = member.end
-                        yield member
-                start = self._next_archive(tar.offset)
-            except tarfile.TarError as error:
-                self.damage = str(error)
-                if not at:
-                    self.file.seek(0)
-                    self.damage = f"it holds {contents(self.file.read(4096))}" if self.size else "it holds 0 bytes"
-                return
+        with open(self.path, "rb") as file:
+            self.status = os.fstat(file.fileno())
+            self.size = self.status.st_size
+            while start is not None:
+                at = start
+                try:
+                    file.seek(start)
+                    with tarfile.open(fileobj=file, mode="r:") as tar:
+                        while (info := tar.next()) is not None:
+                            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                            if info.offset_data + (info.size if info.isreg() and info.sparse is None else 0) > self.size:
+                                raise tarfile.ReadError("unexpected end of data")
+                            at = self._add(info, at, min(tar.offset, self.size), files)
+                    start = self._next_archive(file, tar.offset)
+                except tarfile.TarError as error:
+                    self.damage = str(error)
+                    if not at:
+                        file.seek(0)
+                        self.damage = f"it holds {contents(file.read(4096))}" if self.size else "it holds 0 bytes"
+                    break
+        return self
 
-    def _member(self, info: tarfile.TarInfo, start: int, end: int, places: dict[str, tuple[int, int]]) -> Member:
+    def _add(self, info: tarfile.TarInfo, start: int, end: int, files: dict[str, Member]) -> int:
+        """Add one member; `files` are those before it by name, for hard links. Returns `end`."""
         name = info.name.removeprefix("./")
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        place: tuple[int, int] | None = None
+        offset = size = 0
         if is_hidden(name):
             if not info.isdir():
                 self._pass("hidden file", name)
         elif info.sparse is not None:
             self._pass("sparse member", name)
         elif info.isreg():
-            place = info.offset_data, info.size
+            offset, size = info.offset_data, info.size
+        elif info.islnk() and (target := files.get(info.linkname.removeprefix("./"))):
+            offset, size = target.offset, target.size
         elif info.islnk() or info.issym():
-            place = places.get(info.linkname.removeprefix("./")) if info.islnk() else None
-            if place is None:
-                self._pass("link", f"{short(name)} -> {info.linkname}")
-        if place is None:
-            return Member(info, start, end, folder + slash + stem, extension.lower(), 0, 0)
-        places[name] = place
-        return Member(info, start, end, folder + slash + stem, extension.lower(), *place)
+            self._pass("link", f"{short(name)} -> {info.linkname}")
+        member = Member(start, info.offset, end, folder + slash + stem, extension.lower(), offset, size)
+        self.members.append(member)
+        if offset:
+            files[name] = member
+            of_sample = self.samples.setdefault(member.stem, {})
+            if member.extension in of_sample:
+                self.duplicates.append(_problem(member.stem, "duplicate", f"{short(info.name)} comes twice; the last one is used"))
+            of_sample[member.extension] = member
+        return end
 
     def _pass(self, reason: str, name: str) -> None:
         count, first = self._passed.get(reason, (0, name))
         self._passed[reason] = count + 1, first
 
-    def _next_archive(self, end: int) -> int | None:
+    def _next_archive(self, file: BinaryIO, end: int) -> int | None:
         """Where another tar begins behind the end mark at `end`; None where there is none. Raises ReadError."""
-        self.file.seek(end)
-        mark = self.file.read(tarfile.BLOCKSIZE)
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
         if mark != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile ends quietly at a header that is cut off or broken
-            self.lost = len(mark) == tarfile.BLOCKSIZE
+            self.is_missing_members = len(mark) == tarfile.BLOCKSIZE
             raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
-        position = self.file.tell()
-        while not (chunk := self.file.read(1 << 20)).strip(tarfile.NUL):
+        position = file.tell()
+        while not (chunk := file.read(1 << 20)).strip(tarfile.NUL):
             if not chunk:
                 return None
             position += len(chunk)
         position += len(chunk) - len(chunk.lstrip(tarfile.NUL))
-        with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             for begins in self._beginnings(whole, end, position):
                 if _is_header(whole[begins : begins + tarfile.BLOCKSIZE]):
                     if begins > position:

@@ -118,7 +118,7 @@ class Tars:
             try:
                 mapped = head.load()
             except (OSError, ValueError) as error:
-                raise ImageError("unreadable", f"the index {head.path} can no longer be read: {error}") from error
+                raise ImageError("unreadable", f"the index {head.file.path} can no longer be read: {error}") from error
         self._mapped[shard] = mapped
         if len(self._mapped) > OPEN_INDEXES:
             self._mapped.popitem(last=False)
