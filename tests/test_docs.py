@@ -15,7 +15,8 @@ from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.results import TableOptions
 from openvision3.cli.train import configure_run
 from openvision3.estimate.sizes import Options
-from openvision3.experiments.ablate import ABLATIONS, AblationOptions, base_config
+from openvision3.experiments.ablate import AblationOptions, base_config
+from openvision3.experiments.ablations import ABLATIONS, Parent
 from openvision3.train.recipes import IN_TURN, RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def check(words: list[str]) -> None:
             configure_run(recipe, fields)
     elif verb == "ablate":
         options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
-        ABLATIONS[rest[0]].cells(options.recipe, base_config(options, configure_run(options.recipe, fields)))
+        ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
     elif verb == "evaluate":
         parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
         assert rest[0] in (*KINDS, "all", "table")

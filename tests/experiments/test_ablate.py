@@ -20,13 +20,14 @@ import torch
 from tiny_pipeline import write_photo
 
 from openvision3 import cli
-from openvision3.experiments.ablate import ABLATIONS, AblationOptions, Cell, Claim, base_config, changed, finished, operations, phases
+from openvision3.experiments.ablate import AblationOptions, base_config, changed, is_finished, judge, plan
+from openvision3.experiments.ablations import Claim, Fork, Parent
 from openvision3.experiments.compare import Group, protocol, read_groups, tables, text_table, write_comparison
-from openvision3.experiments.watch import Curves, chosen, of_candidates
+from openvision3.experiments.curves import Curves, choose_metrics, describe_candidates
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.pipeline import load
 from openvision3.settings import flat, to_dict
-from openvision3.train.recipes import RECIPES, base_low_res, mini_low_res, tiny
+from openvision3.train.recipes import tiny
 
 
 def pictures(folder: Path, count: int, seed: int) -> Path:
@@ -55,10 +56,10 @@ def numbers(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_cell_is_trained_once_a_seed_in_a_folder_that_says_what_it_changes(synergy):
+def test_each_fork_is_trained_once_a_seed_in_a_folder_that_says_what_it_changes(synergy):
     cells = {p.name for p in synergy.iterdir() if p.is_dir()}
     assert cells == {"base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing"))}
-    assert all(finished(synergy / cell / f"seed-{seed}") for cell in cells for seed in (0, 1))
+    assert all(is_finished(synergy / cell / f"seed-{seed}") for cell in cells for seed in (0, 1))
 
 
 def test_a_frozen_encoder_is_saved_with_the_heads_and_stays_what_it_was(synergy):
@@ -70,7 +71,7 @@ def test_a_frozen_encoder_is_saved_with_the_heads_and_stays_what_it_was(synergy)
     assert not torch.equal(first.encoder.class_token, last.encoder.class_token)
 
 
-def test_the_page_holds_every_cell_and_the_mean_over_seeds(synergy):
+def test_the_page_holds_every_fork_and_the_mean_over_seeds(synergy):
     page = (synergy / "synergy.html").read_text()
     for label in ("both", "only understanding", "only reconstruction", "heads on a frozen random encoder"):
         assert label in page
@@ -91,7 +92,7 @@ def test_a_grid_that_is_finished_trains_nothing_and_its_cells_serve_another_grid
     assert "tokens as they are" in capsys.readouterr().out
 
 
-def test_equal_seeds_begin_with_equal_losses_in_every_cell_of_the_synergy(synergy):
+def test_equal_seeds_begin_with_equal_losses_in_every_fork_of_the_synergy(synergy):
     """The same weights see the same pictures: who learns from whom shows from the second step on."""
     first = [numbers(synergy / cell / "seed-0")[0]["train/loss"] for cell in ("base", "encoder_learns_from=understanding", "encoder_learns_from=nothing")]
     assert first == pytest.approx([first[0]] * 3, abs=1e-5)
@@ -104,7 +105,7 @@ def test_a_row_holds_the_seeds_that_all_rows_have(synergy, command, tmp_path, ca
     assert [row["seeds"] for row in json.loads((out / "synergy.json").read_text())["groups"]] == [[0]] * 4
 
 
-def test_a_cell_that_diverges_is_named_and_the_grid_goes_on(command, tmp_path, capsys):
+def test_a_fork_that_diverges_is_named_and_the_grid_goes_on(command, tmp_path, capsys):
     out = tmp_path / "out"
     argv = [
         "ablate",
@@ -196,100 +197,24 @@ def test_a_grid_in_two_processes_gives_the_numbers_of_one(synergy, command, tmp_
             assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-3)
 
 
-# -- what cells change ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ABLATIONS)
-@pytest.mark.parametrize("recipe", ["mini_low_res", "base_low_res"])
-def test_every_cell_of_every_grid_is_a_legal_run_of_its_own(name, recipe):
-    base = RECIPES[recipe]()
-    base.steps = 40
-    if recipe == "base_low_res":
-        base.model.vae.name = "embedded"
-    cells = ABLATIONS[name].cells(recipe, base)
-    folders = [phases(cell, base, recipe)[-1][0] for cell in cells]
-    assert len(set(folders)) >= len(cells) - (name == "pixel_share")  # equal compute at the base's own share is the base
-    assert all(len(folder) < 150 for folder in folders)
-    assert len({cell.label for cell in cells}) == len(cells)
-
-
-def test_no_cell_of_one_grid_lies_in_the_folder_of_another_cell():
-    base = base_low_res()
-    base.steps, base.model.vae.name = 40, "embedded"
-    by_folder: dict[str, dict] = {}
-    for ablation in ABLATIONS.values():
-        for cell in ablation.cells("base_low_res", base):
-            for folder, config in phases(cell, base, "base_low_res"):
-                values = flat(to_dict(config))
-                assert by_folder.setdefault(folder, values) == values, folder
-
-
-def test_the_papers_balances_sizes_and_strengths_are_in_the_grids():
-    base = base_low_res()
-    assert [c.changes["model.loss.omega_rec"] for c in ABLATIONS["balance"].cells("base_low_res", base)] == [0.5, 1, 2, 4, 8, 20]
-    assert [c.changes["model.latent_decoder.size"] for c in ABLATIONS["decoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
-    assert [c.changes["model.encoder.size"] for c in ABLATIONS["encoder_size"].cells("base_low_res", base)] == ["M", "B", "L"]
-    assert [c.changes["model.loss.tau"] for c in ABLATIONS["tau"].cells("base_low_res", base)] == [0, 0.4, 0.8, 1.2]
-
-
-def test_the_second_phase_keeps_what_was_set_for_the_first_and_changes_by_ratios():
-    base = base_low_res()
-    base.steps, base.batch, base.optimizer.learning_rate, base.model.vae.name = 20_000, 1024, 3.2e-5, "embedded"
-    base.model.loss.perceptual = "lpips-alex"
-    (_, low), (_, high) = phases(ABLATIONS["two_phases"].cells("base_low_res", base)[0], base, "base_low_res")
-    assert (high.batch, high.size, high.model.loss.lambda_perceptual, high.model.loss.perceptual) == (512, 256, 0.5, "lpips-alex")
-    assert high.optimizer.learning_rate == pytest.approx(3.2e-5 * 6.4e-6 / 2.56e-4) and low.steps * low.batch == 10 * high.steps * high.batch
-
-
-def test_the_operations_of_a_frozen_encoder_are_its_forward_alone():
-    base = mini_low_res()
-    cells = {cell.label: operations(phases(cell, base, "mini_low_res"), "mini_low_res") for cell in ABLATIONS["synergy"].cells("mini_low_res", base)}
-    assert cells["heads on a frozen random encoder"] < 0.9 * cells["both"]
-
-
-@pytest.mark.parametrize("name", ["pixel_share", "two_phases"])
-def test_equal_compute_costs_what_the_base_costs_to_within_a_step(name):
-    base = mini_low_res()
-    base.steps = 200
-    cells = ABLATIONS[name].cells("mini_low_res", base)
-    wanted = next(
-        operations(phases(c, base, "mini_low_res"), "mini_low_res") for c in cells if c.then or (name == "pixel_share" and c.changes == {"pixel_share": 0.25})
-    )
-    equal = [c for c in cells if c.equal_compute]
-    assert equal
-    for cell in equal:
-        runs = phases(cell, base, "mini_low_res")
-        assert operations(runs, "mini_low_res") == pytest.approx(wanted, rel=1 / runs[0][1].steps)
-
-
-def test_two_phases_train_a_tenth_at_the_larger_size_from_the_weights_of_the_first():
-    base = mini_low_res()
-    base.steps = 50
-    both, alone = ABLATIONS["two_phases"].cells("mini_low_res", base)
-    (_, low), (_, high) = phases(both, base, "mini_low_res")
-    assert (low.size, low.steps, high.size, high.steps) == (64, 50, 128, 5) and high.optimizer.learning_rate < low.optimizer.learning_rate
-    [(_, one)] = phases(alone, base, "mini_low_res")
-    assert one.size == 128 and one.optimizer.learning_rate == low.optimizer.learning_rate
-
-
 def test_two_phases_of_a_recipe_that_is_no_first_phase_are_refused(capsys):
     assert cli.main(["ablate", "two_phases", "--recipe", "tiny", "--out", "/nonexistent/x"]) == 2
     assert "no first phase" in capsys.readouterr().err
 
 
-def test_a_cell_that_breaks_the_config_is_refused_before_anything_runs():
+def test_a_fork_that_breaks_the_config_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="tau"):
         changed(tiny(), {"model.loss.tau": -1.0})
     assert flat(to_dict(changed(tiny(), {"model.loss.tau": 1.5})))["model.loss.tau"] == 1.5
     assert base_config(AblationOptions(steps=7), tiny()).optimizer.warmup_steps == 1
-    assert phases(Cell("x", {}), tiny(), "tiny")[0][0] == "base"
+    assert plan(Fork("x", {}), Parent("tiny", tiny())).runs[0][0] == "base"
 
 
 def test_an_unknown_ablation_is_one_line(capsys):
     assert cli.main(["ablate", "sinergy"]) == 2
     assert "Did you mean 'synergy'?" in capsys.readouterr().err
     assert cli.main(["ablate", "--help"]) == 0
-    assert "does each branch help the other?" in capsys.readouterr().out
+    assert "Does each branch help the other?" in capsys.readouterr().out
 
 
 # -- compare -------------------------------------------------------------------------------------------------------
@@ -366,16 +291,16 @@ def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_
     groups = groups_of(tmp_path / "runs", a=[20.0, 21.0], b=[22.0, 23.0])
     page = write_comparison(tmp_path / "page.html", "Compared", "", groups).read_text()
     assert "contrastive of 256 (chance 5.55)" in page and "contrastive of 256 (chance 5.55)" in text_table(groups)
-    assert of_candidates(groups[0].runs, "train/contrastive") == f" of {tiny().batch} (chance {math.log(tiny().batch):.2f})"
+    assert describe_candidates(groups[0].runs, "train/contrastive") == f" of {tiny().batch} (chance {math.log(tiny().batch):.2f})"
     for run in groups[1].runs:
         run.values["val/contrastive_candidates"] = dict.fromkeys(run.values["val/contrastive_candidates"], 64.0)
     page = write_comparison(tmp_path / "unlike.html", "Compared", "", groups).read_text()
     assert "Not in one table, for it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
     runs = [run for group in groups for run in group.runs]
-    assert of_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in chosen(runs)
+    assert describe_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in choose_metrics(runs)
     for run in groups[1].runs:
         del run.values["val/contrastive_candidates"]
-    assert of_candidates(runs, "val/contrastive") == " of an unknown number and 256: not comparable", "a run of an earlier version"
+    assert describe_candidates(runs, "val/contrastive") == " of an unknown number and 256: not comparable", "a run of an earlier version"
 
 
 @pytest.mark.parametrize(
@@ -390,9 +315,9 @@ def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_
 def test_a_claim_holds_fails_or_is_undecided_by_the_test_over_seeds(tmp_path, both, verdicts):
     groups = groups_of(tmp_path, a=both, b=[20.0, 21.0, 22.0])
     same, lower = (Claim("x", (("a", "b", "val/contrastive", says),)) for says in ("the same", "lower"))
-    assert [claim.judge(groups)[0] for claim in (same, lower)] == verdicts
-    assert Claim("x", (("a", "nobody", "val/contrastive", "lower"),)).judge(groups) is None
-    [(part, value, verdict)] = lower.judge(groups)[1]
+    assert [judge(claim, groups)[0] for claim in (same, lower)] == verdicts
+    assert judge(Claim("x", (("a", "nobody", "val/contrastive", "lower"),)), groups) is None
+    [(part, value, verdict)] = judge(lower, groups)[1]
     assert part == "contrastive of a - b: lower?" and verdict == verdicts[1] and ("one seed" in value) == (len(both) == 1)
 
 

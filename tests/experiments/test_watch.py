@@ -20,7 +20,8 @@ from rich.console import Console
 from small_runs import pictures
 
 from openvision3 import cli
-from openvision3.experiments.watch import MARKS, ORDER, Curves, Picture, chosen, draw, number, open_runs, watch
+from openvision3.experiments.curves import ORDER, Curves, choose_metrics, open_runs
+from openvision3.experiments.watch import MARKERS, Dashboard, draw, format_number, watch
 
 
 def write(folder: Path, rows: list[dict], mode: str = "w", end: str = "") -> Path:
@@ -36,7 +37,7 @@ def row(step: int, **values: float) -> dict:
 
 def drawn(runs, *, width: int = 100, height: int = 40, terminal: bool = False, whole: bool = True, **settings) -> str:
     screen = Console(file=io.StringIO(), width=width, height=height, force_terminal=terminal, highlight=False, **settings)
-    screen.print(Picture(runs, chosen(runs), whole=whole))
+    screen.print(Dashboard(runs, choose_metrics(runs), whole=whole))
     return screen.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -112,10 +113,10 @@ def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
 
 def test_metrics_are_shown_in_their_order_and_chosen_by_pattern(tmp_path):
     runs = open_runs([str(write(tmp_path, [row(1, wait=0.1, val__psnr=20.0, strange=1.0, train__pixel=0.1)]))])
-    assert chosen(runs) == ["train/loss", "train/pixel", "val/psnr", "wait"]
-    assert chosen(runs, ["strange", "train/*"]) == ["strange", "train/loss", "train/pixel"]
-    with pytest.raises(ValueError, match="no metric fits 'foo'; there are train/loss, wait, val/psnr, strange, train/pixel"):
-        chosen(runs, ["foo"])
+    assert choose_metrics(runs) == ["train/loss", "train/pixel", "val/psnr", "wait"]
+    assert choose_metrics(runs, ["strange", "train/*"]) == ["strange", "train/loss", "train/pixel"]
+    with pytest.raises(ValueError, match="no metric fits 'foo'; choose from train/loss, wait, val/psnr, strange, train/pixel"):
+        choose_metrics(runs, ["foo"])
     assert len(set(ORDER)) == len(ORDER)
 
 
@@ -135,7 +136,7 @@ def test_several_runs_share_a_panel_each_with_its_colour_or_its_own_mark(tmp_pat
     assert "\x1b[36m" in coloured and "\x1b[35m" in coloured
     plain = drawn(runs, no_color=True)
     assert "\x1b" not in plain
-    assert all(mark in plain for mark in MARKS[:2]) and not any(0x2800 < ord(c) < 0x2900 for c in plain)
+    assert all(mark in plain for mark in MARKERS[:2]) and not any(0x2800 < ord(c) < 0x2900 for c in plain)
 
 
 def test_a_terminal_without_unicode_gets_plain_characters(tmp_path):
@@ -176,7 +177,7 @@ def test_the_head_says_how_far_and_how_fast_the_run_is(tmp_path):
     ("value", "text"), [(0.0, "0"), (0.00025, "2.5e-04"), (0.1234567, "0.1235"), (9999.0, "9999"), (12345.0, "12.3k"), (-2.5e6, "-2.5M"), (1e20, "1.0e+20")]
 )
 def test_numbers_are_short(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_where_there_is_no_terminal_it_draws_once_and_ends(tmp_path, capsys):

@@ -147,12 +147,13 @@ all options: openvision3 estimate RECIPE --help; recipes: openvision3 train --he
 
 def ablate(argv: Sequence[str]) -> int:
     """Repeat one of the paper's experiments as a grid of short runs: openvision3 ablate NAME [--steps 300] [--field value ...]"""
-    from openvision3.experiments.ablate import ABLATIONS, AblationOptions, base_config
+    from openvision3.experiments.ablate import AblationOptions, base_config
     from openvision3.experiments.ablate import ablate as run_grid
+    from openvision3.experiments.ablations import ABLATIONS, question
 
     program = "openvision3 ablate"
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:14s} {ablation.question}" for name, ablation in ABLATIONS.items()]
+        lines = [f"  {name:14s} {question(name)}" for name in ABLATIONS]
         print(f"usage: {program} NAME [--steps 300] [--seeds 0 1 2] [--recipe mini_low_res] [--out runs/ablate] [--field value ...]\n\nablations:")
         print("\n".join(lines) + f"\n\nits options: {program} NAME --help; fields of the base: openvision3 train mini_low_res --help")
         return 0 if argv else 2
@@ -161,7 +162,7 @@ def ablate(argv: Sequence[str]) -> int:
         raise unknown("ablation", name, ABLATIONS)
     program = f"{program} {name}"
     if "-h" in rest or "--help" in rest:
-        parse(AblationOptions, ["--help"], program, description=ABLATIONS[name].question)
+        parse(AblationOptions, ["--help"], program, description=question(name))
     options, rest = parse(AblationOptions, rest, program, return_unknown_args=True)
     check_recipe([options.recipe])
     base = base_config(options, configure_run(options.recipe, rest, program))

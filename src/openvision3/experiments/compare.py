@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
-from openvision3.experiments.watch import Curves, candidates, of_candidates, open_runs
+from openvision3.experiments.curves import Curves, candidates, describe_candidates, is_comparable, open_runs
 from openvision3.files import sha256_of, write_whole
 from openvision3.report import html, plots
 from openvision3.settings import flat, load_config, to_dict
@@ -190,7 +190,7 @@ def curves(groups: Sequence[Group], names: Sequence[str] = CURVES) -> bytes:
     shown = [name for name in names if any(name in run.values for run in runs)]
     if len({protocol(group, "val/loss") for group in groups}) > 1:  # sums with unlike weights
         shown = [name for name in shown if not name.endswith("/loss")]
-    shown = [name for name in shown if not of_candidates(runs, name).endswith("not comparable")]
+    shown = [name for name in shown if is_comparable(runs, name)]
     panels = []
     for name in shown:
         factor = column(name)[1]
@@ -222,7 +222,7 @@ def _table(columns: Sequence[str], groups: Sequence[Group]) -> Markup:
 
 def heading(metric: str, groups: Sequence[Group]) -> str:
     """The title of a column, with what a contrastive loss is taken over."""
-    return column(metric)[0] + of_candidates([run for group in groups for run in group.runs], metric)
+    return column(metric)[0] + describe_candidates([run for group in groups for run in group.runs], metric)
 
 
 def _differences_over_seeds(columns: Sequence[str], groups: Sequence[Group]) -> Markup:

@@ -15,7 +15,7 @@ from openvision3.evaluate import protocol
 from openvision3.evaluate.metrics.captioning import words
 from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
 from openvision3.evaluate.peers.table import vae_functions
-from openvision3.experiments.watch import Curves
+from openvision3.experiments.curves import Curves
 from openvision3.progress import console, duration
 from openvision3.report import html, plots, sheets
 from openvision3.train.pretrain import Outcome, pretrain_in_turn
