@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 
 PathName = Annotated[str, "path"]
-"""A field of an option or an argument that names a file, a folder, a glob or something to fetch. A path written by a program is a plain str."""
-
-
-NamedPath = Annotated[str, "name=path"]
-"""As in flux-vae=~/weights."""
+"""A string that a user types as a path, glob or address: the command line expands `~` in it. A path that a program writes is a plain str."""
 
 
 def read_rules(only: tuple[str, ...]) -> dict[str, str]:

@@ -62,21 +62,22 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("columns", [20, 40, 60, 80])
-def test_a_value_in_an_error_is_whole_however_narrow_the_terminal(columns, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def test_a_value_in_an_error_is_whole_however_narrow_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
     long = "/a/long/path/to/some/folder/of/pictures/on/a/disk/with/a/name/that/is/longer"
     for argv, expected in (
-        (["train", "tiny", "--steps", long], f"--steps must be a whole number, not '{long}'; see `openvision3 train tiny --help`"),
-        (["caption", "a.png", "--top-p", long], f"--top-p must be a number, not '{long}'; see `openvision3 caption --help`"),
-        (["train", "tiny", "--precision", long], f"--precision cannot be '{long}'. Choose one of 'auto', 'bf16', 'fp32'; see `openvision3 train tiny --help`"),
-        (["train", "tiny", "--crop-area", long], "--crop-area needs 2 values; see `openvision3 train tiny --help`"),
-        (["info", "mini", long], f"'{long}' is one argument too many; see `openvision3 info --help`"),
+        (["train", "tiny", "--steps", long], f"--steps must be a whole number, not '{long}'. See `openvision3 train tiny --help`"),
+        (["caption", "a.png", "--top-p", long], f"--top-p must be a number, not '{long}'. See `openvision3 caption --help`"),
+        (["train", "tiny", "--precision", long], f"--precision cannot be '{long}'. Choose one of auto, bf16, fp32. See `openvision3 train tiny --help`"),
+        (["train", "tiny", "--crop-area", long], "--crop-area needs 2 values. See `openvision3 train tiny --help`"),
+        (["train", "tiny", "--crop-area", "1", long], f"--crop-area must be numbers, not '1', '{long}'. See `openvision3 train tiny --help`"),
+        (["train", "tiny", "--optimizer.learning-rate", "a'b"], '--optimizer.learning-rate must be a number, not "a\'b". See'),
+        (["classify", "a.png", "--lables", long], "unknown option '--lables'. Did you mean '--labels'? See `openvision3 classify --help`"),
+        (["info", "mini", long], f"'{long}' is one argument too many. See `openvision3 info --help`"),
         (["evaluate", "reconstruction", "--metrics", long], f"metric {long} is unknown; legal are "),
     ):
         assert cli.main(argv) == 2
         assert f"openvision3: {expected}" in capsys.readouterr().err
-    assert os.environ["COLUMNS"] == str(columns)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -198,7 +199,7 @@ REFUSED = {
     "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*choose one of auto, cpu, cuda and cuda:N"),
     "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),
     "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics is where the pictures are.*another folder with --out"),
-    "argument as an option": (["info", "--model=~/m"], "MODEL is written without --model: `openvision3 info MODEL`; see `openvision3 info --help`\n"),
+    "argument as an option": (["info", "--model=~/m"], "MODEL is written without --model: `openvision3 info MODEL`. See `openvision3 info --help`\n"),
     "argument as an option of evaluate": (["evaluate", "probe", "--model", "m"], "MODEL is written without --model: `openvision3 evaluate probe MODEL`"),
     "pipe of webdataset": (["train", "tiny", "--data", "pipe:curl s3://b/x.tar"], "commands are not run here; name the shards by their address"),
     "shards joined by ::": (["train", "tiny", "--data", "a.tar::b.tar"], r"several shards are not joined by ::, but named apart: a\.tar b\.tar\n"),
@@ -211,7 +212,7 @@ REFUSED = {
     "grid into a file": (["ablate", "tau", "--recipe", "tiny", "--out", "more/notes.txt"], "notes.txt is a file; name a folder with --out"),
     "model without a name": (["caption", "more", "--model="], "the name of a model is empty. Choose one of mini, "),
     "check of a folder that is not there": (["fetch", "--check", "--to", "nowhere"], "nowhere is no folder, so nothing in it can be checked"),
-    "labels forgotten": (["classify", "more"], "--labels is missing; see `openvision3 classify --help`"),
+    "labels forgotten": (["classify", "more"], "--labels is missing. See `openvision3 classify --help`"),
     "unknown recipe": (["train", "tyni"], r"unknown recipe 'tyni'\. Did you mean 'tiny'\? Choose one of mini, "),
     "unknown field": (["train", "tiny", "--batsh", "4"], r"'--batsh'\. Did you mean '--batch'\?"),
     "unknown nested field": (["train", "tiny", "--optimizer.learning-rat", "4"], r"Did you mean '--optimizer\.learning-rate'\?"),

@@ -155,7 +155,7 @@ def test_what_a_command_writes_never_lies_in_the_data_that_it_reads(monkeypatch,
         monkeypatch.setenv("HOME", str(tmp_path))
         assert cli.main(argv) == 2, argv
         out, err = capsys.readouterr()
-        assert "which is read: what is written there would be read as data; name a folder outside with --" in err and err.count("\n") == 1 and not out, argv
+        assert ", and would be read as data; choose another folder with --" in err and err.count("\n") == 1 and not out, argv
         assert {str(p) for p in Path("inside").rglob("*")} == {"inside/b.png", "inside/sub", "inside/sub/a.png", "inside/sub/a.txt"}
     assert sorted(os.listdir()) == ["inside", "link"]
     check_apart("inside2", ["inside", "openmoji", "s3://bucket/inside2/*.tar", "nowhere"])

@@ -1,23 +1,23 @@
-"""What the verbs share: the types of their arguments, the parser with its errors in one line, the choice among verbs, folders for outputs."""
+"""What the verbs share: types of arguments, the parser and its one-line errors, the choice of a verb, output folders."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
-import io
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
+from tyro import _errors  # its hook for errors is private so far: pyproject.toml names the releases that have it
 from tyro.conf import arg
 
 from openvision3.cli.paths import check_apart, expand_fields, expand_value
 from openvision3.files import check_writable
+from openvision3.settings import flat, to_dict
 
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}", help="where to compute; cuda:1 is the second GPU")]
 
@@ -25,104 +25,90 @@ Json = Annotated[bool, arg(help="one JSON value on stdout, for scripts")]
 
 
 def parse(target: Any, argv: Sequence[str], program: str, **settings: Any) -> Any:
-    """tyro, with its boxed error as one line, and `~` expanded in paths. Raises ValueError; `--help` exits as usual."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.nullcontext() if {"-h", "--help"} & set(argv) else _wide_terminal():
-            parsed = tyro.cli(target, args=list(argv), prog=program, **settings)
-        made = parsed[0] if settings.get("return_unknown_args") else parsed
-        if isinstance(made, functools.partial):  # a verb, by `deferred`
-            hints = get_type_hints(made.func, include_extras=True)
-            return functools.partial(made.func, **{name: expand_value(hints[name], value) for name, value in made.keywords.items()})
-        expand_fields(made)
-        return parsed
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(_one_line(errors.getvalue(), program, *_options(target, settings.get("default")))) from None
+    """tyro's parse of a dataclass or of a `deferred` verb, with `~` expanded in paths. `--help` exits as usual.
 
+    Raises:
+        ValueError: one line on what is wrong, and where the options are described.
+    """
 
-@contextlib.contextmanager
-def _wide_terminal() -> Iterator[None]:
-    """tyro breaks its messages at the terminal's width, and in the middle of a word; here no message is that wide."""
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000000"
-    try:
-        yield
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
+    def refuse(event: _errors.ParseErrorEvent) -> None:
+        if message := _in_words(event, target, settings.get("default")):
+            raise ValueError(f"{message} See `{program} --help`")
 
-
-def _options(target: Any, default: Any) -> tuple[list[str], list[str]]:
-    """The names of options, and those of arguments that stand without one: a config's fields, or a verb's parameters."""
-    if default is None:
-        hints = get_type_hints(target, include_extras=True)
-        bare = {name for name in hints if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())}
-        names = list(inspect.signature(target).parameters)
-    else:
-        from openvision3.settings import flat, to_dict
-
-        names, bare = [*flat(to_dict(default))], set()
-    return [f"--{name.replace('_', '-')}" for name in names if name not in bare], [f"--{name.replace('_', '-')}" for name in bare]
+    with _errors.on_parse_error(refuse):
+        parsed = tyro.cli(target, args=list(argv), prog=program, **settings)
+    options = parsed[0] if settings.get("return_unknown_args") else parsed
+    if dataclasses.is_dataclass(options):
+        expand_fields(options)
+    return parsed
 
 
 def deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """The verb with its arguments bound and not yet run: what it says on stderr while it runs must not end in `parse`."""
+    """A function of the same signature that returns the verb with its arguments bound and `~` expanded in its paths."""
+    hints = get_type_hints(verb, include_extras=True)
 
     @functools.wraps(verb)
     def bind(*args: Any, **named: Any) -> Callable[[], int]:
-        return functools.partial(verb, **inspect.signature(verb).bind(*args, **named).arguments)
+        bound = inspect.signature(verb).bind(*args, **named).arguments
+        return functools.partial(verb, **{name: expand_value(hints[name], value) for name, value in bound.items()})
 
     return bind
 
 
-def _one_line(box: str, program: str, options: Sequence[str] = (), bare: Sequence[str] = ()) -> str:
-    """The first paragraph of tyro's error box, and for an unknown option the nearest of `options`; `bare` are arguments, which have none."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
-    paragraphs: list[list[str]] = [[]]
-    for line in lines[1:]:
-        if re.fullmatch(r"[─-]{4,}.*", line):
-            paragraphs.append([])
-        elif line:
-            paragraphs[-1].append(line)
-    filled = [p for p in paragraphs if p]
-    message = " ".join(filled[0]) if filled else "wrong arguments"
-    message = re.sub(r"^Error parsing [A-Za-z]\w*: ", "", message).rstrip(".")  # the name of a class means nothing to who typed this
-    help_line = f"see `{program} --help`"
-    if extra := re.search(r"Unrecognized options: ([^\s,]+)", message):
-        word = extra.group(1).partition("=")[0]
-        if word in bare:
-            return f"{word[2:].upper()} is written without {word}: `{program} {word[2:].upper()}`; {help_line}"
-        return str(unknown("option", word, options, help_line)) if word.startswith("-") else f"{word!r} is one argument too many; {help_line}"
-    for pattern, words in TYRO_IN_WORDS.items():
-        message = re.sub(pattern, words, message)
-    return f"{message}; {help_line}"
+QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+"""A string as Python's repr writes it: tyro's message on a value holds the value in this form alone."""
 
 
-TYRO_IN_WORDS = {
-    r"^invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)$": r"\2 cannot be '\1'. Choose one of \3",
-    r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$": r"\1 must be a whole number, not \2",
-    r"^Error parsing (\S+): could not convert string to float: (.*)$": r"\1 must be a number, not \2",
-    r"^Error parsing (\S+): no type matching \{None\}\|INT could be instantiated from \[(.*?)\]\. Got errors: .*$": r"\1 must be a whole number, not \2",
-    r"^Error parsing (\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*?)\]\. Got errors: .*$": r"\1 must be a number, not \2",
-    r"^Error parsing (\S+): Could not parse arguments \[(.*)\] into .*$": r"\1 cannot be \2",
-    r"^Error parsing (\S+): ": r"\1: ",
-    r"^Missing from .*?: (--[\w.-]+).*$": r"\1 is missing",
-    r"^Missing value for argument '(\S+)'\. Expected 1 values$": r"\1 needs a value",
-    r"^Missing value for argument '(\S+)'\. Expected (\S+) values$": r"\1 needs \2 values",
-}
-"""What tyro says of values, and what is said in its place."""
+def _in_words(event: _errors.ParseErrorEvent, target: Any, default: Any) -> str:
+    """What is wrong, in one sentence or two. Empty for an event that is not known here: tyro then prints its own message and exits with 2."""
+    if words := getattr(event, "unrecognized_tokens", None) or getattr(event, "tokens", None):
+        return _unrecognized(words[0].partition("=")[0], event.prog, target, default)
+    if isinstance(event, _errors.MissingArgs):
+        return f"{_option(event.missing_arguments[0].arg)} is missing."
+    if isinstance(event, _errors.BadValue):
+        count = event.argument.lowered.nargs
+        return f"{_option(event.argument)} needs {'a value' if count == 1 else f'{count} values'}."
+    if isinstance(event, _errors.InvalidChoice):
+        return f"{_option(event.argument)} cannot be {event.value!r}. Choose one of {', '.join(event.choices)}."
+    if isinstance(event, _errors.InstantiationFailure):
+        if event.argument is None:  # the whole was refused by its own check
+            return f"{event.message}."
+        metavar, is_one = str(event.argument.lowered.metavar), event.argument.lowered.nargs == 1
+        values = re.search(rf"{QUOTED}(, {QUOTED})*", event.message)
+        if values and ("INT" in metavar or "FLOAT" in metavar):
+            kind = "whole number" if "INT" in metavar else "number"
+            return f"{_option(event.argument)} must be {f'a {kind}' if is_one else f'{kind}s'}, not {values[0]}."
+        return f"{_option(event.argument)}: {event.message}."
+    return ""
 
 
-def unknown(what: str, name: str, choices: Iterable[str], choose: str = "") -> ValueError:
-    """One line on a name that is none of `choices`: the most similar one, and all of them or where to find them."""
+def _option(argument: Any) -> str:
+    return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[0])
+
+
+def _unrecognized(word: str, program: str, target: Any, default: Any) -> str:
+    """An unknown option, an option that is really an argument without a name, or an argument too many."""
+    if default is None:
+        hints = get_type_hints(target, include_extras=True)
+        arguments = {name for name in hints if tyro.conf.Positional in getattr(hints[name], "__metadata__", ())}
+        fields = [name for name in inspect.signature(target).parameters if name not in arguments]
+    else:
+        fields, arguments = [*flat(to_dict(default))], set()
+    if not word.startswith("-"):
+        return f"{word!r} is one argument too many."
+    if word[2:].replace("-", "_") in arguments:
+        return f"{word[2:].upper()} is written without {word}: `{program} {word[2:].upper()}`."
+    options = ["--" + field.replace("_", "-") for field in fields]
+    return str(unknown("option", word, options, choose=""))
+
+
+def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = None) -> ValueError:
+    """One line on a name that is none of `choices`: the most similar one, and all of them, or `choose`: where to find them."""
+    choices = [*choices]
     keys = {key: choice for choice in reversed([*choices]) for key in (choice.rpartition(".")[2].lstrip("-"), choice.lstrip("-"))}
     near = difflib.get_close_matches(name.lstrip("-"), keys, 1, cutoff=0.5)
-    choose = choose or f"Choose one of {', '.join(choices)}"
-    return ValueError(f"unknown {what} {name!r}. " + (f"Did you mean {keys[near[0]]!r}? " if near else "") + choose[0].upper() + choose[1:])
+    hints = [f"Did you mean {keys[near[0]]!r}?" if near else "", f"Choose one of {', '.join(choices)}" if choose is None else choose]
+    return ValueError(" ".join([f"unknown {what} {name!r}.", *filter(None, hints)]))
 
 
 def run_verb(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str, head: str) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from tyro.conf import Positional, arg
 
 from openvision3.cli.common import output_folder, parse, unknown
-from openvision3.settings import NamedPath, PathName
+from openvision3.settings import PathName
 
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels
@@ -44,7 +44,7 @@ class Options:
     peer: tuple[str, ...] = ()
     """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too.
     A probe of ours always stands beside vae, its floor"""
-    peer_folder: tuple[NamedPath, ...] = ()
+    peer_folder: tuple[PathName, ...] = ()
     """where a peer's weights are, as in flux-vae=weights/FLUX.1-schnell; none: where openvision3 fetch has put them"""
     protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
     """a published protocol that must hold: ImageNet val 50,000 or COCO val2017 5,000 pictures, ADM crop, 256 px, rFID"""

@@ -1,9 +1,10 @@
-"""Paths as a person types them: `~` is the home folder wherever the command line takes a path."""
+"""Paths on the command line: `~` is the home folder, and outputs stay out of the data that are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,21 +26,25 @@ def expand_fields(owner: Any) -> None:
 
 
 def expand_value(hint: Any, value: Any) -> Any:
-    """A value, or each of several, with `~` expanded where its hint says that it is a path. Raises ValueError."""
+    """A value, or each of several, with `~` expanded where its hint says that it is a path; so is the path in name=~/path. Raises ValueError."""
     if isinstance(value, tuple):
-        return tuple(expand_value(hint, each) for each in value)
-    kinds = _kinds(hint)
-    if not isinstance(value, str) or not kinds:
+        return tuple(expand_value(hint, item) for item in value)
+    if not isinstance(value, str) or not _is_path(hint):
         return value
-    name, equals, path = value.partition("=") if "name=path" in kinds else ("", "", value)
+    name, equals, path = value.partition("=") if re.match(r"[\w-]+=~", value) else ("", "", value)
     return name + equals + expand_home(path)
 
 
+def _is_path(hint: Any) -> bool:
+    """Whether a type hint is `PathName`, or holds it at any depth."""
+    return "path" in getattr(hint, "__metadata__", ()) or any(map(_is_path, get_args(hint)))
+
+
 def expand_home(path: str) -> str:
-    """`~/x` and `~user/x` with the home folder's path, as a shell gives it.
+    """`~/x` and `~user/x` with the path of the home folder, as a shell writes it.
 
     Raises:
-        ValueError: no such user, and no folder of that name either: a command would make one called `~user`.
+        ValueError: there is neither such a user nor a folder of that name; the command would create a folder called `~user`.
     """
     expanded = os.path.expanduser(path)
     first = path.split("/")[0]
@@ -48,17 +53,11 @@ def expand_home(path: str) -> str:
     return expanded
 
 
-def _kinds(hint: Any) -> set[str]:
-    """The words in `Annotated[...]`, at any depth of a type hint."""
-    words = {each for each in getattr(hint, "__metadata__", ()) if isinstance(each, str)}
-    return words.union(*(_kinds(each) for each in get_args(hint)))
-
-
 def check_apart(out: str, data: Sequence[str], option: str = "--out") -> None:
-    """Refuse a place for outputs that lies within a folder whose pictures are read: they would be read as data the next time.
+    """Refuse an output inside a folder whose images are read: the next run would read it as data.
 
     Raises:
-        ValueError: with the folder in question; nothing has been written.
+        ValueError: names the folder; nothing has been written.
     """
     from openvision3.data.shards.index import is_remote
     from openvision3.data.sources import expand
@@ -66,6 +65,6 @@ def check_apart(out: str, data: Sequence[str], option: str = "--out") -> None:
     place = Path(os.path.realpath(out))
     for name in data:
         for folder in map(Path, expand(name) if name != "openmoji" and not is_remote(name) else []):
-            read = folder.is_dir() and not any(folder.glob("*.tar"))  # of a folder with shards, they alone
-            if read and place.is_relative_to(folder.resolve()):
-                raise ValueError(f"{out} lies within {folder}, which is read: what is written there would be read as data; name a folder outside with {option}")
+            is_read = folder.is_dir() and not any(folder.glob("*.tar"))  # where a folder holds shards, only they are read
+            if is_read and place.is_relative_to(folder.resolve()):
+                raise ValueError(f"{out} lies within {folder}, and would be read as data; choose another folder with {option}")
