@@ -20,6 +20,7 @@ from openvision3.data.batches import TextShape, TrainingBatches, to_device
 from openvision3.data.images import to_tensor
 from openvision3.data.latents.files import draw_crop
 from openvision3.data.latents.read import LatentCache
+from openvision3.data.latents.settings import LatentJob
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import Source, open_source
 from openvision3.data.text import TextTokenizer
@@ -27,7 +28,7 @@ from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.train.config import RunConfig
-from openvision3.train.encode_latents import LatentJob, settings_of
+from openvision3.train.encode_latents import settings_of
 from openvision3.train.loop import backward
 from openvision3.train.recipes import mini
 

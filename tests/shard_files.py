@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from openvision3.data.problems import count_reasons
+from openvision3.recaption.job import RecaptionJob
+from openvision3.recaption.rewrite import Tally, write_captions
 
 
 def jpeg(colour="red", size=(20, 20)) -> bytes:
@@ -44,3 +46,10 @@ def keys(source) -> list[str]:
 
 def captions(source) -> list[tuple[str, ...]]:
     return [source.captions(i) for i in range(len(source))]
+
+
+def recaption(data: list[str], out: Path, load, **fields) -> Tally:
+    """Recaption with what `load` returns in place of a model."""
+    job = RecaptionJob(tuple(data), "none", str(out), **fields)
+    settings = {"model": "none", "revision": "1", "prompt": "?", "max_words": job.max_words, "field": job.field, "caption_key": job.caption_key}
+    return write_captions(job, settings, load)

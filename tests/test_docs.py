@@ -57,13 +57,11 @@ def check(words: list[str]) -> None:
         parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
         assert rest[0] in (*KINDS, "all", "table")
     elif verb == "data":
-        needed = {"recaption": ["--model", "x", "--out", "x"], "latents": ["--out", "x"]}.get(rest[0], [])
+        targets = {"recaption": (cli_data.RecaptionOptions, ["--model", "x", "--out", "x"]), "latents": (cli_data.LatentOptions, [])}
+        target, needed = targets.get(rest[0], (None, []))
         given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
-        parse(
-            deferred(cli_data.VERBS[rest[0]]),
-            [*given, *(w for a, w in zip(needed[::2], needed[1::2], strict=True) for w in (a, w) if a not in rest)],
-            "data",
-        )
+        missing = [word for option, word in zip(needed[::2], needed[1::2], strict=True) for word in (option, word) if option not in rest]
+        parse(target or deferred(cli_data.VERBS[rest[0]]), [*given, *missing], "data")
     else:
         parse(deferred(verbs()[verb]), rest, verb)
 

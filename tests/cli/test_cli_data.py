@@ -54,7 +54,7 @@ def test_index_names_what_it_cannot_do_and_does_the_rest(folder, capsys, tmp_pat
     assert len(list((tmp_path / "indexes").iterdir())) == 2
     code, _, error = run(capsys, "index", "https://example.invalid/0.tar")
     assert code == 2
-    assert "need a folder here; name one with --index FOLDER" in error
+    assert "need a local folder; name it with --index FOLDER" in error
     (tmp_path / "file").touch()
     code, _, error = run(capsys, "index", folder, "--index", tmp_path / "file")
     assert code == 2
@@ -64,7 +64,7 @@ def test_index_names_what_it_cannot_do_and_does_the_rest(folder, capsys, tmp_pat
 def test_check_of_whole_shards_says_so(folder, capsys):
     code, out, error = run(capsys, "check", folder, "--decode")
     assert (code, error) == (0, "")
-    assert out == "2 shards, 6 samples, 0.00 GB; 6 samples without a flaw (tar, members, JSON, captions and pictures)\n"
+    assert out == "2 shards, 6 samples, 0.00 GB; 6 samples without a flaw (tar, members, JSON, captions and images)\n"
 
 
 def test_check_counts_by_reason_and_leaves_with_two(folder, capsys):
@@ -93,7 +93,7 @@ def test_check_takes_captions_where_training_takes_them(folder, capsys):
 @pytest.mark.parametrize("verb", ["index", "check"])
 def test_what_is_no_shard_is_one_line_and_two(tmp_path, capsys, verb):
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    no_shards = [(tmp_path, "looks at .tar files")] if verb == "index" else []  # a folder of images can be checked
+    no_shards = [(tmp_path, "indexes .tar files")] if verb == "index" else []  # a folder of images can be checked
     for name, message in ((tmp_path / "none", "no such data"), *no_shards, (tmp_path / "a.jpg", "neither a folder nor")):
         code, out, error = run(capsys, verb, name)
         assert (code, out, error.count("\n")) == (2, "", 1)

@@ -48,7 +48,7 @@ def targets(monkeypatch) -> dict[str, Any]:
             return real(target, argv, program, **settings)
         raise Parsed
 
-    for module in (common, train, cli_evaluate, results):
+    for module in (common, train, cli_data, cli_evaluate, results):
         monkeypatch.setattr(module, "parse", parse)
     inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
     for verb in cli.verbs():
@@ -84,18 +84,19 @@ def test_every_option_of_every_command_expands_the_tilde_or_holds_words(monkeypa
     assert not wrong, f"give these the hint PathName, or name them in TEXTS: {wrong}"
 
 
-def parsed(monkeypatch, verb: str, *argv: str, commands: Any = None) -> dict[str, Any]:
+def parsed(verb: str, *argv: str) -> dict[str, Any]:
     """The arguments that a verb gets."""
-    return common.parse(common.deferred((commands or cli.verbs())[verb]), argv, f"openvision3 {verb}").keywords
+    return common.parse(common.deferred(cli.verbs()[verb]), argv, f"openvision3 {verb}").keywords
 
 
 def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_and_nowhere_in_words(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = parsed(monkeypatch, "classify", "~/a/*.png", "x~/b.png", "--model=~/m", "--vae", "~/v", "--labels", "~/not a path", "~")
+    found = parsed("classify", "~/a/*.png", "x~/b.png", "--model=~/m", "--vae", "~/v", "--labels", "~/not a path", "~")
     assert found["pictures"] == (f"{tmp_path}/a/*.png", "x~/b.png") and found["model"] == f"{tmp_path}/m" and found["vae"] == f"{tmp_path}/v"
     assert found["labels"] == ("~/not a path", "~")
-    found = parsed(monkeypatch, "recaption", "~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png", commands=cli_data.VERBS)
-    assert [found[name] for name in ("data", "model", "out", "prompt", "sheet")] == [
+    argv = ["~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png"]
+    job = common.parse(cli_data.RecaptionOptions, argv, "openvision3 data recaption")
+    assert [job.data, job.model, job.out, job.prompt, job.sheet] == [
         (f"{tmp_path}/{{0..3}}.tar",),
         f"{tmp_path}/m",
         f"{tmp_path}/new",

@@ -17,12 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from shard_files import recaption
 
 from openvision3 import cli
 from openvision3.data.images import ImageError
 from openvision3.data.sources import FolderSource, ShardSource
 from openvision3.recaption.image_text import Answer, ImageTextModel, Wording, clean
-from openvision3.recaption.rewrite import examples, recaption, shard_split
+from openvision3.recaption.job import RecaptionJob, shard_split
+from openvision3.recaption.rewrite import examples
 
 pytest.importorskip("transformers")
 from tiny_image_text import save_idefics3, save_llava
@@ -113,9 +115,6 @@ def says(answer):
     return lambda: lambda pictures, keys: [answer(picture, key) for picture, key in zip(pictures, keys, strict=True)]
 
 
-TOLD = {"model": "none", "revision": "1", "prompt": "?", "max_words": 0}
-
-
 # -- what is written -------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +141,7 @@ def test_every_member_stays_as_it_was_and_the_json_gains_the_caption(tmp_path, m
 def test_a_sample_without_json_gets_one_behind_its_last_member_and_the_txt_is_its_old_caption(tmp_path):
     content = {"a.jpg": drawing(0), "a.txt": b" old\t one ", "b.jpeg": drawing(1), "c/d.jpg": drawing(2), "c/d.json": b"{}"}
     shard = write_shard(tmp_path / "in.tar", content)
-    recaption([str(shard)], tmp_path / "out", TOLD, says(lambda picture, key: Answer(f"new {key}")))
+    recaption([str(shard)], tmp_path / "out", says(lambda picture, key: Answer(f"new {key}")))
     told = read_shard(tmp_path / "out" / "in.tar")
     assert list(told) == ["a.jpg", "a.txt", "a.json", "b.jpeg", "b.json", "c/d.jpg", "c/d.json"]
     assert told["a.json"][0] == told["a.jpg"][0], "the new member is dated and owned as its picture"
@@ -158,24 +157,24 @@ def test_columns_of_recap_datacomp_stay_and_a_json_field_may_be_the_old_caption(
     shard = str(write_shard(tmp_path / "00000.tar", {"0.jpg": drawing(0), "0.txt": b"alt text", "0.json": json.dumps(told).encode()}))
     model = says(lambda picture, key: Answer("new"))
     with pytest.raises(ValueError, match="has a re_caption already; name another with --field, or write over it with --replace"):
-        recaption([shard], tmp_path / "out", TOLD, model)
+        recaption([shard], tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
-    recaption([shard], tmp_path / "out", TOLD, model, replace=True)
+    recaption([shard], tmp_path / "out", model, replace=True)
     (new,) = values(tmp_path / "out" / "00000.tar").values()
     assert (new["re_caption"], new["org_caption"]) == ("new", "the alt text")
-    recaption([shard], tmp_path / "own", TOLD, model, name="long", caption_key="title")
+    recaption([shard], tmp_path / "own", model, field="long", caption_key="title")
     (new,) = values(tmp_path / "own" / "00000.tar").values()
     assert (new["long"], new["re_caption"], new["org_caption"]) == ("new", "an older model's", "the alt text")
     del told["org_caption"]
     write_shard(tmp_path / "00001.tar", {"0.jpg": drawing(0), "0.json": json.dumps(told).encode()})
-    recaption([str(tmp_path / "00001.tar")], tmp_path / "titles", TOLD, model, name="long", caption_key="title")
+    recaption([str(tmp_path / "00001.tar")], tmp_path / "titles", model, field="long", caption_key="title")
     assert captions(tmp_path / "titles", "org_caption") == {"0": "A title"}
 
 
 def test_shards_of_one_name_from_two_folders_are_told_apart_and_folders_are_mirrored(tmp_path):
     for folder in ("a", "b"):
         write_shard(tmp_path / folder / "00000.tar", members(0, 1))
-    tally = recaption([str(tmp_path / "{a,b}")], tmp_path / "out", TOLD, says(lambda picture, key: Answer("new")))
+    tally = recaption([str(tmp_path / "{a,b}")], tmp_path / "out", says(lambda picture, key: Answer("new")))
     assert sorted(tree(tmp_path / "out")) == ["a/00000.tar", "b/00000.tar", "recaption.json"] and tally.samples == 2
 
 
@@ -190,7 +189,7 @@ def test_shards_of_recap_datacomp_as_img2dataset_writes_them_are_read_and_writte
         (tmp_path / "in" / name).write_bytes(b"{}")
     source = ShardSource([str(shard)], ("re_caption", "org_caption"))
     assert [source.captions(i) for i in range(3)] == [("A long caption.", "alt text")] * 3
-    recaption([str(tmp_path / "in" / "*")], tmp_path / "out", TOLD, says(lambda picture, key: Answer("mine")), name="own_caption")
+    recaption([str(tmp_path / "in" / "*")], tmp_path / "out", says(lambda picture, key: Answer("mine")), field="own_caption")
     source = ShardSource([str(tmp_path / "out" / "00000.tar")], ("own_caption", "re_caption", "org_caption"))
     assert [(source.key(i), source.captions(i)) for i in range(3)] == [(f"00000/{k[:-4]}", ("mine", "A long caption.", "alt text")) for k in list(content)[::2]]
 
@@ -206,7 +205,7 @@ def test_any_tar_keeps_all_that_is_not_json_and_is_read_back_whole(tmp_path_fact
     shard = write_shard(
         folder / "s.tar", {f"{stem}.{e}": content[e] for stem, extensions in stems for e in sorted(extensions)}, tarfile.PAX_FORMAT, 1.5e9 + 0.25
     )
-    tally = recaption([str(shard)], folder / "out", TOLD, says(lambda picture, key: Answer("new")))
+    tally = recaption([str(shard)], folder / "out", says(lambda picture, key: Answer("new")))
     if not any("jpg" in extensions for _, extensions in stems):  # nothing to caption
         assert tally.unwritten == 1 and not (folder / "out").exists() and tally.problems[0]["reason"] == "no picture"
         return
@@ -277,7 +276,7 @@ def test_words_are_drawn_as_often_as_their_probability_says(top_p):
 def test_captions_end_at_so_many_words_and_an_empty_answer_keeps_the_old_caption(tmp_path, capsys):
     shard = write_shard(tmp_path / "00000.tar", members(0, 3))
     answers = {"000000000": Answer("one two three four", cut=True), "000000001": Answer(""), "000000002": Answer("one", cut=True)}
-    tally = recaption([str(shard)], tmp_path / "out", TOLD | {"max_words": 3}, says(lambda picture, key: answers[key]))
+    tally = recaption([str(shard)], tmp_path / "out", says(lambda picture, key: answers[key]), max_words=3)
     assert captions(tmp_path / "out") == {"000000000": "one two three", "000000002": "one"}
     assert captions(tmp_path / "out", "org_caption") == {f"{i:09d}": f"old {i}" for i in range(3)}
     assert values(tmp_path / "out" / "00000.tar")["000000001"]["re_caption_by"]["kept"] == "empty answer"
@@ -340,7 +339,7 @@ def test_killed_and_begun_again_the_bytes_are_those_of_an_uninterrupted_run(tmp_
     again = process(tmp_path / "in", tmp_path / "out", model, "--batch", "2")
     said, err = again.communicate()
     assert again.returncode == 0, err
-    assert f"20 samples: 20 new captions, 0 kept theirs; {done} were done before" in said and "1 of 2 files written" in said and "1 stood there" in said
+    assert f"20 samples: 20 new captions, 0 kept theirs; {done} were done before" in said and "1 of 2 files written" in said and "1 existed already" in said
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -364,7 +363,7 @@ def test_a_journal_torn_anywhere_loses_one_batch_at_most_and_changes_nothing(tmp
     for out, limit in (("whole", 99), ("out", after)):
         after, asked[:] = limit, []
         try:
-            recaption([shard], folder / out, TOLD, says(answer), batch=batch)
+            recaption([shard], folder / out, says(answer), batch=batch)
         except Killed:
             journal = folder / "out" / ".00000.tar.journal"
             lines = journal.read_bytes().splitlines(keepends=True)
@@ -373,7 +372,7 @@ def test_a_journal_torn_anywhere_loses_one_batch_at_most_and_changes_nothing(tmp
                 journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: int(torn * len(lines[-1]))])
                 kept -= torn < 1
             after, asked[:] = 99, []
-            tally = recaption([shard], folder / "out", TOLD, says(answer), batch=second_batch)
+            tally = recaption([shard], folder / "out", says(answer), batch=second_batch)
             assert tally.resumed == kept * batch and asked == [f"{i:09d}" for i in range(kept * batch, 10)]
     assert tree(folder / "out") == tree(folder / "whole")
 
@@ -395,19 +394,19 @@ def test_a_shard_that_another_process_holds_is_refused(tmp_path):
 
     def answer(picture, key):
         with pytest.raises(ValueError, match=r"another process is at work on .*00000\.tar; let it finish, or share the shards with --shard-split"):
-            recaption([shard], tmp_path / "out", TOLD, says(lambda picture, key: Answer("other")))
+            recaption([shard], tmp_path / "out", says(lambda picture, key: Answer("other")))
         return Answer("mine")
 
-    recaption([shard], tmp_path / "out", TOLD, says(answer))
+    recaption([shard], tmp_path / "out", says(answer))
     assert set(captions(tmp_path / "out").values()) == {"mine"}
 
 
 def test_a_finished_job_is_done_at_once_without_its_model(tmp_path):
     shard = str(write_shard(tmp_path / "00000.tar", members(0, 2)))
-    recaption([shard], tmp_path / "out", TOLD, says(lambda picture, key: Answer("new")))
+    recaption([shard], tmp_path / "out", says(lambda picture, key: Answer("new")))
     before = tree(tmp_path / "out")
     (tmp_path / "out" / ".00000.tar.journal").write_bytes(b"of a run that was killed when all was written\n")
-    tally = recaption([shard], tmp_path / "out", TOLD, lambda: pytest.fail("the model was loaded"))
+    tally = recaption([shard], tmp_path / "out", lambda: pytest.fail("the model was loaded"))
     assert tree(tmp_path / "out") == before and len(tally.standing) == 1
 
 
@@ -416,7 +415,7 @@ def test_the_share_of_a_process_comes_from_the_option_or_the_environment():
     assert shard_split("", {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
     assert shard_split("", {}) == (0, 1)
     for bad in ("2/2", "x", "1", "-1/2", "0/0"):
-        with pytest.raises(ValueError, match="legal is RANK/WORLD with RANK from 0 to WORLD - 1"):
+        with pytest.raises(ValueError, match="must be RANK/WORLD with RANK from 0 to WORLD - 1"):
             shard_split(bad, {})
 
 
@@ -430,7 +429,7 @@ def test_unusable_samples_are_kept_with_their_old_caption_and_counted_by_reason(
     content["000000003.json"] = b'{"caption": "cut'
     shard = write_shard(tmp_path / "00000.tar", content)
     strange = ImageError("refused by the processor", "too long a line")
-    tally = recaption([str(shard)], tmp_path / "out", TOLD, says(lambda picture, key: strange if key.endswith("4") else Answer("new")), batch=2)
+    tally = recaption([str(shard)], tmp_path / "out", says(lambda picture, key: strange if key.endswith("4") else Answer("new")), batch=2)
     assert tally.kept == {"not an image": 1, "truncated": 1, "broken JSON": 1, "refused by the processor": 1} and tally.samples == 5
     after = read_shard(tmp_path / "out" / "00000.tar")
     assert {name: data for name, (_, data) in after.items() if not name.endswith(".json") or "3.json" in name} == {
@@ -462,7 +461,7 @@ def test_a_cut_anywhere_gives_a_whole_shard_or_none_and_is_never_silent(tmp_path
     with tarfile.open(shard) as tar:
         end = tar.getmember("000000002.json").offset_data
     shard.write_bytes(shard.read_bytes()[: int(share * end)])
-    tally = recaption([str(shard)], folder / "out", TOLD, says(lambda picture, key: Answer("new")))
+    tally = recaption([str(shard)], folder / "out", says(lambda picture, key: Answer("new")))
     assert [p["reason"] for p in tally.problems] == ["damaged shard"]
     assert tally.unwritten == (not (folder / "out" / "00000.tar").exists())
     if not tally.unwritten:
@@ -487,7 +486,7 @@ def test_a_shard_that_vanishes_in_mid_run_is_reported_and_the_next_one_done(tmp_
         first.unlink(missing_ok=True)
         return Answer("new")
 
-    tally = recaption([str(first), str(second)], tmp_path / "out", TOLD, says(answer), batch=1)
+    tally = recaption([str(first), str(second)], tmp_path / "out", says(answer), batch=1)
     assert [p["reason"] for p in tally.problems] == ["unreadable shard"] and tally.unwritten == 1
     assert tally.written == [tmp_path / "out" / "00001.tar"]
 
@@ -501,9 +500,9 @@ def test_a_shard_that_changed_since_it_was_begun_is_begun_anew(tmp_path):
         return Answer("of the old one")
 
     with pytest.raises(Killed):
-        recaption([str(shard)], tmp_path / "out", TOLD, says(dies), batch=1)
+        recaption([str(shard)], tmp_path / "out", says(dies), batch=1)
     write_shard(shard, members(7, 5))
-    tally = recaption([str(shard)], tmp_path / "out", TOLD, says(lambda picture, key: Answer("new")))
+    tally = recaption([str(shard)], tmp_path / "out", says(lambda picture, key: Answer("new")))
     assert set(captions(tmp_path / "out").values()) == {"new"} and len(captions(tmp_path / "out")) == 5
     assert [p["reason"] for p in tally.problems] == ["changed shard"]
 
@@ -520,12 +519,12 @@ def test_on_a_full_disk_one_line_is_said_finished_shards_stay_and_with_room_it_g
     try:
         new = says(lambda picture, key: Answer("new words " * 10))
         with pytest.raises(OSError, match="No space left on device") as caught:
-            recaption([str(tmp_path / "in")], disk / "out", TOLD, new)
+            recaption([str(tmp_path / "in")], disk / "out", new)
         assert str(caught.value.filename).startswith(str(disk / "out"))
         assert len(captions(disk / "out")) == 60 and not list((disk / "out").glob(".*making*"))
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
-        recaption([str(tmp_path / "in")], disk / "out", TOLD, new)
-        recaption([str(tmp_path / "in")], tmp_path / "whole", TOLD, new)
+        recaption([str(tmp_path / "in")], disk / "out", new)
+        recaption([str(tmp_path / "in")], tmp_path / "whole", new)
         assert tree(disk / "out") == tree(tmp_path / "whole")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -560,7 +559,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, model, other_mod
     out = tmp_path / "out"
     (tmp_path / "notes.txt").write_text("no shard")
     for told, message in (
-        ((shard, shard.parent, model), "is where the shards are, and would be written over"),
+        ((shard, shard.parent, model), "is where the shards are, and they would be overwritten"),
         ((shard, tmp_path / "notes.txt", model), "is a file; name a folder with --out"),
         ((tmp_path / "none", out, model), "no such data"),
         ((tmp_path / "notes.txt", out, model), "neither a folder nor a .tar shard"),
@@ -569,9 +568,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, model, other_mod
         ((shard, out, other_model, "--prompt", "the cat"), "it has no chat template, so put its mark for the picture into --prompt: '<image> ...'"),
         ((shard, out, model, "--batch", "0"), "batch 0"),
         ((shard, out, model, "--top-p", "1.5"), "top_p 1.5"),
-        ((shard, out, model, "--field", "org_caption"), "would write over the old caption"),
-        ((shard, out, model, "--shard-split", "2/2"), "legal is RANK/WORLD"),
-        ((shard, out, model, "--sheet", "a.jpg"), "ends in .png"),
+        ((shard, out, model, "--field", "org_caption"), "would overwrite the old caption"),
+        ((shard, out, model, "--shard-split", "2/2"), "must be RANK/WORLD"),
+        ((shard, out, model, "--sheet", "a.jpg"), "must end in .png"),
         ((shard, out, model, "--promt", "a"), "Did you mean '--prompt'?"),
     ):
         assert message in refused(capsys, *told, where=tmp_path), told
@@ -646,8 +645,8 @@ def test_a_folder_of_pictures_gets_a_table_that_is_read_with_it(tmp_path, model,
 def test_the_sheet_shows_pictures_spread_over_the_shards_with_both_captions(tmp_path):
     for number in range(5):
         write_shard(tmp_path / "in" / f"0000{number}.tar", members(10 * number, 10))
-    recaption([str(tmp_path / "in")], tmp_path / "out", TOLD, says(lambda picture, key: Answer(f"new {int(key)}")))
-    rows = examples([str(tmp_path / "in")], tmp_path / "out")
+    recaption([str(tmp_path / "in")], tmp_path / "out", says(lambda picture, key: Answer(f"new {int(key)}")))
+    rows = examples(RecaptionJob((str(tmp_path / "in"),), "none", str(tmp_path / "out")))
     assert len(rows) == 12 and len({new[4:] for _, _, new in rows}) == 12
     for picture, old, new in rows:
         assert old.removeprefix("old ") == new.removeprefix("new ") and picture.size == SHAPES[int(new[4:]) % len(SHAPES)]
@@ -657,7 +656,7 @@ def test_progress_is_one_line_every_few_seconds_where_there_is_no_terminal(tmp_p
     from openvision3.cli import data as cli_data
     from openvision3.recaption.rewrite import Tally
 
-    with cli_data._watching("recaption", every=0) as watch:
+    with cli_data._show_progress("recaption", every=0) as watch:
         watch(Tally(samples=1200, share=0.25, working="00000.tar", began=time.monotonic() - 10))
     said = capsys.readouterr().err
     assert said.startswith("recaption 25.0%  00000.tar  1,200 samples, 120/s, 30s left") and said.count("\n") == 1
@@ -668,6 +667,6 @@ def test_what_a_kill_left_half_written_is_gone_when_its_shard_is_done(tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / ".00000.tar.elsewhere-1.making"
     left.write_bytes(b"half")
-    recaption([str(tmp_path / "in")], tmp_path / "out", TOLD, says(lambda picture, key: Answer("new")))
+    recaption([str(tmp_path / "in")], tmp_path / "out", says(lambda picture, key: Answer("new")))
     assert captions(tmp_path / "out") == {"a": "new"}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "recaption.json"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +20,10 @@ from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_capt
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.shards.members import Member, Problem, TarScan, is_picture, unusable
 from openvision3.data.sources import FolderSource
-
-ORIGINAL = "org_caption"
-"""Where the old caption goes, as in Recap-DataComp-1B."""
+from openvision3.recaption.job import ORIGINAL
 
 Result = dict[str, str]
-"""{"caption": ...}, with "cut" where the model was still talking, or {"kept": why the old caption stays}"""
+"""{"caption": ...}, with "cut" if it ends at max_new_tokens, or {"kept": why the old caption stays}"""
 
 
 class CaptionShard:
@@ -84,7 +83,7 @@ class CaptionShard:
     def key(self, index: int) -> str:
         return self.samples[index][0]
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """Raises ImageError."""
         if self.values[index] is None:
             raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
@@ -92,6 +91,13 @@ class CaptionShard:
         with named(Path(self.path)), open(self.path, "rb") as file:
             data = self._data(file, member)
         return open_image(data)
+
+    def read_captions(self, name: str) -> list[tuple[str, str]]:
+        """(old caption, new caption) of each sample of the finished target; opens both shards."""
+        self.open(name, "", replace=True)
+        written = CaptionShard(str(self.target), self.target)
+        written.open(name, "", replace=True)
+        return [(" / ".join(clean_captions([values.get(ORIGINAL)])), str(values.get(name, ""))) for values in (v or {} for v in written.values)]
 
     def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
         """Copy all members byte for byte, but the JSON, which gains its fields; a sample without JSON gets one behind its last member."""
@@ -171,8 +177,13 @@ class CaptionFolder:
     def key(self, index: int) -> str:
         return str(self.source.files[index].relative_to(self.source.folder))
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return open_image(self.source.data(index))
+
+    def read_captions(self, name: str) -> list[tuple[str, str]]:
+        """(old caption, new caption) of each image of the finished target."""
+        rows = [json_object(line) for line in self.target.read_text(encoding="utf-8").splitlines()]
+        return [(" / ".join(clean_captions([row.get(ORIGINAL)])), "" if "kept" in row.get("by", {}) else str(row.get("caption"))) for row in rows]
 
     def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
         for index, result in enumerate(results):
@@ -186,11 +197,15 @@ class CaptionFolder:
             out.write(json.dumps(row).encode() + b"\n")
 
 
+def journal_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.journal")
+
+
 class Journal:
     """What is finished of one shard: a line for each batch, on the disk before the next batch begins. Held by one process."""
 
     def __init__(self, target: Path, opening: dict[str, Any]):
-        self.path = target.with_name(f".{target.name}.journal")
+        self.path = journal_path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
         if not _lock(self.file):
@@ -242,14 +257,12 @@ def _lock(file: FileIO) -> bool:
     return True
 
 
-class named:
-    """Errors of writing name the file that was being written."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the file system names the file, where the system does not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

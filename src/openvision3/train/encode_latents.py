@@ -9,13 +9,13 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from openvision3.data.latents.files import PART, SETTINGS, LatentSettings
+from openvision3.data.latents.files import SETTINGS
+from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import open_source
 from openvision3.device import choose_device, choose_precision, dtype_of
@@ -24,38 +24,6 @@ from openvision3.hub import load_vae
 from openvision3.model.vae import VAE
 from openvision3.progress import console, counting, track
 from openvision3.settings import read_rules
-
-
-@dataclass
-class LatentJob:
-    """All that `openvision3 data latents` is told; a process on another machine is told the same."""
-
-    data: tuple[str, ...]
-    out: str
-    vae: str = "embedded"
-    shift: bool | None = None
-    size: int = 128
-    crops: int = 4
-    crop_area: tuple[float, float] = (0.4, 1.0)
-    seed: int = 0
-    batch: int = 32
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    device: str = "auto"
-    workers: int = 0
-    only: tuple[str, ...] = ()
-    caption_keys: tuple[str, ...] = ()
-    aliases: bool = False
-    part_samples: int = PART
-    index: str = ""
-    cache: str = ""
-    cache_gb: float = 100.0
-
-    def __post_init__(self):
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision {self.precision!r} is unknown; legal are auto, bf16 and fp32")
-        if self.vae == "pixels":
-            raise ValueError("pixels is no VAE: there is nothing that a cache would spare; name another with --vae")
-        read_rules(self.only)
 
 
 def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
@@ -106,7 +74,7 @@ def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> Laten
     )
 
 
-def write_latents(job: LatentJob, engine: Literal["local", "ray"] = "local", actors: int = 0) -> dict[str, Any] | None:
+def write_latents(job: LatentJob) -> dict[str, Any] | None:
     """Write the cache, or what is missing or damaged of it; returns `cache.json`, None where other processes have not written all their parts.
 
     Started as one of WORLD_SIZE processes (torchrun, srun), this one writes every WORLD_SIZE-th part. `actors` is how many
@@ -115,13 +83,11 @@ def write_latents(job: LatentJob, engine: Literal["local", "ray"] = "local", act
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, a full disk; complete parts stay.
     """
-    if engine not in ("local", "ray"):
-        raise ValueError(f"engine {engine!r} is unknown; legal are local and ray")
     ranks = Ranks.from_environment()
-    if engine == "ray" and ranks.world > 1:
+    if job.engine == "ray" and ranks.world > 1:
         raise ValueError(f"engine ray starts processes itself; start it once, not as one of {ranks.world}")
-    ray_cpus, ray_gpus = _start_ray() if engine == "ray" else (0, 0)
-    if engine == "ray" and job.precision == "auto" and ray_gpus and not (Path(job.out) / SETTINGS).is_file():
+    ray_cpus, ray_gpus = _start_ray() if job.engine == "ray" else (0, 0)
+    if job.engine == "ray" and job.precision == "auto" and ray_gpus and not (Path(job.out) / SETTINGS).is_file():
         job = dataclasses.replace(job, precision="bf16")  # measured here it would say nothing of the GPUs there
     writer = open_writer(job, ranks.local_rank)
     settings = writer.settings
@@ -137,7 +103,7 @@ def write_latents(job: LatentJob, engine: Literal["local", "ray"] = "local", act
     images = sum(len(settings.range(part)) for part in todo) * settings.crops
     try:
         with counting("latents", "images", images, silent=ranks.rank > 0) as count:
-            for done in _with_ray(job, settings, todo, actors or int(ray_gpus or ray_cpus), ray_gpus > 0) if engine == "ray" else writer.write(todo):
+            for done in _with_ray(job, settings, todo, job.actors or int(ray_gpus or ray_cpus), ray_gpus > 0) if job.engine == "ray" else writer.write(todo):
                 count(done * settings.crops)
         found = writer.finish()
     except OSError as error:

@@ -33,8 +33,9 @@ from openvision3.data import openmoji
 from openvision3.data import sources as shards
 from openvision3.data.batches import TextShape, TrainingBatches, to_device
 from openvision3.data.images import ImageError, to_tensor
-from openvision3.data.latents.files import AGAIN, TENSORS, LatentSettings, Part
+from openvision3.data.latents.files import AGAIN, TENSORS, Part
 from openvision3.data.latents.read import CachedSource, LatentCache
+from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.sources import FolderSource, Source, open_source
 from openvision3.data.text import TextTokenizer
@@ -43,7 +44,7 @@ from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.train.config import RunConfig
-from openvision3.train.encode_latents import LatentJob, write_latents
+from openvision3.train.encode_latents import write_latents
 from openvision3.train.pretrain import _refuse_evaluated, pretrain
 
 SIZE, CROPS, PART = 32, 3, 4

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from shard_files import captions, jpeg, keys, reasons, three, write_shard
+from shard_files import captions, jpeg, keys, reasons, recaption, three, write_shard
 
 from openvision3.cli import data as cli_data
 from openvision3.data.folders import is_hidden
@@ -14,10 +14,8 @@ from openvision3.data.shards.check import check_shard, write_index
 from openvision3.data.shards.index import read_head, scan
 from openvision3.data.sources import ShardSource
 from openvision3.recaption.image_text import Answer
-from openvision3.recaption.rewrite import recaption
 
 PAGE = b"<!DOCTYPE html><html><body>502 Bad Gateway</body></html>" * 30
-TOLD = {"model": "m", "revision": "r", "prompt": "p"}
 
 
 def says(images, keys):
@@ -90,7 +88,7 @@ def test_a_second_tar_that_is_cut_off_says_so(tmp_path, two):
 def test_recaption_loses_no_member_of_joined_tars(tmp_path, two):
     for name, data in (("joined", two[0] + two[1]), ("page", two[0] + PAGE + two[1])):
         (tmp_path / f"{name}.tar").write_bytes(data)
-        tally = recaption([str(tmp_path / f"{name}.tar")], tmp_path / name, TOLD, lambda: says)
+        tally = recaption([str(tmp_path / f"{name}.tar")], tmp_path / name, lambda: says)
         assert tally.samples == 6 and not tally.unwritten and len(tally.problems) == (name == "page")
         with tarfile.open(tmp_path / name / f"{name}.tar") as written:
             assert len(written.getnames()) == 18, "in one tar, which every reader reads whole"
@@ -102,7 +100,7 @@ def test_recaption_writes_no_shard_that_lacks_members(tmp_path, two):
     with tarfile.open(tmp_path / "0.tar") as file:
         at = file.getmember("000000001.jpg").offset
     (tmp_path / "0.tar").write_bytes(two[0][:at] + b"x" * 512 + two[0][at + 512 :])
-    tally = recaption([str(tmp_path / "0.tar")], tmp_path / "out", TOLD, lambda: says)
+    tally = recaption([str(tmp_path / "0.tar")], tmp_path / "out", lambda: says)
     assert tally.unwritten == 1 and [p["reason"] for p in tally.problems] == ["damaged shard"] and not (tmp_path / "out").exists()
 
 
@@ -122,7 +120,7 @@ def test_a_hard_link_is_the_member_it_names(tmp_path):
     source = ShardSource([str(path)])
     assert captions(source) == [("one",), ("two",), ()] and not source.problems
     assert [source.data(i) for i in range(3)] == [jpeg()] * 3
-    tally = recaption([str(path)], tmp_path / "out", TOLD, lambda: says)
+    tally = recaption([str(path)], tmp_path / "out", lambda: says)
     assert tally.samples == 3 and not tally.problems
     written = ShardSource([str(tmp_path / "out" / "s.tar")], ("re_caption",))
     assert captions(written) == [("new a",), ("new b",), ("new c",)] and [written.data(i) for i in range(3)] == [jpeg()] * 3
@@ -152,7 +150,7 @@ def test_sparse_members_are_counted_and_the_reader_goes_on(tmp_path):
     source = ShardSource([str(path)])
     assert len(source) == 3 and reasons(source) == {"sparse member": 1}
     assert "h.jpg" in source.problems[0]["detail"]
-    recaption([str(path)], tmp_path / "out", TOLD, lambda: says)
+    recaption([str(path)], tmp_path / "out", lambda: says)
     assert len(ShardSource([str(tmp_path / "out" / "s.tar")])) == 3 and "h.jpg" in tarfile.open(tmp_path / "out" / "s.tar").getnames()
 
 
@@ -227,7 +225,7 @@ def test_a_file_that_is_no_tar_is_said_to_hold_what_it_holds_and_gets_no_index(t
     assert said in str(refused.value) and "\n" not in str(refused.value)
     assert cli_data.index((str(path),)) == 2
     assert said in capsys.readouterr().err and not Path(f"{path}.index").exists()
-    tally = recaption([str(path)], tmp_path / "out", TOLD, lambda: says)
+    tally = recaption([str(path)], tmp_path / "out", lambda: says)
     assert tally.unwritten == 1 and said in tally.problems[0]["detail"] and not (tmp_path / "out").exists()
 
 
@@ -238,7 +236,7 @@ def test_a_shard_without_a_usable_sample_is_no_success(tmp_path, members, capsys
     for again in range(2):  # with the index that the first time has written
         assert cli_data.index((str(path), good)) == 2
         assert f"{path}: no usable sample: " in capsys.readouterr().err, again
-    tally = recaption([str(path), good], tmp_path / "out", TOLD, lambda: says)
+    tally = recaption([str(path), good], tmp_path / "out", lambda: says)
     assert tally.unwritten == 1 and len(tally.written) == 1 and [p["key"].split(" ")[0] for p in tally.problems] == [str(path)]
 
 

@@ -14,7 +14,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,10 @@ import torch
 from PIL import Image
 
 from openvision3.data.images import Box
+from openvision3.data.latents.settings import LatentSettings, read_json
 from openvision3.data.sources import Source
 from openvision3.data.tensor_file import TensorFile
 from openvision3.draws import draw_seed
-
-FORMAT = "openvision3 latents 2"
-OLD_FORMAT = "openvision3 latents 1"
-"""Knows a sample by its name for people (`Source.key`), not by its sample key; still read."""
 
 SETTINGS, KEYS, CACHE = "settings.json", "keys.safetensors", "cache.json"
 
@@ -36,70 +32,6 @@ AGAIN = "run the same openvision3 data latents again, which writes anew what is 
 
 TENSORS = ("latents", "boxes", "checksums", "key_hashes", "keys", "key_ends", "words", "word_ends")
 """Of a part."""
-
-PART = 1024
-"""Samples of the source that one part stands for: 32 MB of four 8 KB crops each."""
-
-
-@dataclass(frozen=True)
-class LatentSettings:
-    """What the latents of a cache depend on. `data` and `vae` are names, written down for people and never compared."""
-
-    vae: str
-    vae_sha256: str
-    scale: float
-    shift: float
-    channels: int
-    stride: int
-    size: int
-    crops: int
-    crop_area: tuple[float, float]
-    seed: int
-    precision: str
-    samples: int
-    part_samples: int
-    data: tuple[str, ...]
-
-    def __post_init__(self):
-        for name in ("crops", "samples", "part_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.size < 16 or self.size % max(16, self.stride):
-            raise ValueError(f"size {self.size} must be a positive multiple of {max(16, self.stride)}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one crop's latents."""
-        return self.channels, self.size // self.stride, self.size // self.stride
-
-    @property
-    def parts(self) -> int:
-        return -(-self.samples // self.part_samples)
-
-    def range(self, part: int) -> range:
-        """The samples of the source that `part` stands for."""
-        return range(part * self.part_samples, min((part + 1) * self.part_samples, self.samples))
-
-    def differences(self, other: LatentSettings) -> list[str]:
-        """`name: this, not that` for whatever makes two caches unlike."""
-        mine, theirs = asdict(self), asdict(other)
-        return [f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name not in ("data", "vae") and mine[name] != theirs[name]]
-
-    @classmethod
-    def read(cls, path: Path) -> LatentSettings:
-        """Raises OSError; ValueError where the file is none of ours."""
-        values = read_json(path)
-        if values.get("format") not in (FORMAT, OLD_FORMAT):
-            raise ValueError(f"{path} is of format {values.get('format')!r}; this version reads {FORMAT!r}")
-        try:
-            found = {name: values[name] for name in cls.__dataclass_fields__}
-        except KeyError as error:
-            raise ValueError(f"{path} lacks {error}") from error
-        return cls(**found | {"crop_area": tuple(found["crop_area"]), "data": tuple(found["data"])})
 
 
 def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: int) -> tuple[Image.Image, Box]:
@@ -196,16 +128,6 @@ def unchanged(path: Path, entry: dict[str, Any]) -> bool:
 
 def to_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged, it holds no JSON object")
-    return value
 
 
 def checksum(key: bytes, box: bytes, latents: bytes) -> int:

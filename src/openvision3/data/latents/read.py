@@ -16,21 +16,8 @@ from torch import Tensor
 
 from openvision3.data.captions import Captions
 from openvision3.data.images import Box, ImageError, uint8_tensor
-from openvision3.data.latents.files import (
-    AGAIN,
-    CACHE,
-    KEYS,
-    OLD_FORMAT,
-    SETTINGS,
-    LatentSettings,
-    Part,
-    check_size,
-    checksum,
-    draw_crop,
-    part_name,
-    read_json,
-    unchanged,
-)
+from openvision3.data.latents.files import AGAIN, CACHE, KEYS, SETTINGS, Part, check_size, checksum, draw_crop, part_name, unchanged
+from openvision3.data.latents.settings import OLD_FORMAT, LatentSettings, read_json
 from openvision3.data.order import Order, Shuffle
 from openvision3.data.shards.index import Problem
 from openvision3.data.sources import Source

@@ -20,23 +20,8 @@ import torch
 from torch import Tensor
 
 from openvision3.data.images import Box, ImageError, to_tensor, uint8_tensor
-from openvision3.data.latents.files import (
-    CACHE,
-    FORMAT,
-    KEYS,
-    SETTINGS,
-    LatentSettings,
-    Part,
-    as_long,
-    checksum,
-    draw_crop,
-    mark_name,
-    part_name,
-    read_json,
-    read_mark,
-    to_json,
-    unchanged,
-)
+from openvision3.data.latents.files import CACHE, KEYS, SETTINGS, Part, as_long, checksum, draw_crop, mark_name, part_name, read_mark, to_json, unchanged
+from openvision3.data.latents.settings import FORMAT, LatentSettings, read_json
 from openvision3.data.shards.index import Problem
 from openvision3.data.sources import Source
 from openvision3.data.workers import Workers, check_shared_memory

@@ -1,21 +1,30 @@
-"""Shards and folders one at a time, each by a function that a process of its own can run: write the index, or look at every sample."""
+"""Index shards, and check every sample of shards and folders, in several processes; bad ones are reported and do not stop the others."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 import os
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from openvision3.data.captions import TextError
 from openvision3.data.images import ImageError, damage_seen, open_image
 from openvision3.data.shards.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.shards.remote import fetch, remote_stamp
 from openvision3.data.shards.tars import Tars, Watch, plain
-from openvision3.data.sources import FolderSource, ShardSource
+from openvision3.data.sources import FolderSource, Found, ShardSource, find
+from openvision3.device import cores
+from openvision3.progress import track
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +37,23 @@ class Indexed:
     written: bool = False
     problems: tuple[Problem, ...] = ()
     error: str = ""
+    missing: bool = False
+
+
+def write_indexes(names: Sequence[str], folder: str = "", again: bool = False, workers: int = 0) -> list[Indexed]:
+    """Index all shards that `names` stand for, with a progress bar.
+
+    Raises:
+        ValueError: no shards, or remote ones and no `folder` for their indexes.
+    """
+    data = _find_data(names, "shards")
+    shards, missing = (_distinct(data, kind) for kind in ("tars", "missing"))
+    if not shards:
+        raise ValueError(f"no shards at {', '.join(names)}; this command indexes .tar files")
+    if not folder and any(map(is_remote, shards)):
+        raise ValueError("indexes of remote shards need a local folder; name it with --index FOLDER here and in training")
+    indexed = _map_shards(functools.partial(write_index, folder=folder, again=again), shards, workers, "indexing")
+    return [*indexed, *(Indexed(shard, error="no such shard", missing=True) for shard in missing)]
 
 
 def write_index(shard: str, folder: str = "", again: bool = False) -> Indexed:
@@ -62,7 +88,7 @@ def _named(problems: list[Problem], shard: str) -> tuple[Problem, ...]:
 
 @dataclass
 class Checked:
-    """What `check_shard` found: samples, how many of them can be trained on, and every problem."""
+    """What `check_shard` or `check_folder` saw: samples, how many of them can be trained on, and every problem."""
 
     shard: str
     samples: int = 0
@@ -71,6 +97,40 @@ class Checked:
     problems: tuple[Problem, ...] = ()
     captions: dict[int, int] = field(default_factory=dict)
     """number of captions, where a sample has several: samples that have so many"""
+
+
+@dataclass
+class CheckReport:
+    """What `check_data` saw."""
+
+    shards: int
+    folders: int
+    checked: list[Checked]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [problem for checked in self.checked for problem in checked.problems]
+
+    @property
+    def captions(self) -> Counter[int]:
+        return sum((Counter(checked.captions) for checked in self.checked), Counter())
+
+    def total(self, name: str) -> int:
+        return sum(getattr(checked, name) for checked in self.checked)
+
+
+def check_data(names: Sequence[str], caption_keys: tuple[str, ...] = (), decode: bool = False, workers: int = 0) -> CheckReport:
+    """Check all shards and folders that `names` stand for, with a progress bar. Raises ValueError: no such data, or OpenMoji."""
+    data = _find_data(names, "data")
+    if any(part.openmoji for part in data):
+        raise ValueError("openmoji is part of the package and is not checked; name shards or folders of images")
+    shards, folders, missing = (_distinct(data, kind) for kind in ("tars", "folders", "missing"))
+    checked = _map_shards(functools.partial(check_shard, caption_keys=caption_keys, decode=decode), shards, workers, "checking")
+    checked += [check_folder(folder, decode, track) for folder in folders]
+    checked += [Checked(path, problems=({"key": path, "reason": "missing", "detail": "no such shard"},)) for path in missing]
+    if unused := tuple(problem for part in data for problem in part.unused):
+        checked.append(Checked("beside the shards", problems=unused))
+    return CheckReport(len(shards) + len(missing), len(folders), checked)
 
 
 def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = False) -> Checked:
@@ -156,3 +216,24 @@ def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _find_data(names: Sequence[str], what: str) -> list[Found]:
+    """What the names stand for. Raises ValueError for one that stands for nothing."""
+    if not names:
+        raise ValueError(f"no {what} named; name some, such as data/{{00000..00009}}.tar")
+    return [find(name) for name in names]
+
+
+def _distinct(data: list[Found], kind: str) -> list[str]:
+    return list(dict.fromkeys(path for part in data for path in getattr(part, kind)))
+
+
+def _map_shards(work: Callable[[str], T], shards: list[str], workers: int, what: str) -> list[T]:
+    """`work` on every shard, in processes where there are several shards, with a progress bar."""
+    workers = min(workers or cores(), len(shards))
+    if workers <= 1 or len(shards) < 4:
+        return list(track(map(work, shards), what, len(shards))) if shards else []
+    # Forked before the bar starts its thread: a new interpreter would take seconds to import torch.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
+        return list(track(pool.map(work, shards), what, len(shards)))

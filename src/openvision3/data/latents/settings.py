@@ -1,0 +1,144 @@
+"""What a latent cache is: the job that writes it, and the settings that its latents depend on. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from openvision3.settings import PathName, read_rules
+
+FORMAT = "openvision3 latents 2"
+OLD_FORMAT = "openvision3 latents 1"
+"""Knows a sample by its name for people (`Source.key`), not by its sample key; still read."""
+
+PART = 1024
+"""Samples of the source that one part stands for: 32 MB of four 8 KB crops each."""
+
+
+@dataclass
+class LatentJob:
+    """All that `openvision3 data latents` is given; processes on other machines get the same."""
+
+    data: tuple[PathName, ...]
+    """openmoji, folders of images, shards such as data/{00000..00009}.tar"""
+    out: PathName = "latents"
+    """the folder of the cache"""
+    vae: PathName = "embedded"
+    """embedded, a folder in the layout of diffusers, or a hub id; the VAE to train with"""
+    shift: bool | None = None
+    """as --model.vae.shift of the run"""
+    size: int = 128
+    """side of the crops in pixels, as in the run"""
+    crops: int = 4
+    """random crops of each image; training takes them in turn"""
+    crop_area: tuple[float, float] = (0.4, 1.0)
+    """share of an image that a crop covers"""
+    seed: int = 0
+    """seed of the crops"""
+    batch: int = 32
+    """images that are encoded at a time"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of the VAE; auto measures both and takes the faster one"""
+    device: str = "auto"
+    """where to compute"""
+    workers: int = 0
+    """processes that decode images; 0: this process decodes them"""
+    only: tuple[str, ...] = ()
+    """keep samples of shards whose JSON has these values, as in source=clipart"""
+    caption_keys: tuple[str, ...] = ()
+    """JSON fields of shards that hold captions; none: the .txt member"""
+    aliases: bool = False
+    """openmoji: keep the other names of an emoji too"""
+    part_samples: int = PART
+    """samples in a file; take 16384 for hundreds of millions of samples"""
+    index: PathName = ""
+    """the folder of index files that data index has written; none: beside each shard"""
+    cache: PathName = ""
+    """the folder for copies of remote shards"""
+    cache_gb: float = 100.0
+    """the largest size of that folder, in GB"""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process (with torchrun or srun: its share); ray: a Ray cluster"""
+    actors: int = 0
+    """processes that Ray starts; 0: one for each GPU, or for each CPU if there is no GPU"""
+
+    def __post_init__(self):
+        for name, choices in (("precision", ("auto", "bf16", "fp32")), ("engine", ("local", "ray"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.vae == "pixels":
+            raise ValueError("pixels is no VAE, and a cache would save nothing; choose another VAE with --vae")
+        read_rules(self.only)
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    """What the latents of a cache depend on. `data` and `vae` are names, written down for people and never compared."""
+
+    vae: str
+    vae_sha256: str
+    scale: float
+    shift: float
+    channels: int
+    stride: int
+    size: int
+    crops: int
+    crop_area: tuple[float, float]
+    seed: int
+    precision: str
+    samples: int
+    part_samples: int
+    data: tuple[str, ...]
+
+    def __post_init__(self):
+        for name in ("crops", "samples", "part_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.size < 16 or self.size % max(16, self.stride):
+            raise ValueError(f"size {self.size} must be a positive multiple of {max(16, self.stride)}")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one crop's latents."""
+        return self.channels, self.size // self.stride, self.size // self.stride
+
+    @property
+    def parts(self) -> int:
+        return -(-self.samples // self.part_samples)
+
+    def range(self, part: int) -> range:
+        """The samples of the source that `part` stands for."""
+        return range(part * self.part_samples, min((part + 1) * self.part_samples, self.samples))
+
+    def differences(self, other: LatentSettings) -> list[str]:
+        """`name: this, not that` for whatever makes two caches unlike."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name not in ("data", "vae") and mine[name] != theirs[name]]
+
+    @classmethod
+    def read(cls, path: Path) -> LatentSettings:
+        """Raises OSError; ValueError where the file is none of ours."""
+        values = read_json(path)
+        if values.get("format") not in (FORMAT, OLD_FORMAT):
+            raise ValueError(f"{path} is of format {values.get('format')!r}; this version reads {FORMAT!r}")
+        try:
+            found = {name: values[name] for name in cls.__dataclass_fields__}
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}") from error
+        return cls(**found | {"crop_area": tuple(found["crop_area"]), "data": tuple(found["data"])})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged, it holds no JSON object")
+    return value
