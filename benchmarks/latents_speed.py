@@ -27,8 +27,13 @@ from openvision3.data.text import TextTokenizer
 from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
-from openvision3.train.config import RunConfig
+<<<<<<< HEAD
+from openvision3.train.config import PretrainConfig
 from openvision3.train.encode_latents import settings_of
+=======
+from openvision3.train.config import PretrainConfig
+from openvision3.train.encode_latents import LatentJob, settings_of
+>>>>>>> a66ef72 (train_run(config, build, out): one run for any training)
 from openvision3.train.loop import backward
 from openvision3.train.recipes import mini
 
@@ -71,7 +76,7 @@ def main(data: Positional[tuple[str, ...]], samples: int = 256) -> None:
             compare_steps(config, source, vae, cache, share)
 
 
-def compare_steps(config: RunConfig, source: Source, vae: VAE, cache: LatentCache, share: float) -> None:
+def compare_steps(config: PretrainConfig, source: Source, vae: VAE, cache: LatentCache, share: float) -> None:
     words = TextTokenizer.train([text for i in range(len(source)) for text in source.captions(i)], config.vocabulary)
     torch.manual_seed(0)
     model = OpenVision3(config.model, vae, len(words), words.pad_id).init_weights()

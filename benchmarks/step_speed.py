@@ -28,7 +28,7 @@ from openvision3.hub import load_distance, load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import add_noise
 from openvision3.model.vae import VAE
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import autocast, backward
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.recipes import RECIPES
@@ -70,12 +70,12 @@ def flux_shaped() -> diffusers.AutoencoderKL:
     )
 
 
-def a_model(config: RunConfig, vae: VAE, vocabulary: int, device: str) -> OpenVision3:
+def a_model(config: PretrainConfig, vae: VAE, vocabulary: int, device: str) -> OpenVision3:
     torch.manual_seed(0)
     return OpenVision3(config.model, vae, vocabulary, distance=load_distance(config.model.loss)).init_weights().to(device).train()
 
 
-def a_batch(config: RunConfig, vocabulary: int, batch: int, size: int) -> dict[str, Tensor]:
+def a_batch(config: PretrainConfig, vocabulary: int, batch: int, size: int) -> dict[str, Tensor]:
     """Random pictures, and words to the lengths of the recipe: captions that fill three quarters of their positions."""
     generator = torch.Generator().manual_seed(0)
     text, caption = config.model.text_encoder.positions, config.model.captioner.positions

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from openvision3.data.batches import TrainingBatches
-from openvision3.train.checkpoint import complete_checkpoints
-from openvision3.train.config import RunConfig
+from openvision3.hub import complete_checkpoints
+from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import tiny
 from openvision3.train.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.
         iterator.close()
 
 
-def small(root: Path, out: str, **changes: Any) -> RunConfig:
+def small(root: Path, out: str, **changes: Any) -> PretrainConfig:
     """`tiny` at 32 px in fp32 for 7 steps, on pictures under `root`, into `root/out`."""
     config = tiny()
     config.data, config.val = (str(pictures(root / "train", 10)),), (str(pictures(root / "held", 3, seed=1)),)

@@ -93,7 +93,7 @@ def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase,
     from openvision3.hub import load_vae, load_weights, read_config
     from openvision3.networks.perceptual import load_foreign_pickle
     from openvision3.settings import load_config
-    from openvision3.train.config import RunConfig
+    from openvision3.train.config import PretrainConfig
 
     vae = tmp_path / "vae"
     vae.mkdir()
@@ -101,7 +101,7 @@ def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase,
         (tmp_path / name).write_bytes(data)
     readers = [
         lambda: read_config(tmp_path),
-        lambda: load_config(RunConfig, tmp_path / "config.json"),
+        lambda: load_config(PretrainConfig, tmp_path / "config.json"),
         lambda: load_weights(None, tmp_path),
         lambda: TextTokenizer.load(tmp_path / "tokenizer.json"),
         lambda: load_foreign_pickle(tmp_path / "weights.pth"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_runs import metrics, pictures
 
-from openvision3.train.checkpoint import complete_checkpoints
+from openvision3.hub import complete_checkpoints
 
 ROOT = Path(__file__).parent.parent
 DAEMONS = ("munged", "slurmctld", "slurmd")

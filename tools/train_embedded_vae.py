@@ -39,7 +39,7 @@ from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.metrics.reconstruction import psnr
 from openvision3.networks.perceptual import EfficientNetDistance
 from openvision3.progress import processor_name
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import autocast
 from openvision3.train.optimizer import Muon
 
@@ -225,7 +225,7 @@ def train(args: argparse.Namespace) -> None:
     """Raises ValueError, OSError: data or settings that cannot be used."""
     if min(args.steps, args.batch, args.save_every) < 1 or args.size % 8 or args.size < 8:
         raise ValueError(f"steps {args.steps}, batch {args.batch} and save-every {args.save_every} must be positive, size {args.size} a multiple of 8")
-    only = RunConfig(only=(args.only,) if args.only else ()).only_values
+    only = PretrainConfig(only=(args.only,) if args.only else ()).only_values
     try:
         architecture = ARCHITECTURE | json.loads(args.architecture)
     except (ValueError, TypeError) as error:

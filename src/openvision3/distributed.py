@@ -208,8 +208,8 @@ def together() -> Iterator[None]:
         raise
     except BaseException as caught:  # torch's CheckpointException is no Exception
         error = caught
-    failed = gather_objects(error is not None)
-    if error is not None and (world() == 1 or failed.index(True) == rank()):
+    failed = gather_objects(error is not None and not isinstance(error, OtherRankFailed))  # that one tells of a failure within, not of its own
+    if error is not None and (not failed[rank()] or world() == 1 or failed.index(True) == rank()):
         raise error
     if any(failed):
         raise OtherRankFailed("another rank has failed")

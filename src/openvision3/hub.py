@@ -209,6 +209,16 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def complete_checkpoints(run: str | Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if (p / "run_state.json").is_file())
+
+
+def latest_checkpoint(run: str | Path) -> Path | None:
+    """The run's newest checkpoint; None where there is none, or where this process does not see the run folder."""
+    return next(reversed(complete_checkpoints(run)), None)
+
+
 def find_folder(name: str | Path) -> Path:
     """A shipped name, a model folder, or a run folder (its newest checkpoint) -> the folder with config.json.
 
@@ -224,8 +234,6 @@ def find_folder(name: str | Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     if (folder / "checkpoints").is_dir():
-        from openvision3.train.checkpoint import complete_checkpoints
-
         found = complete_checkpoints(folder)
         if found:
             return found[-1]

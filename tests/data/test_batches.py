@@ -24,7 +24,7 @@ from openvision3.data.problems import count_reasons
 from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource
 from openvision3.data.text import TextTokenizer
 from openvision3.draws import draw_seed
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -434,4 +434,4 @@ def test_lanes_divide_the_batch():
     with pytest.raises(ValueError, match="lanes 16 do not divide the batch of 24"):
         machines(Shards([100] * 7), 1, batch=24)
     with pytest.raises(ValueError, match="lanes 3 do not divide the batch of 64"):
-        RunConfig(lanes=3, batch=64)
+        PretrainConfig(lanes=3, batch=64)

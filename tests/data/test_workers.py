@@ -16,7 +16,7 @@ from small_runs import assert_same_run, metrics, small
 from openvision3.cli import main
 from openvision3.data import batches, workers
 from openvision3.data.workers import WaitGivenUp, Workers, WorkersFailed, check_shared_memory
-from openvision3.train.checkpoint import complete_checkpoints
+from openvision3.hub import complete_checkpoints
 from openvision3.train.loop import NoBatch
 from openvision3.train.pretrain import pretrain
 

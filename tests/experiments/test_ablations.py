@@ -5,7 +5,7 @@ import pytest
 from openvision3.experiments.ablate import plan
 from openvision3.experiments.ablations import ABLATIONS, Fork, Parent, question
 from openvision3.settings import flat, to_dict
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import RECIPES, base_low_res, mini_low_res
 
 
@@ -70,7 +70,7 @@ def test_a_folder_is_named_by_what_its_fork_changes():
     assert names == ["base", "encoder_learns_from=understanding", "encoder.size=L"]
 
 
-def phases(number: int, config: RunConfig, recipe: str) -> list[RunConfig]:
+def phases(number: int, config: PretrainConfig, recipe: str) -> list[PretrainConfig]:
     parent = Parent(recipe, config)
     return [run for _, run in plan(forks("two_phases", parent)[number], parent).runs]
 

@@ -13,8 +13,9 @@ import torch
 from small_runs import Crash, saved_state
 from torch import nn
 
+from openvision3.hub import complete_checkpoints
 from openvision3.train import checkpoint
-from openvision3.train.checkpoint import CheckpointError, RunState, complete_checkpoints, load_checkpoint, read_state, save_checkpoint
+from openvision3.train.checkpoint import CheckpointError, RunState, load_checkpoint, read_state, save_checkpoint
 from openvision3.train.optimizer import OptimizerConfig, Optimizers
 
 

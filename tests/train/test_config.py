@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openvision3.model.encoder import SIZES
 from openvision3.settings import from_dict, load_config, nearest, save_config, to_dict
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import RECIPES
 
 shares = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])
@@ -31,20 +31,20 @@ shares = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])
     precision=st.sampled_from(["auto", "bf16", "fp32"]),
 )
 def test_a_config_is_the_same_after_json(size, data, crop, rate, encoder, shift, share, seed, minutes, aliases, precision):
-    config = RunConfig(size=size, data=data, crop_area=crop, batch=8, pixel_share=share, seed=seed, minutes=minutes, aliases=aliases, precision=precision)
+    config = PretrainConfig(size=size, data=data, crop_area=crop, batch=8, pixel_share=share, seed=seed, minutes=minutes, aliases=aliases, precision=precision)
     config.model.encoder.size, config.model.vae.shift, config.optimizer.learning_rate = encoder, shift, rate
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(PretrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_a_saved_config_is_loaded_as_it_was(tmp_path):
     save_config(RECIPES["mini"](), tmp_path / "config.json")
-    assert load_config(RunConfig, tmp_path / "config.json") == RECIPES["mini"]()
+    assert load_config(PretrainConfig, tmp_path / "config.json") == RECIPES["mini"]()
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_gives_a_valid_config_with_a_command_in_its_docstring(name):
     config = RECIPES[name]()
-    assert from_dict(RunConfig, to_dict(config)) == config  # builds it anew, so that every check runs
+    assert from_dict(PretrainConfig, to_dict(config)) == config  # builds it anew, so that every check runs
     assert config.optimizer.warmup_steps < config.steps
     assert f"openvision3 train {name}" in (RECIPES[name].__doc__ or "")
     assert RECIPES[name]() is not config
@@ -60,7 +60,7 @@ def test_every_recipe_gives_a_valid_config_with_a_command_in_its_docstring(name)
 )
 def test_an_unknown_field_fails_and_names_the_nearest(values, place, near):
     with pytest.raises(ValueError, match=rf"unknown field {place}; nearest is {near}$"):
-        from_dict(RunConfig, values)
+        from_dict(PretrainConfig, values)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_an_unknown_field_fails_and_names_the_nearest(values, place, near):
 )
 def test_a_value_of_another_type_is_refused_with_its_place(values, seen):
     with pytest.raises(ValueError, match=seen):
-        from_dict(RunConfig, values)
+        from_dict(PretrainConfig, values)
 
 
 def test_a_whole_number_is_taken_where_a_float_is_wanted():
-    assert from_dict(RunConfig, {"minutes": 5}).minutes == 5.0
+    assert from_dict(PretrainConfig, {"minutes": 5}).minutes == 5.0
 
 
 @pytest.mark.parametrize(
@@ -124,25 +124,25 @@ def test_a_whole_number_is_taken_where_a_float_is_wanted():
 )
 def test_an_illegal_value_is_refused_by_name_with_the_value_seen(field, value):
     with pytest.raises(ValueError) as refused:
-        RunConfig(**{field: value})
+        PretrainConfig(**{field: value})
     message = str(refused.value)
     assert field in message and "\n" not in message
     assert str(value[0] if field == "only" else value) in message
 
 
 def test_rules_are_split_at_the_first_equals_sign():
-    assert RunConfig(only=("source=clipart", "url=a=b")).only_values == {"source": "clipart", "url": "a=b"}
+    assert PretrainConfig(only=("source=clipart", "url=a=b")).only_values == {"source": "clipart", "url": "a=b"}
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such config"):
-        load_config(RunConfig, tmp_path / "config.json")
+        load_config(PretrainConfig, tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        load_config(RunConfig, tmp_path / "config.json")
+        load_config(PretrainConfig, tmp_path / "config.json")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold fields"):
-        load_config(RunConfig, tmp_path / "config.json")
+        load_config(PretrainConfig, tmp_path / "config.json")
 
 
 def test_nearest_is_empty_where_nothing_is_like_it():
@@ -161,4 +161,4 @@ def test_nearest_is_empty_where_nothing_is_like_it():
 )
 def test_weights_and_cache_that_cannot_be_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig(**values)
+        PretrainConfig(**values)

@@ -17,8 +17,10 @@ from small_runs import metrics, saved_state
 from torch import Tensor, nn
 
 from openvision3.data.problems import Problems
-from openvision3.train.checkpoint import CheckpointError, RunState, complete_checkpoints, load_checkpoint
-from openvision3.train.loop import NOT_FINITE_LIMIT, Loop, NotFinite, fit
+from openvision3.hub import complete_checkpoints
+from openvision3.train.checkpoint import CheckpointError, RunState, load_checkpoint
+from openvision3.train.loop import NOT_FINITE_LIMIT, NotFinite, Training, fit
+from openvision3.train.loop_config import LoopConfig
 from openvision3.train.optimizer import OptimizerConfig, Optimizers, rate_at
 from openvision3.train.run_folder import RunFolder
 
@@ -87,21 +89,31 @@ class Points:
             self.closed = True
 
 
-def export(folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
-    folder.mkdir()
+class Lines(Training):
+    """A training of `model` on `points`, with an evaluation if there is one."""
+
+    def __init__(self, model: Line, points: Points, scores: Callable[[int], dict[str, float]] | None):
+        self.model, self.batches, self.scores = model, points, scores
+
+    def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
+        return self.scores(step) if self.scores else {}
+
+    def export(self, folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
+        folder.mkdir()
 
 
 def run(out: Path, points: Points | None = None, *, model: Line | None = None, steps: int = 8, evaluate=None, state: RunState | None = None, **loop):
     """-> (status, model, optimizers, the loop's state)."""
     model = model or Line()
     optimizers = Optimizers(model, SETTINGS)
-    settings = Loop(steps, **{"log_every": 1, **loop}, state=state or RunState())
-    folder = RunFolder(out)
+    every = {"precision": "fp32", "log_every": 1, "eval_every": 0, "save_every": 0, "keep_best": 0, **loop}
+    config = LoopConfig(SETTINGS, steps, batch=4, **every)
+    state, folder = state or RunState(), RunFolder(out)
     try:
-        status = fit(model, points or Points(), optimizers, SETTINGS, settings, folder, export=export, evaluate=evaluate)
+        status = fit(Lines(model, points or Points(), evaluate), optimizers, config, state, folder)
     finally:
         folder.close()
-    return status, model, optimizers, settings.state
+    return status, model, optimizers, state
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ from small_runs import metrics, pictures
 from openvision3 import cli
 from openvision3.cli.train import configure_run
 from openvision3.data.text import TextTokenizer
-from openvision3.hub import read_config
-from openvision3.train.checkpoint import complete_checkpoints
+from openvision3.hub import complete_checkpoints, read_config
 from openvision3.train.recipes import IN_TURN, RECIPES, base_low_res, kept_at_another_batch
 
 BERT_WORDS = 30_522

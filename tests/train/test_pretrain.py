@@ -16,33 +16,35 @@ from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics, pictures, small
 
 import openvision3
+from openvision3 import device
 from openvision3.cli import main
 from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
 from openvision3.data.sources import open_source
 from openvision3.data.text import TextTokenizer
-from openvision3.hub import read_config
+from openvision3.hub import complete_checkpoints, latest_checkpoint, read_config
 from openvision3.settings import load_config
 from openvision3.train import pretrain as module
-from openvision3.train.checkpoint import CheckpointError, RunState, complete_checkpoints, latest_checkpoint
-from openvision3.train.config import RunConfig
+from openvision3.train import run as run_module
+from openvision3.train.checkpoint import CheckpointError, RunState
+from openvision3.train.config import PretrainConfig
 from openvision3.train.held_out import MEASURE
 from openvision3.train.pretrain import Outcome, pretrain, pretrain_in_turn
 from openvision3.train.run_folder import REQUEUE
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[RunConfig, Outcome]:
+def finished(tmp_path_factory) -> tuple[PretrainConfig, Outcome]:
     """A run of 7 steps into `run`; pictures under `train` and `held` beside it."""
     config = small(tmp_path_factory.mktemp("finished"), "run", eval_every=4)
     return config, pretrain(config, "tiny")
 
 
 @pytest.fixture
-def copied(finished, tmp_path) -> RunConfig:
+def copied(finished, tmp_path) -> PretrainConfig:
     """The config of that run, resumed in a copy of its folder."""
     shutil.copytree(finished[0].out, tmp_path / "run")
-    config = load_config(RunConfig, tmp_path / "run" / "config.json")
+    config = load_config(PretrainConfig, tmp_path / "run" / "config.json")
     config.out, config.resume = str(tmp_path / "run"), True
     return config
 
@@ -58,7 +60,7 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     }
     assert sorted(p.name for p in (folder / "samples").iterdir()) == ["step-00000004.png", "step-00000007.png"]
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000006", "step-00000007"]
-    assert load_config(RunConfig, folder / "config.json") == replace(config, lanes=1), "local data have one lane"
+    assert load_config(PretrainConfig, folder / "config.json") == replace(config, lanes=1), "local data have one lane"
 
 
 def test_the_metrics_hold_every_loss_and_the_evaluation(finished):
@@ -73,8 +75,8 @@ def test_the_run_folder_loads_as_the_model_that_was_trained(finished):
     config, outcome = finished
     loaded = openvision3.load(outcome.folder, device="cpu")
     picture = str(Path(config.val[0]) / "0.png")
-    assert torch.equal(loaded.encode(picture), outcome.pipeline.encode(picture))
-    assert loaded.caption(picture) == outcome.pipeline.caption(picture)
+    assert torch.equal(loaded.encode(picture), outcome.training.pipeline.encode(picture))
+    assert loaded.caption(picture) == outcome.training.pipeline.caption(picture)
     record = read_config(complete_checkpoints(outcome.folder)[-1]).training
     assert (record["recipe"], record["steps"], record["samples_seen"], record["precision"]) == ("tiny", 7, 28, "fp32")
 
@@ -195,13 +197,13 @@ def test_a_run_that_goes_on_takes_new_settings_that_do_not_change_its_numbers(co
     shutil.rmtree(complete_checkpoints(copied.out)[-1])
     copied.log_every, copied.save_every, copied.keep, copied.workers = 1, 100, 1, 1
     assert pretrain(copied, "tiny").status == "finished"
-    now = load_config(RunConfig, Path(copied.out) / "config.json")
+    now = load_config(PretrainConfig, Path(copied.out) / "config.json")
     assert (now.log_every, now.save_every, now.keep, now.workers) == (1, 100, 1, 1)
 
 
 def test_a_run_that_goes_on_without_more_words_keeps_the_settings_it_was_started_with(copied):
     assert main(["train", "tiny", "--out", copied.out, "--resume"]) == 0
-    now = load_config(RunConfig, Path(copied.out) / "config.json")
+    now = load_config(PretrainConfig, Path(copied.out) / "config.json")
     assert (now.log_every, now.save_every, now.eval_every) == (2, 3, 4)
 
 
@@ -253,8 +255,8 @@ def test_a_run_says_where_it_ended_where_this_process_does_not_see_its_folder(tm
 
 
 def test_a_run_does_not_go_on_where_a_process_does_not_see_its_folder(copied, monkeypatch):
-    gather = module.distributed.gather_objects
-    monkeypatch.setattr(module.distributed, "gather_objects", lambda value: [True, False] if value is True else gather(value))
+    gather = run_module.distributed.gather_objects
+    monkeypatch.setattr(run_module.distributed, "gather_objects", lambda value: [True, False] if value is True else gather(value))
     line = f"^process 1 does not see {copied.out}/config.json, and every process reads .*: put {copied.out} on a disk that all machines share"
     with pytest.raises(ValueError, match=line):
         pretrain(copied, "tiny")
@@ -297,52 +299,52 @@ def test_a_new_run_can_start_from_the_weights_of_another(finished, tmp_path, mon
     outcome = finished[1]
     seen = {}
 
-    def stop(model, *_, **__):
-        seen.update({name: value.clone() for name, value in model.trained_state().items()})
+    def stop(training, *_):
+        seen.update({name: value.clone() for name, value in training.model.trained_state().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "fit", stop)
+    monkeypatch.setattr(run_module, "fit", stop)
     new = small(tmp_path, "new", init=str(outcome.folder), vocabulary=200)  # its words come with the weights
     with pytest.raises(KeyboardInterrupt):
         pretrain(new, "tiny")
-    trained = outcome.pipeline.model.trained_state()
+    trained = outcome.training.pipeline.model.trained_state()
     assert seen.keys() == trained.keys() and all(torch.equal(value, trained[name]) for name, value in seen.items())
     assert (Path(new.out) / "tokenizer.json").read_text() == (outcome.folder / "tokenizer.json").read_text()
 
 
 def test_weights_of_small_pictures_start_a_new_run_on_larger_ones(finished, tmp_path, monkeypatch):
-    last, fit = complete_checkpoints(finished[1].folder)[-1], module.fit
+    last, fit = complete_checkpoints(finished[1].folder)[-1], run_module.fit
     seen = {}
 
-    def watched(model, batches, optimizers, settings, loop, *more, **named):
-        seen.update({name: value.clone() for name, value in model.trained_state().items()})
-        assert loop.state == RunState(val_measure=MEASURE) and not any(optimizer.state for optimizer in optimizers.all)
-        return fit(model, batches, optimizers, settings, loop, *more, **named)
+    def watched(training, optimizers, config, state, *more):
+        seen.update({name: value.clone() for name, value in training.model.trained_state().items()})
+        assert state == RunState(val_measure=MEASURE) and not any(optimizer.state for optimizer in optimizers.all)
+        return fit(training, optimizers, config, state, *more)
 
-    monkeypatch.setattr(module, "fit", watched)
+    monkeypatch.setattr(run_module, "fit", watched)
     outcome = pretrain(small(tmp_path, "new", init=str(finished[1].folder), size=64, steps=1, batch=2, pixel_share=0.5), "tiny")
     before = load_file(last / "model.safetensors")
     assert seen.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in seen.items())
     assert metrics(outcome.folder)[0]["step"] == outcome.steps == 1
-    assert outcome.pipeline.encode(str(Path(finished[0].val[0]) / "0.png")).shape[1] == (64 // 16) ** 2
+    assert outcome.training.pipeline.encode(str(Path(finished[0].val[0]) / "0.png")).shape[1] == (64 // 16) ** 2
 
 
 def test_a_run_from_other_weights_keeps_the_record_of_their_training_when_it_goes_on_too(finished, tmp_path):
     first = finished[1]
-    before = {"name": str(first.folder), **first.pipeline.training}
+    before = {"name": str(first.folder), **first.training.pipeline.training}
     new = small(tmp_path, "new", init=str(first.folder), steps=3)
-    assert pretrain(new, "tiny").pipeline.training["started_from"] == before
+    assert pretrain(new, "tiny").training.pipeline.training["started_from"] == before
     new.resume = True
-    assert pretrain(new, "tiny").pipeline.training["started_from"] == before
+    assert pretrain(new, "tiny").training.pipeline.training["started_from"] == before
     assert f"started_from.steps: {before['steps']}" in (complete_checkpoints(new.out)[-1] / "README.md").read_text()
 
 
 def test_minutes_fix_the_steps_from_a_measured_rate_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "steps_for", lambda minutes, *_: (round(4 * minutes), 4 / 60))
+    monkeypatch.setattr(run_module, "measure_steps", lambda training, config, compiled: (round(4 * config.minutes), 4 / 60))
     config = small(tmp_path, "run", minutes=1.5)
     config.optimizer.warmup_steps = 50
     assert pretrain(config, "tiny").steps == 6
-    stored = load_config(RunConfig, tmp_path / "run" / "config.json")
+    stored = load_config(PretrainConfig, tmp_path / "run" / "config.json")
     assert (stored.steps, stored.optimizer.warmup_steps, stored.minutes) == (6, 1, 1.5)
     assert "6 steps fill 1.5 minutes" in (tmp_path / "run" / "log.txt").read_text()
     config.resume = True
@@ -352,16 +354,16 @@ def test_minutes_fix_the_steps_from_a_measured_rate_and_the_same_command_goes_on
 
 def test_measuring_the_rate_leaves_the_model_and_the_batches_as_they_were(tmp_path, monkeypatch):
     measured = []
-    steps_for = module.steps_for
+    measure_steps = run_module.measure_steps
 
     def watched(*values):
-        measured.append(steps_for(*values))
+        measured.append(measure_steps(*values))
         return 7, measured[0][1]
 
-    monkeypatch.setattr(module, "steps_for", watched)
+    monkeypatch.setattr(run_module, "measure_steps", watched)
     timed, plain = small(tmp_path, "timed", minutes=2.0), small(tmp_path, "plain")
     timed.optimizer.warmup_steps = plain.optimizer.warmup_steps = 0
-    monkeypatch.setattr(module, "min", lambda *_: 0, raising=False)  # no warm-up in either
+    monkeypatch.setattr(run_module, "min", lambda *_: 0, raising=False)  # no warm-up in either
     pretrain(timed, "tiny")
     pretrain(plain, "tiny")
     steps, rate = measured[0]
@@ -370,13 +372,13 @@ def test_measuring_the_rate_leaves_the_model_and_the_batches_as_they_were(tmp_pa
 
 
 def test_the_chosen_precision_is_told_and_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr("openvision3.device.measure_precision", lambda device: {"fp32": 1.0, "bf16": 3.0})
+    monkeypatch.setattr(device, "measure_precision", lambda device: {"fp32": 1.0, "bf16": 3.0})
     config = small(tmp_path, "run", precision="auto", steps=2)
     outcome = pretrain(config, "tiny")
-    assert outcome.precision == load_config(RunConfig, tmp_path / "run" / "config.json").precision == "bf16"
+    assert outcome.precision == load_config(PretrainConfig, tmp_path / "run" / "config.json").precision == "bf16"
     assert "precision bf16 (measured: bf16 runs at 3x" in (tmp_path / "run" / "log.txt").read_text()
     assert openvision3.load(config.out, device="cpu").embed_texts("a word").isfinite().all()
-    monkeypatch.setattr("openvision3.device.measure_precision", lambda device: {"fp32": 3.0, "bf16": 1.0})
+    monkeypatch.setattr(device, "measure_precision", lambda device: {"fp32": 3.0, "bf16": 1.0})
     config.resume = True
     assert pretrain(config, "tiny").precision == "bf16"  # not measured anew
 
@@ -405,7 +407,7 @@ def test_the_sample_sheet_shows_the_held_out_pictures(finished):
 
     config, outcome = finished
     sheet = Image.open(outcome.folder / "samples" / "step-00000007.png").convert("RGB")
-    original = to_pil(outcome.pipeline.prepare(str(Path(config.val[0]) / "0.png")))[0]
+    original = to_pil(outcome.training.pipeline.prepare(str(Path(config.val[0]) / "0.png")))[0]
     assert sheet.getcolors(1 << 24) and {original.getpixel((16, 10))} <= {color for _, color in sheet.getcolors(1 << 24)}
 
 
@@ -455,9 +457,9 @@ def test_held_out_pictures_that_vanish_do_not_end_a_run(tmp_path, monkeypatch):
 
 
 def test_processes_that_have_opened_unlike_data_are_told_apart(monkeypatch):
-    monkeypatch.setattr(module.distributed, "gather_objects", lambda facts: [facts, facts | {"samples": (7, "a", "b")}])
+    monkeypatch.setattr(run_module.distributed, "gather_objects", lambda facts: [facts, facts | {"samples": (7, "a", "b")}])
     with pytest.raises(ValueError, match=r"not opened the same samples: \(8, 'a', 'b'\) in process 0, \(7, 'a', 'b'\) in process 1"):
-        module._agree({"VAE": "x", "samples": (8, "a", "b")})
+        run_module._agree({"VAE": "x", "samples": (8, "a", "b")})
 
 
 def test_a_run_records_what_its_training_data_and_those_of_its_start_are_recognised_by(finished, tmp_path, capsys):

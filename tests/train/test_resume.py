@@ -19,12 +19,12 @@ from PIL import Image
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures, saved_state, small
 
 from openvision3.data.text import TextTokenizer
+from openvision3.hub import complete_checkpoints
 from openvision3.model import vae as vae_module
 from openvision3.settings import load_config
 from openvision3.train import held_out, identities
 from openvision3.train import pretrain as module
-from openvision3.train.checkpoint import complete_checkpoints
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.pretrain import pretrain
 
 
@@ -154,7 +154,7 @@ def test_a_loss_that_was_made_otherwise_is_not_compared_with(tmp_path, monkeypat
     state.write_text(json.dumps(record))
     go_on(config)
     assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000003", "step-00000004"]
-    assert (tmp_path / "run" / "log.txt").read_text().count("val/loss was made otherwise until now") == 1
+    assert (tmp_path / "run" / "log.txt").read_text().count("val/loss was computed otherwise until now") == 1
 
 
 def test_what_another_batch_leaves_as_the_recipe_has_it_is_said_once(tmp_path):
@@ -186,7 +186,7 @@ def write_shard(folder: Path, name: str, shard: Path) -> Path:
 
 
 def test_a_run_goes_on_bit_for_bit_where_all_it_reads_lies_under_another_path(tmp_path, monkeypatch, capfd):
-    def make(out: str) -> RunConfig:
+    def make(out: str) -> PretrainConfig:
         config = small(tmp_path, out, steps=6, eval_every=2)
         config.data = (*config.data, str(tmp_path / "shards"))
         config.tokenizer, config.model.vae.name = str(tmp_path / "words.json"), str(tmp_path / "vae")
@@ -215,9 +215,9 @@ def test_a_run_goes_on_bit_for_bit_where_all_it_reads_lies_under_another_path(tm
     assert_same_run(tmp_path / "whole", broken.out)
     assert (Path(broken.out) / "skipped.jsonl").read_text().count("\n") == 2  # each once, under one name
     said = capfd.readouterr().err
-    assert f"val lies at {away / 'val'} now, and holds what it held at {tmp_path / 'held'}" in said
-    assert said.count(" lies at ") == 4
-    now = load_config(RunConfig, Path(broken.out) / "config.json")
+    assert f"val now lies at {away / 'val'}, and holds what it held at {tmp_path / 'held'}" in said
+    assert said.count(" now lies at ") == 4
+    now = load_config(PretrainConfig, Path(broken.out) / "config.json")
     assert (now.data, now.val, now.tokenizer, now.model.vae.name) == (broken.data, broken.val, broken.tokenizer, broken.model.vae.name)
 
 
@@ -230,7 +230,7 @@ def begun(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copied(begun, tmp_path) -> RunConfig:
+def copied(begun, tmp_path) -> PretrainConfig:
     """What goes on with a copy of that run; its images lie where they lay."""
     shutil.copytree(begun / "run", tmp_path / "run")
     config = small(begun, "run", steps=2, save_every=1, resume=True)
@@ -287,13 +287,13 @@ def test_a_run_of_an_older_version_goes_on_with_the_old_paths_only_and_says_why(
 
 DRIVER = """
 import os, signal, sys
-from openvision3.train import checkpoint, held_out, pretrain
 from openvision3 import cli
-from openvision3.train import run_folder
+from openvision3.train import checkpoint, held_out, pretrain
+from openvision3.train.run_folder import RunFolder
 what, step, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 sys.argv = ["openvision3", *argv]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-advance, replace, rmtree, save = run_folder.RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
+advance, replace, rmtree, save = RunFolder.advance, os.replace, checkpoint.shutil.rmtree, checkpoint.dcp.save
 evaluation = pretrain.quick_evaluation
 def at_step(self, done):
     if done == step:
@@ -319,10 +319,10 @@ def in_evaluation(*values):
         held_out.evaluate_retrieval = die
     return evaluation(*values)
 if what.startswith("SIG"):
-    run_folder.RunFolder.advance = at_step
+    RunFolder.advance = at_step
 elif what == "nan":
     import torch
-    from openvision3.train.loop import Optimizers
+    from openvision3.train.optimizer import Optimizers
     stepped, steps = Optimizers.step, [0]
     def spoil(self):
         stepped(self)

@@ -18,8 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import assert_same_run, metrics
 
-from openvision3.hub import load_vae
-from openvision3.train.checkpoint import complete_checkpoints
+from openvision3.hub import complete_checkpoints, load_vae
 
 RATE = 1e-4
 
@@ -197,15 +196,16 @@ SHARDS = """
 import os, sys, torch
 from torch.distributed.tensor import DTensor
 from openvision3 import cli
-from openvision3.train import pretrain
+from openvision3.train import run
 folder, argv = sys.argv[1], sys.argv[2:]
 sys.argv = ["openvision3", *argv]
-fit = pretrain.fit
+fit = run.fit
 def told(value):
     sharded = isinstance(value, DTensor)
     return {"sharded": sharded, "rows": len(value), "whole": value.numel(), "here": (value.to_local() if sharded else value).numel()}
-def watched(model, batches, optimizers, *more, **named):
-    status = fit(model, batches, optimizers, *more, **named)
+def watched(training, optimizers, *more):
+    status = fit(training, optimizers, *more)
+    model = training.model
     frozen = {name: p for name, p in model.named_parameters() if name.startswith("vae.")}
     free = {name: p for name, p in model.named_parameters() if name not in frozen}
     moments = {name: o.state[p]["exp_avg"] for name, p in free.items() for o in optimizers.all if p in o.state}
@@ -215,7 +215,7 @@ def watched(model, batches, optimizers, *more, **named):
         "vae": {name: told(p) | {"value": p.detach(), "gradient": p.grad, "wanted": p.requires_grad} for name, p in frozen.items()},
     }, os.path.join(folder, os.environ["RANK"]))
     return status
-pretrain.fit = watched
+run.fit = watched
 sys.exit(cli.main(argv))
 """
 
@@ -302,9 +302,9 @@ ONE_MISSES = """
 import os, sys
 from datetime import timedelta
 from openvision3 import cli, distributed
-from openvision3.train import held_out
 from openvision3.data.images import ImageError
 from openvision3.data.sources import FolderSource
+from openvision3.train import held_out
 distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
 read = FolderSource.data
 def data(self, index):

@@ -14,7 +14,7 @@ from openvision3.cli.paths import check_apart
 from openvision3.settings import PathName
 
 if TYPE_CHECKING:
-    from openvision3.train.config import RunConfig
+    from openvision3.train.config import PretrainConfig
 
 
 STOPPED = 75
@@ -59,7 +59,7 @@ def _train_in_turn(name: str, rest: Sequence[str]) -> int:
     from openvision3.train.pretrain import pretrain_in_turn
     from openvision3.train.recipes import IN_TURN
 
-    phases: list[tuple[str, RunConfig]] = []
+    phases: list[tuple[str, PretrainConfig]] = []
     program = f"openvision3 train {name}"
     for recipe in IN_TURN[name]:
         config = configure_run(recipe.__name__, rest, program)
@@ -89,17 +89,17 @@ def check_recipe(argv: Sequence[str]) -> str:
     return argv[0]
 
 
-def configure_run(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> RunConfig:
+def configure_run(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> PretrainConfig:
     """The recipe, or the config of a run that was `started`, with what the command line sets anew."""
     from openvision3.settings import load_config
-    from openvision3.train.config import RunConfig
+    from openvision3.train.config import PretrainConfig
     from openvision3.train.recipes import RECIPES
 
-    default = load_config(RunConfig, started / "config.json") if started and (started / "config.json").is_file() else RECIPES[name]()
-    return parse(RunConfig, rest, program or f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
+    default = load_config(PretrainConfig, started / "config.json") if started and (started / "config.json").is_file() else RECIPES[name]()
+    return parse(PretrainConfig, rest, program or f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
 
 
-def _train(name: str, config: RunConfig) -> int:
+def _train(name: str, config: PretrainConfig) -> int:
     from openvision3.train.pretrain import pretrain
 
     check_apart(config.out or f"runs/{name}", (*config.data, *config.val))

@@ -1,4 +1,4 @@
-"""A RunConfig and devices -> what the run will take: operations, memory, hours, disk, network, and what would make it cheaper."""
+"""A PretrainConfig and devices -> what the run will take: operations, memory, hours, disk, network, and what would make it cheaper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openvision3.estimate.arithmetic import FP32, Cost, muon
 from openvision3.estimate.devices import Devices, parse_devices
 from openvision3.estimate.explain import explain
 from openvision3.estimate.sizes import Options, Sizes, divisors, sample_costs
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 
 RESERVE = 0.1
 """share of a device's memory that is left to its driver, the allocator's gaps and the convolutions' workspace"""
@@ -73,7 +73,7 @@ class Estimate:
         return sum(self.memory.values())
 
 
-def estimate(config: RunConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
+def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
     """Count everything. Nothing is loaded, and nothing runs.
 
     Raises:
@@ -259,7 +259,7 @@ def _data_bytes(data: tuple[str, ...]) -> float | None:
 # -- what follows -------------------------------------------------------------------------------------------------
 
 
-def _advice(found: Estimate, config: RunConfig, options: Options) -> list[dict[str, Any]]:
+def _advice(found: Estimate, config: PretrainConfig, options: Options) -> list[dict[str, Any]]:
     """Changes that would pay, each with the new totals."""
     advice: list[dict[str, Any]] = []
 

@@ -12,7 +12,7 @@ from typing import Any
 from openvision3.estimate.arithmetic import FP32, NOTHING, PIXELS, PUBLISHED, Cost, VaeShape, linear, perceptual, transformer, vae_decode, vae_encode, vae_shape
 from openvision3.estimate.devices import Devices
 from openvision3.fetch.store import find_hub
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 
 BERT = 30_524
 """pieces of bert-base-uncased, and the begin and end marks that it lacks"""
@@ -60,7 +60,7 @@ class Options:
 class Sizes:
     """A config read for counting: the sizes that all the formulas need."""
 
-    def __init__(self, config: RunConfig, options: Options, devices: Devices):
+    def __init__(self, config: PretrainConfig, options: Options, devices: Devices):
         import torch
         from torch import nn
 

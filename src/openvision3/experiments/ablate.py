@@ -26,15 +26,17 @@ from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, qu
 from openvision3.experiments.compare import Group, apart, as_json, column, text_table, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.files import write_whole
-from openvision3.hub import load_distance
+from openvision3.hub import complete_checkpoints, load_distance
 from openvision3.progress import console
 from openvision3.report import html
 from openvision3.settings import PathName, flat, from_dict, load_config, to_dict
-from openvision3.train.checkpoint import complete_checkpoints, read_state
-from openvision3.train.config import RunConfig
-from openvision3.train.loop import NotFinite, Signals
-from openvision3.train.pretrain import FREE, SETTLED, pretrain
+from openvision3.train.checkpoint import read_state
+from openvision3.train.config import PretrainConfig
+from openvision3.train.loop import NotFinite
+from openvision3.train.loop_config import changed_settings
+from openvision3.train.pretrain import pretrain
 from openvision3.train.recipes import RECIPES
+from openvision3.train.signals import Signals
 
 DIVERGED = "DIVERGED"
 """The file in a run folder that says why the run could not continue."""
@@ -60,7 +62,7 @@ class AblationOptions:
             raise ValueError(f"steps {self.steps}, seeds {self.seeds}: choose at least one step, and at least one seed, each once")
 
 
-def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
+def base_config(options: AblationOptions, config: PretrainConfig) -> PretrainConfig:
     """The recipe with the fields of the command line, as long as the options say."""
     config = copy.deepcopy(config)
     if config.seed != RECIPES[options.recipe]().seed:
@@ -69,7 +71,7 @@ def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
     return paced(config)
 
 
-def paced(config: RunConfig) -> RunConfig:
+def paced(config: PretrainConfig) -> PretrainConfig:
     """At most a tenth is warm-up; four evaluations, two saves and ten lines, however short it is."""
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
     config.eval_every, config.save_every = max(1, config.steps // 4), max(1, config.steps // 2)
@@ -82,7 +84,7 @@ class Plan:
     """A fork and its runs, one a phase, as (folder, config) without a seed; the folder says what the phase changes in the parent."""
 
     fork: Fork
-    runs: Sequence[tuple[str, RunConfig]]
+    runs: Sequence[tuple[str, PretrainConfig]]
 
     def folders(self, out: Path, seed: int) -> list[Path]:
         return [out / folder / f"seed-{seed}" for folder, _ in self.runs]
@@ -110,13 +112,13 @@ def plan(fork: Fork, parent: Parent) -> Plan:
     return Plan(fork, runs)
 
 
-def step_operations(config: RunConfig) -> float:
+def step_operations(config: PretrainConfig) -> float:
     """Operations of one step, which do not depend on the device that is named."""
     cost = estimate(config, "ablation", Options(cached=bool(config.latents)), parse_devices("h100"), advise=False)
     return config.batch * cost.sample_flops + cost.optimiser_flops
 
 
-def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
+def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     """Train the missing runs of the grid and write NAME.html, NAME.json and NAME.png into the folder; 75 if a signal stopped it.
 
     A fork whose loss does not stay finite is named on the page, and the grid continues.
@@ -143,7 +145,7 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
         for seed in () if options.draw else options.seeds:
             for one in plans:
                 status = _train(out, one, seed, precision, signals)
-                if status == "stopped" or any(distributed.gather_objects(bool(signals.asked))):
+                if status == "stopped" or any(distributed.gather_objects(bool(signals.received))):
                     return 75
                 taken += status == "taken"
         if ranks.rank == 0:
@@ -153,7 +155,7 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     return 0
 
 
-def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+def changed(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
     """The config with these fields, checked anew."""
     values = to_dict(config)
     for name, value in changes.items():
@@ -162,14 +164,13 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
         for step in path:
             place = place[step]
         place[last] = value
-    return from_dict(RunConfig, values)
+    return from_dict(PretrainConfig, values)
 
 
-def difference(base: RunConfig, config: RunConfig) -> str:
+def difference(base: PretrainConfig, config: PretrainConfig) -> str:
     """What differs, as a folder's name: base, tau=0.8, encoder.size=L, size=128,steps=30. Where files lie is no difference."""
-    before, after = flat(to_dict(base)), flat(to_dict(config))
-    names = [name for name in before if before[name] != after[name] and name not in (*FREE, "optimizer.warmup_steps") and "lpips_" not in name]
-    parts = [f"{_shortest(name, before)}={after[name]}" for name in names]
+    changes, names = changed_settings(base, config, ("optimizer.warmup_steps",)), flat(to_dict(base))
+    parts = [f"{_shortest(name, names)}={after}" for name, (_, after) in changes.items() if "lpips_" not in name]
     return re.sub(r"[^\w.,=+-]", "-", ",".join(parts)) or "base"
 
 
@@ -180,7 +181,7 @@ def _shortest(name: str, names: Iterable[str]) -> str:
     return next(end for end in ends if end == name or sum(other == end or other.endswith(f".{end}") for other in names) == 1)
 
 
-def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
+def _same_base(out: Path, base: PretrainConfig, device: str, draw: bool) -> str:
     """The precision of all forks, which the first command settles. Raises ValueError if `out` holds forks of another base."""
     path = out / "base.json"
     if not path.is_file():
@@ -191,11 +192,9 @@ def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
         console().print(f"precision of all runs: {precision} ({why})", markup=False)
         base = changed(base, {"precision": precision})
         write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
-    kept = load_config(RunConfig, path)
-    before, now = flat(to_dict(kept)), flat(to_dict(base))
-    for name, value in now.items():
-        if name not in (*FREE, "device") and before[name] != value and (name, value) != ("precision", "auto"):
-            raise ValueError(f"{out} holds an ablation with {name} {before[name]!r}, not {value!r}; name another folder with --out")
+    kept = load_config(PretrainConfig, path)
+    for name, (before, now) in changed_settings(kept, base, ("device",)).items():
+        raise ValueError(f"{out} holds an ablation with {name} {before!r}, not {now!r}; name another folder with --out")
     return kept.precision
 
 
@@ -231,15 +230,12 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals) ->
     return "finished"
 
 
-def _state(folder: Path, config: RunConfig) -> str:
+def _state(folder: Path, config: PretrainConfig) -> str:
     """new, begun, finished or diverged. Raises ValueError if the folder holds a run of another config."""
     if not (folder / "config.json").is_file():
         return "new"
-    kept, wanted = (flat(to_dict(each)) for each in (load_config(RunConfig, folder / "config.json"), config))
-    free = (*FREE, "device", "init")
-    for name, value in wanted.items():
-        if kept[name] != value and name not in free and (name, value) not in SETTLED:
-            raise ValueError(f"{folder} holds a run with {name} {kept[name]!r}, not {value!r}; name another folder with --out")
+    for name, (before, now) in changed_settings(load_config(PretrainConfig, folder / "config.json"), config, ("device", "init")).items():
+        raise ValueError(f"{folder} holds a run with {name} {before!r}, not {now!r}; name another folder with --out")
     if (folder / DIVERGED).is_file():
         return "diverged"
     return "finished" if is_finished(folder) else "begun"
@@ -248,7 +244,7 @@ def _state(folder: Path, config: RunConfig) -> str:
 def is_finished(folder: Path) -> bool:
     """Whether the run there has its last evaluation and its last checkpoint. A run that another process is writing counts as not finished."""
     try:
-        steps = load_config(RunConfig, folder / "config.json").steps
+        steps = load_config(PretrainConfig, folder / "config.json").steps
         checkpoints = complete_checkpoints(folder)
         return bool(checkpoints) and read_state(checkpoints[-1]).step >= steps and Curves(folder).read().step >= steps
     except (ValueError, OSError):
@@ -290,7 +286,9 @@ def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, s
     return "fails" if "fails" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided", lines, records
 
 
-def _write_page(name: str, out: Path, plans: Sequence[Plan], claims: Sequence[Claim], options: AblationOptions, base: RunConfig, *, is_shared: bool) -> None:
+def _write_page(
+    name: str, out: Path, plans: Sequence[Plan], claims: Sequence[Claim], options: AblationOptions, base: PretrainConfig, *, is_shared: bool
+) -> None:
     """The page of the finished runs; it names the others. Rows hold the seeds that all rows have, if there is such a seed."""
     finished = {one.fork.label: [seed for seed in options.seeds if one.is_finished(out, seed)] for one in plans}
     if not any(finished.values()):

@@ -11,7 +11,7 @@ from typing import Any
 
 from openvision3.model.encoder import SIZES
 from openvision3.settings import flat, to_dict
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import IN_TURN
 
 
@@ -20,7 +20,7 @@ class Parent:
     """A recipe by its name, with the fields of the command line."""
 
     recipe: str
-    config: RunConfig
+    config: PretrainConfig
 
 
 @dataclass(frozen=True)

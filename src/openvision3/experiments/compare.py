@@ -17,10 +17,10 @@ from PIL import Image
 from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
 from openvision3.experiments.curves import Curves, candidates, describe_candidates, is_comparable, open_runs
 from openvision3.files import sha256_of, write_whole
+from openvision3.hub import complete_checkpoints
 from openvision3.report import html, plots
 from openvision3.settings import flat, load_config, to_dict
-from openvision3.train.checkpoint import complete_checkpoints
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 
 METRICS = (
     "val/psnr",
@@ -53,12 +53,12 @@ class Group:
         return self.all_steps or self.runs[0].step
 
     @property
-    def config(self) -> RunConfig:
-        return load_config(RunConfig, self.runs[0].folder / "config.json")
+    def config(self) -> PretrainConfig:
+        return load_config(PretrainConfig, self.runs[0].folder / "config.json")
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """{seed: where the run ended}."""
-        seeds = {load_config(RunConfig, run.folder / "config.json").seed: run for run in self.runs}
+        seeds = {load_config(PretrainConfig, run.folder / "config.json").seed: run for run in self.runs}
         return {seed: value for seed, run in seeds.items() if (value := run.last(metric)) is not None}
 
     def values(self, metric: str) -> list[float]:
@@ -72,7 +72,7 @@ def read_groups(names: Sequence[str]) -> list[Group]:
     for run in open_runs(names):
         if not run.values:
             raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
-        settings = flat(to_dict(load_config(RunConfig, run.folder / "config.json")))
+        settings = flat(to_dict(load_config(PretrainConfig, run.folder / "config.json")))
         settings["init"] = re.sub(r"/seed-\d+$", "", settings["init"])  # the first phase of the same seed
         found.setdefault(str({name: value for name, value in settings.items() if name not in NOT_SETTINGS}), []).append(run)
     return [Group(str(runs[0].folder) + (f" and {len(runs) - 1} more seeds" if len(runs) > 1 else ""), runs) for runs in found.values()]
@@ -175,7 +175,7 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
         {
             "label": group.label,
             "runs": [str(run.folder) for run in group.runs],
-            "seeds": [load_config(RunConfig, run.folder / "config.json").seed for run in group.runs],
+            "seeds": [load_config(PretrainConfig, run.folder / "config.json").seed for run in group.runs],
             "steps": group.steps,
             "evaluated_on": {"val": list(group.config.val), "size": group.config.size},
             "values": {name: group.values(name) for name in METRICS if group.values(name)},

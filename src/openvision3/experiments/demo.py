@@ -18,8 +18,9 @@ from openvision3.evaluate.peers.table import vae_functions
 from openvision3.experiments.curves import Curves
 from openvision3.progress import console, duration
 from openvision3.report import html, plots, sheets
-from openvision3.train.pretrain import Outcome, pretrain_in_turn
+from openvision3.train.pretrain import Pretraining, pretrain_in_turn
 from openvision3.train.recipes import demo_high_res, demo_low_res
+from openvision3.train.run import Outcome
 
 SHOWN_ROWS, SHOWN_CAPTIONS = 24, 32
 RUNS = ("low_res", "run")
@@ -47,8 +48,8 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         screen.print("the demo was stopped; no report is written", markup=False)
         return 75
     screen.print("evaluating on the test emoji ...", markup=False)
-    run = outcome.pipeline.functions()
-    vae = vae_functions(outcome.pipeline.vae, "VAE", outcome.precision)
+    run = outcome.training.pipeline.functions()
+    vae = vae_functions(outcome.training.pipeline.vae, "VAE", outcome.precision)
     findings = evaluate_openmoji(run, vae)
     (out / "results.json").write_text(json.dumps(as_json(findings), indent=2) + "\n")
     rows = rebuilt_rows(SHOWN_ROWS, run, vae)
@@ -99,7 +100,7 @@ def _render(out: Path) -> None:
     console().print(f"OpenMoji: {sides}{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
 
 
-def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tuple], seconds: float) -> Path:
+def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, rows: list[tuple], seconds: float) -> Path:
     """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     percent = lambda group, name: f"{100 * r[group][name]:.1f}%"  # noqa: E731
@@ -142,7 +143,7 @@ def write_report(path: Path, outcome: Outcome, findings: Findings, rows: list[tu
         ("How this was measured", html.table(("of", "metric", "value", "count", "how"), measured)),
     ]
     drawings = [int(run.last("samples") or 0) for run in (first, last)]
-    training = outcome.pipeline.training
+    training = outcome.training.pipeline.training
     phases = f"{first.step} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
     lead = (
         f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from openvision3 import distributed
 from openvision3.files import sha256_of
+from openvision3.hub import complete_checkpoints
 from openvision3.train.optimizer import Optimizers
 
 FORMAT = 1
@@ -60,16 +61,6 @@ class RunState:
     """val/loss at this very step, where it was measured"""
     val_measure: int = 1
     """how val/loss is made: losses made otherwise are not compared"""
-
-
-def complete_checkpoints(run: str | Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if (p / "run_state.json").is_file())
-
-
-def latest_checkpoint(run: str | Path) -> Path | None:
-    """The run's newest checkpoint; None where there is none, or where this process does not see the run folder."""
-    return next(reversed(complete_checkpoints(run)), None)
 
 
 def last_good(run: str | Path) -> str:

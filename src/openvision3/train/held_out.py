@@ -22,7 +22,7 @@ from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
 from openvision3.model import losses
 from openvision3.pipeline import Pipeline
 from openvision3.report.sheets import grid
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 
 EVALUATED = 256
 """images an evaluation during training looks at, at most"""
@@ -32,7 +32,7 @@ MEASURE = 2
 """of val/loss, kept in each checkpoint: another number wherever the loss is made otherwise. 1 was the mean over batches of 32."""
 
 
-def open_held_out(config: RunConfig, places: dict[str, Any], training: Source) -> Source:
+def open_held_out(config: PretrainConfig, places: dict[str, Any], training: Source) -> Source:
     """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened with `places` as the data are.
 
     Raises:

@@ -9,7 +9,7 @@ from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig
 from openvision3.model.reconstruction import LatentDecoderConfig
 from openvision3.model.understanding import CaptionerConfig, TextEncoderConfig
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.optimizer import OptimizerConfig
 
 
@@ -28,13 +28,13 @@ def small_model(size: str = "mini", decoder: str = "micro", embed_dim: int = 256
     )
 
 
-def mini() -> RunConfig:
+def mini() -> PretrainConfig:
     """The model that ships, at 128 px.
 
     openvision3 train mini --data openmoji SHARDS --only source=clipart
     Two CPU cores with AMX, about 45 minutes; expected: see the card in assets/mini/README.md.
     """
-    return RunConfig(
+    return PretrainConfig(
         model=small_model(),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup_steps=50, weight_decay=0.1),
         captions=2,
@@ -48,7 +48,7 @@ def mini() -> RunConfig:
     )
 
 
-def tiny() -> RunConfig:
+def tiny() -> PretrainConfig:
     """The smallest run with every part in it, for tests and first looks.
 
     openvision3 train tiny --steps 20
@@ -62,7 +62,7 @@ def tiny() -> RunConfig:
     return config
 
 
-def folder() -> RunConfig:
+def folder() -> PretrainConfig:
     """Train on pictures of your own: a folder with x.jpg beside x.txt, or captions.csv.
 
     openvision3 train folder --data MY_PICTURES --val MY_OTHER_PICTURES [--init mini]
@@ -74,7 +74,7 @@ def folder() -> RunConfig:
     return config
 
 
-def mini_low_res() -> RunConfig:
+def mini_low_res() -> PretrainConfig:
     """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
 
     openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
@@ -85,7 +85,7 @@ def mini_low_res() -> RunConfig:
     return config
 
 
-def mini_high_res() -> RunConfig:
+def mini_high_res() -> PretrainConfig:
     """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
 
     openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
@@ -100,7 +100,7 @@ def mini_high_res() -> RunConfig:
     return config
 
 
-def demo_low_res() -> RunConfig:
+def demo_low_res() -> PretrainConfig:
     """Most of what `openvision3 demo` trains: mini_low_res for a few minutes on OpenMoji alone.
 
     openvision3 train demo_low_res --minutes 4
@@ -112,7 +112,7 @@ def demo_low_res() -> RunConfig:
     return config
 
 
-def demo_high_res() -> RunConfig:
+def demo_high_res() -> PretrainConfig:
     """The last minute of the demo: mini_high_res on OpenMoji alone.
 
     openvision3 train demo_high_res --init runs/demo_low_res --minutes 1
@@ -134,9 +134,9 @@ LPIPS = ("lpips-vgg/vgg16-397923af.pth", "lpips-vgg/vgg.pth")
 """LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that `openvision3 fetch lpips-vgg` or the user brings."""
 
 
-def _paper(encoder: str, decoder: str) -> RunConfig:
+def _paper(encoder: str, decoder: str) -> PretrainConfig:
     """Table 1, low_res, for an encoder and latent decoder of these sizes."""
-    config = RunConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=at_hand(BERT))
+    config = PretrainConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=at_hand(BERT))
     config.model = ModelConfig(
         encoder=EncoderConfig(encoder),
         latent_decoder=LatentDecoderConfig(decoder),
@@ -157,7 +157,7 @@ def _schedule(batch: int, epochs: int, base_rate: float, warmup_epochs: int) -> 
     return epochs * EPOCH // batch, OptimizerConfig(learning_rate=base_rate * batch / 256, warmup_steps=warmup_epochs * EPOCH // batch)
 
 
-def _high_res(low_res: Callable[[], RunConfig]) -> RunConfig:
+def _high_res(low_res: Callable[[], PretrainConfig]) -> PretrainConfig:
     """Table 1: what high_res changes in low_res, from whose weights it starts; positions follow from the size, so that they fit."""
     config = low_res()
     config.init = f"runs/{low_res.__name__}"
@@ -169,7 +169,7 @@ def _high_res(low_res: Callable[[], RunConfig]) -> RunConfig:
     return config
 
 
-def base_low_res() -> RunConfig:
+def base_low_res() -> PretrainConfig:
     """The paper's pre-training at its own size: B/2 encoder, B/1 latent decoder, 128 px, FLUX.1 VAE, table 1.
 
     torchrun --nproc-per-node 8 ... -m openvision3 train base_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER
@@ -181,7 +181,7 @@ def base_low_res() -> RunConfig:
     return _paper("B", "B")
 
 
-def base_high_res() -> RunConfig:
+def base_high_res() -> PretrainConfig:
     """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
 
     torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
@@ -191,7 +191,7 @@ def base_high_res() -> RunConfig:
     return _high_res(base_low_res)
 
 
-def large_low_res() -> RunConfig:
+def large_low_res() -> PretrainConfig:
     """The paper's large model, L/2 encoder and B/1 latent decoder, at 128 px.
 
     torchrun ... -m openvision3 train large_low_res --data ... (as base_low_res)
@@ -201,7 +201,7 @@ def large_low_res() -> RunConfig:
     return _paper("L", "B")
 
 
-def large_high_res() -> RunConfig:
+def large_high_res() -> PretrainConfig:
     """large_low_res at 256 px from its weights.
 
     torchrun ... -m openvision3 train large_high_res --init runs/large_low_res --data ... (as base_low_res)
@@ -210,7 +210,7 @@ def large_high_res() -> RunConfig:
     return _high_res(large_low_res)
 
 
-def one_gpu_low_res() -> RunConfig:
+def one_gpu_low_res() -> PretrainConfig:
     """base_low_res for one GPU of 80 GB and a day or two: the paper's batch in micro-batches, 100 epochs, an eighth of the pixels.
 
     openvision3 train one_gpu_low_res --data SHARDS --val SHARDS --tokenizer bert/tokenizer.json --model.vae.name FLUX_FOLDER [--latents CACHE]
@@ -220,7 +220,7 @@ def one_gpu_low_res() -> RunConfig:
     return _one_gpu(base_low_res(), 256, 100, 8e-6)
 
 
-def one_gpu_high_res() -> RunConfig:
+def one_gpu_high_res() -> PretrainConfig:
     """base_high_res for one GPU, from the weights of one_gpu_low_res: 10 epochs.
 
     openvision3 train one_gpu_high_res --init runs/one_gpu_low_res --data ... (as one_gpu_low_res)
@@ -229,7 +229,7 @@ def one_gpu_high_res() -> RunConfig:
     return _one_gpu(_high_res(one_gpu_low_res), 64, 10, 4e-7)
 
 
-def _one_gpu(config: RunConfig, micro_batch: int, epochs: int, base_rate: float) -> RunConfig:
+def _one_gpu(config: PretrainConfig, micro_batch: int, epochs: int, base_rate: float) -> PretrainConfig:
     config.micro_batch, config.pixel_share = micro_batch, 1 / 8
     config.steps, config.optimizer = _schedule(config.batch, epochs, base_rate, max(1, epochs // 50))
     return config
@@ -253,7 +253,7 @@ IN_TURN = {
 """Both phases, the second from the weights of the first: `openvision3 train paper_base`."""
 
 
-def kept_at_another_batch(name: str, config: RunConfig) -> str:
+def kept_at_another_batch(name: str, config: PretrainConfig) -> str:
     """What a run with another batch than its recipe's has of the recipe all the same, in one line; "" where nothing."""
     usual = RECIPES[name]() if name in RECIPES else config
     if config.batch == usual.batch:

@@ -43,7 +43,7 @@ from openvision3.draws import draw_seed
 from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
-from openvision3.train.config import RunConfig
+from openvision3.train.config import PretrainConfig
 from openvision3.train.encode_latents import write_latents
 from openvision3.train.pretrain import _refuse_evaluated, pretrain
 
@@ -564,7 +564,7 @@ def test_a_damaged_entry_is_replaced_and_listed(cache, folder, words, tmp_path):
 def cached_run(tmp_path):
     """A config of seven steps and the cache of its data."""
 
-    def make(out: str, **changes) -> RunConfig:
+    def make(out: str, **changes) -> PretrainConfig:
         config = small(tmp_path, out, **({"pixel_share": 0.5} | changes))
         write_latents(LatentJob(config.data, str(tmp_path / "latents"), size=SIZE, crops=2, precision="fp32", part_samples=PART))
         config.latents = str(tmp_path / "latents")
@@ -611,7 +611,7 @@ def test_a_cache_without_its_pictures_trains_without_a_pixel_loss_and_says_so(ca
     assert not any("train/pixel" in row for row in metrics(tmp_path / "alone"))
 
 
-def replace(config: RunConfig, data: tuple[str, ...], out: str, **changes) -> RunConfig:
+def replace(config: PretrainConfig, data: tuple[str, ...], out: str, **changes) -> PretrainConfig:
     import copy
 
     config = copy.deepcopy(config)

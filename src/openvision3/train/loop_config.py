@@ -1,0 +1,101 @@
+"""What any training is told, whatever it trains; and what of that is a setting."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from openvision3.settings import PathName, flat, to_dict
+from openvision3.train.optimizer import OptimizerConfig
+
+
+@dataclass
+class LoopConfig:
+    """What any training is told, whatever it trains. The same config and seed give the same losses.
+
+    A kind of training derives its own config from this one and extends FREE, PLACES and SETTLED, which are the one list of what is not a setting.
+    """
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "out", "resume"),
+        *("micro_batch", "parallel", "checkpointing", "compile"),
+    )
+    """fields that change no number: a resumed run may set them anew"""
+    PLACES: ClassVar[tuple[str, ...]] = ()
+    """fields that say where an input lies: a resumed run may name another place, if it holds the same"""
+    SETTLED: ClassVar[tuple[tuple[str, Any], ...]] = (("precision", "auto"),)
+    """values that a run replaces by what it has chosen"""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """the optimiser"""
+    steps: int = 1000
+    """optimiser steps of the whole run"""
+    minutes: float = 0.0
+    """train for about this long: `steps` follows from a measured rate; 0: train `steps` steps"""
+    batch: int = 64
+    """images of a step, over all devices: each is contrasted with all others"""
+    micro_batch: int = 0
+    """images that a device computes at a time, with the same numbers as the whole batch and one more forward of the two encoders; 0: its whole share"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto measures both for a moment and takes the faster"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
+    """each of several processes holds the whole model, a piece of it, or a piece within its machine; auto: by the model's size"""
+    checkpointing: bool = False
+    """recompute the activations of blocks in the backward pass: less memory, a third more work"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile each block; auto: on a GPU"""
+    seed: int = 0
+    """seed of the weights, the order of samples and every random draw"""
+    workers: int = 0
+    """processes that prepare images; 0: one thread"""
+    log_every: int = 10
+    """steps between log lines"""
+    eval_every: int = 250
+    """steps between evaluations; 0: only at the end"""
+    save_every: int = 250
+    """steps between checkpoints; 0: only at the end"""
+    keep: int = 2
+    """how many of the newest checkpoints are kept"""
+    keep_best: int = 1
+    """how many checkpoints of lowest val/loss are kept besides, where evaluation and saving fall on the same steps"""
+    track: tuple[str, ...] = ()
+    """wandb, trackio or both, beside metrics.jsonl and tensorboard"""
+    out: PathName = ""
+    """the run folder; none: runs/RECIPE"""
+    init: PathName = ""
+    """start from the weights of a shipped model, a model folder or a run (with a new optimiser)"""
+    resume: bool = False
+    """continue from the last checkpoint in the run folder"""
+
+    def __post_init__(self):
+        check_numbers(self, 1, "steps", "batch", "log_every", "keep")
+        check_numbers(self, 0, "eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        choices = {"precision": ("auto", "bf16", "fp32"), "parallel": ("auto", "replicate", "fsdp", "hsdp"), "compile": ("auto", "on", "off")}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide the batch of {self.batch}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII):
+            raise ValueError(f"device {self.device!r} is not supported; choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
+
+
+def check_numbers(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is no number, infinite, or below `least`."""
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)} must be {f'at least {least}' if least else 'a number that is not negative'}")
+
+
+def changed_settings(before: LoopConfig, now: LoopConfig, besides: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """{field: (before, now)} of the settings that differ. FREE and SETTLED of the config, and the fields `besides`, are no settings."""
+    old, new = flat(to_dict(before)), flat(to_dict(now))
+    ignored = {*now.FREE, *besides}
+    return {name: (old[name], value) for name, value in new.items() if value != old[name] and name not in ignored and (name, value) not in now.SETTLED}
