@@ -27,13 +27,8 @@ from openvision3.data.text import TextTokenizer
 from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
-<<<<<<< HEAD
 from openvision3.train.config import PretrainConfig
 from openvision3.train.encode_latents import settings_of
-=======
-from openvision3.train.config import PretrainConfig
-from openvision3.train.encode_latents import LatentJob, settings_of
->>>>>>> a66ef72 (train_run(config, build, out): one run for any training)
 from openvision3.train.loop import backward
 from openvision3.train.recipes import mini
 
