@@ -235,7 +235,19 @@ class Args:
             setattr(self, k, d[k])
 """
 VILA = """
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass
+class Part:
+    width: int = 16
+
+
+@dataclass
+class Config:
+    part: Part = Part()
 
 
 class Tower(torch.nn.Module):
@@ -245,24 +257,25 @@ class Tower(torch.nn.Module):
 
     def encode_image(self, image):
         assert image.shape[1:] == (3, 256, 256)
-        z = torch.nn.functional.avg_pool2d(self.mix(image), 16).permute(0, 2, 3, 1)
+        z = torch.nn.functional.avg_pool2d(self.mix(image), Config().part.width).permute(0, 2, 3, 1)
         return (z * 100).long(), z
 
     def decode(self, z_q):
-        z = z_q.permute(0, 3, 1, 2).to(torch.bfloat16)
-        return torch.nn.functional.interpolate(z, scale_factor=16)
+        z = torch.nn.functional.interpolate(z_q.permute(0, 3, 1, 2).float(), scale_factor=16).to(torch.bfloat16)
+        return self.mix(z)
 
 
 class RQVAESIGLIPTransformer:
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path, torch_dtype):
         from safetensors.torch import load_file
 
         found = cls()
-        found.rqvaesiglip = Tower().to(torch.bfloat16)
+        found.rqvaesiglip = Tower().to(torch_dtype)
         found.rqvaesiglip.load_state_dict(load_file(path + "/model.safetensors"))
         return found
 """
+"""As in the real repository, a dataclass is the default of a field, which Python 3.11 refuses, and decoding fails in fp32."""
 
 
 def save_unitok(folder: Path) -> nn.Conv2d:
@@ -281,6 +294,7 @@ def save_vila(folder: Path) -> nn.Conv2d:
     package = folder / "vila_u" / "model" / "multimodal_encoder" / "rqvaesigliptransformer"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(VILA)
+    (folder / "vila_u" / "__init__.py").write_text("import a_training_stack_that_nobody_has\n")
     (folder / "vision_tower").mkdir()
     mix = nn.Conv2d(3, 3, 1)
     save_file({f"mix.{key}": value.bfloat16() for key, value in mix.state_dict().items()}, folder / "vision_tower" / "model.safetensors")

@@ -43,7 +43,7 @@ class Options:
     """the folder of results.json, pictures.jsonl and report.html"""
     peer: tuple[str, ...] = ()
     """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone; none: ours, beside vae where that can do it too.
-    A probe of ours always stands beside vae, its floor"""
+    A probe of ours always stands beside vae, its floor. FILE.py:FUNCTION is a model of your own (docs/peers.md)"""
     peer_folder: tuple[PathName, ...] = ()
     """where a peer's weights are, as in flux-vae=weights/FLUX.1-schnell; none: where openvision3 fetch has put them"""
     protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
@@ -373,6 +373,8 @@ def _models(options: Options, asked: Sequence[str], rebuilt: bool = False) -> tu
             found.append(load_peer(name, folders.get(name, ""), options.device, options.precision))
             if distributed.rank() == 0 and found[-1].note.startswith("NOT "):
                 print(f"openvision3: {name}: {found[-1].note.split(';')[0]}", file=sys.stderr)
+    if len({model.name for model in found}) < len(found):
+        raise ValueError(f"two models have the same name ({', '.join(model.name for model in found)}); give yours another one in its Functions")
     if not found or ("vae" in options.peer and ours is not None and ours.vae.network is None):
         raise ValueError("this model has no VAE to measure alone; leave vae out of --peer")
     largest = max([model.size for model in found if rebuilt and model.reconstruct] or [model.size for model in found])
@@ -392,6 +394,7 @@ def _sizes_in_words(models: Sequence[Functions], size: int, why: str, asked: boo
 def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotRun]]:
     """The models to load, each once, and those that can do nothing of what is asked for. Raises ValueError: an unknown name, or none is left."""
     from openvision3.evaluate.peers import published
+    from openvision3.evaluate.peers.own import is_own
     from openvision3.evaluate.peers.table import PEERS, unknown_peer
     from openvision3.evaluate.results import NotRun
     from openvision3.evaluate.suite import NEEDS
@@ -402,7 +405,7 @@ def _asked(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotR
     found: list[str] = []
     idle: list[NotRun] = []
     for name in names:
-        if name not in legal:
+        if name not in legal and not is_own(name):
             raise unknown_peer(name, legal)
         can = [kind for kind, functions in NEEDS.items() if name in PEERS and set(functions) <= set(PEERS[name].can)]
         if name in published.ONLY:

@@ -37,6 +37,7 @@ from openvision3.evaluate.peers.loading import (
     told,
     weights_sha256,
 )
+from openvision3.evaluate.peers.own import is_own, load_own
 from openvision3.evaluate.protocol import Functions
 from openvision3.hub import load_vae, vae_licence
 from openvision3.model.vae import VAE
@@ -48,7 +49,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str = "fp32") -> Functions:
-    """A peer by name, from `folder` or, where that is empty, from what was fetched or is in the local Hugging Face cache. fp32, or bf16 where it is asked for.
+    """A peer by name, from `folder` or, where that is empty, from what was fetched or is in the local Hugging Face cache; or FILE.py:FUNCTION (see `own.py`).
 
     Raises:
         ValueError: an unknown name or precision, files of another model, a package that is missing or does not fit.
@@ -56,17 +57,19 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
     """
     if name in published.ONLY:
         raise ValueError(f"{name} stands with published numbers only and cannot be measured here; peers that can are {', '.join(PEERS)}")
-    if name not in PEERS:
-        raise unknown_peer(name, PEERS)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown for a peer; legal are fp32 and bf16 (fp16 gives NaN in VAEs)")
+    if is_own(name):
+        return load_own(name, device, precision)
+    if name not in PEERS:
+        raise unknown_peer(name, PEERS)
     peer = PEERS[name]
     return peer.load(Request(name, peer, find(name, peer, folder), device, precision))
 
 
 def unknown_peer(name: str, legal: Collection[str]) -> ValueError:
     close = nearest(name, legal)
-    return ValueError(f"peer {name!r} is unknown; legal are {', '.join(legal)}{f'; nearest is {close}' if close else ''}")
+    return ValueError(f"unknown peer {name!r}. {f'Did you mean {close}? ' if close else ''}Choose one of {', '.join(legal)}, or FILE.py:FUNCTION for a model of your own")
 
 
 # -- VAEs and RAE: diffusers ----------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def _checkout(load: Callable[[Path, Path, str], Checkout]) -> Callable[[Request]
         hashed = [weights]
         if weights.is_dir():
             hashed = list(weights.glob("*.safetensors")) or list(weights.glob("*.bin")) or [asked.file(f"{weights.name}/model.safetensors")]
-        return asked.functions(can, weights_sha256(hashed), dtype="as its code does")
+        return asked.functions(can, weights_sha256(hashed), dtype=network.dtype)
 
     return loader
 
@@ -332,7 +335,7 @@ def _third(hub: str, side: int) -> Peer:
 
 
 CLIP_LICENCE = "MIT in github.com/openai/CLIP; its hub page shows none"
-UNTRIED = "never run on the real checkout"
+RANDOM_ONLY = "compared with its authors' code on random weights only"
 
 PEERS: dict[str, Peer] = {
     "flux-vae": _kl("black-forest-labs/FLUX.1-schnell", "Apache-2.0", 16, 0.3611, inside="vae/"),
@@ -361,7 +364,7 @@ PEERS: dict[str, Peer] = {
         "MIT",
         "a checkout of github.com/FoundationVision/UniTok; timm, open_clip",
         SQUARE,
-        note=UNTRIED,
+        note=RANDOM_ONLY,
     ),
     "vila-u": Peer(
         _checkout(vila_u),
@@ -372,6 +375,6 @@ PEERS: dict[str, Peer] = {
         "MIT on its hub page (the code is on github.com/mit-han-lab/vila-u)",
         "a checkout of github.com/mit-han-lab/vila-u; transformers 4",
         SQUARE,
-        note=UNTRIED + "; its decoder computes in bf16",
+        note=RANDOM_ONLY,
     ),
 }
