@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,8 @@ def load_own(name: str, device: str = "cpu", precision: str = "fp32") -> Functio
     if not isinstance(model.name, str) or not model.name or not isinstance(model.size, int) or model.size < 1:
         raise ValueError(f"{name} returned Functions of name {model.name!r} and size {model.size!r}; give it a name and a size in pixels")
     note = "; ".join(part for part in (model.note, f"loaded by {path.name}, sha256 {sha256_of(path)[:12]}") if part)
-    return replace(model, note=note, **{kind: _guarded(model, kind, name) for kind in able})
+    guarded: dict[str, Any] = {kind: _guarded(model, kind, name) for kind in able}
+    return replace(model, note=note, **guarded)
 
 
 def _imported(path: Path) -> ModuleType:
@@ -109,5 +111,7 @@ def _guarded(model: Functions, kind: str, name: str) -> Callable:
         vectors = checked(_called(what, function, rows), len(rows))
         return vectors if kind == "features" else F.normalize(vectors, dim=1)
 
-    guards = {"reconstruct": images_from, "reconstruct_noisy": noisy_images_from, "caption": captions_of, "count_text": lambda texts: _called(what, function, texts)}
-    return guards.get(kind, vectors_of)
+    guards: dict[str, Callable] = dict.fromkeys(("embed_images", "embed_texts", "features"), vectors_of)
+    guards |= {"reconstruct": images_from, "reconstruct_noisy": noisy_images_from}
+    guards |= {"caption": captions_of, "count_text": partial(_called, what, function)}
+    return guards[kind]

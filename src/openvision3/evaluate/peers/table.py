@@ -69,7 +69,9 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
 
 def unknown_peer(name: str, legal: Collection[str]) -> ValueError:
     close = nearest(name, legal)
-    return ValueError(f"unknown peer {name!r}. {f'Did you mean {close}? ' if close else ''}Choose one of {', '.join(legal)}, or FILE.py:FUNCTION for a model of your own")
+    return ValueError(
+        f"unknown peer {name!r}. {f'Did you mean {close}? ' if close else ''}Choose one of {', '.join(legal)}, or FILE.py:FUNCTION for a model of your own"
+    )
 
 
 # -- VAEs and RAE: diffusers ----------------------------------------------------------------------------------------
