@@ -295,7 +295,7 @@ def test_one_of_two_processes_alone_leaves_no_cache_and_says_so(folder, tmp_path
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command(folder, tmp_path / "c")[3:]) == 0
-    assert "is complete when the others have too" in capsys.readouterr().err
+    assert "is complete when the other processes have written theirs" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["part-000001.json", "part-000001.safetensors", "settings.json"]
 
 
