@@ -182,11 +182,11 @@ def change_config(folder: Path, **changes) -> None:
         ({"format": 2}, r"is of format 2, this version of openvision3 reads format 1"),
         ({"format": ...}, r"is of format None"),
         ({"model_type": "siglip"}, r"not the config of an openvision3 model"),
-        ({"colour": 1}, r"unknown field colour"),
+        ({"colour": 1}, r"unknown field 'colour'"),
         ({"size": "large"}, r"size must be int"),
         ({"size": ...}, r"missing .*'size'"),
         ({"vocabulary": 5}, r"tokenizer\.json has \d+ pieces, the model was built for 5"),
-        ({"training": [1]}, r"vae and training must hold fields"),
+        ({"training": [1]}, r"training must hold fields, not \[1\]"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(copied, changes, message):
@@ -199,7 +199,7 @@ def test_a_config_that_does_not_fit_is_refused(copied, changes, message):
 
 def test_a_config_that_is_no_dictionary_is_refused(copied):
     (copied / "config.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="not the config of an openvision3 model"):
+    with pytest.raises(ValueError, match=r"config\.json must hold fields, not \[1, 2\]"):
         ov3.load(copied)
 
 
@@ -222,7 +222,7 @@ def test_an_unknown_name_names_the_legal_and_the_nearest_one(tmp_path, monkeypat
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "model.safetensors").touch()
     monkeypatch.setattr(hub, "ASSETS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^no such model: mimi\. Did you mean mini\? Choose one of mini, a model folder or a run folder$"):
+    with pytest.raises(FileNotFoundError, match=r"^unknown model 'mimi'\. Did you mean 'mini'\? Choose one of mini, a model folder or a run folder$"):
         ov3.load("mimi")
     for nothing_like_it in (str(tmp_path / "mimi"), "~/nothing", "mini/old"):
         with pytest.raises(FileNotFoundError, match=r"\. Choose one of mini, a model folder or a run folder$"):
@@ -264,7 +264,7 @@ def test_a_save_replaces_an_older_model(copied):
     assert os.listdir(copied.parent) == [copied.name]
 
 
-@pytest.mark.parametrize("step", ["save_file", "model_card", "_save_vae", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "model_card", "_save_vae", "write_json"])
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(copied, monkeypatch, step):
     before = contents(copied)
 

@@ -239,7 +239,7 @@ def test_off_a_terminal_a_long_loop_tells_how_far_it_is_and_a_short_one_nothing(
     assert list(progress.track(range(3), "[a] pictures", 3)) == [0, 1, 2] and screen.file.getvalue() == ""  # type: ignore[attr-defined]
     monkeypatch.setattr(progress, "QUIET", 0.0)
     assert list(progress.track(range(3), "[a] pictures", 3)) == [0, 1, 2]
-    assert re.fullmatch(r"\[a\] pictures: 1 of 3, left \S+\n.*\n\[a\] pictures: 3 of 3, left 0s\n", screen.file.getvalue())  # type: ignore[attr-defined]
+    assert re.fullmatch(r"\[a\] pictures: 1 of 3, \S+/s, left \S+\n.*\n\[a\] pictures: 3 of 3, \S+/s, left 0s\n", screen.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_counting_says_how_fast_and_how_long_on_and_off_a_terminal(monkeypatch):

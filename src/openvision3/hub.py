@@ -7,7 +7,6 @@ recorded, and a load with other weights is refused. Loads are strict.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from openvision3.files import sha256_of
 from openvision3.model.openvision3 import LossConfig, ModelConfig, OpenVision3
 from openvision3.model.vae import LEVELS, VAE, VAEConfig
 from openvision3.networks.perceptual import EfficientNetDistance, Lpips
-from openvision3.settings import flat, from_dict, to_dict
+from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown, write_json
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
@@ -109,8 +108,8 @@ def save_model(
             origin["sha256"] = _save_vae(model.vae, making / "vae")
         vae_config = VAEConfig(model.vae.name or model.config.vae.name, model.vae.uses_shift)  # as it is, not as it was asked for
         config = FolderConfig(FORMAT, size, replace(model.config, vae=vae_config), model.vocabulary, model.pad_id, origin, training or {})
-        _write_json(making / "config.json", to_dict(config))
-        _write_json(making / "preprocessor_config.json", _preprocessor(size))
+        save_config(config, making / "config.json")
+        write_json(_preprocessor(size), making / "preprocessor_config.json")
         tokenizer.save(making / "tokenizer.json")
         frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad and not name.startswith("vae.")}
         state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (frozen | weights if weights else model.trained_state()).items()}
@@ -205,10 +204,6 @@ def _preprocessor(size: int) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def complete_checkpoints(run: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if (p / "run_state.json").is_file())
@@ -242,21 +237,16 @@ def find_folder(name: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} is no model: it holds no model.safetensors; name a model folder or a run folder")
     if folder.is_file():
         raise FileNotFoundError(f"{name} is a file, which {holds(folder)}; name the model folder or run folder that it belongs to")
-    near = difflib.get_close_matches(name, shipped(), 1)
-    hint = f" Did you mean {near[0]}?" if near and "/" not in name else ""
-    raise FileNotFoundError(f"no such model: {name}.{hint} Choose one of {', '.join(shipped()) or 'no shipped model'}, a model folder or a run folder")
+    raise FileNotFoundError(
+        str(unknown("model", name, () if "/" in name else shipped(), f"Choose one of {', '.join(shipped())}, a model folder or a run folder"))
+    )
 
 
 def read_config(folder: Path) -> FolderConfig:
     """Raises ValueError for another format version or a config that is not ours, FileNotFoundError for no config."""
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {why_not(path, 'JSON', error)}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "openvision3":
+    values = read_json(path)
+    if values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")
     if version != FORMAT:
@@ -264,11 +254,9 @@ def read_config(folder: Path) -> FolderConfig:
     free = {name: values.pop(name, {}) for name in ("vae", "training")}  # any names may stand in these two
     try:
         config = from_dict(FolderConfig, values)
+        config.vae, config.training = (check_fields(value, name) for name, value in free.items())
     except (ValueError, TypeError) as error:  # TypeError: a field is missing
         raise ValueError(f"{path} cannot be used: {str(error).replace('FolderConfig.__init__()', 'config')}") from error
-    if not all(isinstance(value, dict) for value in free.values()):
-        raise ValueError(f"{path} cannot be used: vae and training must hold fields")
-    config.vae, config.training = free["vae"], free["training"]
     return config
 
 

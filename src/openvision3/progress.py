@@ -1,8 +1,4 @@
-"""What a person sees while something runs, and what a run writes down.
-
-On a terminal a rich bar with the last line above it, elsewhere plain lines; `metrics.jsonl`, `log.txt` and tensorboard
-always, wandb and trackio where they are asked for. A run folder also holds the resolved config, the environment and the exact command.
-"""
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere; and the versions and the machine that results and runs record."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +17,7 @@ T = TypeVar("T")
 
 
 QUIET = 30.0
-"""seconds between two lines of progress where there is no terminal for a bar"""
+"""seconds between two lines of progress where there is no terminal"""
 
 
 def console() -> Console:
@@ -30,26 +26,18 @@ def console() -> Console:
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Go through `items` with a bar on a terminal; elsewhere with a line every half minute."""
-    screen = console()
-    if not screen.is_terminal:
-        start = told = time.perf_counter()
-        for done, item in enumerate(items, 1):
+    with counting(what, "", len(items) if total is None and isinstance(items, Sized) else total) as count:
+        for item in items:
             yield item
-            now = time.perf_counter()
-            if now - told >= QUIET:
-                told = now
-                left = f" of {total:,}, left {duration((now - start) / done * (total - done))}" if total else ""
-                screen.print(f"{what}: {done:,}{left}", markup=False)
-        return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=screen, transient=True) as bar:
-        yield from bar.track(items, total=total)
+            count(1)
 
 
 @contextlib.contextmanager
-def counting(what: str, unit: str, total: int, *, silent: bool = False, every: float = QUIET) -> Iterator[Callable[[int], None]]:
-    """Call what this gives with how many more are done: a bar with speed and time left on a terminal, elsewhere a line every half minute."""
+def counting(what: str, unit: str, total: int | None, *, silent: bool = False, every: float | None = None) -> Iterator[Callable[[int], None]]:
+    """Gives a function to be called with how many more are done: a bar with speed and time left on a terminal, elsewhere a line every half minute."""
     screen, start, done = console(), time.perf_counter(), 0
-    told = start
+    last, every = start, QUIET if every is None else every
+    unit = f" {unit}" if unit else ""
 
     def speed() -> float:
         return done / max(time.perf_counter() - start, 1e-9)
@@ -57,28 +45,29 @@ def counting(what: str, unit: str, total: int, *, silent: bool = False, every: f
     if silent or not screen.is_terminal:
 
         def count(more: int) -> None:
-            nonlocal done, told
+            nonlocal done, last
             done += more
-            if not silent and time.perf_counter() - told >= every:
-                told = time.perf_counter()
-                screen.print(f"{what}: {done:,} of {total:,} {unit}, {speed():,.0f} {unit}/s, left {duration((total - done) / max(speed(), 1e-9))}")
+            if not silent and time.perf_counter() - last >= every:
+                last = time.perf_counter()
+                left = f" of {total:,}{unit}, {speed():,.1f}{unit}/s, left {duration((total - done) / max(speed(), 1e-9))}" if total else ""
+                screen.print(f"{what}: {done:,}{left}", markup=False)
 
         yield count
         return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(more: int) -> None:
             nonlocal done
             done += more
-            bar.update(task, completed=done, rate=f"{speed():,.0f} {unit}/s")
+            bar.update(task, completed=done, rate=f"{speed():,.1f}{unit}/s")
 
         yield advance
 
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")
-"""on whose versions numbers may depend: networks and VAEs, words, how images are decoded and resized"""
+"""numbers may depend on their versions: networks and VAEs, tokenizing, decoding and resizing of images"""
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Dataclasses of settings: to and from JSON, strictly; and what their path fields are."""
+"""Dataclasses of settings: to and from JSON, strictly; which of their fields are paths; and names that nobody knows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,10 +28,18 @@ def read_rules(only: tuple[str, ...]) -> dict[str, str]:
     return dict(rule.split("=", 1) for rule in only)
 
 
-def nearest(word: str, legal: typing.Iterable[str]) -> str:
-    """The legal name most like `word`, for error messages; empty when there is none."""
-    found = difflib.get_close_matches(word, list(legal), 1, cutoff=0.3)
-    return found[0] if found else ""
+def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = None) -> ValueError:
+    """The error for a name that is none of `choices`: names the most similar one, and all of them, or instead of them says `choose`."""
+    choices = [*choices]
+    keys = {key: choice for choice in reversed(choices) for key in (choice.rpartition(".")[2].lstrip("-"), choice.lstrip("-"))}
+    near = difflib.get_close_matches(name.lstrip("-"), keys, 1, cutoff=0.5)
+    hints = [f"Did you mean {keys[near[0]]!r}?" if near else "", f"Choose one of {', '.join(choices)}" if choose is None else choose]
+    return ValueError(" ".join([f"unknown {what} {name!r}.", *filter(None, hints)]))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The choice most like `word`; empty when there is none."""
+    return next(iter(difflib.get_close_matches(word, [*choices], 1, cutoff=0.3)), "")
 
 
 def to_dict(config: Any) -> dict:
@@ -40,10 +49,10 @@ def to_dict(config: Any) -> dict:
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """Nested fields by their names on the command line: {"model": {"loss": {"tau": 1}}} -> {"model.loss.tau": 1}."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields
 
 
 def from_dict(kind: type[T], values: dict, where: str = "") -> T:
@@ -53,22 +62,16 @@ def from_dict(kind: type[T], values: dict, where: str = "") -> T:
         ValueError: an unknown field (with the nearest name), or a value of the wrong type.
     """
     hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        place = f"{where}.{name}" if where else name
-        if name not in names:
-            raise ValueError(f"unknown field {place}; nearest is {nearest(name, names) or 'none'}")
-        made[name] = _value(hints[name], value, place)
-    return kind(**made)
+    names = {field.name: f"{where}{field.name}" for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if strange := next((name for name in values if name not in names), None):
+        raise unknown("field", f"{where}{strange}", names.values(), choose="")
+    return kind(**{name: _value(hints[name], value, names[name]) for name, value in values.items()})
 
 
 def _value(kind: Any, value: Any, place: str) -> Any:
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place} must hold fields, not {value!r}")
-        return from_dict(typing.cast(type, kind), value, place)
+        return from_dict(typing.cast(type, kind), check_fields(value, place), f"{place}.")
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _value(next(k for k in inside if k is not type(None)), value, place)
     if origin is tuple:
@@ -76,10 +79,10 @@ def _value(kind: Any, value: Any, place: str) -> Any:
             raise ValueError(f"{place} must be a list, not {value!r}")
         if inside[-1] is not Ellipsis and len(value) != len(inside):
             raise ValueError(f"{place} must be a list of {len(inside)}, not {value!r}")
-        return tuple(_value(inside[0], v, place) for v in value)
+        return tuple(_value(inside[0], item, place) for item in value)
     if origin is Literal:
         if value not in inside:
-            raise ValueError(f"{place} {value!r} is unknown; legal are {', '.join(map(str, inside))}")
+            raise ValueError(f"{place} cannot be {value!r}. Choose one of {', '.join(map(str, inside))}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -88,18 +91,32 @@ def _value(kind: Any, value: Any, place: str) -> Any:
     return value
 
 
+def check_fields(value: Any, place: str | Path) -> dict:
+    """The value, if it is a dict. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must hold fields, not {value!r}")
+    return value
+
+
 def save_config(config: Any, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_json(to_dict(config), path)
+
+
+def write_json(values: dict, path: str | Path) -> None:
+    Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """Raises FileNotFoundError; ValueError where the file is not JSON, or does not hold fields."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such config: {path}")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {why_not(path, 'JSON', error)}") from error
+    return check_fields(values, path)
 
 
 def load_config(kind: type[T], path: str | Path) -> T:
     """Raises FileNotFoundError, ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such config: {path}")
-    try:
-        values = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {why_not(path, 'JSON', error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold fields, not {values!r}")
-    return from_dict(kind, values)
+    return from_dict(kind, read_json(path))

@@ -194,7 +194,7 @@ REFUSED = {
     "labels missing": (["classify", "pics"], "labels"),
     "labels empty": (["classify", "pics", "--labels"], "labels none"),
     "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal are one or more"),
-    "unknown model": (["caption", "pics", "--model", "nowhere"], "no such model: nowhere. Choose one of mini, a model folder or a run folder"),
+    "unknown model": (["caption", "pics", "--model", "nowhere"], "unknown model 'nowhere'. Choose one of mini, a model folder or a run folder"),
     "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
     "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*choose one of auto, cpu, cuda and cuda:N"),
     "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),

@@ -279,7 +279,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
         (["reconstruction", "--metrics", "fid"], "legal are psnr"),
         (["retrieval", "--peer-folder", "flux-vae=x"], "not among the peers"),
         (["retrieval", "--size", "40"], "multiple of 16"),
-        (["retrieval", "no-such-model"], "no such model"),
+        (["retrieval", "no-such-model"], "unknown model"),
         (["probe", "--train"], "name them with --train"),
         (["reconstruction", "--protocol", "rfid-coco", "--count", "5"], "leave out --count"),
     ],

@@ -129,7 +129,7 @@ BAD = {
     "no tokenizer": (lambda root: ["--tokenizer", "none.json"], "no such tokenizer: none.json"),
     "no VAE": (lambda root: ["--model.vae.name", str(root / "none")], "no such VAE"),
     "not a VAE": (lambda root: ["--model.vae.name", str(root / "train")], "holds no"),
-    "no init": (lambda root: ["--init", "none"], "no such model: none"),
+    "no init": (lambda root: ["--init", "none"], "unknown model 'none'"),
     "unfitting init": (lambda root: ["--init", "SMALL", "--model.encoder.embed-dim", "32"], "pool_projection"),
     "no shards match": (lambda root: ["--only", "source"], "must look like name=value"),
     "no captions": (lambda root: ["--data", _no_captions(root)], "none of the 3 pictures in"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -17,7 +16,7 @@ from tyro.conf import arg
 
 from openvision3.cli.paths import check_apart, expand_fields, expand_value
 from openvision3.files import check_writable
-from openvision3.settings import flat, to_dict
+from openvision3.settings import flat, to_dict, unknown
 
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}", help="where to compute; cuda:1 is the second GPU")]
 
@@ -100,15 +99,6 @@ def _unrecognized(word: str, program: str, target: Any, default: Any) -> str:
         return f"{word[2:].upper()} is written without {word}: `{program} {word[2:].upper()}`."
     options = ["--" + field.replace("_", "-") for field in fields]
     return str(unknown("option", word, options, choose=""))
-
-
-def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = None) -> ValueError:
-    """One line on a name that is none of `choices`: the most similar one, and all of them, or `choose`: where to find them."""
-    choices = [*choices]
-    keys = {key: choice for choice in reversed([*choices]) for key in (choice.rpartition(".")[2].lstrip("-"), choice.lstrip("-"))}
-    near = difflib.get_close_matches(name.lstrip("-"), keys, 1, cutoff=0.5)
-    hints = [f"Did you mean {keys[near[0]]!r}?" if near else "", f"Choose one of {', '.join(choices)}" if choose is None else choose]
-    return ValueError(" ".join([f"unknown {what} {name!r}.", *filter(None, hints)]))
 
 
 def run_verb(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str, head: str) -> int:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import output_folder, parse, unknown
-from openvision3.settings import PathName
+from openvision3.cli.common import output_folder, parse
+from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels

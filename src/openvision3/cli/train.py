@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, output_folder, parse, unknown
+from openvision3.cli.common import Device, Json, output_folder, parse
 from openvision3.cli.paths import check_apart
-from openvision3.settings import PathName
+from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
     from openvision3.train.config import PretrainConfig
