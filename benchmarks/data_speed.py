@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 import torch
 from PIL import Image
 
-from openvision3.data import images
-from openvision3.data.sources import find, open_source
+from openvision3.data import crops, images
+from openvision3.data.names import DataOptions, find, open_source
 from openvision3.draws import draw_seed
 
 AREA = (0.4, 1.0)
@@ -28,22 +28,22 @@ AREA = (0.4, 1.0)
 
 def ours(paths: list[str], size: int, batch: int, epoch: int, fast: bool) -> Iterator[torch.Tensor]:
     """Order, generator and view as in training; without `fast` as if simplejpeg were not installed."""
-    decoder = images.fast_decoder
+    decoder = crops.fast_decoder
     if not fast:
-        images.fast_decoder = lambda: None  # type: ignore[assignment]
+        crops.fast_decoder = lambda: None  # type: ignore[assignment]
     try:
-        source = open_source(tuple(paths), area=AREA)
+        source = open_source(tuple(paths), DataOptions(area=AREA))
         order = source.order(0, epoch)
         rows = []
         for position in range(len(source)):
             index, turn = order.place(position)
             generator = torch.Generator().manual_seed(draw_seed(0, turn, source.key(index)))
-            rows.append(images.to_tensor(source.view(index, size, generator)))
+            rows.append(images.to_tensor(source.crop(index, size, generator)[0]))
             if len(rows) == batch:
                 yield torch.stack(rows)
                 rows = []
     finally:
-        images.fast_decoder = decoder
+        crops.fast_decoder = decoder
 
 
 def theirs(paths: list[str], size: int, batch: int, epoch: int, same_resize: bool) -> Iterator[torch.Tensor]:
@@ -52,8 +52,8 @@ def theirs(paths: list[str], size: int, batch: int, epoch: int, same_resize: boo
     generator = torch.Generator().manual_seed(epoch)
 
     def crop(image: Image.Image) -> torch.Tensor:
-        box = images.random_crop_box(image.width, image.height, generator, AREA)
-        cut = images.crop_resized(image, box, size) if same_resize else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        box = crops.random_crop_box(image.width, image.height, generator, AREA)
+        cut = crops.crop_resized(image, box, size) if same_resize else image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return images.to_tensor(cut)
 
     reader = webdataset.WebDataset(paths, shardshuffle=len(paths), seed=epoch, empty_check=False)
@@ -93,7 +93,7 @@ def main() -> None:
         "webdataset": lambda epoch: theirs(paths, args.size, args.batch, epoch, args.same_resize),
         "ours, Pillow": lambda epoch: ours(paths, args.size, args.batch, epoch, False),
     }
-    if images.fast_decoder():
+    if crops.fast_decoder():
         kinds["ours, simplejpeg"] = lambda epoch: ours(paths, args.size, args.batch, epoch, True)
     else:
         print("simplejpeg is not installed: pip install 'openvision3[fast]'")

@@ -16,13 +16,14 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from openvision3.data.batches import TextShape, TrainingBatches, to_device
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, to_device
 from openvision3.data.images import to_tensor
 from openvision3.data.latents.files import draw_crop
 from openvision3.data.latents.read import LatentCache
 from openvision3.data.latents.settings import LatentJob
 from openvision3.data.latents.write import LatentWriter
-from openvision3.data.sources import Source, open_source
+from openvision3.data.names import open_source
+from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer
 from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
@@ -77,7 +78,7 @@ def compare_steps(config: PretrainConfig, source: Source, vae: VAE, cache: Laten
     model = OpenVision3(config.model, vae, len(words), words.pad_id).init_weights()
     shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
     kinds = {
-        name: TrainingBatches(source, words, shape, size=config.size, batch=BATCH, seed=0, pixel_share=share, latents=used)
+        name: TrainingBatches(source, words, BatchPlan(shape, config.size, BATCH, seed=0, pixel_share=share), latents=used)
         for name, used in (("online", None), ("cached", cache))
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}

@@ -15,7 +15,8 @@ from PIL import Image
 from tiny_pipeline import NAMES, SIZE, make_pipeline, photo, pipeline, write_photo
 
 import openvision3 as ov3
-from openvision3.data.images import ImageError, pad, to_pil, to_tensor
+from openvision3.data.crops import pad
+from openvision3.data.images import ImageError, to_pil, to_tensor
 from openvision3.pipeline import expand_pictures
 
 

@@ -28,7 +28,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
 from openvision3.data.images import from_uint8, to_tensor, to_uint8
-from openvision3.data.sources import open_source
+from openvision3.data.names import open_source
 from openvision3.evaluate.metrics import captioning
 from openvision3.evaluate.metrics.distances import Statistics, frechet_distance, kernel_distance
 from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, ssim
@@ -65,7 +65,7 @@ class Given(nn.Module):
 def photographs(folder: Path, count: int) -> Tensor:
     """The first so many pictures of the shards of a folder, centre squares of 256 px: (count, 3, 256, 256) in [-1, 1]."""
     source = open_source((str(folder / "train-*.tar"),))
-    return torch.stack([to_tensor(source.picture(i, 256)) for i in range(count)])
+    return torch.stack([to_tensor(source.image(i, 256)) for i in range(count)])
 
 
 def through_jpeg(images: Tensor) -> Tensor:

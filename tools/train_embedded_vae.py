@@ -32,8 +32,11 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from PIL import Image
 
 from openvision3.data import openmoji
-from openvision3.data.images import ImageError, crop_resized, random_crop_box, to_tensor
-from openvision3.data.sources import MixedSource, ShardSource, Source, open_source
+from openvision3.data.crops import crop_resized, random_crop_box
+from openvision3.data.images import ImageError, from_uint8, to_tensor
+from openvision3.data.names import DataOptions, open_source
+from openvision3.data.shards.source import ShardSource
+from openvision3.data.sources import MixedSource, Source
 from openvision3.data.workers import outlive_signals
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.metrics.reconstruction import psnr
@@ -155,7 +158,7 @@ class TrainingPictures(torch.utils.data.Dataset):
     def drawn(self, generator: torch.Generator) -> Image.Image:
         index = int(torch.randint(len(self.source), (1,), generator=generator))
         try:
-            picture = self.source.picture(index, self.size, generator)
+            picture = from_uint8(self.source.crop(index, self.size, generator)[0])
         except ImageError:
             return self.texture(generator)
         if self.source.key(index).startswith("openmoji/") and torch.rand(1, generator=generator).item() < 0.2:
@@ -178,7 +181,7 @@ def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
     sets = {"openmoji": torch.stack([to_tensor(openmoji.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
         source = open_source(tuple(shards))
-        sets[name] = torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])
+        sets[name] = torch.stack([to_tensor(source.image(i, size)) for i in range(len(source))])
     return sets
 
 
@@ -230,9 +233,9 @@ def train(args: argparse.Namespace) -> None:
         architecture = ARCHITECTURE | json.loads(args.architecture)
     except (ValueError, TypeError) as error:
         raise ValueError(f"architecture {args.architecture!r} is not a JSON object of AutoencoderTiny's settings: {error}") from error
-    source = open_source(tuple(args.data), only=only, area=(0.15, 1.0))
+    source = open_source(tuple(args.data), DataOptions(only=only, area=(0.15, 1.0)))
     parts = source.sources if isinstance(source, MixedSource) else [source]
-    trained_on = {Path(path).resolve() for part in parts if isinstance(part, ShardSource) for path in part.paths}
+    trained_on = {Path(path).resolve() for part in parts if isinstance(part, ShardSource) for path in part.files()}
     both = trained_on & {Path(path).resolve() for shards in held_out_shards(args.held_out).values() for path in shards}
     if both:
         raise ValueError(f"{min(both)} is held out and cannot be trained on; name the training shards, such as train-*.tar")

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3 import hub
+from openvision3.data.crops import PATCH, fit, pad, padded
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded
 from openvision3.data.folders import scan_folder
-from openvision3.data.images import EXTENSIONS, MAX_PIXELS, PATCH, ImageError, fit, open_image, pad, padded, to_pil, to_tensor
+from openvision3.data.images import EXTENSIONS, MAX_PIXELS, ImageError, open_image, to_pil, to_tensor
 from openvision3.data.problems import reasons_in_words
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of

@@ -17,12 +17,16 @@ from PIL import Image
 from small_runs import take
 
 from openvision3.data import openmoji
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches, to_device
-from openvision3.data.images import to_tensor, uint8_tensor
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches, to_device
+from openvision3.data.folders import FolderSource
+from openvision3.data.images import to_tensor
+from openvision3.data.openmoji import EmojiSource
 from openvision3.data.order import Mix, ShardShuffle, Shuffle
 from openvision3.data.problems import count_reasons
-from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource
+from openvision3.data.shards.source import ShardSource
+from openvision3.data.sources import MixedSource
 from openvision3.data.text import TextTokenizer
+from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 from openvision3.train.config import PretrainConfig
 
@@ -51,7 +55,8 @@ def broken(tmp_path) -> FolderSource:
 
 
 def batches(source, words, *, captions=1, **options) -> TrainingBatches:
-    return TrainingBatches(source, words, TextShape(8, 10, captions), **{"size": 16, "batch": 5, "seed": 0} | options)
+    plan = {"size": 16, "batch": 5, "seed": 0} | {name: options.pop(name) for name in BatchPlan.__dataclass_fields__ if name in options}
+    return TrainingBatches(source, words, BatchPlan(TextShape(8, 10, captions), **plan), **options)
 
 
 def same(one: list[dict], other: list[dict]) -> bool:
@@ -155,12 +160,6 @@ def test_word_positions_name_the_words_that_are_predicted(emoji, words):
         assert torch.equal(following.flatten()[batch["word_positions"]], following[following != words.pad_id])
 
 
-def test_without_augmentation_the_view_is_the_evaluation_one(emoji, words):
-    key, image, *_ = batches(emoji, words, augment=False).sample(4)
-    index = next(i for i in range(len(emoji)) if emoji.key(i) == key)
-    assert torch.equal(image, uint8_tensor(emoji.picture(index, 16)))
-
-
 def test_a_row_belongs_together(emoji, words):
     made = batches(emoji, words)
     for batch in take(made, 0, 2):
@@ -260,7 +259,7 @@ def test_one_random_sentence_is_contrasted_and_the_whole_caption_fills_in_and_is
     for text in broken.folder.glob("*.txt"):
         text.write_text("red heart. blue car, sign")
     for count, expected in ((1, {("red heart",), ("blue car, sign",)}), (2, {(part, "red heart. blue car, sign") for part in ("red heart", "blue car, sign")})):
-        made = TrainingBatches(broken, words, TextShape(8, 10, count, sentences=True), size=16, batch=5, seed=0)
+        made = TrainingBatches(broken, words, BatchPlan(TextShape(8, 10, count, sentences=True), size=16, batch=5, seed=0))
         samples_made = [made.sample(position) for position in range(30)]
         assert {contrasted for _, _, _, contrasted, _ in samples_made} == expected
         assert {caption for _, _, caption, _, _ in samples_made} == {"red heart. blue car, sign"}
@@ -268,7 +267,7 @@ def test_one_random_sentence_is_contrasted_and_the_whole_caption_fills_in_and_is
 
 def test_other_captions_stand_beside_the_random_sentence(words):
     source = EmojiSource((openmoji.Emoji("\U0001f600", "grinning face", ("grin",), None),), aliases=True)
-    made = TrainingBatches(source, words, TextShape(8, 10, 2, sentences=True), size=16, batch=1, seed=0)
+    made = TrainingBatches(source, words, BatchPlan(TextShape(8, 10, 2, sentences=True), size=16, batch=1, seed=0))
     assert made.sample(0)[3] == ("grinning face", "grin")
 
 
@@ -321,18 +320,17 @@ def test_evaluation_sees_every_usable_picture_once_in_order_and_names_the_rest(b
     assert [len(images) for _, _, images, _ in got] == [4, 4, 2]
     assert [c for _, _, _, texts in got for c in texts][4] == ()
     assert count_reasons(problems) == {"not an image": 1, "empty": 1}
-    assert torch.equal(got[0][2][0], to_tensor(broken.picture(0, 16)))
+    assert torch.equal(got[0][2][0], to_tensor(broken.image(0, 16)))
 
 
 SCRIPT = """
 import sys, torch
-from openvision3.data.batches import TextShape, TrainingBatches
-from openvision3.data.openmoji import load_emoji
-from openvision3.data.sources import EmojiSource
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
+from openvision3.data.openmoji import EmojiSource, load_emoji
 from openvision3.data.text import TextTokenizer
 source = EmojiSource(load_emoji().train[:50])
 words = TextTokenizer.train([e.name for e in source.emoji])
-made = TrainingBatches(source, words, TextShape(8, 8), size=16, batch=4, seed=0, workers=2).from_step(0)
+made = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=16, batch=4, seed=0), workers=2).from_step(0)
 next(made), next(made)  # one from each worker
 print("ready", flush=True)
 sys.stdin.readline()
@@ -384,7 +382,9 @@ class Shards:
 
 
 def machines(source, count, batch=128, lanes=16) -> list[TrainingBatches]:
-    return [TrainingBatches(source, None, TextShape(8, 8), size=16, batch=batch, seed=3, lanes=lanes, rank=rank, world=count) for rank in range(count)]
+    return [
+        TrainingBatches(source, None, BatchPlan(TextShape(8, 8), size=16, batch=batch, seed=3, lanes=lanes), ranks=Ranks(rank, count)) for rank in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("count", "lanes", "fetches"), [(1, 16, 64), (2, 16, 64), (8, 16, 64), (16, 16, 64), (32, 16, 128), (64, 64, 64), (8, 1, 512)])

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from shard_files import jpeg, write_shard
 
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
-from openvision3.data.captions import Captions, TextError, clean_captions, decode_text, read_text, text_captions
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches
+from openvision3.data.captions import Captions, TextError, clean_captions, decode_text, json_object, read_text, text_captions
+from openvision3.data.folders import FolderSource
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards.check import check_shard
-from openvision3.data.sources import FolderSource, ShardSource, json_object
+from openvision3.data.shards.source import ShardSource
 from openvision3.data.text import TextTokenizer
 from openvision3.recaption.files import CaptionFolder, CaptionShard
 
@@ -102,7 +103,7 @@ def test_shards_and_folders_read_text_alike(places):
 def test_text_that_is_not_utf_8_is_counted_in_training_and_its_image_stays_in_evaluation(places):
     words = TextTokenizer.train(["a red heart"] * 2, 100)
     for source in places([b"a red heart", *NO_TEXT.values()]):
-        batches = TrainingBatches(source, words, TextShape(8, 8), size=32, batch=4, seed=0)
+        batches = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=32, batch=4, seed=0))
         next(batches.from_step(0))
         assert count_reasons(batches.problems) == {"not UTF-8": len(NO_TEXT)}
         problems: list[dict[str, str]] = []
@@ -154,7 +155,7 @@ def test_a_text_of_many_mebibytes_is_skipped_and_counted_without_being_read(tmp_
     sizes = []
     read = source.tars.read
     monkeypatch.setattr(source.tars, "read", lambda *args: sizes.append(len(data := read(*args) or b"")) or data)
-    batches = TrainingBatches(source, TextTokenizer.train(["a heart"] * 2, 50), TextShape(8, 8), size=32, batch=2, seed=0)
+    batches = TrainingBatches(source, TextTokenizer.train(["a heart"] * 2, 50), BatchPlan(TextShape(8, 8), size=32, batch=2, seed=0))
     next(batches.from_step(0))
     assert count_reasons(batches.problems) == {"too large": 1}
     (tmp_path / "big.txt").write_bytes(b"a" * 1001)
@@ -167,7 +168,7 @@ def test_a_text_of_many_mebibytes_is_skipped_and_counted_without_being_read(tmp_
 def test_recaption_stores_no_replacement_characters(places):
     """The old caption of a sample is stored as it is, all lines of it, or not at all, and what was left out is told."""
     shard, folder = places([*MARKED.values(), *NO_TEXT.values(), b"one\ntwo"])
-    job = CaptionShard(shard.paths[0], folder.folder / "out.tar")
+    job = CaptionShard(shard.files()[0], folder.folder / "out.tar")
     job.open("re_caption", "", False)
     old = [value.get("org_caption") for value in job.values]
     assert old == [*["caf\u00e9 \U0001f600"] * len(MARKED), *[None] * len(NO_TEXT), ["one", "two"]]
@@ -202,7 +203,7 @@ def test_drawing_the_first_caption_loses_none(texts, alike, draw):
 def test_each_of_several_captions_is_predicted_in_some_epoch_whatever_the_rank_and_worker(places):
     words = TextTokenizer.train(["one two three four five"] * 2, 100)
     for source in places([b"one\ntwo\nthree\nfour\nfive"]):
-        batches = TrainingBatches(source, words, TextShape(8, 8), size=32, batch=1, seed=0)
+        batches = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=32, batch=1, seed=0))
         predicted = [batches.sample(epoch)[2] for epoch in range(40)]
         assert set(predicted) == {"one", "two", "three", "four", "five"}
         assert predicted == [batches.sample(epoch)[2] for epoch in range(40)]

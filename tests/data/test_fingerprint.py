@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from openvision3 import cli
 from openvision3.data import fingerprint, openmoji
 from openvision3.data.fingerprint import CELL, WIDTH, Fingerprint, describe, near_duplicates, normalised, take, text_hash
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import to_tensor
-from openvision3.data.sources import EmojiSource, FolderSource
+from openvision3.data.openmoji import EmojiSource
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:

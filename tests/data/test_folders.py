@@ -11,9 +11,10 @@ from PIL import Image
 
 from openvision3 import device
 from openvision3.cli import main
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
 from openvision3.data.labelled import read_labels
-from openvision3.data.sources import FolderSource, open_source
+from openvision3.data.names import open_source
 from openvision3.pipeline import expand_pictures
 
 

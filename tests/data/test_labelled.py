@@ -10,10 +10,13 @@ import pytest
 from shard_files import jpeg, write_shard
 
 from openvision3.data import openmoji
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
 from openvision3.data.labelled import TEMPLATES, Labels, prompts, read_labels, read_names
+from openvision3.data.openmoji import EmojiSource
 from openvision3.data.shards import tars
-from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource
+from openvision3.data.shards.source import ShardSource
+from openvision3.data.sources import MixedSource
 
 
 def folder(root: Path, classes: dict[str, int]) -> FolderSource:

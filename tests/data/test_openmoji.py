@@ -9,7 +9,7 @@ import torch
 from PIL import Image, features
 
 from openvision3.data import openmoji
-from openvision3.data.sources import EmojiSource
+from openvision3.data.openmoji import EmojiSource
 
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow here has no RAQM, so sequences are dropped")
 
@@ -203,4 +203,4 @@ def test_the_source_gives_aliases_as_further_captions_only_on_request(emoji):
     plain, both = EmojiSource(emoji.train), EmojiSource(emoji.train, aliases=True)
     assert plain.captions(index) == (emoji.train[index].name,)
     assert both.captions(index) == (emoji.train[index].name, *emoji.train[index].aliases)
-    assert hashlib.sha256(plain.picture(index, 32).tobytes()).digest() == hashlib.sha256(openmoji.draw(emoji.train[index].character, 32).tobytes()).digest()
+    assert hashlib.sha256(plain.image(index, 32).tobytes()).digest() == hashlib.sha256(openmoji.draw(emoji.train[index].character, 32).tobytes()).digest()

@@ -18,12 +18,17 @@ from shard_files import captions, jpeg, keys, reasons, three, write_shard
 from small_runs import pictures, take
 
 from openvision3.data import openmoji
-from openvision3.data.batches import TextShape, TrainingBatches
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
+from openvision3.data.names import DataOptions, expand, open_source
+from openvision3.data.openmoji import EmojiSource
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards import tars
-from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource, expand, open_source
+from openvision3.data.shards.source import ShardSource
+from openvision3.data.sources import MixedSource
 from openvision3.data.text import TextTokenizer
+from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -49,7 +54,7 @@ def test_equal_stems_in_several_shards_get_unlike_keys_and_their_own_pictures(tm
     source = ShardSource(paths)
     assert keys(source) == ["photos/train-0000/0", "pictures/train-0000/0", "pictures/train-0001/0"]
     assert captions(source) == [("a",), ("b",), ("c",)]
-    assert [max(range(3), key=source.picture(i, 8).getpixel((4, 4)).__getitem__) for i in range(3)] == [0, 2, 1]
+    assert [max(range(3), key=source.image(i, 8).getpixel((4, 4)).__getitem__) for i in range(3)] == [0, 2, 1]
 
 
 def test_keys_do_not_depend_on_where_the_data_lies(tmp_path, monkeypatch):
@@ -82,7 +87,7 @@ def test_sample_keys_are_those_of_the_images_wherever_they_lie_and_whatever_is_n
 
 def test_sources_are_identical_where_their_images_are_the_same_in_the_same_order(tmp_path):
     def identity(*names: str, **more) -> str:
-        return open_source(tuple(str(tmp_path / name) if name != "openmoji" else name for name in names), **more).identity()
+        return open_source(tuple(str(tmp_path / name) if name != "openmoji" else name for name in names), DataOptions(**more)).identity()
 
     write_shard(tmp_path / "a" / "0.tar", three())
     write_shard(tmp_path / "a" / "1.tar", three(3))
@@ -209,7 +214,7 @@ def test_a_shard_that_vanishes_during_the_run_is_an_image_error(tmp_path):
     path = write_shard(tmp_path / "s.tar", three())
     source = ShardSource([path])
     Path(path).unlink()
-    for read in (source.captions, lambda i: source.picture(i, 8)):
+    for read in (source.captions, lambda i: source.image(i, 8)):
         with pytest.raises(ImageError) as caught:
             read(0)
         assert caught.value.reason == "vanished"
@@ -220,7 +225,7 @@ def test_reading_many_shards_keeps_few_files_open(tmp_path, monkeypatch):
     source = ShardSource([write_shard(tmp_path / f"{i}.tar", three()) for i in range(20)])
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else pytest.skip("no /proc here to count open files")
     for i in range(len(source)):
-        source.picture(i, 8)
+        source.image(i, 8)
     assert len(os.listdir("/proc/self/fd")) == before + 5
     del source
     assert len(os.listdir("/proc/self/fd")) == before
@@ -278,20 +283,20 @@ def test_pictures_too_small_to_train_on_are_refused_but_can_be_evaluated(tmp_pat
     (tmp_path / "a.jpg").write_bytes(jpeg("red", (1, 1)))
     source = FolderSource(tmp_path)
     with pytest.raises(ImageError) as caught:
-        source.picture(0, 16, torch.Generator())
+        source.crop(0, 16, torch.Generator())
     assert caught.value.reason == "too small"
-    assert source.picture(0, 16).getpixel((8, 8))[0] > 200
+    assert source.image(0, 16).getpixel((8, 8))[0] > 200
 
 
 def test_the_training_view_is_a_function_of_its_generator_and_the_evaluation_view_is_fixed(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     source = FolderSource(tmp_path)
-    views = [np.asarray(source.picture(0, 16, torch.Generator().manual_seed(s))) for s in (1, 1, 2)]
+    views = [source.crop(0, 16, torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]
     assert (views[0] == views[1]).all()
     assert (views[0] != views[2]).any()
     whole = Image.fromarray(noise[:, 8:72]).resize((16, 16), Image.Resampling.BICUBIC)
-    assert (np.asarray(source.picture(0, 16)) == np.asarray(whole)).all()
+    assert (np.asarray(source.image(0, 16)) == np.asarray(whole)).all()
 
 
 # --- names of data --------------------------------------------------------------------------------------------------------
@@ -337,7 +342,7 @@ def test_several_sources_are_one_with_unlike_keys(tmp_path):
     assert len(set(keys(source))) == len(source)
     assert [source.key(emoji), source.key(emoji + 1)] == ["x/pics/a.jpg", "y/pics/a.jpg"]
     assert [source.captions(emoji + i)[0] for i in range(5)] == ["x/pics", "y/pics", "caption 0", "caption 1", "caption 2"]
-    assert source.picture(emoji + 4, 8).getpixel((4, 4))[0] > 200
+    assert source.image(emoji + 4, 8).getpixel((4, 4))[0] > 200
     with pytest.raises(IndexError):
         source.key(len(source))
 
@@ -349,7 +354,7 @@ def test_problems_of_every_source_are_kept(tmp_path):
 
 
 def test_the_sides_of_openmoji_are_three_sources_without_a_family_in_common():
-    train, val, test = (open_source(("openmoji",), side=side, aliases=True) for side in ("train", "val", "test"))
+    train, val, test = (open_source(("openmoji",), DataOptions(side=side, aliases=True)) for side in ("train", "val", "test"))
     assert isinstance(val, EmojiSource) and isinstance(test, EmojiSource)
     families = [{source.family(i) for i in range(len(source))} for source in (train, val, test)]
     assert not families[0] & families[1] and not families[0] & families[2] and not families[1] & families[2]
@@ -357,8 +362,8 @@ def test_the_sides_of_openmoji_are_three_sources_without_a_family_in_common():
 
 
 @pytest.mark.parametrize("names", [(), ("no/such/place",), ("no/such/{0..3}.tar",), (__file__,)])
-def test_a_name_that_is_no_data_says_what_is_legal(names):
-    with pytest.raises(ValueError, match=r"legal are openmoji, a folder of pictures, or shards"):
+def test_a_name_that_is_no_data_says_what_to_choose_from(names):
+    with pytest.raises(ValueError, match=r"choose openmoji, a folder of images, or shards"):
         open_source(names)
 
 
@@ -374,8 +379,8 @@ def test_the_development_shards_are_read_without_a_problem():
     assert len(set(keys(source))) == 432
     assert not source.problems
     assert all(captions(source))
-    assert {source.picture(i, 128).size for i in range(0, 432, 40)} == {(128, 128)}
-    clipart = open_source((f"{DATA}/pictures/val-*.tar",), only={"source": "clipart"})
+    assert {source.image(i, 128).size for i in range(0, 432, 40)} == {(128, 128)}
+    clipart = open_source((f"{DATA}/pictures/val-*.tar",), DataOptions(only={"source": "clipart"}))
     assert 0 < len(clipart) < 332
 
 
@@ -386,7 +391,7 @@ def mixed(tmp_path, **options):
     for place, count in (("a", 4), ("b", 2)):
         for i in range(count):
             write_shard(tmp_path / place / f"{i}.tar", three(3 * i))
-    return open_source((f"{tmp_path}/a/*.tar", f"{tmp_path}/b"), **options)
+    return open_source((f"{tmp_path}/a/*.tar", f"{tmp_path}/b"), DataOptions(**options))
 
 
 def test_weights_set_the_share_of_each_name_in_every_epoch(tmp_path):
@@ -403,12 +408,12 @@ def test_batches_of_a_mix_depend_on_the_step_alone(tmp_path):
     words = TextTokenizer.train(["caption one two"], 50)
 
     def made(**options):
-        return TrainingBatches(mixed(tmp_path, weights=(1.0, 3.0)), words, TextShape(8, 8), size=16, batch=6, seed=3, **options)
+        return TrainingBatches(mixed(tmp_path, weights=(1.0, 3.0)), words, BatchPlan(TextShape(8, 8), size=16, batch=6, seed=3), **options)
 
     whole = take(made(), 0, 9)
     for workers, first in ((0, 4), (2, 4)):
         assert all(torch.equal(a["images"], b["images"]) for a, b in zip(whole[4:], take(made(workers=workers), first, 5), strict=True))
-    ranks = [take(made(rank=rank, world=2), 0, 9) for rank in (0, 1)]
+    ranks = [take(made(ranks=Ranks(rank, 2)), 0, 9) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([ranks[0][step]["sample_key"], ranks[1][step]["sample_key"]]), batch["sample_key"])
 
@@ -431,7 +436,7 @@ def test_re_caption_is_predicted_and_a_sentence_of_it_and_org_caption_are_contra
     source = ShardSource([write_shard(tmp_path / "s.tar", members)], ("re_caption", "org_caption"))
     words = TextTokenizer.train([long, "heart IMG_1.jpg"], 200)
     shape = TextShape(64, 64, captions=2, sentences=True, whole=False)
-    made = TrainingBatches(source, words, shape, size=16, batch=3, seed=0)
+    made = TrainingBatches(source, words, BatchPlan(shape, size=16, batch=3, seed=0))
     order = {draw_seed(source.sample_key(i)): i for i in range(3)}
     seen = set()
     for batch in take(made, 0, 12):
@@ -453,7 +458,7 @@ def test_a_run_goes_on_without_a_shard_that_is_lost_under_it(tmp_path, workers, 
     paths = [write_shard(tmp_path / f"{i}.tar", three(3 * i) | {f"{n:09d}.jpg": jpeg((20 * n, 0, 0)) for n in range(3 * i, 3 * i + 3)}) for i in range(4)]
     words = TextTokenizer.train(["caption one two"], 50)
     lost = {draw_seed(ShardSource(paths).sample_key(i)) for i in range(3, 6)}
-    made = TrainingBatches(ShardSource(paths), words, TextShape(8, 8), size=16, batch=4, seed=0, workers=workers)
+    made = TrainingBatches(ShardSource(paths), words, BatchPlan(TextShape(8, 8), size=16, batch=4, seed=0), workers=workers)
     iterator = made.from_step(0)
     next(iterator)
     match fault:
@@ -473,7 +478,7 @@ def test_a_run_goes_on_without_a_shard_that_is_lost_under_it(tmp_path, workers, 
 
 def test_when_all_shards_are_gone_the_run_stops_with_the_reason(tmp_path):
     path = write_shard(tmp_path / "0.tar", three())
-    made = TrainingBatches(ShardSource([path]), TextTokenizer.train(["a caption"], 50), TextShape(8, 8), size=16, batch=2, seed=0)
+    made = TrainingBatches(ShardSource([path]), TextTokenizer.train(["a caption"], 50), BatchPlan(TextShape(8, 8), size=16, batch=2, seed=0))
     Path(path).unlink()
     with pytest.raises(ValueError, match=r"256 samples in a row cannot be used, the last because of: vanished \(.*0\.tar is no longer there\)"):
         take(made, 0, 1)

@@ -1,6 +1,5 @@
 """Every view of an image, whole or cropped, shows the same upright picture; none costs more memory than its limit; Pillow is quiet."""
 
-import io
 import struct
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from image_files import encoded
 from PIL import Image, PngImagePlugin, features
 
-from openvision3.data import images
-from openvision3.data.images import ImageError, open_image, random_view
+from openvision3.data import crops, images
+from openvision3.data.crops import random_view
+from openvision3.data.images import ImageError, open_image
 
 FORMATS = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -31,12 +32,6 @@ def corners(width: int, height: int) -> Image.Image:
     image.paste((255, 0, 0), (0, 0, width // 2, height // 2))
     image.paste((0, 0, 255), (width // 2, 0, width, height // 2))
     return image
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def view(data: bytes, size: int, seed: int) -> tuple[np.ndarray, images.Box]:
@@ -58,7 +53,7 @@ def test_a_training_view_is_a_part_of_the_image_that_evaluation_sees(kind, sides
         pixels, box = view(data, 32, seed)
         assert 0 <= box[0] < box[2] <= upright.width
         assert 0 <= box[1] < box[3] <= upright.height
-        assert np.abs(pixels - np.asarray(images.crop_resized(upright, box, 32)).astype(int)).mean() < 3
+        assert np.abs(pixels - np.asarray(crops.crop_resized(upright, box, 32)).astype(int)).mean() < 3
 
 
 def wide(mode: str) -> Image.Image:
@@ -75,10 +70,10 @@ def wide(mode: str) -> Image.Image:
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA", "P", "RGB", "L"])
 def test_widening_a_part_or_in_strips_gives_the_pixels_of_the_whole(mode, monkeypatch):
     image = wide(mode)
-    whole = np.asarray(images._to_rgb(image))
+    whole = np.asarray(images.to_rgb(image))
     monkeypatch.setattr(images, "STRIP_PIXELS", 90)
-    assert (np.asarray(images._to_rgb(image)) == whole).all()
-    assert (np.asarray(images._to_rgb(image, (3, 5, 31, 48))) == whole[5:48, 3:31]).all()
+    assert (np.asarray(images.to_rgb(image)) == whole).all()
+    assert (np.asarray(images.to_rgb(image, (3, 5, 31, 48))) == whole[5:48, 3:31]).all()
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(255, 1.0), (65535, 1.0), (100_000, 1.0)])
@@ -97,7 +92,8 @@ def test_sixteen_bits_that_are_dark_stay_dark():
 
 PEAK = """
 import resource, sys, torch
-from openvision3.data.images import ImageError, random_view
+from openvision3.data.crops import random_view
+from openvision3.data.images import ImageError
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -131,10 +127,10 @@ def test_an_image_of_a_few_kilobytes_takes_no_gigabytes():
 
 def test_a_large_jpeg_is_trained_on_where_it_is_decoded_small(monkeypatch):
     data = encoded(corners(400, 400), "JPEG")
-    monkeypatch.setattr(images, "TRAINING_PIXELS", 400 * 400 // 4)
+    monkeypatch.setattr(crops, "TRAINING_PIXELS", 400 * 400 // 4)
     assert view(data, 32, 0)[0].shape == (32, 32, 3)
-    for decoder in (images.fast_decoder, lambda: None):
-        monkeypatch.setattr(images, "fast_decoder", decoder)
+    for decoder in (crops.fast_decoder, lambda: None):
+        monkeypatch.setattr(crops, "fast_decoder", decoder)
         with pytest.raises(ImageError, match="400 x 400 pixels"):
             view(data, 256, 0)
 
@@ -154,7 +150,8 @@ def test_pillow_does_not_write_on_the_terminal(tmp_path):
     code = f"""
 import torch
 from pathlib import Path
-from openvision3.data.images import ImageError, open_image, random_view
+from openvision3.data.crops import random_view
+from openvision3.data.images import ImageError, open_image
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     for read in (open_image, lambda p: random_view(p, 16, torch.Generator(), (0.4, 1.0))):
         try:
@@ -195,13 +192,13 @@ def test_every_ending_of_a_jpeg_is_read_alike(ending, tmp_path):
 @pytest.mark.parametrize(("kind", "options", "needed"), [("WEBP", {}, 16), ("TIFF", {}, 8), ("JPEG", {"progressive": True, "subsampling": 0}, 6)])
 def test_an_image_that_takes_too_much_memory_to_decode_is_refused_from_its_header(kind, options, needed, monkeypatch):
     data = encoded(corners(64, 64), kind, **options)
-    for decoder in (images.fast_decoder, lambda: None):
-        monkeypatch.setattr(images, "fast_decoder", decoder)
-        monkeypatch.setattr(images, "FAST_PIXELS", 64 * 64 - 1)
-        for limit, read in (("MAX_BYTES", open_image), ("TRAINING_BYTES", lambda data: view(data, 16, 0))):
-            monkeypatch.setattr(images, limit, needed * 64 * 64)
+    for decoder in (crops.fast_decoder, lambda: None):
+        monkeypatch.setattr(crops, "fast_decoder", decoder)
+        monkeypatch.setattr(crops, "FAST_PIXELS", 64 * 64 - 1)
+        for module, limit, read in ((images, "MAX_BYTES", open_image), (crops, "TRAINING_BYTES", lambda data: view(data, 16, 0))):
+            monkeypatch.setattr(module, limit, needed * 64 * 64)
             read(data)
-            monkeypatch.setattr(images, limit, needed * 64 * 64 - 1)
+            monkeypatch.setattr(module, limit, needed * 64 * 64 - 1)
             with pytest.raises(ImageError, match="MB to decode") as caught:
                 read(data)
             assert caught.value.reason == "too large"
@@ -226,8 +223,8 @@ def test_damaged_metadata_is_counted_and_silent_whatever_filters_stand_in_front(
 
 def test_training_evaluation_and_check_count_damaged_metadata_and_use_the_image(tmp_path):
     from openvision3.data.batches import evaluation_batches
+    from openvision3.data.folders import FolderSource
     from openvision3.data.shards.check import check_folder
-    from openvision3.data.sources import FolderSource
 
     (tmp_path / "a.jpg").write_bytes(damaged())
     (tmp_path / "a.txt").write_text("two corners")
@@ -241,7 +238,7 @@ def test_training_evaluation_and_check_count_damaged_metadata_and_use_the_image(
 @pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
 def test_an_orientation_is_read_alike_by_all_views_where_the_block_is_damaged_behind_it(decoder, monkeypatch):
     if decoder == "Pillow":
-        monkeypatch.setattr(images, "fast_decoder", lambda: None)
+        monkeypatch.setattr(crops, "fast_decoder", lambda: None)
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x8769] = 6, "a maker", {0x9286: b"a comment"}
     whole = exif.tobytes()

@@ -11,7 +11,8 @@ from tiny_pipeline import make_pipeline, write_photo
 from openvision3 import cli, hub
 from openvision3.data import openmoji
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take
-from openvision3.data.sources import EmojiSource, FolderSource
+from openvision3.data.folders import FolderSource
+from openvision3.data.openmoji import EmojiSource
 from openvision3.evaluate.overlap import Known, Overlap, of_model
 from openvision3.evaluate.pictures import Pictures
 from openvision3.evaluate.results import Results, leading

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 from shard_files import recaption
 
 from openvision3 import cli
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
-from openvision3.data.sources import FolderSource, ShardSource
+from openvision3.data.shards.source import ShardSource
 from openvision3.recaption.image_text import Answer, ImageTextModel, Wording, clean
 from openvision3.recaption.job import RecaptionJob, shard_split
 from openvision3.recaption.rewrite import examples

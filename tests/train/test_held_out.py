@@ -11,8 +11,9 @@ from PIL import Image
 from tiny_pipeline import SIZE, make_pipeline
 
 from openvision3 import distributed
-from openvision3.data.batches import TextShape, TrainingBatches, evaluation_batches
-from openvision3.data.sources import Source, open_source
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches
+from openvision3.data.names import open_source
+from openvision3.data.sources import Source
 from openvision3.pipeline import Pipeline
 from openvision3.train import held_out
 from openvision3.train.held_out import quick_evaluation, shared_files
@@ -43,7 +44,7 @@ def images(tmp_path_factory) -> Source:
 
 
 def batches_of(pipeline: Pipeline, source: Source) -> TrainingBatches:
-    return TrainingBatches(source, pipeline.tokenizer, TextShape(32, 32, CAPTIONS), size=SIZE, batch=8, seed=0)
+    return TrainingBatches(source, pipeline.tokenizer, BatchPlan(TextShape(32, 32, CAPTIONS), size=SIZE, batch=8, seed=0))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from openvision3 import device
 from openvision3.cli import main
 from openvision3.data import fingerprint
 from openvision3.data.images import to_pil
-from openvision3.data.sources import open_source
+from openvision3.data.names import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.hub import complete_checkpoints, latest_checkpoint, read_config
 from openvision3.settings import load_config

@@ -303,7 +303,7 @@ import os, sys
 from datetime import timedelta
 from openvision3 import cli, distributed
 from openvision3.data.images import ImageError
-from openvision3.data.sources import FolderSource
+from openvision3.data.folders import FolderSource
 from openvision3.train import held_out
 distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
 read = FolderSource.data

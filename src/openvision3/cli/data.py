@@ -187,8 +187,8 @@ def fingerprint(
         cache_gb: the largest size of that folder, in GB.
     """
     from openvision3.data.fingerprint import take
+    from openvision3.data.names import DataOptions, open_source
     from openvision3.data.problems import count_reasons
-    from openvision3.data.sources import open_source
     from openvision3.files import check_writable
     from openvision3.progress import track
     from openvision3.settings import read_rules
@@ -197,7 +197,8 @@ def fingerprint(
     if path.is_dir():
         raise ValueError(f"{out} is a folder; name a file with --out, such as {path / 'fingerprint.safetensors'}")
     check_writable(path.absolute().parent, "--out")
-    source = open_source(data, only=read_rules(only), caption_keys=caption_keys, aliases=aliases, index=index, cache=cache, cache_gb=cache_gb, watch=track)
+    options = DataOptions(only=read_rules(only), caption_keys=caption_keys, aliases=aliases, index=index, cache=cache, cache_gb=cache_gb)
+    source = open_source(data, options, watch=track)
     problems = list(source.problems)
     found = take(source, data, problems, track)
     if not len(found.images):

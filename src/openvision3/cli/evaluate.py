@@ -18,6 +18,7 @@ from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
     from openvision3.data.labelled import Labels
+    from openvision3.data.names import DataOptions
     from openvision3.evaluate.overlap import Overlap
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.pictures import Rows as EvaluatedRows
@@ -115,7 +116,7 @@ class Options:
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")
         if self.size:
-            from openvision3.data.images import check_size
+            from openvision3.data.crops import check_size
 
             check_size(self.size)
         if any(not 0 <= sigma < 100 for sigma in self.sigmas):
@@ -271,8 +272,9 @@ def _nothing(work: Evaluation) -> str:
 
 def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> Evaluation:
     """Everything that can fail for want of a file, before anything is measured."""
-    from openvision3.data.openmoji import load_emoji
-    from openvision3.data.sources import EmojiSource, Source, open_source
+    from openvision3.data.names import open_source
+    from openvision3.data.openmoji import EmojiSource, load_emoji
+    from openvision3.data.sources import Source
     from openvision3.evaluate.pictures import Pictures
     from openvision3.evaluate.results import Results
     from openvision3.evaluate.suite import reconstruction_networks
@@ -289,7 +291,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
     if options.data == ("openmoji",):
         source = EmojiSource(load_emoji().evaluation("test", options.count or 1_000_000))
     else:
-        source = open_source(options.data, side="test", **_places(options))
+        source = open_source(options.data, _data_options(options, "test"))
     watch = (lambda items, what, total: track(items, what, total)) if rank == 0 and not options.json else (lambda items, what, total: items)
     pictures = Pictures(source, size, options.batch, range(min(options.count or len(source), len(source))), watch)
     pictures.problems += source.problems
@@ -306,7 +308,7 @@ def _overlap(options: Options, kinds: Sequence[str], asked: Sequence[str], pictu
     """What is known of the training data: recorded with MODEL and its VAE, where they are measured, and named with --train."""
     from openvision3 import hub
     from openvision3.data.fingerprint import Fingerprint, take
-    from openvision3.data.sources import open_source
+    from openvision3.data.names import open_source
     from openvision3.evaluate.overlap import Known, Overlap, of_model
 
     known: list[Known] = []
@@ -317,7 +319,7 @@ def _overlap(options: Options, kinds: Sequence[str], asked: Sequence[str], pictu
     files, names = _fingerprints(options.train)
     of_data = [Fingerprint.load(file) for file in files]
     if names and kinds != ("probe",):  # which compares with them itself
-        source = open_source(names, **_places(options))
+        source = open_source(names, _data_options(options))
         pictures.problems += source.problems
         of_data.append(take(source, names, pictures.problems, lambda items, what: pictures.watch(items, what, len(source))))
     if of_data:
@@ -338,11 +340,19 @@ def _told(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def _places(options: Options) -> dict[str, Any]:
+def _data_options(options: Options, side: Literal["train", "test"] = "train") -> DataOptions:
+    from openvision3.data.names import DataOptions
     from openvision3.settings import read_rules
 
-    places = {"index": options.index, "cache": options.cache, "cache_gb": options.cache_gb}
-    return {"caption_keys": options.caption_keys, "only": read_rules(options.only), "crop": options.crop, **places}
+    return DataOptions(
+        side=side,
+        caption_keys=options.caption_keys,
+        only=read_rules(options.only),
+        crop=options.crop,
+        index=options.index,
+        cache=options.cache,
+        cache_gb=options.cache_gb,
+    )
 
 
 def _models(options: Options, asked: Sequence[str], rebuilt: bool = False) -> tuple[list[Functions], int]:
@@ -603,13 +613,13 @@ def _labels(work: Evaluation, like: Labels | None = None) -> Labels:
 
 def _training(work: Evaluation, least: int) -> tuple[Any, Labels]:
     from openvision3.data.labelled import read_labels
-    from openvision3.data.sources import open_source
+    from openvision3.data.names import open_source
 
     options = work.options
     names = _fingerprints(options.train)[1] or (("openmoji",) if options.data == ("openmoji",) else ())
     if not names:
         raise ValueError("training pictures with classes are needed; name them with --train")
-    source = open_source(names, **_places(options))
+    source = open_source(names, _data_options(options))
     return source, read_labels(source, options.label_key, _names(options), least=least)
 
 

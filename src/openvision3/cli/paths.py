@@ -59,8 +59,8 @@ def check_apart(out: str, data: Sequence[str], option: str = "--out") -> None:
     Raises:
         ValueError: names the folder; nothing has been written.
     """
+    from openvision3.data.names import expand
     from openvision3.data.shards.index import is_remote
-    from openvision3.data.sources import expand
 
     place = Path(os.path.realpath(out))
     for name in data:

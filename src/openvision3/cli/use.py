@@ -44,7 +44,8 @@ def reconstruct(
         size: long side in pixels (default: the training size; 0: as the picture is).
         beside: write original, VAE alone and rebuilt side by side.
     """
-    from openvision3.data.images import pad, to_pil
+    from openvision3.data.crops import pad
+    from openvision3.data.images import to_pil
     from openvision3.evaluate.metrics.reconstruction import psnr
     from openvision3.report.sheets import grid
     from openvision3.train.held_out import vae_only

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from openvision3.data.captions import Captions, TextError
-from openvision3.data.images import ImageError, damage_seen, to_tensor, uint8_tensor
+from openvision3.data.images import ImageError, damage_seen, to_tensor
 from openvision3.data.order import Order
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer, sentences
 from openvision3.data.workers import Workers, check_shared_memory, wait
+from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 
 if TYPE_CHECKING:
@@ -46,18 +47,39 @@ Made = tuple[dict[str, Tensor], list[dict[str, str]]]
 """a batch and the problems met on the way"""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextShape:
     """How captions become ids."""
 
     text_positions: int
     caption_positions: int
     captions: int = 1
-    """K, how many captions a picture are contrasted"""
+    """K, how many captions an image are contrasted"""
     sentences: bool = False
     """the caption to predict is contrasted as one random sentence of it"""
     whole: bool = True
     """with `sentences`, the whole of it fills in for other captions that a sample lacks; False: they are marked absent"""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What the batches of a run hold: equal plans give equal batches, however they are prepared."""
+
+    text: TextShape
+    size: int
+    """side of the images, in pixels"""
+    batch: int
+    """rows on all ranks"""
+    seed: int
+    pixel_share: float = 1.0
+    """the share of rows that get the pixel loss: every 1/share-th row of the global batch, moved on by one a step"""
+    micro_batch: int = 0
+    """rows of a rank that are computed at a time (0: all)"""
+    families: bool = False
+    """every other epoch keeps samples of one family side by side, so that the contrast has to tell them apart: at random, two skin tones of one
+    emoji hardly ever meet in a batch"""
+    lanes: int = 1
+    """parts of the batch that read remote shards of their own (`choose_lanes`)"""
 
 
 def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
@@ -74,16 +96,10 @@ def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
 
 
 class TrainingBatches:
-    """Endless micro-batches from `first_step` on, `pieces` of them a step; `problems` collects what was skipped, {key, reason, detail}, each sample once.
+    """Endless micro-batches from `first_step` on, `pieces` of them a step; `problems` collects what was skipped, each sample once.
 
-    With `families`, every other epoch keeps samples of one family side by side, so that the contrast has to tell them apart:
-    at random, two skin tones of one emoji hardly ever meet in a batch.
-
-    `pixel_share` says which rows get the pixel loss: every 1/share-th row of the global batch, moved on by one a step.
-    `batch` counts the rows of all ranks; `micro_batch` those that are computed at a time (0: all of this rank's).
-    With a cache of `latents` these stand in the batch, and only pictures whose pixels are compared are opened.
+    With a cache of `latents` these stand in the batch, and only images whose pixels are compared are opened.
     Images are uint8 until `to_device`; `pinned` batches lie where a GPU fetches them from while the host goes on.
-    `lanes` parts of the batch read shards of their own, where these have to be fetched (`shards.choose_lanes`).
     A wait for a batch ends soon after `stopping()` says that the run was asked to stop.
 
     Raises:
@@ -94,47 +110,37 @@ class TrainingBatches:
         self,
         source: Source,
         tokenizer: TextTokenizer,
-        shape: TextShape,
+        plan: BatchPlan,
         *,
-        size: int,
-        batch: int,
-        seed: int,
-        pixel_share: float = 1.0,
-        workers: int = 0,
-        augment: bool = True,
-        families: bool = False,
-        rank: int = 0,
-        world: int = 1,
-        micro_batch: int = 0,
-        lanes: int = 1,
+        ranks: Ranks = Ranks(),
         latents: LatentCache | None = None,
+        workers: int = 0,
         pinned: bool = False,
         stopping: Callable[[], object] = lambda: False,
     ):
-        local = rows_of_a_process(batch, world, micro_batch)
-        if not 0 <= pixel_share <= 1:
-            raise ValueError(f"pixel_share {pixel_share} must lie between 0 and 1")
-        if lanes < 1 or batch % lanes:
-            raise ValueError(f"lanes {lanes} do not divide the batch of {batch}")
+        local = rows_of_a_process(plan.batch, ranks.world, plan.micro_batch)
+        if not 0 <= plan.pixel_share <= 1:
+            raise ValueError(f"pixel_share {plan.pixel_share} must lie between 0 and 1")
+        if plan.lanes < 1 or plan.batch % plan.lanes:
+            raise ValueError(f"lanes {plan.lanes} do not divide the batch of {plan.batch}")
         if not len(source):
             raise ValueError("the data holds no sample; name a source that has some")
-        self.source, self.tokenizer, self.shape = source, tokenizer, shape
-        self.size, self.batch, self.seed, self.pixel_share = size, batch, seed, pixel_share
-        self.workers, self.augment, self.latents, self.pinned = workers, augment, latents, pinned
-        self.lanes = lanes
+        self.source, self.tokenizer, self.plan = source, tokenizer, plan
+        self.batch, self.size, self.shape = plan.batch, plan.size, plan.text
+        self.workers, self.latents, self.pinned = workers, latents, pinned
         self.stopping, self._processes = stopping, Workers(self, workers, stopping)
-        self.rows = range(rank * local, (rank + 1) * local)
-        self.pieces = local // (micro_batch or local)
+        self.rows = range(ranks.rank * local, (ranks.rank + 1) * local)
+        self.pieces = local // (plan.micro_batch or local)
         self.problems = Problems()
         for problem in source.problems:
             self.problems.add(problem, everywhere=True)
         self._orders: dict[int, Order | np.ndarray] = {}
         self._families: list[list[int]] = []
-        if families:
-            found: dict[str, list[int]] = {}
+        if plan.families:
+            members: dict[str, list[int]] = {}
             for index in range(len(source)):
-                found.setdefault(source.family(index), []).append(index)
-            self._families = list(found.values())
+                members.setdefault(source.family(index), []).append(index)
+            self._families = list(members.values())
 
     def index(self, position: int) -> int:
         return self.place(position)[0]
@@ -146,17 +152,17 @@ class TrainingBatches:
     def _entry(self, position: int) -> int:
         """Which entry of the epochs stands at `position`: entry v is of lane v % lanes, and lane l has the l-th of `lanes` equal parts of each batch."""
         step, row = divmod(position, self.batch)
-        lane, number = divmod(row, self.batch // self.lanes)
-        return step * self.batch + number * self.lanes + lane
+        lane, number = divmod(row, self.batch // self.plan.lanes)
+        return step * self.batch + number * self.plan.lanes + lane
 
     def _at(self, entry: int) -> tuple[int, int]:
         epoch, within = divmod(entry, len(self.source))
         order = self._orders.get(epoch)
         if order is None:
             if self._families and epoch % 2:
-                order = self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.seed, "order", epoch))))
+                order = self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.plan.seed, "order", epoch))))
             else:
-                order = self.source.order(self.seed, epoch, self.lanes)
+                order = self.source.order(self.plan.seed, epoch, self.plan.lanes)
             kept = list(self._orders.items())[-1:]  # each lane of a batch goes from one epoch into the next
             self._orders = dict([*kept, (epoch, order)])
         return (int(order[within]), epoch) if isinstance(order, np.ndarray) else order.place(within)
@@ -179,17 +185,17 @@ class TrainingBatches:
             try:
                 name = self.source.key(index)
                 key = self.latents.key_of(self.source, index) if self.latents is not None else self.source.sample_key(index)
-                generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch, key))
+                generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, epoch, key))
                 captions = self.source.captions(index)
                 if not captions:
                     problems.append({"key": name, "reason": "no caption", "detail": "missing or empty"})
                     continue
-                captions = captions.led_by(draw_seed(self.seed, "caption", epoch, key))
+                captions = captions.led_by(draw_seed(self.plan.seed, "caption", epoch, key))
                 if self.latents is not None:
                     pixels = self._has_pixels(*divmod(position, self.batch))
-                    view: Tensor | CachedView = self.latents.view(self.source, index, key=key, seed=self.seed, epoch=epoch, pixels=pixels)
+                    view: Tensor | CachedView = self.latents.view(self.source, index, key=key, seed=self.plan.seed, epoch=epoch, pixels=pixels)
                 else:
-                    view = self.source.view(index, self.size, generator) if self.augment else uint8_tensor(self.source.picture(index, self.size))
+                    view = self.source.crop(index, self.size, generator)[0]
             except ImageError as error:
                 problems.append({"key": name, "reason": error.reason, "detail": str(error)})
                 continue
@@ -205,8 +211,8 @@ class TrainingBatches:
         first, last, lanes = 0, count, 1
         if attempt < TRIES // 2:
             first = within // NEAR * NEAR
-            last, lanes = min(first + NEAR, count), self.lanes
-        drawn = first + draw_seed(self.seed, "instead", entry, attempt) % (last - first)
+            last, lanes = min(first + NEAR, count), self.plan.lanes
+        drawn = first + draw_seed(self.plan.seed, "instead", entry, attempt) % (last - first)
         drawn += (within - drawn) % lanes  # the next of the lane, or the one before
         return epoch * count + (drawn if drawn < last else drawn - lanes)
 
@@ -288,16 +294,16 @@ class TrainingBatches:
 
     def add_draws(self, batch: dict[str, Tensor], step: int, rows: range) -> dict[str, Tensor]:
         """The random draws of the step: a noise seed for each row, and the rows whose pixels are compared."""
-        batch["draw_key"] = torch.tensor([draw_seed(self.seed, step, row) for row in rows])
-        if not self.pixel_share:
+        batch["draw_key"] = torch.tensor([draw_seed(self.plan.seed, step, row) for row in rows])
+        if not self.plan.pixel_share:
             batch["pixel_images"] = self._no_images()
-        elif self.pixel_share < 1 or "latents" in batch:
+        elif self.plan.pixel_share < 1 or "latents" in batch:
             chosen = [place for place, row in enumerate(rows) if self._has_pixels(step, row)]
             batch["pixel_rows"] = torch.tensor(chosen, dtype=torch.long)
         return batch
 
     def _has_pixels(self, step: int, row: int) -> bool:
-        return math.floor((row + step) * self.pixel_share) > math.floor((row + step - 1) * self.pixel_share)
+        return math.floor((row + step) * self.plan.pixel_share) > math.floor((row + step - 1) * self.plan.pixel_share)
 
     def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
         """The micro-batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
@@ -378,7 +384,7 @@ def evaluation_batches(
             except TextError as error:
                 if problems is not None:
                     problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
-            image = to_tensor(source.picture(index, size))
+            image = to_tensor(source.image(index, size))
         except ImageError as error:
             if problems is not None:
                 problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})

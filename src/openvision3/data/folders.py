@@ -12,9 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from openvision3.contents import holds
-from openvision3.data.captions import decode_text, encoding_of, json_object
-from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
-from openvision3.data.problems import Problem
+from openvision3.data.captions import Captions, clean_captions, decode_text, encoding_of, json_object, read_text, text_captions
+from openvision3.data.identity import digest
+from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS, ImageError
+from openvision3.data.problems import Problem, reasons_in_words
+from openvision3.data.sources import EncodedSource
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 """Tables of captions: of this project, and of Hugging Face's imagefolder."""
@@ -193,3 +195,85 @@ def read_table(folder: Path, path: str) -> Table:
         found = f"; it {holds(place)}" if not seen.isprintable() else ""
         raise ValueError(f"{place} needs the columns file and caption; seen: {seen:.200}{found}")
     return table
+
+
+class FolderSource(EncodedSource):
+    """A plain folder: `x.jpg` beside `x.txt`, or tables `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
+
+    Sub-folders are read too; a file named in several rows has several captions. Hugging Face's `metadata.csv` / `.jsonl` are read where
+    the folder has no table of its own. `label` begins the keys (the folder's name). What lies there and is not used is in `problems`.
+
+    Raises:
+        ValueError: a folder without images, or a caption table of which no row can be used.
+    """
+
+    def __init__(self, folder: str | Path, area: tuple[float, float] = (0.4, 1.0), label: str = "", crop: str = "square"):
+        super().__init__(area, crop)
+        self.folder = Path(folder)
+        self.labels = [label or self.folder.resolve().name]
+        contents = scan_folder(folder)
+        self.names = contents.images
+        if not self.names:
+            unused = f" ({reasons_in_words(contents.unused)})" if contents.unused else ""
+            shards = sorted({str(Path(p["key"]).parent) for p in contents.unused if p["key"].endswith(".tar")})
+            advice = f"name the shards: {self.folder}/{shards[0]}/*.tar" if shards else f"choose one of {', '.join(e[1:] for e in EXTENSIONS)}"
+            raise ValueError(f"{folder} holds no images that are read{unused}; {advice}")
+        self.texts = Names(contents.texts)
+        self._text_of = contents.texts
+        self.table: dict[str, list] = {}
+        self.problems += ({**problem, "key": f"{self.labels[0]}/{problem['key']}"} for problem in contents.unused)
+        self._read_tables(contents.tables)
+
+    def _read_tables(self, paths: list[str]) -> None:
+        own = [path for path in paths if Path(path).name.lower().startswith("captions.")]
+        present, missing = Names(self.names), 0
+        for path in own or paths:
+            try:
+                table = read_table(self.folder, path)
+            except ValueError as error:
+                if own:
+                    raise
+                # a metadata.csv may be about anything
+                self.problems.append({"key": f"{self.labels[0]}/{path}", "reason": "table without captions, which is not used", "detail": str(error)})
+                continue
+            self.problems += ({**problem, "key": f"{self.labels[0]}/{problem['key']}"} for problem in table.problems)
+            for name, captions in table.captions.items():
+                known = present.find(name)
+                if known is not None:
+                    self.table.setdefault(known, []).extend(captions)
+                    continue
+                near = present.near(name) if missing < 20 else ""  # it looks at every name
+                missing += 1
+                self.problems.append({"key": f"{self.labels[0]}/{name}", "reason": "missing", "detail": f"it has a caption, but there is no such image{near}"})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, index: int) -> str:
+        return f"{self.labels[0]}/{self.names[index]}"
+
+    def data(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+    def identity(self) -> str:
+        files = [(name, path.stat().st_size) for name in self.names if (path := self.folder / name).exists()]
+        return digest("folder", len(self.names), files, self.probed_keys())
+
+    def captions(self, index: int) -> Captions:
+        listed = clean_captions([self.table.get(self.names[index], [])])
+        found = None if listed else self.texts.find(os.path.splitext(self.names[index])[0])
+        if found is None:
+            return listed
+        text = self.folder / self._text_of[found]
+        try:
+            return text_captions(read_text(text))
+        except OSError as error:
+            raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
+
+    def value(self, index: int, name: str = "") -> str | None:
+        """The first sub-folder, in which torchvision's ImageFolder layout keeps a class; nothing else is known of a file."""
+        parts = self.names[index].split("/")
+        return parts[0] if len(parts) > 1 and name in ("", "folder") else None
+
+    def files(self) -> list[str]:
+        return [str(self.folder / name) for name in self.names]

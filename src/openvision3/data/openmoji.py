@@ -13,12 +13,19 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
+from torch import Tensor
+
+from openvision3.data.captions import Captions
+from openvision3.data.identity import digest
+from openvision3.data.images import Box, uint8_tensor
+from openvision3.data.problems import Problem
+from openvision3.data.sources import Source
 
 Side = Literal["train", "val", "test"]
 
@@ -220,3 +227,40 @@ def random_background(size: int, generator: torch.Generator) -> Image.Image:
         return Image.new("RGB", (size, size), tuple(first))
     ramp = Image.linear_gradient("L").rotate(int(torch.randint(0, 4, (1,), generator=generator)) * 90).resize((size, size))
     return Image.composite(Image.new("RGB", (size, size), tuple(first)), Image.new("RGB", (size, size), tuple(second)), ramp)
+
+
+@dataclass
+class EmojiSource(Source):
+    """OpenMoji drawings with their names; `aliases` adds the other names of an emoji as further captions to contrast."""
+
+    emoji: tuple[Emoji, ...]
+    aliases: bool = False
+    problems: list[Problem] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def key(self, index: int) -> str:
+        return f"openmoji/{self.emoji[index].key}"
+
+    def sample_key(self, index: int) -> str:
+        return self.key(index)
+
+    def identity(self) -> str:
+        return digest("openmoji", *(emoji.key for emoji in self.emoji), self.aliases)
+
+    def family(self, index: int) -> str:
+        return f"openmoji/{self.emoji[index].family or self.emoji[index].name}"
+
+    def captions(self, index: int) -> Captions:
+        sample = self.emoji[index]
+        return Captions((sample.name, *sample.aliases) if self.aliases else (sample.name,))
+
+    def value(self, index: int, name: str = "") -> str | None:
+        return {"": self.emoji[index].group, "group": self.emoji[index].group, "name": self.emoji[index].name}.get(name)
+
+    def image(self, index: int, size: int) -> Image.Image:
+        return draw(self.emoji[index].character, size)
+
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
+        return uint8_tensor(draw_random(self.emoji[index].character, size, generator)), (0, 0, size, size)

@@ -243,7 +243,7 @@ def _disk(run: Sizes) -> dict[str, float | None]:
 
 def _data_bytes(data: tuple[str, ...]) -> float | None:
     """What lies there now, without what ships with the package; None where something is not at hand."""
-    from openvision3.data.sources import expand
+    from openvision3.data.names import expand
 
     total = 0.0
     for name in data:

@@ -9,7 +9,7 @@ from PIL import Image
 from openvision3.data import openmoji
 from openvision3.data.images import to_pil
 from openvision3.data.labelled import read_labels
-from openvision3.data.sources import EmojiSource
+from openvision3.data.openmoji import EmojiSource
 from openvision3.evaluate import suite
 from openvision3.evaluate.metrics.accuracy import ClassRow
 from openvision3.evaluate.pictures import Pictures

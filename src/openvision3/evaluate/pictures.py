@@ -12,8 +12,9 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.batches import evaluation_batches
+from openvision3.data.crops import check_size
 from openvision3.data.fingerprint import WIDTH, describe
-from openvision3.data.images import check_size, to_uint8
+from openvision3.data.images import to_uint8
 from openvision3.data.sources import Source
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_captions, decode_text, json_object, text_captions, too_large
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.shards.members import Member, Problem, TarScan, is_picture, unusable
-from openvision3.data.sources import FolderSource
 from openvision3.recaption.job import ORIGINAL
 
 Result = dict[str, str]
@@ -157,7 +157,7 @@ class CaptionFolder:
     def __init__(self, folder: str, target: Path):
         self.path, self.target = folder, target
         self.source = FolderSource(folder)
-        self.size = sum(path.stat().st_size for path in self.source.files)
+        self.size = sum(os.path.getsize(path) for path in self.source.files())
         self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
@@ -175,7 +175,7 @@ class CaptionFolder:
         return len(self.source)
 
     def key(self, index: int) -> str:
-        return str(self.source.files[index].relative_to(self.source.folder))
+        return self.source.names[index]
 
     def image(self, index: int) -> Image.Image:
         return open_image(self.source.data(index))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from openvision3.data.captions import json_object
 from openvision3.data.images import ImageError
-from openvision3.data.sources import expand
+from openvision3.data.names import expand
 from openvision3.device import choose_device, cores, dtype_of
 from openvision3.files import half_written, write_whole
 from openvision3.recaption.files import CaptionFolder, CaptionShard, Journal, Result, journal_path

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from openvision3.data.images import check_size
+from openvision3.data.crops import check_size
 from openvision3.model.openvision3 import ModelConfig
 from openvision3.settings import PathName, read_rules
 from openvision3.train.loop_config import LoopConfig, check_numbers

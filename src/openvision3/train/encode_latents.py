@@ -17,7 +17,7 @@ import torch
 from openvision3.data.latents.files import SETTINGS
 from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
-from openvision3.data.sources import open_source
+from openvision3.data.names import DataOptions, open_source
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.distributed import Ranks
 from openvision3.hub import load_vae
@@ -33,8 +33,16 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
         ValueError, FileNotFoundError, OSError: bad input, or a folder that cannot be written or is of another job.
     """
     device = choose_device(job.device)
-    places = {"index": job.index, "cache": job.cache, "cache_gb": job.cache_gb}
-    source = open_source(job.data, caption_keys=job.caption_keys, only=read_rules(job.only), area=job.crop_area, aliases=job.aliases, watch=track, **places)  # type: ignore[arg-type]
+    options = DataOptions(
+        caption_keys=job.caption_keys,
+        only=read_rules(job.only),
+        aliases=job.aliases,
+        area=job.crop_area,
+        index=job.index,
+        cache=job.cache,
+        cache_gb=job.cache_gb,
+    )
+    source = open_source(job.data, options, watch=track)
     begun = Path(job.out) / SETTINGS
     precision: str = job.precision
     if precision == "auto":

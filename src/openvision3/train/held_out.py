@@ -14,13 +14,16 @@ from openvision3 import distributed
 from openvision3.data import openmoji
 from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
 from openvision3.data.images import to_pil
+from openvision3.data.names import DataOptions, open_source
+from openvision3.data.openmoji import EmojiSource
 from openvision3.data.problems import reasons_in_words
-from openvision3.data.sources import EmojiSource, FolderSource, MixedSource, ShardSource, Source, open_source
+from openvision3.data.sources import Source
 from openvision3.evaluate import protocol
 from openvision3.evaluate.metrics.reconstruction import psnr
 from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
 from openvision3.model import losses
 from openvision3.pipeline import Pipeline
+from openvision3.progress import track
 from openvision3.report.sheets import grid
 from openvision3.train.config import PretrainConfig
 
@@ -32,8 +35,21 @@ MEASURE = 2
 """of val/loss, kept in each checkpoint: another number wherever the loss is made otherwise. 1 was the mean over batches of 32."""
 
 
-def open_held_out(config: PretrainConfig, places: dict[str, Any], training: Source) -> Source:
-    """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened with `places` as the data are.
+def data_options(config: PretrainConfig, **more: Any) -> DataOptions:
+    """How `data` and `val` are read alike, and `more` of one of them."""
+    return DataOptions(
+        caption_keys=config.caption_keys,
+        only=config.only_values,
+        area=config.crop_area,
+        index=config.index,
+        cache=config.cache,
+        cache_gb=config.cache_gb,
+        **more,
+    )
+
+
+def open_held_out(config: PretrainConfig, training: Source) -> Source:
+    """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened as the data are.
 
     Raises:
         ValueError: nothing to evaluate on, or the training data themselves.
@@ -42,7 +58,7 @@ def open_held_out(config: PretrainConfig, places: dict[str, Any], training: Sour
         return EmojiSource(openmoji.load_emoji().evaluation("val", EVALUATED))
     if not config.val:
         raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
-    source = open_source(config.val, side="val", **places)
+    source = open_source(config.val, data_options(config, side="val"), watch=track)
     if shared := shared_files(source, training):
         more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
         raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on pictures that are not trained on")
@@ -59,15 +75,12 @@ def shared_files(one: Source, other: Source) -> list[str]:
 
 
 def _files(source: Source) -> Iterator[tuple[object, str]]:
-    if isinstance(source, MixedSource):
-        for part in source.sources:
-            yield from _files(part)
-    for path in source.tars.paths if isinstance(source, ShardSource) else source.files if isinstance(source, FolderSource) else ():
+    for path in source.files():
         try:
             found = os.stat(path)
-            yield (found.st_dev, found.st_ino), str(path)
+            yield (found.st_dev, found.st_ino), path
         except OSError:  # an address, or a file that is gone by now
-            yield str(path), str(path)
+            yield path, path
 
 
 @torch.no_grad()

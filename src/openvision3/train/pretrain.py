@@ -15,12 +15,14 @@ from torch import Tensor
 
 from openvision3 import distributed, hub
 from openvision3.data import fingerprint, openmoji
-from openvision3.data.batches import TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process
 from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
 from openvision3.data.latents.read import CachedSource, LatentCache
-from openvision3.data.sources import LOOKED_AT, Source, choose_lanes, is_fetched, keep_labels, labels_of, open_source
+from openvision3.data.names import open_source
+from openvision3.data.shards.source import choose_lanes
+from openvision3.data.sources import Source
 from openvision3.data.text import TextCount, TextTokenizer
 from openvision3.device import choose_device, dtype_of
 from openvision3.files import sha256_of
@@ -30,7 +32,7 @@ from openvision3.pipeline import Pipeline
 from openvision3.progress import track
 from openvision3.train.checkpoint import RunState
 from openvision3.train.config import PretrainConfig
-from openvision3.train.held_out import EVALUATED, MEASURE, open_held_out, quick_evaluation
+from openvision3.train.held_out import EVALUATED, MEASURE, data_options, open_held_out, quick_evaluation
 from openvision3.train.loop import Training
 from openvision3.train.recipes import kept_at_another_batch
 from openvision3.train.run import Outcome, Start, train_run
@@ -84,7 +86,7 @@ class Pretraining(Training):
         with distributed.together():
             vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
             self.source, self.cache, self.about_cache = _open_data(config, vae)
-            self.held_out = open_held_out(config, _places(config), self.source)
+            self.held_out = open_held_out(config, self.source)
             self.source.problems += self.held_out.problems
             tokenizer = _tokenizer(config, self.source, checkpoint or start.out) if ranks.rank == 0 or not config.init else None
         tokenizer = distributed.from_first(tokenizer) if config.init else tokenizer
@@ -94,8 +96,8 @@ class Pretraining(Training):
             _check_same(config, start, vae, len(self.source), self.cache)
         recorded = start.check_inputs(config, lambda: self._identities(vae))
         if checkpoint and recorded:
-            keep_labels(self.source, recorded[LABELS]["data"])
-            keep_labels(self.held_out, recorded[LABELS]["val"])
+            self.source.relabel(recorded[LABELS]["data"])
+            self.held_out.relabel(recorded[LABELS]["val"])
         distance = hub.load_distance(config.model.loss)  # raises where its files are missing, before anything is written
         torch.manual_seed(config.seed)
         self.model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id, distance).init_weights()
@@ -113,18 +115,10 @@ class Pretraining(Training):
         self.batches = TrainingBatches(
             self.source,
             tokenizer,
-            self.shape,
-            size=config.size,
-            batch=config.batch,
-            seed=config.seed,
-            pixel_share=config.pixel_share,
-            workers=config.workers,
-            families=config.families,
-            rank=ranks.rank,
-            world=ranks.world,
-            micro_batch=config.micro_batch,
-            lanes=self.lanes,
+            BatchPlan(self.shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch, config.families, self.lanes),
+            ranks=ranks,
             latents=self.cache,
+            workers=config.workers,
             pinned=start.device == "cuda",
             stopping=start.stopping,
         )
@@ -214,7 +208,7 @@ class Pretraining(Training):
             "model.vae.name": digest(vae.sha256, vae.scale, vae.shift),
             "model.loss.lpips_backbone": weights(loss.lpips_backbone),
             "model.loss.lpips_linear": weights(loss.lpips_linear),
-            LABELS: {"data": labels_of(self.source), "val": labels_of(self.held_out)},
+            LABELS: {"data": self.source.labels, "val": self.held_out.labels},
         }
 
 
@@ -227,7 +221,7 @@ def _data_digest(source: Source) -> str:
     if isinstance(source, CachedSource):
         return ""
     captions: list[object] = []
-    for index in () if is_fetched(source) else range(0, len(source), max(1, len(source) // LOOKED_AT)):
+    for index in () if source.is_remote else source.probed():
         try:
             captions.append(tuple(source.captions(index)))
         except ImageError as error:
@@ -252,7 +246,7 @@ def _open_data(config: PretrainConfig, vae: VAE) -> tuple[Source, LatentCache | 
         cache = LatentCache.open(config.latents, vae_sha256=vae.sha256, scale=vae.scale, shift=vae.shift, size=config.size)
         _refuse_evaluated(cache)
     try:
-        source = open_source(config.data, area=config.crop_area, aliases=config.aliases, weights=config.weights, **_places(config))
+        source = open_source(config.data, data_options(config, aliases=config.aliases, weights=config.weights), watch=track)
     except (ValueError, OSError) as error:
         if cache is None:
             raise
@@ -364,18 +358,6 @@ def _lost_text(source: Source, tokenizer: TextTokenizer, shape: TextShape) -> st
             counts.add(tokenizer.count(source.captions(order.place(position)[0])[:1], shape.caption_positions - 2))
     hint = "; train a tokenizer on the captions with --tokenizer ''" if counts.unknown > counts.pieces / 20 else ""
     return f"{counts}{hint}" if str(counts) else ""
-
-
-def _places(config: PretrainConfig) -> dict[str, Any]:
-    """What `data` and `val` are opened with alike."""
-    return {
-        "caption_keys": config.caption_keys,
-        "only": config.only_values,
-        "index": config.index,
-        "cache": config.cache,
-        "cache_gb": config.cache_gb,
-        "watch": track,
-    }
 
 
 def samples_dropped(data: Sequence[str]) -> dict[str, int]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from openvision3 import distributed, hub
-from openvision3.data.batches import TextShape, TrainingBatches
-from openvision3.data.sources import open_source
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
+from openvision3.data.names import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of
 from openvision3.model.openvision3 import OpenVision3
@@ -43,20 +43,9 @@ class Trial(Training):
         source = open_source(config.data or ("openmoji",))
         captions = [text for index in range(min(len(source), LEARNT_FROM)) for text in source.captions(index)]
         tokenizer = TextTokenizer.train(captions, config.vocabulary)
-        self.batches = TrainingBatches(
-            source,
-            tokenizer,
-            TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences),
-            size=config.size,
-            batch=config.batch,
-            seed=config.seed,
-            pixel_share=config.pixel_share,
-            workers=config.workers,
-            rank=start.ranks.rank,
-            world=start.ranks.world,
-            micro_batch=config.micro_batch,
-            pinned=start.device == "cuda",
-        )
+        shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
+        plan = BatchPlan(shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch)
+        self.batches = TrainingBatches(source, tokenizer, plan, ranks=start.ranks, workers=config.workers, pinned=start.device == "cuda")
         vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
         distance = hub.load_distance(config.model.loss)
         torch.manual_seed(config.seed)

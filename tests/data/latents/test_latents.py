@@ -29,16 +29,18 @@ from small_runs import Crash as Crashed
 from small_runs import assert_same_run, crash_at, metrics, pictures, small
 
 from openvision3.cli import main
-from openvision3.data import openmoji
-from openvision3.data import sources as shards
-from openvision3.data.batches import TextShape, TrainingBatches, to_device
+from openvision3.data import openmoji, sources
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, to_device
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.latents.files import AGAIN, TENSORS, Part
 from openvision3.data.latents.read import CachedSource, LatentCache
 from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
-from openvision3.data.sources import FolderSource, Source, open_source
+from openvision3.data.names import DataOptions, open_source
+from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer
+from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 from openvision3.hub import load_vae
 from openvision3.model.openvision3 import OpenVision3
@@ -155,16 +157,16 @@ def test_a_cache_keeps_keys_captions_and_families_of_its_source(cache, folder, v
     assert [alone.family(i) for i in range(9)] == [source.family(i) for i in usable]
     with pytest.raises(ImageError, match="holds latents and captions only"):
         alone.crop(0, SIZE, torch.Generator())
-    emoji = shards.open_source(("openmoji",), aliases=True)
+    emoji = open_source(("openmoji",), DataOptions(aliases=True))
     emoji.emoji = emoji.emoji[:6]  # type: ignore[attr-defined]
     drawn = CachedSource(write(tmp_path / "emoji", emoji, vae, crops=1))
     assert [(drawn.key(i), drawn.family(i), drawn.captions(i)) for i in range(6)] == [(emoji.key(i), emoji.family(i), emoji.captions(i)) for i in range(6)]
 
 
 def test_latents_of_emoji_that_are_evaluated_on_are_refused(vae, tmp_path):
-    trained, evaluated = (shards.EmojiSource(getattr(openmoji.load_emoji(), side)[:2]) for side in ("train", "test"))
+    trained, evaluated = (openmoji.EmojiSource(getattr(openmoji.load_emoji(), side)[:2]) for side in ("train", "test"))
     _refuse_evaluated(write(tmp_path / "train", trained, vae, crops=1))
-    old = write(tmp_path / "old", shards.MixedSource([trained, evaluated]), vae, crops=1)
+    old = write(tmp_path / "old", sources.MixedSource([trained, evaluated]), vae, crops=1)
     with pytest.raises(ValueError, match=rf"old holds 2 emoji that are evaluated on, such as {evaluated.emoji[0].name}: .* with openvision3 data latents"):
         _refuse_evaluated(old)
 
@@ -447,7 +449,8 @@ def words(folder) -> TextTokenizer:
 
 
 def batches(source: Source, words: TextTokenizer, cache: LatentCache | None, **changes) -> TrainingBatches:
-    return TrainingBatches(source, words, TextShape(12, 16), **({"size": SIZE, "batch": 4, "seed": 3, "pixel_share": 0.5, "latents": cache} | changes))
+    plan = {"size": SIZE, "batch": 4, "seed": 3, "pixel_share": 0.5} | {name: changes.pop(name) for name in BatchPlan.__dataclass_fields__ if name in changes}
+    return TrainingBatches(source, words, BatchPlan(TextShape(12, 16), **plan), latents=cache, **changes)
 
 
 def first(made: TrainingBatches, steps: int) -> list[dict[str, torch.Tensor]]:
@@ -504,13 +507,13 @@ def test_the_pixel_target_is_the_original_crop_bit_for_bit(cache, folder, words)
 @pytest.mark.parametrize(("share", "opened"), [(0.5, 2), (0.25, 1), (0.0, 0)])
 def test_only_pictures_whose_pixels_are_compared_are_opened(cache, folder, words, monkeypatch, share, opened):
     source, count = FolderSource(folder), Counter()
-    real = shards.random_view
+    real = sources.random_view
 
     def counted(*given):
         count["opened"] += 1
         return real(*given)
 
-    monkeypatch.setattr(shards, "random_view", counted)
+    monkeypatch.setattr(sources, "random_view", counted)
     made = batches(source, words, cache, pixel_share=share)
     for number in range(20):
         before = count["opened"]
@@ -524,7 +527,7 @@ def test_only_pictures_whose_pixels_are_compared_are_opened(cache, folder, words
 def test_ranks_micro_batches_and_workers_give_the_rows_of_one(cache, folder, words):
     source = FolderSource(folder)
     whole = first(batches(source, words, cache), 3)
-    spread = [first(batches(source, words, cache, rank=rank, world=2, micro_batch=1, workers=rank), 3) for rank in (0, 1)]
+    spread = [first(batches(source, words, cache, ranks=Ranks(rank, 2), micro_batch=1, workers=rank), 3) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         pieces = [*spread[0][2 * step : 2 * step + 2], *spread[1][2 * step : 2 * step + 2]]
         for name in ("latents", "pixel_images", "sample_key", "draw_key"):

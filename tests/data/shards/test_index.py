@@ -17,8 +17,8 @@ from openvision3.data.images import ImageError
 from openvision3.data.shards import index, tars
 from openvision3.data.shards.check import check_shard, write_index
 from openvision3.data.shards.index import IndexFile, Stamp, index_path, read_head, scan
+from openvision3.data.shards.source import ShardSource
 from openvision3.data.shards.tars import Tars
-from openvision3.data.sources import ShardSource
 
 
 @pytest.fixture

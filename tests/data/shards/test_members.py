@@ -12,7 +12,7 @@ from openvision3.cli import data as cli_data
 from openvision3.data.folders import is_hidden
 from openvision3.data.shards.check import check_shard, write_index
 from openvision3.data.shards.index import read_head, scan
-from openvision3.data.sources import ShardSource
+from openvision3.data.shards.source import ShardSource
 from openvision3.recaption.image_text import Answer
 
 PAGE = b"<!DOCTYPE html><html><body>502 Bad Gateway</body></html>" * 30

@@ -18,15 +18,19 @@ import torch
 from shard_files import captions, jpeg, keys, three, write_shard
 from small_runs import small
 
-from openvision3.data.batches import TextShape, TrainingBatches
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
 from openvision3.data.images import ImageError
+from openvision3.data.names import DataOptions, open_source
+from openvision3.data.openmoji import EmojiSource
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards import remote, tars
 from openvision3.data.shards.check import check_shard, write_index
 from openvision3.data.shards.index import Stamp
 from openvision3.data.shards.remote import ShardCache, expand_remote
-from openvision3.data.sources import EmojiSource, MixedSource, choose_lanes, open_source
+from openvision3.data.shards.source import choose_lanes
+from openvision3.data.sources import MixedSource
 from openvision3.data.text import TextTokenizer
+from openvision3.distributed import Ranks
 from openvision3.train.pretrain import _resumed, pretrain
 
 fsspec = pytest.importorskip("fsspec")
@@ -92,11 +96,11 @@ def opened(server, tmp_path, shards=4, **options):
     for url in expand(names[0]):
         made = write_index(url, str(tmp_path / "index"))
         assert not made.error, made.error
-    return open_source(names, **{"index": str(tmp_path / "index"), "cache": str(tmp_path / "cache"), "cache_gb": 1.0} | options)
+    return open_source(names, DataOptions(**{"index": str(tmp_path / "index"), "cache": str(tmp_path / "cache"), "cache_gb": 1.0} | options))
 
 
 def expand(name):
-    from openvision3.data.sources import find
+    from openvision3.data.names import find
 
     return find(name).tars
 
@@ -111,7 +115,7 @@ def test_shards_over_http_are_read_as_local_ones(server, tmp_path):
     assert captions(source) == captions(local)
     assert [k.split("/")[-2:] for k in keys(source)] == [k.split("/")[-2:] for k in keys(local)]
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert torch.equal(source.view(5, 16, generators[0]), local.view(5, 16, generators[1]))
+    assert torch.equal(source.crop(5, 16, generators[0])[0], local.crop(5, 16, generators[1])[0])
     assert set(server.gets.values()) == {2}, "once for the index, once for the cache"
 
 
@@ -126,7 +130,7 @@ def test_any_fsspec_place_will_do(tmp_path):
             assert write_index(url, str(tmp_path / "index")).written
             assert not write_index(url, str(tmp_path / "index")).written
             assert check_shard(url, decode=True).usable == 3
-        source = open_source(("memory://shards/{0,1}.tar",), index=str(tmp_path / "index"), cache=str(tmp_path / "cache"), cache_gb=1)
+        source = open_source(("memory://shards/{0,1}.tar",), DataOptions(index=str(tmp_path / "index"), cache=str(tmp_path / "cache"), cache_gb=1))
         assert captions(source) == [(f"caption {i}",) for i in range(6)]
     finally:
         memory.rm("/shards", recursive=True)
@@ -135,7 +139,7 @@ def test_any_fsspec_place_will_do(tmp_path):
 def test_what_is_missing_is_named_before_a_byte_is_fetched(server, tmp_path):
     url = f"{server.url}/00000.tar"
     with pytest.raises(ValueError, match=r"00000\.tar has no index; make it with: openvision3 data index SHARDS --index FOLDER"):
-        open_source((url,), cache=str(tmp_path / "cache"), cache_gb=1)
+        open_source((url,), DataOptions(cache=str(tmp_path / "cache"), cache_gb=1))
     with pytest.raises(ValueError, match=r"fetched whole: name a folder with --cache"):
         opened(server, tmp_path, cache="")
     with pytest.raises(ValueError, match=r"cache_gb 2e-05 is too small: 4 shards are read at a time, the largest of .* at least .* GB are needed"):
@@ -179,7 +183,7 @@ def test_training_goes_on_without_a_shard_that_vanished(server, tmp_path, worker
     source = opened(server, tmp_path)
     (server.folder / "00003.tar").unlink()
     words = TextTokenizer.train(["caption one two three"], 50)
-    made = TrainingBatches(source, words, TextShape(8, 8), size=16, batch=4, seed=0, workers=workers)
+    made = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=16, batch=4, seed=0), workers=workers)
     iterator = made.from_step(0)
     batches = list(islice(iterator, 6))
     iterator.close()
@@ -191,14 +195,14 @@ def test_all_gone_stops_with_the_reason(server, tmp_path):
     source = opened(server, tmp_path)
     for path in server.folder.iterdir():
         path.unlink()
-    made = TrainingBatches(source, TextTokenizer.train(["a caption"], 50), TextShape(8, 8), size=16, batch=4, seed=0)
+    made = TrainingBatches(source, TextTokenizer.train(["a caption"], 50), BatchPlan(TextShape(8, 8), size=16, batch=4, seed=0))
     with pytest.raises(ValueError, match="256 samples in a row cannot be used, the last because of: vanished"):
         next(made.from_step(0))
 
 
 def test_the_order_of_remote_shards_spares_the_cache(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "WINDOW", 2)
-    monkeypatch.setattr("openvision3.data.sources.WINDOW", 2)
+    monkeypatch.setattr("openvision3.data.shards.source.WINDOW", 2)
     source = opened(server, tmp_path, cache_gb=2.5 * shard_size(server) / 1e9)
     server.gets.clear()
     for mixed in (source, MixedSource([source, EmojiSource(())])):
@@ -213,16 +217,16 @@ def test_lanes_are_a_function_of_the_batch_and_of_remote_shards_only(server, tmp
     source = opened(server, tmp_path)
     for remote_source in (source, MixedSource([source, EmojiSource(())])):
         assert [choose_lanes(remote_source, batch) for batch in (1024, 120, 6, 17)] == [16, 15, 6, 1]
-    assert choose_lanes(source, 64, asked=4) == 4
-    assert choose_lanes(open_source((f"{server.folder}/*.tar",)), 1024, asked=4) == 1
+    assert choose_lanes(source, 64, lanes=4) == 4
+    assert choose_lanes(open_source((f"{server.folder}/*.tar",)), 1024, lanes=4) == 1
 
 
 def test_more_lanes_than_the_cache_holds_shards_are_refused_unless_other_machines_read_them(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "WINDOW", 2)
     source = opened(server, tmp_path, cache_gb=2.5 * shard_size(server) / 1e9)
     with pytest.raises(ValueError, match=r"cache_gb .* is too small: 4 shards are read at a time"):
-        choose_lanes(source, 8, asked=4)
-    assert choose_lanes(source, 8, asked=4, machines=2) == 4
+        choose_lanes(source, 8, lanes=4)
+    assert choose_lanes(source, 8, lanes=4, machines=2) == 4
 
 
 def test_each_machine_fetches_the_shards_of_its_rows_and_batches_are_those_of_one_process(server, tmp_path):
@@ -231,12 +235,12 @@ def test_each_machine_fetches_the_shards_of_its_rows_and_batches_are_those_of_on
     def made(name, **options):
         source = opened(server, tmp_path, cache=str(tmp_path / name))
         server.gets.clear()
-        batches = TrainingBatches(source, words, TextShape(8, 8), size=16, batch=4, seed=0, lanes=4, **options)
+        batches = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=16, batch=4, seed=0, lanes=4), **options)
         batches.check_room()
         return [batches[step][0] for step in range(3)], set(server.gets)
 
     whole, all_shards = made("one")
-    (first, some), (second, others) = (made(f"machine {rank}", rank=rank, world=2) for rank in (0, 1))
+    (first, some), (second, others) = (made(f"machine {rank}", ranks=Ranks(rank, 2)) for rank in (0, 1))
     assert len(all_shards) == 4
     assert len(some) == len(others) == 2
     assert some | others == all_shards

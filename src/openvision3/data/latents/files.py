@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from openvision3.data.images import Box
 from openvision3.data.latents.settings import LatentSettings, read_json
@@ -34,8 +34,8 @@ TENSORS = ("latents", "boxes", "checksums", "key_hashes", "keys", "key_ends", "w
 """Of a part."""
 
 
-def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: int) -> tuple[Image.Image, Box]:
-    """Crop number `crop` of the sample with this key, the same whenever it is drawn. Raises ImageError."""
+def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: int) -> tuple[Tensor, Box]:
+    """Crop number `crop` of the sample with this key as uint8 (3, size, size), the same whenever it is drawn. Raises ImageError."""
     return source.crop(index, size, torch.Generator().manual_seed(draw_seed(seed, "crop", key, crop)))
 
 

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from openvision3.data.captions import Captions
-from openvision3.data.images import Box, ImageError, uint8_tensor
+from openvision3.data.images import Box, ImageError
 from openvision3.data.latents.files import AGAIN, CACHE, KEYS, SETTINGS, Part, check_size, checksum, draw_crop, part_name, unchanged
 from openvision3.data.latents.settings import OLD_FORMAT, LatentSettings, read_json
-from openvision3.data.order import Order, Shuffle
 from openvision3.data.shards.index import Problem
 from openvision3.data.sources import Source
 from openvision3.data.tensor_file import TensorFile
@@ -144,7 +143,7 @@ class LatentCache:
         image, drawn = draw_crop(source, index, key, settings.size, settings.seed, crop)
         if tuple(drawn) != box:
             raise ImageError("another picture", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
-        return CachedView(latents, uint8_tensor(image))
+        return CachedView(latents, image)
 
     def sample(self, index: int) -> tuple[str, dict[str, Any]]:
         """(key, its words) of entry `index`, in the order of the source. Raises ImageError."""
@@ -168,7 +167,7 @@ class LatentCache:
         self.__init__(**state)  # type: ignore[misc]
 
 
-class CachedSource:
+class CachedSource(Source):
     """The samples of a cache whose pictures are not at hand: keys, captions and families as they were, and no picture."""
 
     def __init__(self, cache: LatentCache):
@@ -196,17 +195,8 @@ class CachedSource:
         words = self.cache.sample(index)[1]
         return Captions(words["captions"], words.get("alike", 1))
 
-    def value(self, index: int, name: str = "") -> str | None:
-        return None
-
-    def picture(self, index: int, size: int, generator: torch.Generator | None = None) -> Image.Image:
+    def image(self, index: int, size: int) -> Image.Image:
         raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
 
-    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Image.Image, Box]:
+    def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
         raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
-
-    def view(self, index: int, size: int, generator: torch.Generator) -> Tensor:
-        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
-
-    def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
-        return Shuffle(len(self), seed, epoch)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openvision3.data.images import Box, ImageError, to_tensor, uint8_tensor
+from openvision3.data.images import Box, ImageError, to_tensor
 from openvision3.data.latents.files import CACHE, KEYS, SETTINGS, Part, as_long, checksum, draw_crop, mark_name, part_name, read_mark, to_json, unchanged
 from openvision3.data.latents.settings import FORMAT, LatentSettings, read_json
 from openvision3.data.shards.index import Problem
@@ -57,7 +57,7 @@ class _Samples:
             drawn = [draw_crop(self.source, index, key, settings.size, settings.seed, crop) for crop in range(settings.crops)]
         except ImageError as error:
             return _Views(name, "", b"", None, [], {"key": name, "reason": error.reason, "detail": str(error)})
-        images = torch.stack([uint8_tensor(image) for image, _ in drawn])
+        images = torch.stack([image for image, _ in drawn])
         return _Views(name, key, json.dumps(words).encode(), images, [box for _, box in drawn], None)
 
 

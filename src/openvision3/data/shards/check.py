@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from openvision3.data.captions import TextError
+from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, damage_seen, open_image
+from openvision3.data.names import NamedData, find
 from openvision3.data.shards.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.shards.remote import fetch, remote_stamp
+from openvision3.data.shards.source import ShardSource
 from openvision3.data.shards.tars import Tars, Watch, plain
-from openvision3.data.sources import FolderSource, Found, ShardSource, find
 from openvision3.device import cores
 from openvision3.progress import track
 
@@ -162,7 +164,7 @@ def check_folder(folder: str, decode: bool = False, watch: Watch = plain) -> Che
         return Checked(folder, problems=({"key": folder, "reason": "no images", "detail": _line(error)},))
     problems, several = list(source.problems), Counter[int]()
     usable = _usable(source, "no text of that name, and no row in a table", decode, problems, several, watch)
-    size = sum(path.stat().st_size for path in source.files if path.exists())
+    size = sum(os.path.getsize(path) for path in source.files() if os.path.exists(path))
     return Checked(folder, len(source), usable, size, tuple(problems), dict(several))
 
 
@@ -218,14 +220,14 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _find_data(names: Sequence[str], what: str) -> list[Found]:
+def _find_data(names: Sequence[str], what: str) -> list[NamedData]:
     """What the names stand for. Raises ValueError for one that stands for nothing."""
     if not names:
         raise ValueError(f"no {what} named; name some, such as data/{{00000..00009}}.tar")
     return [find(name) for name in names]
 
 
-def _distinct(data: list[Found], kind: str) -> list[str]:
+def _distinct(data: list[NamedData], kind: str) -> list[str]:
     return list(dict.fromkeys(path for part in data for path in getattr(part, kind)))
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openvision3.contents import short
-from openvision3.data.images import PATCH, padded
+from openvision3.data.crops import PATCH, padded
 from openvision3.evaluate.peers import published
 from openvision3.evaluate.peers.checkouts import Checkout, unitok, vila_u
 from openvision3.evaluate.peers.loading import (
