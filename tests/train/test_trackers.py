@@ -18,7 +18,7 @@ from small_runs import Crash, crash_at, metrics, pictures, small
 from openvision3.train import trackers
 from openvision3.train.pretrain import pretrain
 from openvision3.train.run_folder import RunFolder
-from openvision3.train.trackers import Tracker, Trackers, check_trackers
+from openvision3.train.trackers import Page, Trackers, check_trackers
 
 wandb_is_here = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 trackio_is_here = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
@@ -186,7 +186,7 @@ def test_a_tracker_whose_process_is_killed_is_told_of_once_and_the_run_ends_as_w
     assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
     log = (tmp_path / "sweep/one/log.txt").read_text()
     assert log.count("wandb did not take a record") == 1
-    assert re.search(r"wandb did not take [45] of 6 records and pictures; metrics.jsonl has everything", log)  # the first may still fit into a pipe
+    assert re.search(r"wandb did not take [45] of 6 records and images; metrics.jsonl has everything", log)  # the first may still fit into a pipe
     assert metrics(tmp_path / "sweep/one") == metrics(pretrain(small(tmp_path, "plain")).folder)
 
 
@@ -211,41 +211,40 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
 
 
 def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ValueError, match="track 'mlflow' is unknown; legal are wandb and trackio"):
+    with pytest.raises(ValueError, match="track 'mlflow' is unknown; choose from wandb, trackio"):
         check_trackers(["mlflow"])
 
 
 class Recorder:
     """A tracker that fails on the steps it is told to."""
 
-    def __init__(self, bad: set[int] = frozenset(), finish: bool = True):  # type: ignore[assignment]
+    def __init__(self):
         self.rows: list[tuple[int, dict]] = []
-        self.bad, self.finish, self.started = bad, finish, []
+        self.bad, self.finishes, self.started = set(), True, []
 
-    def __call__(self, run, project, identity, config, going_on) -> Tracker:
-        self.started.append((run.name, project, going_on))
-        return Tracker("somewhere", self.log, lambda step, name, path: self.log(step, {name: path}), self.close)
+    def open_page(self, name, folder, project, identity, config) -> Page:
+        self.started.append((folder.name, project, identity))
+        return Page(self, self, "somewhere")
 
-    def log(self, step, values):
+    def log(self, values, step):
         if step in self.bad:
             raise ConnectionResetError("Connection lost")
         self.rows.append((step, values))
 
-    def close(self):
-        if not self.finish:
+    def finish(self):
+        if not self.finishes:
             raise TimeoutError("no answer")
 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    made = Recorder()
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": made})
-    monkeypatch.setattr(trackers, "check_trackers", lambda names: None)
-    return made
+    recorder = Recorder()
+    monkeypatch.setattr(trackers, "open_page", recorder.open_page)
+    return recorder
 
 
 def test_failures_are_counted_told_once_and_the_next_record_is_tried(tmp_path, recorder):
-    recorder.bad, recorder.finish, said = {2, 3}, False, []
+    recorder.bad, recorder.finishes, said = {2, 3}, False, []
     tracked = Trackers(["wandb"], tmp_path, {}, said.append)
     for step in (1, 2, 3, 4):
         tracked.log(step, {"train/loss": 1.0, "words": "no number"})
@@ -253,9 +252,9 @@ def test_failures_are_counted_told_once_and_the_next_record_is_tried(tmp_path, r
     assert recorder.rows == [(1, {"train/loss": 1.0}), (4, {"train/loss": 1.0})]
     assert said == [
         "wandb: somewhere",
-        "wandb did not take a record (Connection lost); the run goes on, metrics.jsonl has everything",
+        "wandb did not take a record (Connection lost); the run continues, metrics.jsonl has everything",
         "wandb could not finish (no answer)",
-        "wandb did not take 2 of 4 records and pictures; metrics.jsonl has everything",
+        "wandb did not take 2 of 4 records and images; metrics.jsonl has everything",
     ]
 
 
@@ -265,7 +264,8 @@ def test_a_page_is_named_after_the_run_folder(tmp_path, recorder, folder, projec
     Trackers(["wandb"], tmp_path / folder, {}, lambda line: None)
     Trackers(["wandb"], tmp_path / folder, {}, lambda line: None)
     name = folder.partition("/")[2]
-    assert recorder.started == [(name, project, False), (name, project, True)]
+    (first, second), identity = recorder.started, json.loads((tmp_path / folder / "trackers.json").read_text())["wandb"]
+    assert first == second == (name, project, identity)
 
 
 def test_a_damaged_list_of_pages_starts_new_ones(tmp_path, recorder):

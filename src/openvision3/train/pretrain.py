@@ -155,7 +155,7 @@ class Pretraining(Training):
         sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
         scores = quick_evaluation(self.pipeline, self.held_out, self.batches, sheet)
         if sheet is not None and "psnr" in scores:
-            run.picture(step, "val/sheet", sheet)
+            run.image(step, "val/sheet", sheet)
         return scores
 
     def export(self, folder: Path, weights: dict[str, Tensor], state: RunState) -> None:

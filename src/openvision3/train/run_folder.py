@@ -133,10 +133,10 @@ class RunFolder:
         if self._trackers is not None and _row_key(step, values) not in self._told:  # steps done again have the same numbers
             self._trackers.log(step, values)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a picture that the run has written to the trackers."""
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Send an image that the run has written to the trackers."""
         if self._trackers is not None:
-            self._trackers.picture(step, name, path)
+            self._trackers.image(step, name, path)
 
     def list_skipped(self, problems: Problems) -> int:
         """Append to skipped.jsonl those of the run's `problems` that are new; returns how many lines it has."""
