@@ -166,6 +166,11 @@ class Pipeline:
         row = _only(self.scaled(image, size), "reconstruct")
         return self.decode(self.encode(row), (row.shape[1], row.shape[2]))
 
+    @torch.no_grad()
+    def reconstruct_by_vae(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> the same size, through the frozen VAE alone: the best that the tokens could give."""
+        return self.vae.decode(self.vae.encode(images.to(self.device))).cpu()
+
     # -- words -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -48,7 +48,6 @@ def reconstruct(
     from openvision3.data.images import to_pil
     from openvision3.evaluate.metrics.reconstruction import psnr
     from openvision3.report.sheets import grid
-    from openvision3.train.held_out import vae_only
 
     paths = _paths(pictures)
     folder = output_folder(out, pictures)
@@ -61,7 +60,7 @@ def reconstruct(
         original = pipeline.scaled(path, size)[0][None]
         height, width = original.shape[2:]
         rebuilt = pipeline.reconstruct(original).cpu()
-        through_vae = vae_only(pipeline, pad(original[0])[None])[..., :height, :width]
+        through_vae = pipeline.reconstruct_by_vae(pad(original[0])[None])[..., :height, :width]
         columns: list[Any] = [to_pil(images[0]) for images in (original, through_vae, rebuilt)]
         sheet = grid([columns], ("original", "VAE", "rebuilt")) if beside else columns[2]
         target = folder / f"{_unused(Path(path).stem, names)}.png"

@@ -99,7 +99,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     pipeline.model.eval()
     for keys, images, texts in _shared_rows(source, batches.size, problems):
         with distributed.alone():
-            images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), vae_only(pipeline, images)
+            images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), pipeline.reconstruct_by_vae(images)
             values.append(psnr(images, images_hat))
             vae_values.append(psnr(images, vae_hat))
             captioned = [i for i, t in enumerate(texts) if t]
@@ -127,12 +127,6 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
             retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
             results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}
     return results
-
-
-@torch.no_grad()
-def vae_only(pipeline: Pipeline, images: Tensor) -> Tensor:
-    """Through the frozen VAE alone: the ceiling of what the tokens can rebuild."""
-    return pipeline.vae.decode(pipeline.vae.encode(images.to(pipeline.device))).cpu()
 
 
 class Losses:
