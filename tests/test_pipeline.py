@@ -17,7 +17,7 @@ from tiny_pipeline import NAMES, SIZE, make_pipeline, photo, pipeline, write_pho
 import openvision3 as ov3
 from openvision3.data.crops import pad
 from openvision3.data.images import ImageError, to_pil, to_tensor
-from openvision3.pipeline import expand_pictures
+from openvision3.pipeline import expand_images
 
 
 def tensor(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_a_tensor_is_taken_at_its_own_size_alone_or_in_a_list():
 
 
 def test_pictures_of_unlike_grids_are_refused_in_one_line_that_says_what_to_do():
-    with pytest.raises(ValueError, match=r"unlike sizes \(32x64, 64x32\).*pad_to=\(64, 64\)") as error:
+    with pytest.raises(ValueError, match=r"different padded sizes \(32x64, 64x32\).*pad_to=\(64, 64\)") as error:
         pipeline().encode([photo(64, 32), photo(32, 64)])
     assert "\n" not in str(error.value)
 
@@ -101,16 +101,16 @@ def test_pad_to_must_be_multiples_of_16_that_hold_the_picture(wrong):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.full((3, 16, 16), 255.0), r"run from 255 to 255; legal is \[-1, 1\]"),
-        (torch.full((3, 16, 16), 200, dtype=torch.uint8), r"legal is \[-1, 1\]"),
-        (torch.full((3, 16, 16), float("nan")), r"legal is \[-1, 1\]"),
+        (torch.full((3, 16, 16), 255.0), r"run from 255 to 255; give \[-1, 1\]"),
+        (torch.full((3, 16, 16), 200, dtype=torch.uint8), r"\[-1, 1\]"),
+        (torch.full((3, 16, 16), float("nan")), r"\[-1, 1\]"),
         (torch.zeros(16, 16), "cannot be used"),
         (torch.zeros(1, 4, 16, 16), "cannot be used"),
-        (torch.zeros(0, 3, 16, 16), "no pictures given"),
-        ([], "no pictures given"),
-        (np.zeros((16, 16, 3), np.uint8), "a ndarray is no picture"),
-        ([None], "a NoneType is no picture"),
-        (7, "a int is no picture"),
+        (torch.zeros(0, 3, 16, 16), "no images given"),
+        ([], "no images given"),
+        (np.zeros((16, 16, 3), np.uint8), "a ndarray is no image"),
+        ([None], "a NoneType is no image"),
+        (7, "a int is no image"),
     ],
     ids=range(10),
 )
@@ -121,15 +121,15 @@ def test_what_is_no_picture_is_refused_by_name(images, message):
 
 @pytest.mark.parametrize("size", [-1, "64", (64, 64), 3_000_000_000, 60_000])
 def test_a_size_that_is_none_is_refused_before_anything_is_scaled(size):
-    with pytest.raises(ValueError, match="legal is a long side of 1 to 9433 pixels, or 0"):
+    with pytest.raises(ValueError, match="choose a long side of 1 to 9433 pixels, or 0"):
         pipeline().encode(photo(20, 20), size=size)
 
 
 @pytest.mark.parametrize("pair", [128, (1, 2, 3), (128.0, 128.0), "ab"])
 def test_what_is_no_height_and_width_is_refused(pair):
-    with pytest.raises(ValueError, match=r"pad_to=.* legal is a pair of whole numbers \(H, W\)"):
+    with pytest.raises(ValueError, match=r"pad_to=.* give a pair of whole numbers \(H, W\)"):
         pipeline().encode(photo(20, 20), pad_to=pair)
-    with pytest.raises(ValueError, match=r"size=.* legal is a pair of whole numbers \(H, W\)"):
+    with pytest.raises(ValueError, match=r"size=.* give a pair of whole numbers \(H, W\)"):
         pipeline().decode(torch.zeros(1, 64, 64), size=pair)
 
 
@@ -188,8 +188,8 @@ def test_decode_without_a_size_takes_a_square():
         ((1, 6, 64), (0, 0), "0x0 has 0x0 tokens, not 6"),
         ((1, 6, 64), (-20, -40), "tokens, not 6"),
         ((1, 16, 64), (90, 300), r"tokens, not 16; pass the scaled size they came from"),
-        ((1, 4, 32), None, r"legal is \(B, N, 64\)"),
-        ((4, 64), None, r"legal is \(B, N, 64\)"),
+        ((1, 4, 32), None, r"give (a tensor )?\(B, N, 64\)"),
+        ((4, 64), None, r"give (a tensor )?\(B, N, 64\)"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused(shape, size, message):
@@ -208,7 +208,7 @@ def test_reconstruct_is_encode_and_decode_at_the_scaled_size():
 
 def test_verbs_for_one_picture_refuse_several():
     for verb in (pipeline().reconstruct, lambda images: pipeline().classify(images, ["a", "b"])):
-        with pytest.raises(ValueError, match="one picture at a time; seen 2"):
+        with pytest.raises(ValueError, match="one image at a time; seen 2"):
             verb([photo(20, 20), photo(20, 20)])
 
 
@@ -237,7 +237,7 @@ def test_a_text_embedding_does_not_depend_on_its_neighbours():
 
 def test_no_texts_are_refused():
     for texts in ([], [3], ["a", None]):
-        with pytest.raises(ValueError, match=r"texts .* cannot be embedded; legal is one text or a list of texts"):
+        with pytest.raises(ValueError, match=r"texts .* cannot be embedded; give a text or a list of texts"):
             pipeline().embed_texts(texts)
 
 
@@ -325,21 +325,21 @@ def test_files_folders_and_globs_expand_in_order_each_once(tmp_path, monkeypatch
     for name in ("d/b.png", "d/a.JPG", "d/deep/c.png", "x[1].png"):
         write_photo(tmp_path / name)
     (tmp_path / "d" / "notes.txt").write_text("no picture")
-    assert expand_pictures(["d"]) == ["d/a.JPG", "d/b.png", "d/deep/c.png"]
-    assert expand_pictures(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG", "d/deep/c.png"]
-    assert expand_pictures(["d/**/*.png"]) == ["d/b.png", "d/deep/c.png"]
-    assert expand_pictures(["x[1].png"]) == ["x[1].png"]
+    assert expand_images(["d"]) == ["d/a.JPG", "d/b.png", "d/deep/c.png"]
+    assert expand_images(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG", "d/deep/c.png"]
+    assert expand_images(["d/**/*.png"]) == ["d/b.png", "d/deep/c.png"]
+    assert expand_images(["x[1].png"]) == ["x[1].png"]
 
 
 def test_a_pattern_that_names_nothing_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     for pattern, message in (
         (tmp_path / "empty", "holds no images that are read; choose one of"),
-        (tmp_path / "*.png", "no such picture"),
+        (tmp_path / "*.png", "no such image"),
         (tmp_path / "a.png", "no such"),
     ):
         with pytest.raises(ImageError, match=message):
-            expand_pictures([str(pattern)])
+            expand_images([str(pattern)])
 
 
 # -- the package ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `ov3.load` returns: model + pictures + words as one object for paths, PIL pictures, tensors and strings."""
+"""What `ov3.load` returns: a model that takes paths, PIL images, tensors and texts."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iter
 
 
 class Pipeline:
-    """A trained model ready to use. `encoder` and `vae` are the bare parts, `model` the whole network.
+    """A trained model, ready to use. `encoder` and `vae` are its bare parts, `model` is the whole network.
 
-    Inference is without noise (sigma 0), in fp32 unless `precision` is bf16.
+    Inference adds no noise (sigma 0) and runs in fp32 unless `precision` is bf16.
     """
 
     def __init__(self, model: OpenVision3, tokenizer: TextTokenizer, size: int, *, precision: str = "fp32", training: dict[str, Any] | None = None):
@@ -45,9 +45,9 @@ class Pipeline:
         self.tokenizer, self.size, self.training = tokenizer, size, training or {}
         self.precision = precision
         self.folder: Path | None = None
-        """where it was loaded from"""
+        """the folder it was loaded from"""
         self.fingerprint: Fingerprint | None = None
-        """what its training data are recognised by"""
+        """by which its training data can be recognised"""
 
     @property
     def encoder(self) -> Encoder:
@@ -62,7 +62,7 @@ class Pipeline:
         return self.model.log_temperature.device
 
     def to(self, device: str | torch.device) -> Pipeline:
-        """Move the whole model, such as to `cuda:1`, and return it. Raises ValueError where that device is not there."""
+        """Move the whole model, for example to `cuda:1`, and return it. Raises ValueError if there is no such device."""
         if isinstance(device, torch.dtype):
             raise ValueError(f"a model cannot be moved to {device}; choose the precision when it is loaded: load(..., precision='bf16')")
         self.model.to(choose_device(device))
@@ -77,21 +77,21 @@ class Pipeline:
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    # -- pictures --------------------------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------------------------
 
     def scaled(self, images: Images, size: int | None = None) -> list[Tensor]:
-        """Anything -> each picture as (3, H, W) in [-1, 1], not padded: aspect kept, long side scaled to `size`.
+        """Images of any kind -> each as (3, H, W) in [-1, 1], not padded: the aspect is kept, the long side scaled to `size`.
 
-        `size` None is the training size for files and PIL pictures and the own size for tensors; 0 is the own size for all.
+        `size` None is the training size for files and PIL images, and a tensor's own size; 0 is the image's own size.
 
         Raises:
-            ImageError: an unreadable picture. ValueError: something that is no picture, or a tensor out of range.
+            ImageError: an unreadable image. ValueError: something that is no image, or a tensor out of range.
         """
         if size is not None and (not isinstance(size, int) or not 0 <= size <= MAX_PIXELS**0.5):
-            raise ValueError(f"size {size!r} cannot be used; legal is a long side of 1 to {int(MAX_PIXELS**0.5)} pixels, or 0 for the picture's own")
+            raise ValueError(f"size {size!r} cannot be used; choose a long side of 1 to {int(MAX_PIXELS**0.5)} pixels, or 0 for the image's own")
         if isinstance(images, Tensor):
             if images.ndim not in (3, 4) or images.shape[-3] != 3:
-                raise ValueError(f"images of shape {tuple(images.shape)} cannot be used; legal is (B, 3, H, W) or (3, H, W) in [-1, 1]")
+                raise ValueError(f"images of shape {tuple(images.shape)} cannot be used; give (B, 3, H, W) or (3, H, W) in [-1, 1]")
             if not images.numel():
                 return []
             _check_floats(images, "images", "0..255: images / 127.5 - 1")
@@ -101,34 +101,34 @@ class Pipeline:
         if isinstance(images, str | os.PathLike | bytes | Image.Image):
             return [to_tensor(fit(open_image(images), self.size if size is None else size or None))]
         if isinstance(images, Sequence | Iterator):
-            pictures: list[Any] = list(images)
-            return [row for picture in pictures for row in self.scaled(picture, size)]
-        raise ValueError(f"a {type(images).__name__} is no picture; legal are PIL pictures, paths, tensors in [-1, 1] and lists of them")
+            several: list[Any] = list(images)
+            return [row for image in several for row in self.scaled(image, size)]
+        raise ValueError(f"a {type(images).__name__} is no image; give PIL images, paths, tensors in [-1, 1] or lists of them")
 
     def prepare(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
-        """Anything -> (B, 3, H, W) in [-1, 1]: scaled as `scaled` does, padded at the bottom and right to multiples of 16.
+        """Images of any kind -> (B, 3, H, W) in [-1, 1]: scaled as by `scaled`, padded at the bottom and right to multiples of 16.
 
         Raises:
-            ValueError: pictures that end at unlike grids (use `pad_to`), or none at all; and what `scaled` raises.
+            ValueError: images of different padded sizes (use `pad_to`), or none at all; and what `scaled` raises.
         """
         if pad_to is not None:
             pad_to = _two(pad_to, "pad_to")
         rows = [pad(row, pad_to) for row in self.scaled(images, size)]
         if not rows:
-            raise ValueError("no pictures given")
+            raise ValueError("no images given")
         shapes = {tuple(row.shape[-2:]) for row in rows}
         if len(shapes) > 1:
             seen = ", ".join(f"{h}x{w}" for h, w in sorted(shapes))
             largest = max(h for h, _ in shapes), max(w for _, w in shapes)
-            raise ValueError(f"these pictures end at unlike sizes ({seen}), so they cannot be one batch; take them one by one, or with pad_to={largest}")
+            raise ValueError(f"these images have different padded sizes ({seen}), so they cannot be one batch; take them one by one, or with pad_to={largest}")
         return torch.stack(rows).to(self.device) if len({row.device for row in rows}) == 1 else torch.stack([row.to(self.device) for row in rows])
 
     @torch.no_grad()
     def encode(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
-        """Pictures (PIL, path, list of them, or tensor in [-1, 1]) -> tokens (B, N, D).
+        """Images (PIL, path, list of them, or tensor in [-1, 1]) -> tokens (B, N, D).
 
-        Padding is part of what the encoder sees: more of it (`pad_to`) gives other tokens. To decode, name the scaled size,
-        `scaled(picture)[0].shape[1:]`, or with `pad_to` that size.
+        The encoder sees the padding: with more of it (`pad_to`) the tokens differ. To decode them, pass the scaled size,
+        `scaled(image)[0].shape[1:]`, or what `pad_to` was.
         """
         with self._autocast():
             return self.model.encode(self.prepare(images, size, pad_to)).float()
@@ -141,28 +141,28 @@ class Pipeline:
             ValueError: a size whose grid does not hold N tokens, or tokens of another width.
         """
         if not isinstance(tokens, Tensor):
-            raise ValueError(f"a {type(tokens).__name__} cannot be decoded; legal is a tensor (B, N, {self.encoder.size.width})")
+            raise ValueError(f"a {type(tokens).__name__} cannot be decoded; give a tensor (B, N, {self.encoder.size.width})")
         _check_floats(tokens, "tokens")
         if tokens.ndim != 3 or tokens.shape[2] != self.encoder.size.width:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this model's; legal is (B, N, {self.encoder.size.width})")
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this model's; give (B, N, {self.encoder.size.width})")
         if size is None:
             side = round(tokens.shape[1] ** 0.5) * PATCH
             if (side // PATCH) ** 2 != tokens.shape[1]:
-                raise ValueError(f"{tokens.shape[1]} tokens are no square; pass size=(H, W) of the picture they came from")
+                raise ValueError(f"{tokens.shape[1]} tokens are no square; pass size=(H, W) of the image they came from")
             size = (side, side)
         size = _two(size, "size")
         grid = padded(size[0]) // PATCH, padded(size[1]) // PATCH
         if min(grid) < 1 or grid[0] * grid[1] != tokens.shape[1]:
             raise ValueError(
-                f"a picture of {size[0]}x{size[1]} has {grid[0]}x{grid[1]} tokens, not {tokens.shape[1]}; "
-                "pass the scaled size they came from, model.scaled(picture)[0].shape[1:], or what pad_to was"
+                f"an image of {size[0]}x{size[1]} has {grid[0]}x{grid[1]} tokens, not {tokens.shape[1]}; "
+                "pass the scaled size they came from, model.scaled(image)[0].shape[1:], or what pad_to was"
             )
         with self._autocast():
             images = self.model.decode(tokens.to(self.device, torch.float32), grid)
         return images.float().clamp(-1, 1)[..., : size[0], : size[1]]
 
     def reconstruct(self, image: Images, size: int | None = None) -> Tensor:
-        """One picture -> (1, 3, H, W), through the encoder and back, at its scaled, unpadded size."""
+        """One image -> (1, 3, H, W), through the encoder and back, at its scaled, unpadded size."""
         row = _only(self.scaled(image, size), "reconstruct")
         return self.decode(self.encode(row), (row.shape[1], row.shape[2]))
 
@@ -171,26 +171,26 @@ class Pipeline:
         """images (B, 3, H, W) -> the same size, through the frozen VAE alone: the best that the tokens could give."""
         return self.vae.decode(self.vae.encode(images.to(self.device))).cpu()
 
-    # -- words -----------------------------------------------------------------------------------------------------
+    # -- texts -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def embed_images(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> Tensor:
-        """Pictures -> unit vectors (B, E)."""
+        """Images -> unit vectors (B, E)."""
         with self._autocast():
             return self.model.embed_images(self.prepare(images, size, pad_to))
 
     @torch.no_grad()
     def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
-        """Texts -> unit vectors (B, E). Warns of texts that the tokenizer does not know, or that the model cannot tell apart.
+        """Texts -> unit vectors (B, E). Warns of texts with unknown words, and of texts that the model cannot tell apart.
 
         Raises:
             ValueError: no text, or one that holds half a character.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"texts {texts!r:.80} cannot be embedded; legal is one text or a list of texts, such as ['a red heart']")
-        if told := self.tokenizer.complaint(texts, self.model.text_encoder.config.positions - 1):
-            warnings.warn(told, stacklevel=2)
+            raise ValueError(f"texts {texts!r:.80} cannot be embedded; give a text or a list of texts, such as ['a red heart']")
+        if complaint := self.tokenizer.complaint(texts, self.model.text_encoder.config.positions - 1):
+            warnings.warn(complaint, stacklevel=2)
         return self._embed(texts)
 
     @torch.no_grad()
@@ -212,54 +212,53 @@ class Pipeline:
         size: int | None = None,
         pad_to: tuple[int, int] | None = None,
     ) -> list[str]:
-        """Pictures -> one caption each: greedy, by beam search (`beams` > 1), or sampled from the top-p nucleus.
+        """Images -> one caption each: greedy, by beam search (`beams` > 1), or sampled from the top-p nucleus.
 
         Raises:
-            ValueError: settings that are out of range or exclude each other.
+            ValueError: settings that are out of range, or exclude each other.
         """
         if not isinstance(beams, int) or beams < 1 or (beams > 1 and top_p is not None):
-            raise ValueError(f"beams {beams} with top_p {top_p}: legal is one beam or more, and either beams or top_p")
+            raise ValueError(f"beams {beams} with top_p {top_p} cannot be used; choose one beam or more, and either beams or top_p")
         if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed!r} must be a whole number from 0 to 2^63 - 1")
         if max_length is not None and not isinstance(max_length, Integral):
             raise ValueError(f"max_length {max_length!r} must be a whole number of word pieces, such as 32")
         check_sampling(top_p, temperature)
         prepared = self.prepare(images, size, pad_to)
-        captioner, marks = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
+        captioner, special = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
         longest = captioner.config.positions - 1
         length = longest if max_length is None else min(max_length, longest)
         with self._autocast():
             tokens = self.model.encode(prepared)
             if beams > 1:
-                ids = captioner.write_beam(tokens, *marks, max_length=length, beams=beams)
+                ids = captioner.write_beam(tokens, *special, max_length=length, beams=beams)
             else:
                 generator = torch.Generator(self.device).manual_seed(int(seed))
-                ids = captioner.write(tokens, *marks, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
+                ids = captioner.write(tokens, *special, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
         return [self.tokenizer.text(row) for row in ids]
 
     def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
-        """One picture among `labels` -> [(label, probability)], most likely first. Warns of labels that the tokenizer does not know.
+        """One image among `labels` -> [(label, probability)], most likely first. Warns of labels with unknown words.
 
         Raises:
-            ValueError: unlike labels that are the same to the model, because their words are unknown to it or cut off.
+            ValueError: different labels that the model cannot tell apart, because their words are unknown or cut off.
         """
-        if isinstance(labels, str) or not isinstance(labels, Iterable) or not (labels := [*labels]):
-            raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r}")
-        if not all(isinstance(label, str) for label in labels):
+        several = not isinstance(labels, str) and isinstance(labels, Iterable)
+        if not several or not (labels := [*labels]) or not all(isinstance(label, str) for label in labels):
             raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r:.80}")
         positions = self.model.text_encoder.config.positions - 1
         if same := self.tokenizer.same(labels, positions):
             raise ValueError(same)
-        if told := self.tokenizer.complaint(labels, positions):
-            warnings.warn(told, stacklevel=2)
+        if complaint := self.tokenizer.complaint(labels, positions):
+            warnings.warn(complaint, stacklevel=2)
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
         scores = (self.model.temperature * embedding @ self._embed(labels).T).softmax(-1)[0].tolist()
         return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
 
-    # -- as what evaluators ask for --------------------------------------------------------------------------------
+    # -- for evaluators --------------------------------------------------------------------------------------------
 
     def functions(self, name: str = "ours") -> Functions:
-        """Everything the model can do, as functions of tensors and texts. A probe sees the mean of the tokens."""
+        """Everything the model can do, as functions of tensors and texts. A probe gets the mean of the tokens."""
 
         @torch.no_grad()
         def reconstruct_noisy(images: Tensor, sigmas: Sequence[float], keys: Sequence[str]) -> list[Tensor]:
@@ -297,16 +296,16 @@ class Pipeline:
 def load(name: str | Path = "mini", *, device: str | torch.device = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
     """A shipped name, a model folder or a run folder -> a Pipeline.
 
-    `device` auto takes CUDA where there is one, and `cuda:1` the second GPU; `precision` bf16 is faster on processors and GPUs made for it; `vae` names
-    the folder of the VAE where the model's own is not at hand.
+    `device` auto is CUDA if there is one, `cuda:1` the second GPU. `precision` bf16 is faster on processors and GPUs that support it. `vae` names the
+    VAE's folder, if the model folder does not hold it and its own name is not found.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, in one line.
     """
     device = choose_device(device)
     if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision {precision!r} is unknown; legal are fp32 and bf16")
-    folder = hub.find_folder(name)  # once: a run may save its next checkpoint in the meantime
+        raise ValueError(f"precision {precision!r} is unknown; choose fp32 or bf16")
+    folder = hub.find_folder(name)  # only once: meanwhile a run may save its next checkpoint
     model, tokenizer, config = hub.load_model(folder, device=device, vae_dtype=dtype_of(precision), vae=vae)
     pipeline = Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
     pipeline.folder, pipeline.fingerprint = folder, recorded(folder)
@@ -319,33 +318,33 @@ def _two(size: Any, name: str) -> tuple[int, int]:
         height, width = size
         return index(height), index(width)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={size!r} cannot be used; legal is a pair of whole numbers (H, W)") from None
+        raise ValueError(f"{name}={size!r} cannot be used; give a pair of whole numbers (H, W)") from None
 
 
 def _check_floats(values: Tensor, name: str, scale: str = "") -> None:
     if not values.is_floating_point():
-        raise ValueError(f"{name} of {values.dtype} cannot be used; legal is {f'[-1, 1] in floats (for {scale})' if scale else 'floats'}")
+        raise ValueError(f"{name} of {values.dtype} cannot be used; give {f'floats in [-1, 1] (for {scale})' if scale else 'floats'}")
 
 
 def _check_range(images: Tensor) -> None:
     low, high = images.aminmax()
     if not (bool(low >= -1.01) and bool(high <= 1.01)):
-        raise ValueError(f"images run from {float(low):.3g} to {float(high):.3g}; legal is [-1, 1] (for 0..255: images / 127.5 - 1)")
+        raise ValueError(f"images run from {float(low):.3g} to {float(high):.3g}; give [-1, 1] (for 0..255: images / 127.5 - 1)")
 
 
 def _only(rows: list[Tensor], verb: str) -> Tensor:
     if len(rows) != 1:
-        raise ValueError(f"{verb} takes one picture at a time; seen {len(rows)}")
+        raise ValueError(f"{verb} takes one image at a time; seen {len(rows)}")
     return rows[0]
 
 
-def expand_pictures(patterns: Sequence[str], unused: list[dict[str, str]] | None = None) -> list[str]:
-    """Files, folders with their sub-folders, and globs -> image files, in order, each once. What lies in folders and is not read goes to `unused`.
+def expand_images(patterns: Sequence[str], unused: list[dict[str, str]] | None = None) -> list[str]:
+    """Files, folders with their sub-folders, and globs -> image files, in order, each once. Files in folders that are not read go to `unused`.
 
     Raises:
         ImageError: a pattern that names nothing.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for pattern in patterns:
         if os.path.isdir(pattern):
             contents = scan_folder(pattern)
@@ -358,9 +357,9 @@ def expand_pictures(patterns: Sequence[str], unused: list[dict[str, str]] | None
         elif os.path.exists(pattern):
             matches = [pattern]
         else:
-            matches = sorted(p for p in glob.glob(pattern, recursive=True) if not os.path.isdir(p))
+            matches = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
             if not matches:
-                raise ImageError("missing", f"no such picture: {pattern}")
+                raise ImageError("missing", f"no such image: {pattern}")
         for match in matches:
-            found.setdefault(os.path.abspath(match), match)
-    return list(found.values())
+            paths.setdefault(os.path.abspath(match), match)
+    return [*paths.values()]

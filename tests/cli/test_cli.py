@@ -172,7 +172,7 @@ def test_unreadable_pictures_among_many_are_named_and_counted_and_the_others_don
         done = [row["picture"] for row in json.loads(out)] if options else [line.split(":")[0] for line in out.splitlines()]
         assert done == ["pics/a.png", "pics/b.jpg"]
         lines = err.splitlines()
-        assert len(lines) == 3 and "bad.png" in lines[0] and "cut.jpg" in lines[1] and lines[2] == "openvision3: 2 of 4 pictures skipped"
+        assert len(lines) == 3 and "bad.png" in lines[0] and "cut.jpg" in lines[1] and lines[2] == "openvision3: 2 of 4 images skipped"
 
 
 def test_one_unreadable_picture_alone_is_one_line_and_no_folder(work, model, capsys):
@@ -186,19 +186,19 @@ REFUSED = {
     "unknown option": (["caption", "pics", "--beems", "2"], r"unknown option '--beems'\. Did you mean '--beams'\? See `openvision3 caption --help`\n"),
     "option of another type": (["caption", "pics", "--beams", "two"], "--beams must be a whole number, not 'two'"),
     "option without value": (["caption", "pics", "--beams"], r"--beams"),
-    "no pictures named": (["caption"], "no pictures given; name files, folders or globs"),
-    "missing file": (["caption", "nowhere.png"], r"no such picture: nowhere\.png"),
-    "missing among others": (["caption", "pics", "nowhere.png"], r"no such picture: nowhere\.png"),
+    "no pictures named": (["caption"], "no images given; name files, folders or globs"),
+    "missing file": (["caption", "nowhere.png"], r"no such image: nowhere\.png"),
+    "missing among others": (["caption", "pics", "nowhere.png"], r"no such image: nowhere\.png"),
     "folder without pictures": (["encode", "empty"], r"empty holds no images that are read; choose one of jpg"),
-    "glob without matches": (["encode", "pics/*.tif"], r"no such picture: pics/\*\.tif"),
+    "glob without matches": (["encode", "pics/*.tif"], r"no such image: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
     "labels empty": (["classify", "pics", "--labels"], "labels none"),
-    "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0: legal are one or more"),
+    "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0 cannot be used; give one label or more"),
     "unknown model": (["caption", "pics", "--model", "nowhere"], "unknown model 'nowhere'. Choose one of mini, a model folder or a run folder"),
     "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
     "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*choose one of auto, cpu, cuda and cuda:N"),
     "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),
-    "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics is where the pictures are.*another folder with --out"),
+    "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics holds the images that are read.*another folder with --out"),
     "argument as an option": (["info", "--model=~/m"], "MODEL is written without --model: `openvision3 info MODEL`. See `openvision3 info --help`\n"),
     "argument as an option of evaluate": (["evaluate", "probe", "--model", "m"], "MODEL is written without --model: `openvision3 evaluate probe MODEL`"),
     "pipe of webdataset": (["train", "tiny", "--data", "pipe:curl s3://b/x.tar"], "commands are not run here; name the shards by their address"),
@@ -240,7 +240,7 @@ def test_settings_that_the_model_refuses_are_one_line(option, value, work, model
 
 def test_a_size_that_is_none_is_refused(work, model, capsys):
     for verb in ("reconstruct", "encode"):
-        assert "size -3 cannot be used; legal is" in refused(capsys, verb, "pics", "--model", model, "--size", "-3")
+        assert "size -3 cannot be used; choose" in refused(capsys, verb, "pics", "--model", model, "--size", "-3")
 
 
 def test_a_label_without_words_is_refused(work, model, capsys):
@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(work, model, capsys, mo
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a disk that nobody can write to is needed, root included")
 def test_a_place_that_cannot_be_written_to_is_one_line_before_any_work(work, model, capsys, monkeypatch):
-    monkeypatch.setattr(use, "_load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("openvision3.pipeline.load", lambda *_, **__: pytest.fail("the model was loaded first"))
     assert "nothing can be written into /proc" in refused(capsys, "encode", "pics/a.png", "--model", model, "--out", "/proc/tokens")
 
 
@@ -338,7 +338,7 @@ def test_one_output_that_cannot_be_written_is_reported_and_the_others_are_done(w
     assert err.splitlines() == [
         "openvision3: tokens/b.safetensors: Is a directory",
         f"openvision3: tokens/{long}.safetensors: File name too long",
-        "openvision3: 2 of 4 pictures skipped",
+        "openvision3: 2 of 4 images skipped",
     ]
 
 
@@ -352,7 +352,7 @@ def run(*argv: str, **settings) -> subprocess.CompletedProcess:
 def test_python_dash_m_runs_the_command_line_and_returns_its_exit_code(tmp_path):
     assert run("--version").stdout == f"{ov3.__version__}\n"
     found = run("caption", "nowhere.png", cwd=tmp_path)
-    assert (found.returncode, found.stdout, found.stderr) == (2, "", "openvision3: no such picture: nowhere.png\n")
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", "openvision3: no such image: nowhere.png\n")
     assert run(cwd=tmp_path).returncode == 2
 
 
@@ -360,7 +360,7 @@ def test_skipped_pictures_are_named_on_a_real_stderr(work, model):
     (work / "pics" / "bad.png").write_bytes(b"no picture")
     found = run("caption", "pics", "--model", model, "--json", cwd=work)
     assert found.returncode == 2 and len(json.loads(found.stdout)) == 2
-    assert found.stderr.splitlines()[-1] == "openvision3: 1 of 3 pictures skipped"
+    assert found.stderr.splitlines()[-1] == "openvision3: 1 of 3 images skipped"
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["caption", "--help"], ["train"], ["nonsense"]], ids=" ".join)

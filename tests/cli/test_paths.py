@@ -92,7 +92,7 @@ def parsed(verb: str, *argv: str) -> dict[str, Any]:
 def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_and_nowhere_in_words(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = parsed("classify", "~/a/*.png", "x~/b.png", "--model=~/m", "--vae", "~/v", "--labels", "~/not a path", "~")
-    assert found["pictures"] == (f"{tmp_path}/a/*.png", "x~/b.png") and found["model"] == f"{tmp_path}/m" and found["vae"] == f"{tmp_path}/v"
+    assert found["images"] == (f"{tmp_path}/a/*.png", "x~/b.png") and found["model"] == f"{tmp_path}/m" and found["vae"] == f"{tmp_path}/v"
     assert found["labels"] == ("~/not a path", "~")
     argv = ["~/{0..3}.tar", "--model=~/m", "--out=~/new", "--prompt", "~/x", "--sheet=~/s.png"]
     job = common.parse(cli_data.RecaptionOptions, argv, "openvision3 data recaption")

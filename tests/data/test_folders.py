@@ -15,7 +15,7 @@ from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
 from openvision3.data.labelled import read_labels
 from openvision3.data.names import open_source
-from openvision3.pipeline import expand_pictures
+from openvision3.pipeline import expand_images
 
 
 def put(path, caption=""):
@@ -52,7 +52,7 @@ def test_what_a_command_has_written_is_not_read_back(tmp_path):
     assert source.names == ["1.png"]
     assert reasons(source) == {"folder of an output": 2}
     assert FolderSource(tmp_path / "evaluation").names == ["images/1.png"], "named itself, it is read"
-    assert expand_pictures([str(tmp_path)]) == [str(tmp_path / "1.png")]
+    assert expand_images([str(tmp_path)]) == [str(tmp_path / "1.png")]
 
 
 def test_images_that_are_not_read_are_counted_by_ending(tmp_path):
@@ -174,12 +174,12 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 def test_a_folder_of_sub_folders_is_expanded_and_an_empty_one_says_what_it_holds(tmp_path):
     put(tmp_path / "nest/a/1.png")
     put(tmp_path / "nest/b/2.png")
-    assert expand_pictures([str(tmp_path / "nest")]) == [str(tmp_path / "nest/a/1.png"), str(tmp_path / "nest/b/2.png")]
+    assert expand_images([str(tmp_path / "nest")]) == [str(tmp_path / "nest/a/1.png"), str(tmp_path / "nest/b/2.png")]
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone/1.heic").write_bytes(b"")
     (tmp_path / "phone/s").mkdir()
     (tmp_path / "phone/s/0.tar").write_bytes(b"")
     with pytest.raises(ImageError, match=r"1 \.heic file, which is not read"):
-        expand_pictures([str(tmp_path / "phone")])
+        expand_images([str(tmp_path / "phone")])
     with pytest.raises(ValueError, match=r"name the shards: .*phone/s/\*\.tar"):
         FolderSource(tmp_path / "phone")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -16,19 +16,16 @@ from openvision3.cli.common import Device, Json, error_message, on_one_line, out
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
-if TYPE_CHECKING:
-    from openvision3.pipeline import Pipeline
 
-
-Pictures = Positional[Annotated[tuple[PathName, ...], arg(metavar="PICTURE ...", help="files, folders and globs")]]
+Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="IMAGE ...", help="files, folders and globs")]]
 
 Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 
-VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="the VAE, where the model's own is not at hand")]
+VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="the VAE, if the model folder does not hold it and its own name is not found")]
 
 
 def reconstruct(
-    pictures: Pictures,
+    images: Images,
     model: Model = "mini",
     out: PathName = "reconstructed",
     size: int | None = None,
@@ -37,53 +34,48 @@ def reconstruct(
     vae: VaeFolder = "",
     json: Json = False,
 ) -> int:
-    """Rebuild pictures from their tokens and say how close they come.
+    """Rebuild images from their tokens and print how close they come.
 
     Args:
         out: the folder for the PNG files.
-        size: long side in pixels (default: the training size; 0: as the picture is).
+        size: long side in pixels. Not set: the training size; 0: the image's own.
         beside: write original, VAE alone and rebuilt side by side.
     """
     from openvision3.data.crops import pad
     from openvision3.data.images import to_pil
     from openvision3.evaluate.metrics.reconstruction import psnr
+    from openvision3.pipeline import load
     from openvision3.report.sheets import grid
 
-    paths = _paths(pictures)
-    folder = output_folder(out, pictures)
+    paths = _expand(images)
+    folder = output_folder(out, images)
     if any(Path(path).resolve().parent == folder.resolve() for path in paths):
-        raise ValueError(f"{out} is where the pictures are, and would be written over; name another folder with --out")
-    pipeline = _load(model, device, vae)
+        raise ValueError(f"{out} holds the images that are read, and they would be overwritten; name another folder with --out")
+    pipeline = load(model, device=device, vae=vae)
     names: dict[str, int] = {}
 
-    def one(path: str) -> dict[str, Any]:
+    def rebuild(path: str) -> dict[str, Any]:
         original = pipeline.scaled(path, size)[0][None]
         height, width = original.shape[2:]
         rebuilt = pipeline.reconstruct(original).cpu()
         through_vae = pipeline.reconstruct_by_vae(pad(original[0])[None])[..., :height, :width]
-        columns: list[Any] = [to_pil(images[0]) for images in (original, through_vae, rebuilt)]
+        columns: list[Any] = [to_pil(each[0]) for each in (original, through_vae, rebuilt)]
         sheet = grid([columns], ("original", "VAE", "rebuilt")) if beside else columns[2]
         target = folder / f"{_unused(Path(path).stem, names)}.png"
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, lambda file: sheet.save(file, "PNG"))
-        return {
-            "picture": path,
-            "file": str(target),
-            "width": width,
-            "height": height,
-            "psnr": round(psnr(original, rebuilt).item(), 2),
-            "vae_psnr": round(psnr(original, through_vae).item(), 2),
-        }
+        scores = {"psnr": round(psnr(original, rebuilt).item(), 2), "vae_psnr": round(psnr(original, through_vae).item(), 2)}
+        return {"picture": path, "file": str(target), "width": width, "height": height, **scores}
 
-    def line(r: dict[str, Any]) -> str:
-        alone = f" (its VAE alone {r['vae_psnr']:.2f})" if pipeline.vae.network is not None else ""
-        return f"{r['picture']} -> {r['file']}  {r['width']}x{r['height']}  PSNR {r['psnr']:.2f} dB{alone}"
+    def line(row: dict[str, Any]) -> str:
+        alone = f" (its VAE alone {row['vae_psnr']:.2f})" if pipeline.vae.network is not None else ""
+        return f"{row['picture']} -> {row['file']}  {row['width']}x{row['height']}  PSNR {row['psnr']:.2f} dB{alone}"
 
-    return _each(paths, one, json, line)
+    return _for_each(paths, rebuild, json, line)
 
 
 def caption(
-    pictures: Pictures,
+    images: Images,
     model: Model = "mini",
     beams: int = 1,
     top_p: float | None = None,
@@ -94,59 +86,61 @@ def caption(
     vae: VaeFolder = "",
     json: Json = False,
 ) -> int:
-    """Describe pictures in words.
+    """Write a caption for each image.
 
     Args:
-        beams: hypotheses of the beam search; 1 is greedy.
-        top_p: draw words from the smallest set with this probability instead.
-        temperature: flattens (> 1) or sharpens (< 1) what is drawn from.
-        max_length: longest caption in word pieces.
-        seed: of what is drawn.
+        beams: width of the beam search; 1 is greedy.
+        top_p: sample from the smallest set of word pieces with this probability.
+        temperature: of sampling with --top-p.
+        max_length: longest caption, in word pieces.
+        seed: of sampling.
     """
-    paths = _paths(pictures)
-    pipeline = _load(model, device, vae)
+    from openvision3.pipeline import load
+
+    paths = _expand(images)
+    pipeline = load(model, device=device, vae=vae)
     settings: dict[str, Any] = {"beams": beams, "top_p": top_p, "temperature": temperature, "max_length": max_length, "seed": seed}
-    return _each(
+    return _for_each(
         paths,
         lambda path: {"picture": path, "caption": pipeline.caption(path, **settings)[0]},
         json,
-        lambda r: f"{r['picture']}: {r['caption'] or '(nothing)'}",
+        lambda row: f"{row['picture']}: {row['caption'] or '(nothing)'}",
     )
 
 
 def classify(
-    pictures: Pictures, labels: tuple[str, ...], model: Model = "mini", top: int = 5, device: Device = "auto", vae: VaeFolder = "", json: Json = False
+    images: Images, labels: tuple[str, ...], model: Model = "mini", top: int = 5, device: Device = "auto", vae: VaeFolder = "", json: Json = False
 ) -> int:
-    """Choose among labels in words, with probabilities.
+    """Choose among labels for each image, with probabilities.
 
     Args:
         labels: the texts to choose among, such as --labels "a cat" "a dog".
-        top: how many to show.
+        top: how many labels to print.
     """
     from openvision3.data.captions import checked_text
+    from openvision3.pipeline import load
 
-    paths = _paths(pictures)
+    paths = _expand(images)
     if not all(map(str.strip, labels)) or not labels or top < 1:
-        raise ValueError(
-            f"labels {', '.join(map(repr, labels)) or 'none'} and top {top}: legal are one or more of each, such as --labels 'a cat' 'a dog' --top 1"
-        )
+        names = ", ".join(map(repr, labels)) or "none"
+        raise ValueError(f"labels {names} and top {top} cannot be used; give one label or more and --top 1 or more, such as --labels 'a cat' 'a dog' --top 1")
     for label in labels:
         checked_text(label, "a label")
-    pipeline = _load(model, device, vae)
+    pipeline = load(model, device=device, vae=vae)
 
-    def one(path: str) -> dict[str, Any]:
-        with warnings.catch_warnings(record=True) as told:
+    def choose(path: str) -> dict[str, Any]:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = pipeline.classify(path, labels)[:top]
-        for line in [str(each.message) for each in told if path == paths[0]]:
-            print(f"openvision3: {line}", file=sys.stderr)
-        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in found]}
+            ranking = pipeline.classify(path, labels)[:top]
+        for warning in caught if path == paths[0] else ():  # of the labels, so the same for every image
+            print(f"openvision3: {warning.message}", file=sys.stderr)
+        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking]}
 
-    return _each(paths, one, json, lambda r: f"{r['picture']}: " + ", ".join(f"{x['label']} {100 * x['probability']:.1f}%" for x in r["labels"]))
+    return _for_each(paths, choose, json, lambda row: f"{row['picture']}: " + ", ".join(f"{x['label']} {100 * x['probability']:.1f}%" for x in row["labels"]))
 
 
 def encode(
-    pictures: Pictures,
+    images: Images,
     model: Model = "mini",
     out: PathName = "tokens",
     size: int | None = None,
@@ -154,61 +148,55 @@ def encode(
     vae: VaeFolder = "",
     json: Json = False,
 ) -> int:
-    """Write tokens and the embedding of each picture as a .safetensors file.
+    """Write the tokens and the embedding of each image as a .safetensors file.
 
     Args:
-        out: the folder for the files; each holds tokens (N, D), embedding (E,) and the picture's height and width.
-        size: long side in pixels (default: the training size; 0: as the picture is).
+        out: the folder for the files; each holds tokens (N, D), embedding (E,) and the image's height and width.
+        size: long side in pixels. Not set: the training size; 0: the image's own.
     """
     import torch
     from safetensors.torch import save
 
-    paths = _paths(pictures)
-    folder = output_folder(out, pictures)
-    pipeline = _load(model, device, vae)
+    from openvision3.pipeline import load
+
+    paths = _expand(images)
+    folder = output_folder(out, images)
+    pipeline = load(model, device=device, vae=vae)
     names: dict[str, int] = {}
 
-    def one(path: str) -> dict[str, Any]:
+    def write(path: str) -> dict[str, Any]:
         image = pipeline.scaled(path, size)[0]
         height, width = image.shape[1:]
         with torch.no_grad():
             tokens, pooled = pipeline.encoder(pipeline.vae.encode(pipeline.prepare(image)))
-        embedding = torch.nn.functional.normalize(pooled, dim=-1)[0].cpu()
-        tokens = tokens[0].cpu()
+        tensors = {"tokens": tokens[0].cpu().contiguous(), "embedding": torch.nn.functional.normalize(pooled, dim=-1)[0].cpu().contiguous()}
         target = folder / f"{_unused(Path(path).stem, names)}.safetensors"
-        data = save({"tokens": tokens.contiguous(), "embedding": embedding.contiguous()}, {"height": str(height), "width": str(width), "model": model})
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(target, data)
-        return {"picture": path, "file": str(target), "tokens": list(tokens.shape), "embedding": len(embedding), "height": height, "width": width}
+        write_whole(target, save(tensors, {"height": str(height), "width": str(width), "model": model}))
+        sizes = {"tokens": list(tokens.shape[1:]), "embedding": pooled.shape[1], "height": height, "width": width}
+        return {"picture": path, "file": str(target), **sizes}
 
-    return _each(paths, one, json, lambda r: f"{r['picture']} -> {r['file']}  tokens {r['tokens'][0]} x {r['tokens'][1]}")
+    return _for_each(paths, write, json, lambda row: f"{row['picture']} -> {row['file']}  tokens {row['tokens'][0]} x {row['tokens'][1]}")
 
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
-    """Say what a model folder or a shipped model holds: parts, sizes, VAE, licence, training."""
+    """Print what a model holds: parts, sizes, VAE, licence, training."""
     from openvision3.hub import find_folder, load_model
     from openvision3.settings import flat, to_dict
 
     folder = find_folder(model)
     network, tokenizer, config = load_model(folder)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
-    found = {
-        "folder": str(folder),
-        **to_dict(config),
-        "parameters": parts,
-        "grid": [config.size // 16] * 2,
-        "token_width": network.encoder.size.width,
-        "stride": network.vae.stride,
-    }
+    side, vae, width = config.size // 16, network.vae, network.encoder.size.width
     if json:
-        print(dumps(found, indent=2))
+        derived = {"parameters": parts, "grid": [side] * 2, "token_width": width, "stride": vae.stride}
+        print(dumps({"folder": str(folder), **to_dict(config), **derived}, indent=2))
         return 0
-    side, vae = config.size // 16, network.vae
-    print(f"{folder}\n  trained at {config.size} px: {side * side} tokens of {network.encoder.size.width}, embeddings of {config.model.encoder.embed_dim}")
+    print(f"{folder}\n  trained at {config.size} px: {side * side} tokens of {width}, embeddings of {config.model.encoder.embed_dim}")
     for name, count in parts.items():
         print(f"  {name:15s} {count / 1e6:7.2f} M parameters" + ("  (frozen)" if name == "vae" else ""))
     print(f"  VAE: {vae.name}, {vae.latent_channels} channels, stride {vae.stride}, latents x {vae.scale:g}, sha256 {vae.sha256[:12] or 'none'}")
-    print(f"  licence of what it was trained on: {config.training.get('licence', 'not recorded')}; of its VAE: {config.vae.get('licence', 'not recorded')}")
+    print(f"  licence of the training data: {config.training.get('licence', 'not recorded')}; of the VAE: {config.vae.get('licence', 'not recorded')}")
     print(f"  vocabulary: {len(tokenizer)} word pieces")
     for name, value in flat(config.training).items():
         if name != "licence":
@@ -235,51 +223,52 @@ def fetch(
     return cli_fetch.run(names, to, list, check, json)
 
 
-def _load(model: str, device: str, vae: str) -> Pipeline:
-    from openvision3.pipeline import load
-
-    return load(model, device=device, vae=vae)
+# -- what these verbs share ----------------------------------------------------------------------------------------
 
 
-def _paths(patterns: Sequence[str]) -> list[str]:
+def _expand(patterns: Sequence[str]) -> list[str]:
+    """The image files behind files, folders and globs. What folders hold besides is counted on stderr."""
     from openvision3.data.problems import reasons_in_words
-    from openvision3.pipeline import expand_pictures
+    from openvision3.pipeline import expand_images
 
     if not patterns:
-        raise ValueError("no pictures given; name files, folders or globs, and put them before options that take several values, such as --labels")
+        raise ValueError("no images given; name files, folders or globs, and put them before options that take several values, such as --labels")
     unused: list[dict[str, str]] = []
-    paths = expand_pictures(patterns, unused)
+    paths = expand_images(patterns, unused)
     if unused:
         print(f"openvision3: not used: {reasons_in_words(unused)}, such as {unused[0]['key']} ({unused[0]['detail']})", file=sys.stderr)
     return paths
 
 
-def _each(paths: Sequence[str], one: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:
-    """Do `one` for every picture; a file that cannot be read or written is reported on stderr, and makes the exit code 2. A full disk ends all."""
+def _for_each(paths: Sequence[str], work: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:
+    """Do the work for every image and print a line or JSON for each.
+
+    Of several, a file that cannot be read or written is reported on stderr, and the exit code is then 2. A full disk ends all of it.
+    """
     from openvision3.data.images import ImageError
     from openvision3.progress import track
 
-    results, skipped = [], 0
-    for path in track(paths, "pictures") if json else paths:  # a line for each is progress enough, and a bar would take stdout over
+    rows, skipped = [], 0
+    for path in track(paths, "images") if json else paths:  # the printed lines are progress enough
         try:
-            result = one(path)
+            row = work(path)
         except (ImageError, OSError) as error:
             if len(paths) == 1 or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             skipped += 1
             print(f"openvision3: {on_one_line(error_message(error))}", file=sys.stderr)
             continue
-        results.append(result)
+        rows.append(row)
         if not json:
-            print(on_one_line(line(result)), flush=True)
+            print(on_one_line(line(row)), flush=True)
     if json:
-        print(dumps(results, indent=2, ensure_ascii=False))
+        print(dumps(rows, indent=2, ensure_ascii=False))
     if skipped:
-        print(f"openvision3: {skipped} of {len(paths)} pictures skipped", file=sys.stderr)
+        print(f"openvision3: {skipped} of {len(paths)} images skipped", file=sys.stderr)
     return 2 if skipped else 0
 
 
 def _unused(stem: str, names: dict[str, int]) -> str:
-    """a, a-2, a-3: pictures of one name from several folders do not overwrite each other."""
+    """a, a-2, a-3: images of one name from several folders do not overwrite each other."""
     names[stem] = names.get(stem, 0) + 1
     return stem if names[stem] == 1 else _unused(f"{stem}-{names[stem]}", names)
