@@ -357,7 +357,7 @@ def test_importing_the_package_imports_no_torch():
 
 def test_load_needs_torch_alone_and_diffusers_only_for_a_vae():
     assert loaded_after("import openvision3; openvision3.load") == {"torch"}
-    assert loaded_after("from openvision3.model.vae import VAE; load_vae('embedded')") - {"transformers"} == {
+    assert loaded_after("from openvision3.hub import load_vae; load_vae('embedded')") - {"transformers"} == {
         "torch",
         "diffusers",
     }  # diffusers takes it where it is

@@ -16,7 +16,6 @@ from openvision3.cli.common import Device, Json, error_message, on_one_line, out
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
-
 Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="IMAGE ...", help="files, folders and globs")]]
 
 Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
