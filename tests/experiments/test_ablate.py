@@ -295,7 +295,7 @@ def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_
     for run in groups[1].runs:
         run.values["val/contrastive_candidates"] = dict.fromkeys(run.values["val/contrastive_candidates"], 64.0)
     page = write_comparison(tmp_path / "unlike.html", "Compared", "", groups).read_text()
-    assert "Not in one table, for it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
+    assert "Left out, because it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
     runs = [run for group in groups for run in group.runs]
     assert describe_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in choose_metrics(runs)
     for run in groups[1].runs:

@@ -23,7 +23,7 @@ from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.sizes import Options
 from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, question, two_phases
-from openvision3.experiments.compare import Group, apart, as_json, column, text_table, write_comparison
+from openvision3.experiments.compare import Group, difference, text_table, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.files import write_whole
 from openvision3.hub import complete_checkpoints, load_distance
@@ -105,10 +105,10 @@ def plan(fork: Fork, parent: Parent) -> Plan:
     if fork.equal_compute:
         reference = two_phases(parent).forks[0] if "size" in fork.changes else Fork("", {})
         config.steps = max(1, round(plan(reference, parent).operations() / step_operations(config)))
-    runs = [(difference(parent.config, config), paced(config))]
+    runs = [(name_changes(parent.config, config), paced(config))]
     if fork.then:
         second = paced(changed(config, fork.then))
-        runs.append((f"{runs[0][0]},then,{difference(config, second)}", second))
+        runs.append((f"{runs[0][0]},then,{name_changes(config, second)}", second))
     return Plan(fork, runs)
 
 
@@ -167,7 +167,7 @@ def changed(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
     return from_dict(PretrainConfig, values)
 
 
-def difference(base: PretrainConfig, config: PretrainConfig) -> str:
+def name_changes(base: PretrainConfig, config: PretrainConfig) -> str:
     """What differs, as a folder's name: base, tau=0.8, encoder.size=L, size=128,steps=30. Where files lie is no difference."""
     changes, names = changed_settings(base, config, ("optimizer.warmup_steps",)), flat(to_dict(base))
     parts = [f"{_shortest(name, names)}={after}" for name, (_, after) in changes.items() if "lpips_" not in name]
@@ -276,13 +276,13 @@ def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, s
     by_label = {group.label: group for group in groups}
     lines, records, verdicts = [], [], []
     for fork, other, metric, says in claim.parts:
-        pair = apart(metric, by_label[fork], by_label[other]) if {fork, other} <= by_label.keys() else None
+        pair = difference(metric, by_label[fork], by_label[other]) if {fork, other} <= by_label.keys() else None
         if pair is None:
             return None
         verdict = "undecided" if not pair.over.differs else "fails" if pair.over.difference > 0 or says == "the same" else "holds"
         verdicts.append(verdict)
-        lines.append((f"{column(metric)[0]} of {fork} - {other}: {says}?", str(pair), verdict))
-        records.append(as_json(pair) | {"says": says, "verdict": verdict})
+        lines.append((f"{title_and_factor(metric)[0]} of {fork} - {other}: {says}?", str(pair), verdict))
+        records.append(pair.record() | {"says": says, "verdict": verdict})
     return "fails" if "fails" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided", lines, records
 
 

@@ -1,4 +1,4 @@
-"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, test it on emoji of other families, write one page."""
+"""The demo: train the small model on OpenMoji for a few minutes in the paper's two phases, test it on unseen emoji families, write one page."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FILES = ("openmoji.png", "results.json", "report.html")
 
 
 def run_demo(minutes: float, out: Path, seed: int) -> int:
-    """Returns the exit code; prints where the report is.
+    """Train, evaluate and write the report; returns the exit code.
 
     Raises:
-        ValueError: minutes that are not positive, or an `out` that holds something else.
+        ValueError: `minutes` is not positive, or `out` holds something else.
     """
     if not (math.isfinite(minutes) and minutes > 0):
         raise ValueError(f"minutes {minutes} must be a positive number")
@@ -66,23 +66,23 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
 
 
 def as_json(findings: Findings) -> dict[str, list[dict]]:
-    """Every number with how it was measured, and the groups of zero-shot classification one by one."""
-    found = {name: [asdict(each) for each in numbers] for name, numbers in findings.results.items()}
-    return {**found, "zeroshot_groups": [asdict(row) for row in findings.groups]}
+    """Every number with its protocol, and the accuracy of each group of zero-shot classification."""
+    results = {name: [asdict(number) for number in numbers] for name, numbers in findings.results.items()}
+    return {**results, "zeroshot_groups": [asdict(row) for row in findings.groups]}
 
 
 def _program() -> str:
-    """How this was started, to be typed again: no environment needs to be active for it."""
+    """The command that started this program; it also works where no environment is active."""
     return f"{sys.executable} -m openvision3" if Path(sys.argv[0]).name == "__main__.py" else sys.argv[0]
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier demo left there, and nothing else. Raises ValueError where the folder is of something else."""
-    held = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    earlier = any((out / name / "log.txt").is_file() for name in RUNS) or held == {"openmoji.png"}  # the latter was stopped before it trained
-    if (out.exists() and not out.is_dir()) or (held and not earlier):
+    """Remove what an earlier demo left, and nothing else. Raises ValueError if the folder holds something else."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    is_demo = any((out / name / "log.txt").is_file() for name in RUNS) or names == {"openmoji.png"}  # the latter was stopped before it trained
+    if (out.exists() and not out.is_dir()) or (names and not is_demo):
         raise ValueError(f"{out} exists and is not a demo; name another folder with --out")
-    if earlier:
+    if is_demo:
         for name in RUNS:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in FILES:
@@ -90,18 +90,18 @@ def _clear(out: Path) -> None:
 
 
 def _render(out: Path) -> None:
-    """Draw what is about to be learned as one sheet, so that a person sees the data before the numbers."""
+    """Write a sheet of the training emoji, so that a person sees the data before the numbers."""
     data = openmoji.load_emoji()
     sheet = sheets.grid([[openmoji.draw(e.character, 64) for e in data.train[i * 16 : i * 16 + 256 : 16]] for i in range(0, 160, 20)], ())
     out.mkdir(parents=True, exist_ok=True)
     sheet.save(out / "openmoji.png")
     dropped = "".join(f"; left out: {count} {why}" for why, count in data.dropped.items())
-    sides = f"{len(data.train)} emoji to train on, {len(data.val)} to evaluate on the way, {len(data.test)} to test"
+    sides = f"{len(data.train)} emoji to train on, {len(data.val)} to evaluate during training, {len(data.test)} to test"
     console().print(f"OpenMoji: {sides}{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
 
 
 def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, rows: list[tuple], seconds: float) -> Path:
-    """The page: numbers, curves, rebuilt rows, captions, zero-shot table. Examples are the first ones, not chosen."""
+    """The page: numbers, curves, rebuilt images, captions, zero-shot table. The examples are the first of the set, not chosen."""
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     percent = lambda group, name: f"{100 * r[group][name]:.1f}%"  # noqa: E731
     first, last = (Curves(path.parent / name).read() for name in RUNS)
@@ -117,7 +117,7 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
         ("always the largest group", percent("zeroshot", "zeroshot_largest_class_share")),
         ("captions exactly right", percent("captions", "exact_match")),
         ("captions, word F1", percent("captions", "token_f1")),
-        ("captions, CIDEr (simple tokeniser)", f"{r['captions']['cider']:.2f}"),
+        ("captions, CIDEr (simple tokenizer)", f"{r['captions']['cider']:.2f}"),
     ]
     zeroshot = [(row.name, row.count, f"{100 * row.accuracy:.1f}%") for row in findings.groups]
     shown = zip(rows, findings.emoji, findings.psnr, findings.vae_psnr, strict=False)
@@ -146,9 +146,9 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
     training = outcome.training.pipeline.training
     phases = f"{first.step} steps ({drawings[0]:,} drawings) at 64 px, then {outcome.steps} ({drawings[1]:,}) at 128 px"
     lead = (
-        f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is on {len(findings.emoji)} "
-        "test emoji, of whose families (other skin tones, other genders, drawings that are alike) nothing was trained on, and others than those "
-        "evaluated on the way; examples are the first of the set, not chosen."
+        f"{phases} in {outcome.precision}, {duration(seconds)} in all. Everything below is measured on {len(findings.emoji)} test emoji. "
+        "Nothing of their families (other skin tones, other genders, similar drawings) was in the training set, and none was evaluated during training. "
+        "The examples are the first of the set, not chosen."
     )
     title = f"OpenVision 3 after {duration(training['started_from']['seconds'] + training['seconds'])} of training"
     footer = ["Emoji drawings: OpenMoji, CC BY-SA 4.0 (openmoji.org). Method: OpenVision 3, arXiv 2601.15369."]
