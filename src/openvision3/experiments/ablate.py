@@ -270,19 +270,21 @@ def _claimed(place: Path) -> Iterator[bool]:
 def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, str, str]], list[dict[str, Any]]] | None:
     """("holds", "fails" or "undecided"; a line for each part; the same for scripts), by paired t-tests over seeds; None if a fork is missing.
 
-    A part that says "lower" holds or fails where the difference is below or above 0 with p < .05, and is undecided otherwise. That two are the same
+    A part that expects "lower" holds or fails where the difference is below or above 0 with p < .05, and is undecided otherwise. That two are the same
     cannot be shown by a test of difference: such a part fails or is undecided. A claim holds with all of its parts and fails with any.
     """
     by_label = {group.label: group for group in groups}
+    if not {claim.fork, claim.other} <= by_label.keys():
+        return None
     lines, records, verdicts = [], [], []
-    for fork, other, metric, says in claim.parts:
-        pair = difference(metric, by_label[fork], by_label[other]) if {fork, other} <= by_label.keys() else None
+    for metric, expected in claim.expected.items():
+        pair = difference(metric, by_label[claim.fork], by_label[claim.other])
         if pair is None:
             return None
-        verdict = "undecided" if not pair.over.differs else "fails" if pair.over.difference > 0 or says == "the same" else "holds"
+        verdict = "undecided" if not pair.over.differs else "fails" if pair.over.difference > 0 or expected == "the same" else "holds"
         verdicts.append(verdict)
-        lines.append((f"{title_and_factor(metric)[0]} of {fork} - {other}: {says}?", str(pair), verdict))
-        records.append(pair.record() | {"says": says, "verdict": verdict})
+        lines.append((f"{title_and_factor(metric)[0]} of {pair.a} - {pair.b}: {expected}?", str(pair), verdict))
+        records.append(pair.record() | {"says": expected, "verdict": verdict})
     return "fails" if "fails" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided", lines, records
 
 
