@@ -31,7 +31,9 @@ from openvision3.data.shards.source import choose_lanes
 from openvision3.data.sources import MixedSource
 from openvision3.data.text import TextTokenizer
 from openvision3.distributed import Ranks
-from openvision3.train.pretrain import _resumed, pretrain
+from openvision3.settings import load_config
+from openvision3.train.pretrain import pretrain
+from openvision3.train.run import _resumed
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -392,10 +394,11 @@ def test_a_run_records_its_lanes_and_goes_on_with_them_and_one_from_before_goes_
     pretrain(config, "tiny")
     path = tmp_path / "run" / "config.json"
     assert json.loads(path.read_text())["lanes"] == 6
-    assert _resumed(config, tmp_path / "run").lanes == 6
+    before = load_config(type(config), path)
+    assert _resumed(before, config, tmp_path / "run").lanes == 6
     config.lanes = 3
     with pytest.raises(ValueError, match=r"lanes was 6 when .* was started and cannot become 3"):
-        _resumed(config, tmp_path / "run")
-    config.lanes = 0
+        _resumed(before, config, tmp_path / "run")
+    config.lanes, config.resume = 0, True
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "lanes"}))
-    assert _resumed(config, tmp_path / "run").lanes == 1
+    assert pretrain(config, "tiny").training.config.lanes == 1
