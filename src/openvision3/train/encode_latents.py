@@ -1,12 +1,13 @@
-"""A source of pictures and a VAE become a cache of latents: in this process, in one of several, or on a Ray cluster.
+"""Write a latent cache from a source of images and a VAE: in this process, in one of several, or on a Ray cluster.
 
-Every part is a function of the data and the settings alone, so all three write the same files.
+A part depends on the data and the settings alone, so all three write the same files.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from openvision3.data.latents.files import SETTINGS
+from openvision3.data.latents.files import SETTINGS, mark_name
 from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.names import DataOptions, open_source
@@ -27,7 +28,7 @@ from openvision3.settings import read_rules
 
 
 def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
-    """Open the data and the VAE that `job` names. Precision auto: that of a cache already begun, else the faster one here.
+    """Open the data and the VAE of `job`. Precision auto is that of a cache that has been begun, else the faster one here.
 
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, or a folder that cannot be written or is of another job.
@@ -49,44 +50,30 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
         precision = LatentSettings.read(begun).precision if begun.is_file() else choose_precision("auto", device)[0]
     place = torch.device(f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device)
 
-    def writer(precision: str) -> LatentWriter:
+    def open_with(precision: str) -> LatentWriter:
         vae = load_vae(job.vae, shift=job.shift, dtype=dtype_of(precision)).to(place)
         settings = settings_of(job, vae, precision, len(source))
         return LatentWriter(job.out, source, lambda images: vae.encode(images.to(place)), settings, batch=job.batch, workers=job.workers)
 
     try:
-        return writer(precision)
-    except ValueError:  # another process was first, and had measured otherwise
+        return open_with(precision)
+    except ValueError:  # perhaps another process was first, and had measured the other precision
         if job.precision != "auto" or not begun.is_file() or (first := LatentSettings.read(begun).precision) == precision:
             raise
-        return writer(first)
+        return open_with(first)
 
 
 def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> LatentSettings:
-    """What the latents of `job` depend on, over a source of so many samples."""
-    return LatentSettings(
-        vae=vae.name,
-        vae_sha256=vae.sha256,
-        scale=vae.scale,
-        shift=vae.shift,
-        channels=vae.latent_channels,
-        stride=vae.stride,
-        size=job.size,
-        crops=job.crops,
-        crop_area=job.crop_area,
-        seed=job.seed,
-        precision=precision,
-        samples=samples,
-        part_samples=job.part_samples,
-        data=tuple(job.data),
-    )
+    """What the latents of `job` depend on, for a source of so many samples."""
+    network = {"vae": vae.name, "vae_sha256": vae.sha256, "scale": vae.scale, "shift": vae.shift, "channels": vae.latent_channels, "stride": vae.stride}
+    shared = {name: getattr(job, name) for name in ("size", "crops", "crop_area", "seed", "part_samples", "data")}
+    return LatentSettings(**network, **shared, precision=precision, samples=samples)  # type: ignore[arg-type]
 
 
 def write_latents(job: LatentJob) -> dict[str, Any] | None:
-    """Write the cache, or what is missing or damaged of it; returns `cache.json`, None where other processes have not written all their parts.
+    """Write the missing and damaged parts of the cache; returns `cache.json`, None while other processes have parts to write.
 
-    Started as one of WORLD_SIZE processes (torchrun, srun), this one writes every WORLD_SIZE-th part. `actors` is how many
-    processes Ray is to start; 0: one a GPU of the cluster, or one a CPU where it has none.
+    As one of WORLD_SIZE processes (torchrun, srun), this one writes every WORLD_SIZE-th part.
 
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, a full disk; complete parts stay.
@@ -94,31 +81,30 @@ def write_latents(job: LatentJob) -> dict[str, Any] | None:
     ranks = Ranks.from_environment()
     if job.engine == "ray" and ranks.world > 1:
         raise ValueError(f"engine ray starts processes itself; start it once, not as one of {ranks.world}")
-    ray_cpus, ray_gpus = _start_ray() if job.engine == "ray" else (0, 0)
-    if job.engine == "ray" and job.precision == "auto" and ray_gpus and not (Path(job.out) / SETTINGS).is_file():
-        job = dataclasses.replace(job, precision="bf16")  # measured here it would say nothing of the GPUs there
+    cpus, gpus = _start_ray() if job.engine == "ray" else (0, 0)
+    if job.engine == "ray" and job.precision == "auto" and gpus and not (Path(job.out) / SETTINGS).is_file():
+        job = dataclasses.replace(job, precision="bf16")  # a measurement here would say nothing about the GPUs there
     writer = open_writer(job, ranks.local_rank)
     settings = writer.settings
-    mine = range(ranks.rank, settings.parts, ranks.world)
-    crop = 2 * settings.channels * (settings.size // settings.stride) ** 2
+    own = range(ranks.rank, settings.parts, ranks.world)
+    crop_bytes = 2 * math.prod(settings.shape)
     if ranks.rank == 0:
-        total = settings.samples * settings.crops * crop
-        say(f"{settings.samples:,} samples, {settings.crops} crops of {settings.size} px, {crop:,} bytes each: {total / 1e9:.2f} GB in {settings.parts} parts")
+        size = settings.samples * settings.crops * crop_bytes / 1e9
+        say(f"{settings.samples:,} samples, {settings.crops} crops of {settings.size} px, {crop_bytes:,} bytes each: {size:.2f} GB in {settings.parts} parts")
         say(f"VAE {settings.vae}, {settings.precision}, into {job.out}")
-    todo = [part for part in mine if not writer.complete(part)]
-    if len(todo) < len(mine) and ranks.rank == 0:
-        say(f"{len(mine) - len(todo)} of {len(mine)} parts are complete")
-    images = sum(len(settings.range(part)) for part in todo) * settings.crops
+    todo = [part for part in own if not writer.is_complete(part)]
+    if ranks.rank == 0 and len(todo) < len(own):
+        say(f"{len(own) - len(todo)} of {len(own)} parts are complete")
+    written = _write_on_ray(job, settings, todo, job.actors or gpus or cpus, gpus > 0) if job.engine == "ray" else writer.write(todo)
     try:
-        with counting("latents", "images", images, silent=ranks.rank > 0) as count:
-            for done in _with_ray(job, settings, todo, job.actors or int(ray_gpus or ray_cpus), ray_gpus > 0) if job.engine == "ray" else writer.write(todo):
-                count(done * settings.crops)
-        found = writer.finish()
+        with counting("latents", "images", sum(len(settings.range(part)) for part in todo) * settings.crops, silent=ranks.rank > 0) as count:
+            for samples in written:
+                count(samples * settings.crops)
+        return writer.finish()
     except OSError as error:
-        kept = sum((writer.folder / f"part-{part:06d}.json").is_file() for part in range(settings.parts))
-        told = f"{error.strerror or error}; {kept} of {settings.parts} parts are complete and stay, the same command goes on with the others"
-        raise OSError(error.errno, told, error.filename or job.out) from error
-    return found
+        complete = sum((writer.folder / mark_name(part)).is_file() for part in range(settings.parts))
+        message = f"{error.strerror or error}; {complete} of {settings.parts} parts are complete and stay, the same command writes the others"
+        raise OSError(error.errno, message, error.filename or job.out) from error
 
 
 def say(line: str) -> None:
@@ -129,7 +115,7 @@ def say(line: str) -> None:
 
 
 def _start_ray() -> tuple[int, int]:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine -> its CPUs and GPUs. Nothing is sent anywhere."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine; returns its CPUs and GPUs. Sends no usage statistics."""
     try:
         import ray
         import ray.data
@@ -137,15 +123,14 @@ def _start_ray() -> tuple[int, int]:
         raise ValueError(f"engine ray needs an extra that is not installed ({error}); pip install 'openvision3[ray]', or use --engine local") from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
-        own: dict[str, Any] = (
-            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
-        )  # and no cluster that happens to run here
-        ray.init(**own, log_to_driver=False, logging_level=logging.ERROR)
-    found = ray.cluster_resources()
-    return int(found.get("CPU", 1)), int(found.get("GPU", 0))
+        # "local": not a cluster that happens to run on this machine
+        place: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+    resources = ray.cluster_resources()
+    return int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
 
 
-def _with_ray(job: LatentJob, settings: LatentSettings, parts: list[int], actors: int, gpu: bool) -> Iterator[int]:
+def _write_on_ray(job: LatentJob, settings: LatentSettings, parts: list[int], actors: int, gpu: bool) -> Iterator[int]:
     import ray.data
 
     if not parts:
@@ -159,16 +144,17 @@ def _with_ray(job: LatentJob, settings: LatentSettings, parts: list[int], actors
         job.vae = os.path.abspath(os.path.expanduser(job.vae))
 
     class PartWriter:
-        """One process of the cluster: opens the data and the VAE once, then writes the parts it is given."""
+        """One process of the cluster: opens the data and the VAE once, then writes parts."""
 
         def __init__(self):
             self.writer: LatentWriter | None = None
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            """Errors come back as values: Ray would wrap an exception in a page of its own."""
             try:
                 self.writer = self.writer or open_writer(job)  # here, where a machine that lacks the data can say so
                 return {"samples": sum(self.writer.write([int(row["item"])])), "error": "", "errno": 0, "place": ""}
-            except ValueError as error:  # or it would come back as a page of Ray's own
+            except ValueError as error:
                 return {"samples": 0, "error": str(error), "errno": -1, "place": ""}
             except OSError as error:
                 return {"samples": 0, "error": error.strerror or str(error), "errno": error.errno or 0, "place": str(error.filename or "")}

@@ -246,10 +246,10 @@ def test_a_cache_of_an_older_version_is_read_under_its_names_but_not_written_to(
     made = batches(FolderSource(folder), words, old, pixel_share=1.0)
     first(made, 5)
     assert {problem["reason"] for problem in made.problems.first} == {"not in the cache"}, "of the image that is none"
-    with pytest.raises(ValueError, match="older version, which can still be trained on but not written to; name another folder with --out"):
+    with pytest.raises(ValueError, match="older version; it can be trained on but not continued: choose another folder with --out"):
         LatentWriter(cache.folder, FolderSource(folder), vae.encode, settings_of(FolderSource(folder), vae))
     moved = FolderSource(shutil.copytree(folder, tmp_path / "moved"))
-    with pytest.raises(ValueError, match="older version that knows samples by their names beside each other: name pics, or write the cache anew"):
+    with pytest.raises(ValueError, match="older version, which identifies samples by their names: name pics again, or write the cache anew"):
         batches(moved, words, old).sample(0)
 
 
@@ -278,7 +278,7 @@ def test_a_process_killed_in_the_middle_goes_on_to_the_same_bytes(uninterrupted,
     left = out / ".part-000007.safetensors.host-1.making"
     left.write_bytes(b"half a pa")  # what a kill within a write leaves
     os.utime(left, (0, 0))
-    with pytest.raises(ValueError, match="is a cache that is not complete; run the same openvision3 data latents again"):
+    with pytest.raises(ValueError, match="is a cache that is not complete; run the same openvision3 data latents command again"):
         LatentCache.open(out)
     subprocess.run(run, env=environment(), check=True, capture_output=True)
     assert first.stat().st_mtime_ns == before
@@ -319,7 +319,7 @@ def test_a_full_disk_keeps_what_is_complete_and_the_same_command_goes_on(folder,
     filler.write_bytes(bytes(256 * 1024 - 40 * 1024))
     assert main(run) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device; " in said and "parts are complete and stay, the same command goes on with the others; make room" in said
+    assert "No space left on device; " in said and "parts are complete and stay, the same command writes the others; make room" in said
     assert not list(out.glob(".*")) and (out / "part-000000.json").exists()
     filler.unlink()
     assert main(run) == 0
@@ -352,20 +352,20 @@ def test_a_cache_goes_on_with_its_own_samples_only(folder, vae, tmp_path):
     writer = LatentWriter(tmp_path / "c", source, vae.encode, settings_of(source, vae))
     list(writer.write([0]))
     source.names[2] = "other.png"
-    with pytest.raises(ValueError, match=r"part-000000.safetensors holds other samples than the data have there now, such as pics/"):
-        writer.complete(0)
+    with pytest.raises(ValueError, match=r"part-000000.safetensors holds other samples than the data have now, such as pics/"):
+        writer.is_complete(0)
 
 
 def test_a_folder_with_other_things_is_not_written_into(folder, vae):
     source = FolderSource(folder)
-    with pytest.raises(ValueError, match=r"holds other things, such as 0.png; name a new folder with --out"):
+    with pytest.raises(ValueError, match=r"holds other files, such as 0.png; name a new folder with --out"):
         LatentWriter(folder, source, vae.encode, settings_of(source, vae))
 
 
 def test_another_vae_size_or_scaling_is_refused_with_both_values(cache):
     with pytest.raises(ValueError, match=f"sha256 {cache.settings.vae_sha256[:12]}..., but this one has 123456789012..."):
         LatentCache.open(cache.folder, vae_sha256="1234567890123")
-    with pytest.raises(ValueError, match="latents of pictures of 32 px, not 64; set --size 32"):
+    with pytest.raises(ValueError, match="latents of images of 32 px, not 64; set --size 32"):
         LatentCache.open(cache.folder, size=64)
     with pytest.raises(ValueError, match=r"with shift 0, but the VAE has 0.5 here"):
         LatentCache.open(cache.folder, shift=0.5)
@@ -552,7 +552,7 @@ def test_a_damaged_entry_is_replaced_and_listed(cache, folder, words, tmp_path):
     out = tmp_path / "c"
     shutil.copytree(cache.folder, out)
     with open(out / "part-000002.safetensors", "r+b") as part:
-        part.seek(cache._part(2).starts["latents"])
+        part.seek(Part(cache.folder, 2, cache.settings).starts["latents"])
         part.write(bytes(2 * CROPS * 512))
     made = batches(FolderSource(folder), words, LatentCache.open(out), pixel_share=0.0)
     first(made, 10)
@@ -592,7 +592,7 @@ def test_a_run_goes_on_where_its_cache_lies_under_another_path(cached_run, tmp_p
     config.latents = str(tmp_path / "moved")
     (tmp_path / "latents").rename(config.latents)
     pretrain(config)
-    assert f"latents lies at {config.latents} now" in (tmp_path / "run" / "log.txt").read_text()
+    assert f"latents now lies at {config.latents}" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_run_goes_on_with_its_own_cache_only(cached_run, tmp_path):
@@ -640,7 +640,7 @@ def test_a_cache_of_another_vae_or_size_is_refused_before_anything_is_written(ca
         other = replace(config, config.data, config.out)
         other.model.vae.name = str(tmp_path / "vae")
         pretrain(other)
-    with pytest.raises(ValueError, match="of pictures of 32 px, not 64"):
+    with pytest.raises(ValueError, match="of images of 32 px, not 64"):
         pretrain(replace(config, config.data, config.out, size=64))
     assert not Path(config.out).exists()
 

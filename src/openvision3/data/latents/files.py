@@ -1,14 +1,13 @@
-"""The files of a cache of VAE latents: their names, what is in them, and how they are read and checked.
+"""The files of a latent cache: their names, what they hold, and how they are read and checked.
 
-A cache is a folder. `part-000000.safetensors` holds the usable ones among samples 0 to 1,023 of the source, and so on; beside
-it `part-000000.json` says that it is complete. `settings.json` is what all parts are made with, `keys.safetensors` finds a sample
-by its key, and `cache.json`, written last, makes the folder a cache.
+A cache is a folder. `part-000000.safetensors` holds the usable samples among samples 0 to 1,023 of the source, and so on; beside
+it, `part-000000.json` marks the part as complete. `settings.json` holds what all parts share, `keys.safetensors` finds a sample
+by its key, and `cache.json`, written last, completes the cache.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import struct
@@ -25,10 +24,11 @@ from openvision3.data.latents.settings import LatentSettings, read_json
 from openvision3.data.sources import Source
 from openvision3.data.tensor_file import TensorFile
 from openvision3.draws import draw_seed
+from openvision3.files import sha256_of
 
 SETTINGS, KEYS, CACHE = "settings.json", "keys.safetensors", "cache.json"
 
-AGAIN = "run the same openvision3 data latents again, which writes anew what is damaged"
+AGAIN = "run the same openvision3 data latents command again: it rewrites missing and damaged files"
 
 TENSORS = ("latents", "boxes", "checksums", "key_hashes", "keys", "key_ends", "words", "word_ends")
 """Of a part."""
@@ -40,18 +40,18 @@ def draw_crop(source: Source, index: int, key: str, size: int, seed: int, crop: 
 
 
 class Part:
-    """A part whose header has been read; within `with part.open()` bytes are read from it at offsets.
+    """A part whose header has been read; `open` opens the file to read bytes from it.
 
     Raises:
-        OSError; ValueError: no whole part, or one of another cache.
+        OSError; ValueError: the part is damaged, or of another cache.
     """
 
     def __init__(self, folder: Path, number: int, settings: LatentSettings):
         self.path = folder / part_name(number)
         try:
             file = TensorFile(self.path)
-            notes = json.loads(file.metadata["openvision3"])
-            vae, part = notes["vae_sha256"], notes["part"]
+            header = json.loads(file.metadata["openvision3"])
+            vae, part = header["vae_sha256"], header["part"]
             self.starts = {name: file.places[name].start for name in TENSORS}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is damaged: {error}; {AGAIN}") from error
@@ -69,10 +69,10 @@ class Part:
 
 
 class PartReader:
-    """Reads bytes of an open part at offsets, so that processes do not share a position."""
+    """Reads bytes of an open part at offsets. Raises OSError; ValueError: the file has become shorter."""
 
     def __init__(self, part: Part, descriptor: int):
-        self.part, self.descriptor, self.count = part, descriptor, part.count
+        self.part, self.descriptor = part, descriptor
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         data = os.pread(self.descriptor, length, self.part.starts[name] + offset)
@@ -81,12 +81,14 @@ class PartReader:
         return data
 
     def string(self, name: str, row: int) -> bytes:
-        first = struct.unpack("<q", self.read(f"{name}_ends", 8 * (row - 1), 8))[0] if row else 0
-        last = struct.unpack("<q", self.read(f"{name}_ends", 8 * row, 8))[0]
-        return self.read(f"{name}s", first, last - first)
+        """String number `row` of the tensor `{name}s`, whose ends are in `{name}_ends`."""
+        start = struct.unpack("<q", self.read(f"{name}_ends", 8 * (row - 1), 8))[0] if row else 0
+        (end,) = struct.unpack("<q", self.read(f"{name}_ends", 8 * row, 8))
+        return self.read(f"{name}s", start, end - start)
 
-    def key(self, row: int) -> str:
-        return self.string("key", row).decode("utf-8", "surrogateescape")
+    def words(self, row: int) -> dict[str, Any]:
+        """Name, captions and family of a sample."""
+        return json.loads(self.string("word", row))
 
 
 def part_name(part: int) -> str:
@@ -98,32 +100,21 @@ def mark_name(part: int) -> str:
 
 
 def read_mark(folder: Path, part: int) -> dict[str, Any] | None:
-    """What says that a part is complete, where there is one."""
+    """The file that marks a part as complete, None if there is none."""
     path = folder / mark_name(part)
     return read_json(path) if path.is_file() else None
 
 
-def check_size(folder: Path, entry: dict[str, Any]) -> None:
+def find_damage(folder: Path, entry: dict[str, Any], *, hashed: bool = False) -> str:
+    """What is wrong with the file that `entry` (file, bytes, sha256) describes; "" if nothing is. Its bytes are read if `hashed`."""
     path = folder / entry["file"]
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; {AGAIN.replace('damaged', 'missing')}") from error
-    if size != entry["bytes"]:
-        raise ValueError(f"{path} is damaged: it has {size:,} bytes, and had {entry['bytes']:,} when it was written; {AGAIN}")
-
-
-def as_long(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether the file is there, with as many bytes as were written."""
-    return path.is_file() and path.stat().st_size == entry["bytes"]
-
-
-def unchanged(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether the file is there, byte for byte as it was written."""
-    if not as_long(path, entry):
-        return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+    if not path.is_file():
+        return f"{path} is missing; {AGAIN}"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} is damaged: it has {size:,} bytes, and had {entry['bytes']:,} when it was written; {AGAIN}"
+    if hashed and sha256_of(path) != entry["sha256"]:
+        return f"{path} is damaged: its sha256 is not that in {CACHE}; {AGAIN}"
+    return ""
 
 
 def to_json(value: dict[str, Any]) -> bytes:
@@ -131,5 +122,5 @@ def to_json(value: dict[str, Any]) -> bytes:
 
 
 def checksum(key: bytes, box: bytes, latents: bytes) -> int:
-    """Over all three: latents that lie under another key or beside another box are found out too."""
+    """Of all three, so that latents under another key or beside another box are noticed too."""
     return zlib.crc32(latents, zlib.crc32(box, zlib.crc32(key)))

@@ -1,9 +1,10 @@
-"""The cache of VAE latents, read instead of pictures in every epoch; `openvision3 data latents` writes it (`latent_writer`)."""
+"""Read a latent cache instead of images in every epoch; `openvision3 data latents` writes it (`write`)."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from openvision3.data.captions import Captions
 from openvision3.data.images import Box, ImageError
-from openvision3.data.latents.files import AGAIN, CACHE, KEYS, SETTINGS, Part, check_size, checksum, draw_crop, part_name, unchanged
+from openvision3.data.latents.files import AGAIN, CACHE, KEYS, SETTINGS, Part, PartReader, checksum, draw_crop, find_damage, part_name
 from openvision3.data.latents.settings import OLD_FORMAT, LatentSettings, read_json
 from openvision3.data.shards.index import Problem
 from openvision3.data.sources import Source
@@ -25,79 +26,76 @@ from openvision3.draws import draw_seed
 
 
 class CachedView(NamedTuple):
-    """A training view: its latents, and where it was asked for the picture itself, as uint8."""
+    """A training view: its latents, and for rows whose pixels are compared the image (3, size, size) as uint8."""
 
     latents: Tensor
     image: Tensor | None
 
 
 class LatentCache:
-    """A complete cache, read entry by entry; nothing is kept open, so that it may be used after a fork and be sent to processes.
+    """A complete cache. No file is kept open, so that it can be used after a fork and sent to processes.
 
-    Every entry that is read is checked against its checksum; `verify` reads everything.
+    Every entry that is read is compared with its checksum; `verify` reads everything.
     """
 
     def __init__(self, folder: Path, settings: LatentSettings, values: dict[str, Any]):
         self.folder, self.settings, self.values = folder, settings, values
         self.sha256 = hashlib.sha256((folder / CACHE).read_bytes()).hexdigest()
         self._starts = np.cumsum([0, *(part["samples"] for part in values["parts"])])
-        self._places: dict[int, Part] = {}
-        index = TensorFile(folder / KEYS).map()
-        self._hashes, self._parts, self._rows = index["hashes"], index["parts"], index["rows"]
+        self._parts: dict[int, Part] = {}
+        self._index = TensorFile(folder / KEYS).map()
 
     @classmethod
     def open(
         cls, folder: str | Path, *, vae_sha256: str | None = None, scale: float | None = None, shift: float | None = None, size: int | None = None
     ) -> LatentCache:
-        """Open a cache made with this VAE (and this scaling of its latents) at this size.
+        """Open a cache of this VAE (and this scaling of its latents) at this size.
 
         Raises:
             ValueError: no complete cache, one of another VAE or size, or a part that is missing or of another length.
         """
         folder = Path(folder)
         if not (folder / CACHE).is_file():
-            begun = (folder / SETTINGS).is_file()
-            raise ValueError(
-                f"{folder} is a cache that is not complete; run the same openvision3 data latents again, it goes on where it was"
-                if begun
-                else f"{folder} holds no {CACHE}; write a cache of latents with openvision3 data latents DATA --out {folder}"
-            )
+            if (folder / SETTINGS).is_file():
+                raise ValueError(f"{folder} is a cache that is not complete; run the same openvision3 data latents command again, it continues")
+            raise ValueError(f"{folder} holds no {CACHE}; write a cache of latents with openvision3 data latents DATA --out {folder}")
         settings, values = LatentSettings.read(folder / CACHE), read_json(folder / CACHE)
         if vae_sha256 is not None and vae_sha256 != settings.vae_sha256:
             raise ValueError(
                 f"{folder} holds latents of the VAE {settings.vae} with sha256 {settings.vae_sha256[:12]}..., but this one has {vae_sha256[:12]}...; "
                 "train with the same VAE (--model.vae.name), or write a cache of this one"
             )
-        for name, asked in (("scale", scale), ("shift", shift)):
-            if asked is not None and asked != getattr(settings, name):
-                raise ValueError(f"{folder} holds latents with {name} {getattr(settings, name):g}, but the VAE has {asked:g} here; set --model.vae.shift alike")
+        for name, value in (("scale", scale), ("shift", shift)):
+            if value is not None and value != getattr(settings, name):
+                raise ValueError(f"{folder} holds latents with {name} {getattr(settings, name):g}, but the VAE has {value:g} here; set --model.vae.shift alike")
         if size is not None and size != settings.size:
-            raise ValueError(f"{folder} holds latents of pictures of {settings.size} px, not {size}; set --size {settings.size}, or write a cache of this size")
+            raise ValueError(f"{folder} holds latents of images of {settings.size} px, not {size}; set --size {settings.size}, or write a cache of this size")
         for entry in (values["keys"], *values["parts"]):
-            check_size(folder, entry)
+            if damage := find_damage(folder, entry):
+                raise ValueError(damage)
         return cls(folder, settings, values)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def verify(self) -> Iterator[str]:
-        """Hash every file; gives the name of each that is as it was written. Raises ValueError at the first that is not."""
+        """Hash every file and yield its name. Raises ValueError at the first one that has changed."""
         for entry in (self.values["keys"], *self.values["parts"]):
-            if not unchanged(self.folder / entry["file"], entry):
-                raise ValueError(f"{self.folder / entry['file']} is damaged: its sha256 is not that in {CACHE}; {AGAIN}")
+            if damage := find_damage(self.folder, entry, hashed=True):
+                raise ValueError(damage)
             yield entry["file"]
 
     def key_of(self, source: Source, index: int) -> str:
-        """What this cache knows a sample by: its sample key, or in a cache of an older version its name. Raises ImageError."""
+        """The key of a sample in this cache: its sample key, or its name in a cache of an older version. Raises ImageError."""
         return source.key(index) if self.values["format"] == OLD_FORMAT else source.sample_key(index)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(part, row) of a sample, None where the cache lacks it."""
-        wanted = draw_seed(key)
-        place = int(np.searchsorted(self._hashes, wanted))
-        if place == len(self._hashes) or int(self._hashes[place]) != wanted:
+        """(part, row) of a sample, None if the cache lacks it."""
+        key_hash, hashes = draw_seed(key), self._index["hashes"]
+        place = int(np.searchsorted(hashes, key_hash))
+        if place == len(hashes) or int(hashes[place]) != key_hash:
             return None
-        return int(self._parts[place]), int(self._rows[place])
+        return int(self._index["parts"][place]), int(self._index["rows"][place])
 
     def read(self, key: str, crop: int) -> tuple[Tensor, Box]:
         """The latents (C, h, w) of a crop, in bf16, and its box.
@@ -105,34 +103,31 @@ class LatentCache:
         Raises:
             ImageError: reason `not in the cache`, `unreadable latents` or `damaged latents`.
         """
-        found = self.find(key)
-        if found is None:
+        place = self.find(key)
+        if place is None:
             data = ", ".join(self.settings.data)
-            old = f", by an older version that knows samples by their names beside each other: name {data}, or write the cache anew"
-            why = f"{self.folder} has no latents of it; it was made from {data}{old if self.values['format'] == OLD_FORMAT else ''}"
-            raise ImageError("not in the cache", why)
-        number, row = found
+            old = f", by an older version, which identifies samples by their names: name {data} again, or write the cache anew"
+            detail = f"{self.folder} has no latents of it; it was made from {data}{old if self.values['format'] == OLD_FORMAT else ''}"
+            raise ImageError("not in the cache", detail)
+        number, row = place
         settings = self.settings
         entry = row * settings.crops + crop
-        length = 2 * int(np.prod(settings.shape))
-        try:
-            with self._part(number).open() as part:
-                latents = part.read("latents", entry * length, length)
-                box = part.read("boxes", entry * 16, 16)
-                check = struct.unpack("<q", part.read("checksums", entry * 8, 8))[0]
-        except (OSError, ValueError) as error:
-            raise ImageError("unreadable latents", f"{self.folder / part_name(number)}: {error}") from error
+        length = 2 * math.prod(settings.shape)
+        with self._open(number) as part:
+            latents = part.read("latents", entry * length, length)
+            box = part.read("boxes", entry * 16, 16)
+            (check,) = struct.unpack("<q", part.read("checksums", entry * 8, 8))
         if checksum(key.encode("utf-8", "surrogateescape"), box, latents) != check:
             raise ImageError("damaged latents", f"{self.folder / part_name(number)} does not fit its checksum at row {row}, crop {crop}; {AGAIN}")
         return torch.frombuffer(bytearray(latents), dtype=torch.bfloat16).view(settings.shape), struct.unpack("<4i", box)  # type: ignore[return-value]
 
     def view(self, source: Source, index: int, *, key: str, seed: int, epoch: int, pixels: bool) -> CachedView:
-        """What a run with `seed` sees of a sample in `epoch`: its crops in turn, in an order of its own, so that each is seen. `key` is `key_of` it.
+        """What a run with `seed` sees of a sample in `epoch`: its crops in turn, in an order of the sample's own. `key` is `key_of` it.
 
-        With `pixels` the picture is drawn from the source once more, and shows what the latents show.
+        With `pixels` the image is drawn from the source once more, and shows what the latents show.
 
         Raises:
-            ImageError: as `read` and `Source.crop`, and reason `another picture` where the source's has another box.
+            ImageError: as `read` and `Source.crop`, and reason `another picture` if the image gives another box.
         """
         settings = self.settings
         order = torch.randperm(settings.crops, generator=torch.Generator().manual_seed(draw_seed(seed, "crops", key)))
@@ -146,19 +141,22 @@ class LatentCache:
         return CachedView(latents, image)
 
     def sample(self, index: int) -> tuple[str, dict[str, Any]]:
-        """(key, its words) of entry `index`, in the order of the source. Raises ImageError."""
+        """(key, name and captions) of entry `index`, in the order of the source. Raises ImageError."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[number])
+        with self._open(number) as part:
+            return part.string("key", row).decode("utf-8", "surrogateescape"), part.words(row)
+
+    @contextlib.contextmanager
+    def _open(self, number: int) -> Iterator[PartReader]:
+        """Open a part. Raises ImageError for what goes wrong while it is read."""
         try:
-            with self._part(number).open() as part:
-                return part.key(row), json.loads(part.string("word", row))
+            if number not in self._parts:
+                self._parts[number] = Part(self.folder, number, self.settings)
+            with self._parts[number].open() as part:
+                yield part
         except (OSError, ValueError) as error:
             raise ImageError("unreadable latents", f"{self.folder / part_name(number)}: {error}") from error
-
-    def _part(self, number: int) -> Part:
-        if number not in self._places:
-            self._places[number] = Part(self.folder, number, self.settings)
-        return self._places[number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "settings": self.settings, "values": self.values}
@@ -168,7 +166,7 @@ class LatentCache:
 
 
 class CachedSource(Source):
-    """The samples of a cache whose pictures are not at hand: keys, captions and families as they were, and no picture."""
+    """The samples of a cache without its images: keys, captions and families only."""
 
     def __init__(self, cache: LatentCache):
         self.cache = cache

@@ -11,10 +11,10 @@ from openvision3.settings import PathName, read_rules
 
 FORMAT = "openvision3 latents 2"
 OLD_FORMAT = "openvision3 latents 1"
-"""Knows a sample by its name for people (`Source.key`), not by its sample key; still read."""
+"""Identifies a sample by its name (`Source.key`), not by its sample key; still read."""
 
 PART = 1024
-"""Samples of the source that one part stands for: 32 MB of four 8 KB crops each."""
+"""Samples of the source in one part: 32 MB with four crops of 8 KB each."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class LatentJob:
 
 @dataclass(frozen=True)
 class LatentSettings:
-    """What the latents of a cache depend on. `data` and `vae` are names, written down for people and never compared."""
+    """What the latents of a cache depend on. `data` and `vae` are names for people and are never compared."""
 
     vae: str
     vae_sha256: str
@@ -105,7 +105,7 @@ class LatentSettings:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one crop's latents."""
+        """Of the latents of one crop."""
         return self.channels, self.size // self.stride, self.size // self.stride
 
     @property
@@ -113,28 +113,28 @@ class LatentSettings:
         return -(-self.samples // self.part_samples)
 
     def range(self, part: int) -> range:
-        """The samples of the source that `part` stands for."""
+        """The samples of the source in this part."""
         return range(part * self.part_samples, min((part + 1) * self.part_samples, self.samples))
 
     def differences(self, other: LatentSettings) -> list[str]:
-        """`name: this, not that` for whatever makes two caches unlike."""
+        """`name: this, not that` for each setting that differs."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{name} {mine[name]}, not {theirs[name]}" for name in mine if name not in ("data", "vae") and mine[name] != theirs[name]]
 
     @classmethod
     def read(cls, path: Path) -> LatentSettings:
-        """Raises OSError; ValueError where the file is none of ours."""
+        """Raises OSError; ValueError if the file does not hold settings."""
         values = read_json(path)
         if values.get("format") not in (FORMAT, OLD_FORMAT):
             raise ValueError(f"{path} is of format {values.get('format')!r}; this version reads {FORMAT!r}")
-        try:
-            found = {name: values[name] for name in cls.__dataclass_fields__}
-        except KeyError as error:
-            raise ValueError(f"{path} lacks {error}") from error
-        return cls(**found | {"crop_area": tuple(found["crop_area"]), "data": tuple(found["data"])})
+        if missing := [name for name in cls.__dataclass_fields__ if name not in values]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        values |= {name: tuple(values[name]) for name in ("crop_area", "data")}
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Raises OSError; ValueError if the file does not hold a JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
