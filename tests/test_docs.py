@@ -14,7 +14,7 @@ from openvision3.cli.evaluate import KINDS
 from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.results import TableOptions
 from openvision3.cli.train import configure_run
-from openvision3.estimate.sizes import Options
+from openvision3.estimate.planned import Options
 from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
 from openvision3.train.recipes import IN_TURN, RECIPES

@@ -113,8 +113,8 @@ def estimate(argv: Sequence[str]) -> int:
         print(ESTIMATE_HELP)
         return 0 if argv else 2
     from openvision3.estimate.plan import estimate
+    from openvision3.estimate.planned import Options
     from openvision3.estimate.show import show, to_json
-    from openvision3.estimate.sizes import Options
     from openvision3.train.recipes import IN_TURN
 
     phases = [recipe.__name__ for recipe in IN_TURN[argv[0]]] if argv[0] in IN_TURN else [check_recipe(argv)]

@@ -1,4 +1,7 @@
-"""A PretrainConfig and devices -> what the run will take: operations, memory, hours, disk, network, and what would make it cheaper."""
+"""A config and devices -> what the run will take: operations, memory, hours, disk and network, and what would make it cheaper.
+
+Each number stands beside its formula, which `--explain` prints.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openvision3.estimate.arithmetic import FP32, Cost, muon
 from openvision3.estimate.devices import Devices, parse_devices
-from openvision3.estimate.explain import explain
-from openvision3.estimate.sizes import Options, Sizes, divisors, sample_costs
+from openvision3.estimate.planned import Options, PlannedRun, divisors
+from openvision3.estimate.units import FP32, flops, gigabytes, hours
 from openvision3.train.config import PretrainConfig
 
 RESERVE = 0.1
-"""share of a device's memory that is left to its driver, the allocator's gaps and the convolutions' workspace"""
+"""share of a device's memory for its driver, gaps of the allocator and the workspace of convolutions"""
 
 
 @dataclass
 class Part:
-    """What one part of the figure costs a sample, on average over the batch."""
+    """Operations of one part of the model for a sample, on average over the batch."""
 
     name: str
     forward: float
@@ -73,176 +75,169 @@ class Estimate:
         return sum(self.memory.values())
 
 
+Explained = dict[str, tuple[float, str]]
+"""{name: (bytes, formula)}"""
+
+
+def values(explained: Explained) -> dict[str, float]:
+    return {name: value for name, (value, _) in explained.items()}
+
+
 def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
-    """Count everything. Nothing is loaded, and nothing runs.
+    """Count everything. Nothing is loaded and nothing is computed.
 
     Raises:
         ValueError, FileNotFoundError: a device that is unknown, or a batch that cannot be divided so; a VAE that is not known.
     """
-    run = Sizes(config, options, devices or parse_devices(options.gpus, options.per_node))
-    costs = sample_costs(run)
-    parts = _parts(run, costs)
-    total = sum(part.flops for part in parts)
-    for part in parts:
-        part.share = part.flops / total
-    optimiser = muon(run.matrices) if config.optimizer.kind == "muon" else 0.0
-    found = Estimate(
-        recipe, run.devices, run.parallel, run.precision, config.batch, run.local, run.micro, config.steps, run.parameters, run.vocabulary,
-        f"{config.model.vae.name}, {run.vae.parameters / 1e6:.1f} M parameters, frozen; counted from {run.vae.source}",
-        parts, total, optimiser, _memory(run, costs, run.micro), None, None, {}, None, None, None, None, None, {}, run.assumptions,
+    run = PlannedRun(config, options, devices or parse_devices(options.gpus, options.per_node))
+    parts = split_work(run)
+    memory, network, disk = count_memory(run, run.micro), count_network(run), count_disk(run)
+    vae = f"{config.model.vae.name}, {run.vae_parameters / 1e6:.1f} M parameters, frozen; counted from {run.vae_source}"
+    result = Estimate(
+        recipe, run.devices, run.parallel, run.precision, config.batch, run.local, run.micro, config.steps, run.parameters, run.vocabulary, vae,
+        parts, sum(part.flops for part in parts), run.optimiser_flops, values(memory), None, None, values(network), None, None, None, None, None,
+        {name: value for name, (value, _) in disk.items()}, run.assumptions,
     )  # fmt: skip
-    _fit(found, run, costs)
-    _time(found, run)
-    found.disk = _disk(run)
-    found.formulas = explain(found, run, costs, 1 - RESERVE)
+    for part in parts:
+        part.share = part.flops / result.sample_flops
+        cost = run.costs[part.name]
+        times, again = part.forward / cost.forward, f" + again {flops(part.again)}" if part.again else ""
+        backward = f" + backward {flops(cost.backward)}" if cost.backward else ""
+        result.formulas += [(part.name, f"{count} x {name}" if count > 1 else name, flops(value)) for name, (count, value) in cost.modules.items()]
+        result.formulas.append((part.name, f"{f'{times:g} x ' if times != 1 else ''}(forward {flops(cost.forward)}{backward}){again}", flops(part.flops)))
+    sizes = " + ".join(f"{name} {count:,}" for name, count in run.parameters.items())
+    result.formulas.append(("parameters", f"{sizes} + temperature 1, those that are trained", f"{run.trainable:,}"))
+    result.formulas += [("memory", f"{name}: {formula}", gigabytes(value)) for name, (value, formula) in memory.items()]
+    room = (run.devices.device.memory or 0.0) * (1 - RESERVE)
+    if room:
+        result.fits = result.memory_total <= room
+        fitting = [micro for micro in divisors(run.local) if sum(values(count_memory(run, micro)).values()) <= room]
+        result.largest_micro_batch = max(fitting, default=0)
+        result.formulas.append(("memory", f"room: {gigabytes(run.devices.device.memory or 0)} x {1 - RESERVE:g}", gigabytes(room)))
+    result.formulas += [("network", f"{name}: {formula}", gigabytes(value)) for name, (value, formula) in network.items()]
+    _time(result, run)
+    result.formulas += [("disk", f"{name}: {formula}", gigabytes(value)) for name, (value, formula) in disk.items() if value is not None and formula]
     if advise:
-        found.advice = _advice(found, config, options)
-    return found
+        result.advice = _advice(result, config, options)
+    return result
 
 
-def _parts(run: Sizes, costs: dict[str, Cost]) -> list[Part]:
+def split_work(run: PlannedRun) -> list[Part]:
+    """The operations of each part, where a part need not see all samples, or sees some twice."""
     from openvision3.model.losses import CHUNK
 
-    counts = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions}
+    shares = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions}
+    chunked = {
+        "vocabulary head": run.micro * run.caption_length * run.vocabulary > CHUNK,
+        "contrast": run.local * run.config.batch > CHUNK,
+        "encoder": run.pieces > 1,  # the pass that embeds the whole batch first
+        "text encoder": run.pieces > 1,
+    }
     parts = []
-    for name, one in costs.items():
-        cost = one.times(counts.get(name, 1))
-        again = cost.blocks if run.checkpointing else 0.0
-        if run.pieces > 1 and name in ("encoder", "text encoder"):  # the pass that embeds the whole batch first
-            again += cost.forward
-        rows = run.micro * run.caption_length
-        if (name == "vocabulary head" and rows * run.vocabulary > CHUNK) or (name == "contrast" and run.local * run.config.batch > CHUNK):
-            again += cost.forward
-        if cost.forward:
-            parts.append(Part(name, cost.forward, cost.backward, again))
+    for name, cost in run.costs.items():
+        share = shares.get(name, 1)
+        if share:
+            again = cost.again + (cost.forward if chunked.get(name) else 0.0)
+            parts.append(Part(name, cost.forward * share, cost.backward * share, again * share))
     return parts
 
 
-# -- memory of one device ------------------------------------------------------------------------------------------
-
-
-def _memory(run: Sizes, costs: dict[str, Cost], micro: int) -> dict[str, float]:
-    """Bytes at the fullest moment, the start of the backward pass."""
+def count_memory(run: PlannedRun, micro: int) -> Explained:
+    """Bytes of one device at the fullest moment, the start of the backward pass, in micro-batches of `micro`."""
     from openvision3.model.losses import CHUNK
 
-    config, shards, b = run.config, run.shards, run.width_bytes
-    found = {
-        "weights": FP32 * run.trainable / shards,
-        "gradients": FP32 * run.trainable / shards,
-        "optimiser": run.optimiser_bytes / shards,
-        "VAE": run.vae.parameters * b,
+    config, b, costs, pieces = run.config, run.width_bytes, run.costs, run.local // micro
+    shards = f" / {run.shards} shards" if run.shards > 1 else ""
+    weights = FP32 * run.trainable / run.shards, f"{run.trainable:,} x {FP32} bytes{shards}"
+    memory = {
+        "weights": weights,
+        "gradients": weights,
+        "optimiser": (run.optimiser_bytes / run.shards, f"{run.optimiser_bytes:,.0f} bytes of {config.optimizer.kind}{shards}"),
+        "VAE": (run.vae_parameters * b, f"{run.vae_parameters:,} x {b} bytes, whole on each device"),
     }
     outside = run.trainable - run.in_blocks
-    if shards > 1:  # blocks come and go two at a time, what stands outside of them is whole from the forward to the end of the backward
-        found["gathered weights and gradients"] = 2 * FP32 * outside + 2 * run.largest_block * (b + FP32)
-    elif run.precision == "bf16":
-        found["weights in bf16"] = 2.0 * run.in_blocks  # autocast's copies, until the step's end
-    chosen = micro * config.pixel_share
-    for name in ("encoder", "latent decoder", "text encoder", "captioner", "VAE decode", "perceptual"):
-        if name in costs:
-            count = chosen if name in ("VAE decode", "perceptual") else micro * config.captions if name == "text encoder" else micro
-            found[f"activations: {name}"] = count * costs[name].saved
+    if run.shards > 1:  # blocks come and go two at a time; the rest is whole from the forward pass to the end of the backward pass
+        gathered = 2 * FP32 * outside + 2 * run.largest_block * (b + FP32)
+        formula = f"2 x {FP32} x {outside:,} outside of blocks + 2 blocks x {run.largest_block:,} x ({b} + {FP32})"
+        memory["gathered weights and gradients"] = gathered, formula
+    elif run.precision == "bf16":  # autocast's copies, until the end of the step
+        memory["weights in bf16"] = 2.0 * run.in_blocks, f"{run.in_blocks:,} in blocks x 2"
+    rows = dict.fromkeys(("encoder", "latent decoder", "captioner"), float(micro)) | {"text encoder": float(micro * config.captions)}
+    rows |= dict.fromkeys(("VAE decode", "perceptual"), micro * config.pixel_share)
+    for name, cost in costs.items():
+        if name in rows:
+            memory[f"activations: {name}"] = rows[name] * cost.saved, f"{rows[name]:g} x {cost.saved / 1e6:.2f} MB kept, in a micro-batch of {micro:,}"
+    head, width = costs["vocabulary head"], 3 * FP32 + (b if b != FP32 else 0)
     logits = min(CHUNK, micro * run.caption_length * run.vocabulary)
-    found["logits"] = logits * (3 * FP32 + (b if b != FP32 else 0)) + micro * costs["vocabulary head"].saved
-    workspace = max(3 * chosen * costs["VAE decode"].largest, 3 * micro * max(costs[n].largest for n in ("encoder", "latent decoder", "captioner")))
-    forward_only = 0.0 if run.cached else 4 * micro * costs["VAE encode"].largest
-    saved = sum(value for name, value in found.items() if name.startswith(("activations", "logits")))
-    found["workspace"] = max(workspace, forward_only - saved)  # encoding comes first, when nothing is kept yet
-    picture, latent = 3 * config.size**2 * FP32, run.vae.latent_channels * (config.size // run.vae.stride) ** 2 * FP32
-    pieces = run.local // micro
-    # one step's pictures as they come, or, in pieces, its latents and the pictures that are compared
-    found["pictures"] = (
-        run.local * (latent + picture * config.pixel_share) + micro * picture if pieces > 1 else micro * (latent if run.cached else picture + latent)
+    formula = f"min({CHUNK:,} at a time, {micro} x {run.caption_length} x {run.vocabulary:,}) x {width} bytes, and their features"
+    memory["logits"] = logits * width + micro * head.saved, formula
+    kept = sum(value for name, (value, _) in memory.items() if name.startswith(("activations", "logits")))
+    backward = 3 * max(rows[name] * costs[name].largest for name in rows if name in costs and name != "text encoder")
+    encoding = 4 * micro * costs["VAE encode"].largest - kept if "VAE encode" in costs else 0.0  # comes first, when nothing is kept yet
+    memory["workspace"] = max(backward, encoding), "three of the largest maps of the backward pass; or four of the encoding, less what is kept later"
+    image, latent = 3 * config.size**2 * FP32, run.vae.latent_channels * (config.size // run.vae.stride) ** 2 * FP32
+    # one step's images as they come, or, in pieces, its latents and the images that are compared
+    whole = micro * (latent if run.options.cached else image + latent)
+    memory["pictures"] = (
+        run.local * (latent + image * config.pixel_share) + micro * image if pieces > 1 else whole,
+        f"of a {'step' if pieces > 1 else 'batch'}, and their latents",
     )
-    found["embeddings of all pairs"] = (
-        2 * FP32 * config.batch * (1 + config.captions) * config.model.encoder.embed_dim if run.devices.count > 1 or pieces > 1 else 0.0
-    )
-    return {name: value for name, value in found.items() if value}
+    if run.devices.count > 1 or pieces > 1:
+        numbers = (1 + config.captions) * config.model.encoder.embed_dim
+        formula = f"2 x {FP32} x {config.batch:,} x {1 + config.captions} x {config.model.encoder.embed_dim}"
+        memory["embeddings of all pairs"] = 2.0 * FP32 * config.batch * numbers, formula
+    return {name: entry for name, entry in memory.items() if entry[0]}
 
 
-def _fit(found: Estimate, run: Sizes, costs: dict[str, Cost]) -> None:
-    memory = run.devices.device.memory
-    if memory is None:
-        return
-    room = memory * (1 - RESERVE)
-    found.fits = found.memory_total <= room
-    fitting = [m for m in divisors(run.local) if sum(_memory(run, costs, m).values()) <= room]
-    found.largest_micro_batch = max(fitting, default=0)
+def count_network(run: PlannedRun) -> Explained:
+    """Bytes that each device sends in a step: an all-gather or a reduce-scatter of n bytes among k devices is n (k - 1) / k, an all-reduce twice that.
 
-
-# -- time, network, disk -------------------------------------------------------------------------------------------
-
-
-def _time(found: Estimate, run: Sizes) -> None:
-    device, config, options = run.devices.device, run.config, run.options
-    found.network, found.network_seconds = _network(run)
-    peak = device.bf16 if run.precision == "bf16" else device.fp32
-    if peak is None:
-        run.assumptions.append(f"the peak of {device.name} is unknown: no hours")
-        return
-    found.compute_seconds = (found.sample_flops * run.local + found.optimiser_flops) / (peak * options.utilisation)
-    found.step_seconds = max(found.compute_seconds, found.network_seconds or 0.0)
-    if config.minutes:
-        found.steps = max(1, round(config.minutes * 60 / found.step_seconds))
-        run.assumptions.append(f"--minutes {config.minutes:g} sets the steps: {found.steps:,} at this speed")
-    found.hours = found.steps * found.step_seconds / 3600
-    found.cost = found.hours * run.devices.count * options.price_per_hour if options.price_per_hour else None
-
-
-def _network(run: Sizes) -> tuple[dict[str, float], float | None]:
-    """Bytes that each device sends a step, by kind, and the seconds they take if nothing overlaps them; None: a link is unknown.
-
-    Within a machine all devices pass on through their links, between machines those of one machine share its network cards.
+    Within a machine all devices pass everything on through their links; between machines those of one machine share its network cards.
     """
-    devices, b = run.devices, run.width_bytes
-    n, local, nodes = devices.count, devices.in_node, devices.nodes
+    config, n, local, nodes = run.config, run.devices.count, run.devices.in_node, run.devices.nodes
     if n == 1:
-        return {}, 0.0
-    trainable, outside = run.trainable, run.trainable - run.in_blocks
-    gathered = b * run.in_blocks + FP32 * outside
-    inside: dict[str, float] = {}
-    between: dict[str, float] = {}
+        return {}
+    outside = run.trainable - run.in_blocks
+    inside: Explained = {}
+    between: Explained = {}
 
-    def collective(name: str, size: float, members: int, machines: int) -> None:
-        """One pass of `size` bytes around `members`: an all-gather or a reduce-scatter, half an all-reduce."""
-        inside[name] = inside.get(name, 0.0) + size * (members - 1) / members
+    def send(name: str, size: float, formula: str, members: int, machines: int) -> None:
+        inside[f"{name} within a machine"] = size * (members - 1) / members, f"{formula} x {members - 1}/{members}"
         if machines > 1:
-            between[name] = between.get(name, 0.0) + size * (machines - 1) / machines / local
+            between[f"{name} between machines"] = size * (machines - 1) / machines / local, f"{formula} x {machines - 1}/{machines} / {local} devices"
 
+    gradients = f"{FP32} x {run.trainable:,}"
     if run.parallel == "replicate":
-        collective("gradients", 2 * FP32 * trainable, n, nodes)
+        send("gradients", 2.0 * FP32 * run.trainable, f"2 x {gradients}", n, nodes)
     else:
-        shards, machines = run.shards, 1 if run.parallel == "hsdp" else nodes
-        collective("weights", gathered * run.gathers, shards, machines)
-        collective("gradients", FP32 * trainable, shards, machines)
+        machines = 1 if run.parallel == "hsdp" else nodes
+        weights = f"({run.width_bytes} x {run.in_blocks:,} + {FP32} x {outside:,}) x {run.gathers} gathers"
+        send("weights", float(run.width_bytes * run.in_blocks + FP32 * outside) * run.gathers, weights, run.shards, machines)
+        send("gradients", float(FP32 * run.trainable), gradients, run.shards, machines)
         if run.parallel == "hsdp" and nodes > 1:  # each machine's shard meets its counterparts
-            between["gradients"] = 2 * FP32 * trainable / shards * (nodes - 1) / nodes
-    embeddings = FP32 * run.config.batch * (1 + run.config.captions) * run.config.model.encoder.embed_dim
-    collective("embeddings", 3 * embeddings, n, nodes)  # gathered, and their gradients summed
-    sent = {f"{name} within a machine": value for name, value in inside.items()} | {f"{name} between machines": value for name, value in between.items()}
-    link, network = devices.device.link, run.options.network * 1e9 or devices.device.network
-    if link is None or (nodes > 1 and network is None):
-        run.assumptions.append("the link between these devices is unknown: no network time" + ("; give --network" if link is not None else ""))
-        return sent, None
-    return sent, sum(inside.values()) / link + (sum(between.values()) / network if nodes > 1 and network else 0.0)
+            formula = f"2 x {gradients} / {run.shards} shards x {nodes - 1}/{nodes}"
+            between["gradients between machines"] = 2 * FP32 * run.trainable / run.shards * (nodes - 1) / nodes, formula
+    embed_dim, sets = config.model.encoder.embed_dim, 1 + config.captions  # gathered, and their gradients summed
+    send("embeddings", 3.0 * FP32 * config.batch * sets * embed_dim, f"3 x {FP32} x {config.batch:,} x {sets} x {embed_dim}", n, nodes)
+    return inside | between
 
 
-def _disk(run: Sizes) -> dict[str, float | None]:
+def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     config = run.config
-    one = run.optimiser_bytes + 2 * FP32 * run.trainable  # weights twice: in the state, and as a plain model
+    checkpoint = run.optimiser_bytes + 2 * FP32 * run.trainable  # weights twice: in the state, and as a plain model
     side = config.size // run.vae.stride
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
     return {
-        "one checkpoint": one,
-        "checkpoints": one * (config.keep + config.keep_best + 1),
-        "latent cache, a sample": sample,
-        "latent cache": sample * run.options.samples if run.options.samples else None,
-        "data": _data_bytes(config.data),
+        "one checkpoint": (checkpoint, f"weights {run.trainable:,} x {FP32} x 2 (state and plain model) + optimiser {run.optimiser_bytes:,.0f} bytes"),
+        "checkpoints": (checkpoint * (config.keep + config.keep_best + 1), f"{config.keep} newest, {config.keep_best} best and one that is being written"),
+        "latent cache, a sample": (sample, f"{run.vae.latent_channels} x {side}^2 x 2 bytes x {run.options.crops} crops"),
+        "latent cache": (sample * run.options.samples if run.options.samples else None, f"{run.options.samples:,} samples"),
+        "data": (_data_bytes(config.data), ""),
     }
 
 
 def _data_bytes(data: tuple[str, ...]) -> float | None:
-    """What lies there now, without what ships with the package; None where something is not at hand."""
+    """The files that are here now, without those of the package; None if something is missing."""
     from openvision3.data.names import expand
 
     total = 0.0
@@ -256,19 +251,50 @@ def _data_bytes(data: tuple[str, ...]) -> float | None:
     return total if data else None
 
 
-# -- what follows -------------------------------------------------------------------------------------------------
+def _time(result: Estimate, run: PlannedRun) -> None:
+    """Seconds of computing and of the network, were nothing overlapped; the longer one sets the pace."""
+    devices, config, options = run.devices, run.config, run.options
+    device = devices.device
+    link, outside = device.link, options.network * 1e9 or device.network
+    if devices.count == 1:
+        result.network_seconds = 0.0
+    elif link is None or (devices.nodes > 1 and outside is None):
+        run.assumptions.append("the link between these devices is unknown: no network time" + ("; give --network" if link is not None else ""))
+    else:
+        between = sum(value for name, value in result.network.items() if name.endswith("between machines"))
+        links = f"{gigabytes(link)}/s within a machine" + (f", {gigabytes(outside or 0)}/s between machines" if devices.nodes > 1 else "")
+        result.network_seconds = (sum(result.network.values()) - between) / link + (between / outside if outside else 0.0)
+        result.formulas.append(("network", f"bytes / links ({links}), without overlap", f"{result.network_seconds:.4g} s"))
+    peak = device.bf16 if run.precision == "bf16" else device.fp32
+    if peak is None:
+        run.assumptions.append(f"the peak of {device.name} is unknown: no hours")
+        return
+    result.compute_seconds = (result.sample_flops * run.local + result.optimiser_flops) / (peak * options.utilisation)
+    result.step_seconds = max(result.compute_seconds, result.network_seconds or 0.0)
+    if config.minutes:
+        result.steps = max(1, round(config.minutes * 60 / result.step_seconds))
+        run.assumptions.append(f"--minutes {config.minutes:g} sets the steps: {result.steps:,} at this speed")
+    result.hours = result.steps * result.step_seconds / 3600
+    result.cost = result.hours * devices.count * options.price_per_hour if options.price_per_hour else None
+    optimiser = f" + {flops(result.optimiser_flops)} of the optimiser" if result.optimiser_flops else ""
+    computing = f"({flops(result.sample_flops)} x {run.local} samples{optimiser}) / ({flops(peak)}/s x {options.utilisation:g})"
+    result.formulas.append(("time", f"computing a step: {computing}", f"{result.compute_seconds:.4g} s"))
+    pace = f"{result.steps:,} steps x the longer of computing and network, {result.step_seconds:.4g} s"
+    result.formulas.append(("time", pace, hours(result.hours)))
+    if result.cost is not None:
+        result.formulas.append(("cost", f"{result.hours:.2f} h x {devices.count} x {options.price_per_hour:g}", f"{result.cost:,.0f}"))
 
 
-def _advice(found: Estimate, config: PretrainConfig, options: Options) -> list[dict[str, Any]]:
+def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[dict[str, Any]]:
     """Changes that would pay, each with the new totals."""
     advice: list[dict[str, Any]] = []
 
     def consider(what: str, how: str, *, cached: bool = options.cached, **fields: Any) -> Estimate:
-        changed, asked = copy.deepcopy(config), copy.copy(options)
-        asked.cached = cached
+        changed, changed_options = copy.deepcopy(config), copy.copy(options)
+        changed_options.cached = cached
         for name, value in fields.items():
             setattr(changed, name, value)
-        new = estimate(changed, found.recipe, asked, found.devices, advise=False)
+        new = estimate(changed, result.recipe, changed_options, result.devices, advise=False)
         row = {"what": what, "set": how, "sample_flops": new.sample_flops, "hours": new.hours, "memory": new.memory_total, "fits": new.fits}
         advice.append(row | {"largest_micro_batch": new.largest_micro_batch})
         return new
@@ -276,23 +302,21 @@ def _advice(found: Estimate, config: PretrainConfig, options: Options) -> list[d
     shares = [s for s in (1 / 2, 1 / 4, 1 / 8) if s < config.pixel_share and s * config.batch >= 1]
     for share in shares:
         consider(f"decode 1/{round(1 / share)} of the batch to pixels", f"--pixel-share {share:g}", pixel_share=share)
-    if not options.cached and found.vae.split(",")[0] != "pixels":
+    if not options.cached and config.model.vae.name != "pixels":
         consider("read latents from a cache", "openvision3 data latents", cached=True)
         if shares:
             consider(f"both: cached latents, 1/{round(1 / shares[-1])} to pixels", f"--pixel-share {shares[-1]:g}", cached=True, pixel_share=shares[-1])
-    if found.fits is False:
-        if found.largest_micro_batch:
-            consider("compute the batch in pieces that fit", f"--micro-batch {found.largest_micro_batch}", micro_batch=found.largest_micro_batch)
+    if result.fits is False:
+        if result.largest_micro_batch:
+            micro = result.largest_micro_batch
+            consider("compute the batch in pieces that fit", f"--micro-batch {micro}", micro_batch=micro)
         if not config.checkpointing:
             new = consider("make activations again instead of keeping them", "--checkpointing", checkpointing=True)
             if not new.fits and new.largest_micro_batch:
                 advice.pop()
-                consider(
-                    "checkpointing, and the largest pieces that fit then",
-                    f"--checkpointing --micro-batch {new.largest_micro_batch}",
-                    checkpointing=True,
-                    micro_batch=new.largest_micro_batch,
-                )
-    elif found.micro_batch < found.local_batch and found.largest_micro_batch == found.local_batch:
+                micro = new.largest_micro_batch
+                what = "checkpointing, and the largest pieces that fit then"
+                consider(what, f"--checkpointing --micro-batch {micro}", checkpointing=True, micro_batch=micro)
+    elif result.micro_batch < result.local_batch and result.largest_micro_batch == result.local_batch:
         consider("the whole batch fits at once: no second pass", "--micro-batch 0", micro_batch=0)
     return advice

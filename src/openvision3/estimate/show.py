@@ -11,8 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from openvision3.estimate.explain import flops, gigabytes, hours
 from openvision3.estimate.plan import Estimate
+from openvision3.estimate.units import flops, gigabytes, hours
 
 BAR = 20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

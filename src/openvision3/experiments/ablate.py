@@ -21,7 +21,7 @@ from openvision3.data.batches import rows_of_a_process
 from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
-from openvision3.estimate.sizes import Options
+from openvision3.estimate.planned import Options
 from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, question, two_phases
 from openvision3.experiments.compare import Group, difference, text_table, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves

@@ -57,6 +57,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """
     if q.device.type != "cpu" or k.shape[2] > PLAIN_TOKENS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return plain_attention(q, k, v, mask)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attend` by matrix products."""
     scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).float()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -158,9 +158,10 @@ class EfficientNetDistance(nn.Module):
 
     name = "EfficientNet-Lite0 feature distance"
 
-    def __init__(self, stages: int = 5, path: str | Path | None = None):
+    def __init__(self, network: EfficientNetLite0 | None = None, stages: int = 5):
         super().__init__()
-        self.network = load_efficientnet(path).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = load_efficientnet() if network is None else network.requires_grad_(False)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stages = stages
 
     def per_picture(self, images: Tensor, images_hat: Tensor) -> Tensor:
@@ -209,19 +210,30 @@ class Lpips(nn.Module):
     `backbone` is torchvision's ImageNet checkpoint (`vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth`), `linear` the file
     with the five learned channel weights from the LPIPS repository (`weights/v0.1/vgg.pth`, `alex.pth`).
 
+    Without the two files its weights are random, which is enough to count operations.
+
     Raises:
         FileNotFoundError: a file is missing. ValueError: an unknown `net`, or a file whose tensors do not fit it.
     """
 
-    def __init__(self, net: str, backbone: str | Path, linear: str | Path):
+    def __init__(self, net: str, backbone: str | Path | None = None, linear: str | Path | None = None):
         super().__init__()
         if net not in _LPIPS_CHANNELS:
-            raise ValueError(f"lpips net {net!r} is unknown; legal are vgg and alex")
-        self.net, self.files = net, (Path(backbone), Path(linear))
+            raise ValueError(f"lpips net {net!r} is unknown; choose vgg or alex")
+        self.net, self.files = net, tuple(Path(path) for path in (backbone, linear) if path)
         self.layers, self.taps = (_vgg16(), _VGG_TAPS) if net == "vgg" else (_alexnet(), _ALEX_TAPS)
+        for i, channels in enumerate(_LPIPS_CHANNELS[net]):
+            self.register_buffer(f"linear_{i}", torch.empty(1, channels, 1, 1))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+        if self.files:
+            self._load(*self.files)
+        self.requires_grad_(False).eval()
+
+    def _load(self, backbone: Path, linear: Path) -> None:
         for path in (backbone, linear):
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"no such weights file: {path}; `openvision3 fetch lpips-{net}` gets the two that LPIPS needs")
+            if not path.is_file():
+                raise FileNotFoundError(f"no such weights file: {path}; `openvision3 fetch lpips-{self.net}` gets the two that LPIPS needs")
         state = load_foreign_pickle(backbone)
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         try:
@@ -229,14 +241,11 @@ class Lpips(nn.Module):
             weights = load_foreign_pickle(linear)
             found = [weights[f"lin{i}.model.1.weight"] for i in range(5)]
         except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{backbone} and {linear} do not hold LPIPS weights for {net!r}: {' '.join(str(error).split())}") from error
-        if tuple(w.shape[1] for w in found) != _LPIPS_CHANNELS[net]:
-            raise ValueError(f"{linear} holds weights of another net than {net!r}")
+            raise ValueError(f"{backbone} and {linear} do not hold LPIPS weights for {self.net!r}: {' '.join(str(error).split())}") from error
+        if tuple(w.shape[1] for w in found) != _LPIPS_CHANNELS[self.net]:
+            raise ValueError(f"{linear} holds weights of another net than {self.net!r}")
         for i, weight in enumerate(found):
-            self.register_buffer(f"linear_{i}", weight)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
-        self.requires_grad_(False).eval()
+            self.get_buffer(f"linear_{i}").copy_(weight)
 
     def sha256(self) -> str:
         """Of the backbone's file and of the linear one, joined by a plus."""

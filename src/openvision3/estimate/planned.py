@@ -1,0 +1,184 @@
+"""A config and devices -> the model on the meta device, its costs, and how the batch is divided."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openvision3.estimate.devices import Devices
+from openvision3.estimate.units import FP32
+from openvision3.train.config import PretrainConfig
+
+BERT = 30_524
+"""word pieces of bert-base-uncased and the two special tokens that it lacks: begin and end"""
+
+FLUX = {
+    "_class_name": "AutoencoderKL", "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+"""FLUX.1's published config, so that no download is needed; `ae_params` of its repository say the same."""
+PUBLISHED = dict.fromkeys(("black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-dev"), FLUX)
+
+
+@dataclass
+class Options:
+    """Options of `estimate` in addition to the fields of the run."""
+
+    gpus: str = ""
+    """such as h100:8 or 64xh100; none: this machine's device"""
+    utilisation: float = 0.40
+    """share of the peak speed that the run reaches; a run's log shows its samples/s"""
+    price_per_hour: float = 0.0
+    """price of one device"""
+    per_node: int = 8
+    """devices in one machine"""
+    network: float = 0.0
+    """GB/s to other machines, one device's share, one way; none: as in the maker's own machine"""
+    text_length: int = 0
+    """word pieces of a caption to contrast; none: all positions of the model"""
+    caption_length: int = 0
+    """word pieces of a caption to predict; none: all positions of the model"""
+    samples: int = 0
+    """samples in the data, for the size of a latent cache"""
+    crops: int = 1
+    """crops of an image in the latent cache"""
+    cached: bool = False
+    """read latents from a cache: images are neither decoded nor encoded"""
+    json: bool = False
+    """print one JSON value, for scripts"""
+    explain: bool = False
+    """print what each number is made of"""
+
+    def __post_init__(self):
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation {self.utilisation} must be above 0 and at most 1")
+        for name in ("price_per_hour", "network", "text_length", "caption_length", "samples"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be a number that is not negative")
+        if self.crops < 1:
+            raise ValueError(f"crops {self.crops} must be at least 1")
+
+
+class PlannedRun:
+    """What all numbers of an estimate are computed from.
+
+    Raises:
+        ValueError, FileNotFoundError: the batch cannot be divided so, the VAE is unknown, or a length exceeds the model's positions.
+    """
+
+    def __init__(self, config: PretrainConfig, options: Options, devices: Devices):
+        import torch
+
+        from openvision3.distributed import Ranks, block_lists, choose_parallel
+        from openvision3.estimate.counts import Shapes, count_muon, count_parts
+        from openvision3.model.openvision3 import OpenVision3
+
+        self.config, self.options, self.devices = config, options, devices
+        self.assumptions: list[str] = []
+        bf16, fp32 = devices.device.bf16, devices.device.fp32
+        self.precision = config.precision if config.precision != "auto" else "bf16" if bf16 is None or bf16 > (fp32 or 0) else "fp32"
+        self.width_bytes = 2 if self.precision == "bf16" else FP32
+        self.vae, self.vae_source = build_vae(config.model.vae.name, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+        self.vae_parameters = sum(p.numel() for p in self.vae.parameters())
+        self.vocabulary = self._vocabulary()
+        self.text_length = self._length("text", options.text_length, config.model.text_encoder.positions)
+        self.caption_length = self._length("caption", options.caption_length, config.model.captioner.positions)
+        self._divide()
+        with torch.device("meta"):
+            model = OpenVision3(config.model, self.vae, self.vocabulary)
+        parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder, "text encoder": model.text_encoder, "captioner": model.captioner}
+        self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        blocks = [sum(p.numel() for p in block.parameters()) for blocks in block_lists(model) for block in blocks]
+        self.in_blocks, self.largest_block = sum(blocks), max(blocks)
+        self.optimiser_flops, self.optimiser_bytes = 0.0, 2.0 * FP32 * self.trainable
+        if config.optimizer.kind == "muon":
+            self.optimiser_flops, self.optimiser_bytes = count_muon(model, config.optimizer)
+        shapes = Shapes(config.size, self.text_length, self.caption_length, self.precision == "bf16", devices.device.name == "cpu", config.checkpointing)
+        self.costs = count_parts(model, shapes, config.captions, config.batch)
+        if options.cached:
+            self.costs.pop("VAE encode", None)
+        count = devices.count
+        ranks = Ranks(0, count, 0, devices.in_node)
+        self.parallel = "one" if count == 1 else choose_parallel(config.parallel, self.trainable, ranks)
+        self.shards = {"fsdp": count, "hsdp": devices.in_node}.get(self.parallel, 1)
+        """devices that one copy of the weights is spread over"""
+
+    def _divide(self) -> None:
+        config, count = self.config, self.devices.count
+        if config.batch % count:
+            raise ValueError(f"batch {config.batch} cannot be divided among {count} devices; choose a multiple of {count}")
+        self.local = config.batch // count
+        self.micro = config.micro_batch or self.local
+        if self.local % self.micro:
+            raise ValueError(
+                f"micro_batch {self.micro} does not divide the {self.local} images of a device (batch {config.batch} / {count}); "
+                f"choose one of 0, {', '.join(map(str, divisors(self.local)))}"
+            )
+        self.pieces = self.local // self.micro
+        # Sharded weights are made whole in forward and backward of each piece, and in the pass that embeds all pieces first.
+        self.gathers = 2 * self.pieces + (1 if self.pieces > 1 else 0)
+
+    def _vocabulary(self) -> int:
+        """Of the tokenizer.json of the run or of the model it starts from; if it is not here, bert's for the paper's captions."""
+        config = self.config
+        for path in (Path(config.tokenizer or " "), Path(config.init or " ") / "tokenizer.json"):
+            if path.is_file():
+                from openvision3.data.text import TextTokenizer
+
+                return len(TextTokenizer.load(path))
+        if config.tokenizer or "re_caption" in config.caption_keys:
+            self.assumptions.append(f"{config.tokenizer or 'the tokenizer'} is missing here and is taken for bert-base-uncased, {BERT:,} pieces")
+            return BERT
+        return config.vocabulary
+
+    def _length(self, what: str, length: int, positions: int) -> int:
+        if length > positions:
+            raise ValueError(f"{what}-length {length} is more than the model's {positions} positions")
+        if not length:
+            self.assumptions.append(f"{what}s fill all {positions} positions (shorter ones cost less, see --{what}-length)")
+        return length or positions
+
+
+def divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def build_vae(name: str, dtype: Any) -> tuple[Any, str]:
+    """The VAE on the meta device from its config.json, or from the published config if that is not here; and where the config is from.
+
+    Raises:
+        FileNotFoundError: no config. ValueError: another class of VAE, or a damaged config.
+    """
+    import torch
+
+    from openvision3 import hub
+    from openvision3.fetch.store import find_hub
+    from openvision3.model.vae import LEVELS, VAE
+
+    if name == "pixels":
+        return VAE(None), "no VAE"
+    folder = hub.EMBEDDED if name == "embedded" else Path(name)
+    if name not in PUBLISHED and not folder.is_dir() and name.count("/") == 1:
+        with contextlib.suppress(FileNotFoundError):
+            folder = find_hub(name, (("vae/config.json",), ("config.json",)), "the VAE")
+    path = next((path for path in (folder / "vae" / "config.json", folder / "config.json") if path.is_file()), None)
+    if path is None and name not in PUBLISHED:
+        raise FileNotFoundError(f"the VAE {name} is not here and its config is unknown; name its folder, or one of embedded, pixels, {', '.join(PUBLISHED)}")
+    source = str(path) if path else f"https://huggingface.co/{name}/blob/main/vae/config.json"
+    try:
+        config = json.loads(path.read_text()) if path else PUBLISHED[name]
+        kind = config.get("_class_name")
+        if kind not in LEVELS:
+            raise ValueError(f"it is a {kind}; choose one of {', '.join(LEVELS)}")
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        with torch.device("meta"):
+            return VAE(getattr(diffusers, kind).from_config(config), name=name, dtype=dtype), source
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} is not a VAE config in diffusers' layout: {error}") from error
