@@ -95,6 +95,24 @@ def test_commands_that_are_not_taken_are_noticed():
             check(words)
 
 
+NO_FILES_OF_OURS = {"FILE.py", "mine.py"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    files = [path.as_posix() for folder in ("src", "tests", "tools", "benchmarks", "launch") for path in (ROOT / folder).rglob("*.py")]
+    named = re.findall(r"(?<![\w./{}-])((?:[\w-]+/)*[\w-]+\.py)\b", page.read_text(encoding="utf-8"))
+    assert [name for name in named if name not in NO_FILES_OF_OURS and not any(file.endswith(f"/{name}") for file in files)] == []
+
+
+def test_folders_that_a_page_names_are_there():
+    planned = {"generate", "understand", "export", "studio"}
+    rooms = {path.relative_to(ROOT / "src" / "openvision3").as_posix() for path in (ROOT / "src").rglob("*") if path.is_dir()}
+    for page in (ROOT / "docs" / "design.md", ROOT / "README.md"):
+        tree = re.findall(r"^  (?:    )?([a-z]+)/ ", page.read_text(encoding="utf-8"), re.M)
+        assert len(tree) > 5 and set(tree) <= rooms | planned, page
+
+
 def test_pages_show_commands():
     shown = [words[:2] for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
     assert len(shown) > 50 and ["train", "paper_base"] in shown and ["data", "latents"] in shown
