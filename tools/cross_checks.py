@@ -3,7 +3,7 @@
     python tools/cross_checks.py --data DATA/photos
 
 needs torchmetrics and pycocoevalcap (`pip install -e '.[dev]'`). No weights are read: Inception's are random, and it is ours on both sides, so
-that rFID compares everything but the network; that the network is torch-fidelity's is tested in tests/test_extractors.py.
+that rFID compares everything but the network; that the network is torch-fidelity's is tested in tests/evaluate/metrics/test_distances.py.
 """
 
 from __future__ import annotations
