@@ -22,6 +22,7 @@ from torch import Tensor
 from openvision3.contents import holds, why_not
 from openvision3.data.fingerprint import FILE
 from openvision3.data.text import TextTokenizer
+from openvision3.fetch.sources import licence_of
 from openvision3.files import sha256_of
 from openvision3.model.openvision3 import LossConfig, ModelConfig, OpenVision3
 from openvision3.model.vae import LEVELS, VAE, VAEConfig
@@ -37,10 +38,6 @@ _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_LICENCES = {
     "embedded": "CC BY-SA 4.0 (OpenMoji) and public domain (Open Clip Art) training data; see the model card",
     "pixels": "none: no VAE",
-    "black-forest-labs/FLUX.1-schnell": "Apache-2.0",
-    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev] non-commercial licence",
-    "madebyollin/taesd": "MIT",
-    "madebyollin/taef1": "MIT",
 }
 
 
@@ -334,7 +331,7 @@ def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype 
 
 
 def vae_licence(name: str) -> str:
-    return VAE_LICENCES.get(name, "unknown: see where it came from")
+    return licence_of(name) or VAE_LICENCES.get(name, "unknown: see where it came from")
 
 
 def _find_vae(name: str) -> Path:

@@ -1,11 +1,14 @@
-"""Every foreign file that a command of this project can need: what it is for, where it comes from, and under which terms.
+"""The one table of other people's files and models: what each is for, where it comes from, under which terms, and what it is measured by.
 
-What is not known stands as unknown: a size or a hash is here only where it is published or was seen on bytes, with where that stands.
+`openvision3 fetch`, the peers of `openvision3 evaluate`, the licences on model cards and the tables of docs/fetch.md and docs/peers.md are made
+from it. A size or a hash is here only where it is published or was seen on bytes, with where it is published; what is not known is unknown.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 HUB = "https://huggingface.co"
@@ -20,11 +23,29 @@ class File:
     urls: tuple[str, ...] = ()
     """where it is, the first that works; none: in the asset's hub repository"""
     sha256: str = ""
-    """published or seen on bytes: all 64 digits, or the first 8 that torch.hub puts into names; empty: unknown"""
+    """published or seen on bytes; empty: unknown"""
     hash_from: str = ""
-    """where that hash stands"""
+    """where that hash is published"""
     size: int | None = None
     """bytes, where they are published with the hash or were seen"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A foreign model as a peer."""
+
+    loader: str
+    """how it is loaded: a key of `LOADERS` in evaluate/peers/table.py"""
+    can: tuple[str, ...]
+    """the fields of `Functions` that it fills"""
+    size: int = 256
+    """side of the images that its released weights were trained for"""
+    expects: Mapping[str, Any] = field(default_factory=dict)
+    """what its config has to say, so that no number gets another model's name"""
+    note: str = ""
+    """stands beside its numbers"""
+    code: tuple[str, ...] = ()
+    """the GitHub repository that a checkout is needed of, and what is imported from it"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +63,16 @@ class Asset:
     used_by: str = ""
     """how a command finds it where it is not in the default folder"""
     note: str = ""
+    model: Model | None = None
 
     def __post_init__(self):
-        if not self.used_by and self.needed_by.startswith("comparing"):
+        if not self.used_by and self.model is not None:
             object.__setattr__(self, "used_by", f"openvision3 evaluate ... --peer {self.name} --peer-folder {self.name}=FOLDER")
+
+    @property
+    def can(self) -> tuple[str, ...]:
+        """What it can be measured by as a peer."""
+        return self.model.can if self.model is not None else ()
 
     @property
     def source(self) -> str:
@@ -64,84 +91,126 @@ class Asset:
         return f"{licence}; {'gated, ' if self.gated else ''}from {self.source.removeprefix('https://')}"
 
 
-def _vae(folder: str = "", sha256: str = "", hash_from: str = "", size: int | None = None) -> tuple[File, ...]:
-    return File(f"{folder}config.json"), File(f"{folder}diffusion_pytorch_model.safetensors", (), sha256, hash_from, size)
+# -- rows of one family ----------------------------------------------------------------------------------------------------
+
+_REBUILDS, _EMBEDS = ("reconstruct", "features"), ("embed_images", "embed_texts", "features")
+_RANDOM_ONLY = "compared with its authors' code on random weights only"
 
 
-_OPEN_CLIP = (File("open_clip_config.json"), File("open_clip_pytorch_model.bin"))
+def _vae(name: str, hub: str, licence: str, channels: int, scale: float = 0, *, needed_by: str = "comparing VAEs", kind: str = "AutoencoderKL",
+         files: tuple[File, ...] = (), inside: str = "", gated: bool = False) -> Asset:  # fmt: skip
+    expects = {"class": kind, "latent_channels": channels} | ({"scaling_factor": scale} if scale else {})
+    files = files or (File(f"{inside}config.json"), File(f"{inside}diffusion_pytorch_model.safetensors"))
+    used_by = "--model.vae.name FOLDER or --vae FOLDER"
+    return Asset(name, files, needed_by, licence, hub, gated, used_by, model=Model("vae", _REBUILDS, expects=expects))
+
+
+def _rae(encoder: str, hub: str) -> Asset:
+    licence = "see its model card (encoder and decoder are of different origin)"
+    files = File("config.json"), File("diffusion_pytorch_model.safetensors")
+    model = Model("rae", _REBUILDS, expects={"class": "AutoencoderRAE", "encoder_type": encoder, "reshape_to_2d": True})
+    note = "file names are diffusers' usual ones, not looked up here"
+    return Asset(f"rae-{encoder}", files, "comparing with RAE (diffusers' AutoencoderRAE)", licence, f"nyu-visionx/RAE-{hub}-ViTXL-n08", note=note, model=model)
+
+
+def _two_towers(name: str, hub: str, patch: int, weights: str = "model.safetensors") -> Asset:
+    owner, repository = hub.split("/")
+    kind = repository.partition("-")[0]
+    licence = "MIT in github.com/openai/CLIP; its hub page shows none" if owner == "openai" else "Apache-2.0"
+    files = tuple(map(File, ("config.json", weights, "preprocessor_config.json", "tokenizer.json")))
+    model = Model("two towers", _EMBEDS, 224, {"model_type": kind, "patch_size": patch})
+    return Asset(name, files, f"comparing with {'CLIP' if kind == 'clip' else 'SigLIP'}", licence, hub, model=model)
+
+
+def _openvision(name: str, hub: str, patch: int, *, latents: int = 0, sha256: str = "") -> Asset:
+    """Version 1 has a text tower and a vocabulary; 2 and 3 were released without. `latents`: side of what 3 takes."""
+    hub, version = f"UCSC-VLAA/{hub}", name[len("openvision")]
+    weights = File("open_clip_pytorch_model.bin", (), sha256, f"huggingface.co/{hub}/blob/main/open_clip_pytorch_model.bin" if sha256 else "")
+    files = (File("open_clip_config.json"), weights, *([File("vocab.txt")] if version == "1" else []))
+    channels, size = (16, latents * 8) if version == "3" else (3, 224)
+    expects = {"channels": channels, "patch": patch} | ({"side": latents} if latents else {})
+    released = {"1": "", "2": "released without a text tower", "3": "encoder only: released without decoder and text tower"}[version]
+    licence, needed_by, note = {
+        "1": ("Apache-2.0 on the cards of its family", "comparing with OpenVision", "file names are those of its family, not looked up here"),
+        "2": ("unknown; others call it Apache-2.0", "comparing with OpenVision 2", "its card was not seen"),
+        "3": ("see its model card; the VAE Apache-2.0", "the authors' released encoders (with flux-vae)", ""),
+    }[version]
+    model = Model(
+        "openvision 3" if version == "3" else "openvision", _EMBEDS if version == "1" else ("features",), size, expects, released
+    )
+    return Asset(name, files, needed_by, licence, hub, note=note, model=model)
+
+
 _LPIPS_WEIGHTS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
-_LPIPS_LICENCE = "channel weights BSD-2-Clause; backbone torchvision's BSD-3-Clause, trained on ImageNet, whose terms may bind too"
-_LPIPS_SEEN = "seen on bytes in the PyPI wheel lpips 0.1.4"
+
+
+def _lpips(net: str, needed_by: str, backbone: str, backbone_sha256: str, copy: str, linear_sha256: str, linear_size: int) -> Asset:
+    files = (
+        File(backbone, (f"https://download.pytorch.org/models/{backbone}",), backbone_sha256, f"its name; all digits of a copy in huggingface.co/{copy}"),
+        File(f"{net}.pth", (f"{_LPIPS_WEIGHTS}/{net}.pth",), linear_sha256, "seen on bytes in the PyPI wheel lpips 0.1.4", linear_size),
+    )
+    licence = "channel weights BSD-2-Clause; backbone torchvision's BSD-3-Clause, trained on ImageNet, whose terms may bind too"
+    used_by = f"--model.loss.lpips-backbone FOLDER/{backbone} --model.loss.lpips-linear FOLDER/{net}.pth"
+    return Asset(f"lpips-{net}", files, needed_by, licence, used_by=used_by)
+
+
+# -- the table -------------------------------------------------------------------------------------------------------------
+
 _SD_VAE_HASHES = "github.com/Ornn8/bside-olivia-community: tests/installer/test_video_vae_offline.py"
-_VAE_OPTION = "--model.vae.name FOLDER or --vae FOLDER"
 
 _ALL = (
-    Asset(
+    _vae(
         "flux-vae",
-        _vae(
-            "vae/",
-            "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3",
-            "github.com/KAIST-VICLab/ReFlowSET: vae_audit/README.md",
-            167_666_902,
-        ),
-        "the paper's recipes and the released OpenVision 3 encoders",
+        "black-forest-labs/FLUX.1-schnell",
         "Apache-2.0",
-        hub="black-forest-labs/FLUX.1-schnell",
+        16,
+        0.3611,
+        needed_by="the paper's recipes and the released OpenVision 3 encoders",
+        files=(
+            File("vae/config.json"),
+            File(
+                "vae/diffusion_pytorch_model.safetensors",
+                (),
+                "f5b59a26851551b67ae1fe58d32e76486e1e812def4696a4bea97f16604d40a3",
+                "github.com/KAIST-VICLab/ReFlowSET: vae_audit/README.md",
+                167_666_902,
+            ),
+        ),
         gated=True,  # since July 2025, says modal-labs/modal-examples pull request 1301
-        used_by=_VAE_OPTION,
     ),
-    Asset(
+    _vae(
         "sd-vae",
-        (
+        "stabilityai/sd-vae-ft-mse",
+        "MIT",
+        4,
+        0.18215,
+        files=(
             File("config.json", (), "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e", _SD_VAE_HASHES, 547),
             File("diffusion_pytorch_model.safetensors", (), "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815", _SD_VAE_HASHES, 334_643_276),
         ),
-        "comparing VAEs",
-        "MIT",
-        hub="stabilityai/sd-vae-ft-mse",
-        used_by=_VAE_OPTION,
     ),
-    Asset("sd-vae-ema", _vae(), "comparing VAEs", "MIT", hub="stabilityai/sd-vae-ft-ema", used_by=_VAE_OPTION),
-    Asset(
-        "sd3-vae",
-        _vae("vae/"),
-        "comparing VAEs",
-        "Stability AI Community License",
-        hub="stabilityai/stable-diffusion-3-medium-diffusers",
-        gated=True,
-        used_by=_VAE_OPTION,
-    ),
-    Asset("taesd", _vae(), "small runs on SD's latents", "MIT", hub="madebyollin/taesd", used_by=_VAE_OPTION),
-    Asset("taef1", _vae(), "small runs on FLUX.1's latents", "MIT", hub="madebyollin/taef1", used_by=_VAE_OPTION),
-    Asset(
-        "lpips-vgg",
-        (
-            File(
-                "vgg16-397923af.pth",
-                ("https://download.pytorch.org/models/vgg16-397923af.pth",),
-                "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-                "its name; all digits of a copy in huggingface.co/Keiser41/mangaaa: model/vgg16-397923af.pth",
-            ),
-            File("vgg.pth", (f"{_LPIPS_WEIGHTS}/vgg.pth",), "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868", _LPIPS_SEEN, 7289),
-        ),
+    _vae("flux-dev-vae", "black-forest-labs/FLUX.1-dev", "FLUX.1 [dev] non-commercial licence", 16, 0.3611, inside="vae/", gated=True),
+    _vae("sd-vae-ema", "stabilityai/sd-vae-ft-ema", "MIT", 4, 0.18215),
+    _vae("sd3-vae", "stabilityai/stable-diffusion-3-medium-diffusers", "Stability AI Community License", 16, 1.5305, inside="vae/", gated=True),
+    _vae("taesd", "madebyollin/taesd", "MIT", 4, needed_by="small runs on SD's latents", kind="AutoencoderTiny"),
+    _vae("taef1", "madebyollin/taef1", "MIT", 16, needed_by="small runs on FLUX.1's latents", kind="AutoencoderTiny"),
+    _lpips(
+        "vgg",
         "the perceptual loss of high_res; LPIPS (VGG)",
-        _LPIPS_LICENCE,
-        used_by="--model.loss.lpips-backbone FOLDER/vgg16-397923af.pth --model.loss.lpips-linear FOLDER/vgg.pth",
+        "vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        "Keiser41/mangaaa: model/vgg16-397923af.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        7289,
     ),
-    Asset(
-        "lpips-alex",
-        (
-            File(
-                "alexnet-owt-7be5be79.pth",
-                ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",),
-                "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-                "its name; all digits of a copy in huggingface.co/CSWRY/VOSR: torch_cache/checkpoints/alexnet-owt-7be5be79.pth",
-            ),
-            File("alex.pth", (f"{_LPIPS_WEIGHTS}/alex.pth",), "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0", _LPIPS_SEEN, 6009),
-        ),
+    _lpips(
+        "alex",
         "LPIPS (AlexNet)",
-        _LPIPS_LICENCE,
-        used_by="--model.loss.lpips-backbone FOLDER/alexnet-owt-7be5be79.pth --model.loss.lpips-linear FOLDER/alex.pth",
+        "alexnet-owt-7be5be79.pth",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        "CSWRY/VOSR: torch_cache/checkpoints/alexnet-owt-7be5be79.pth",
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        6009,
     ),
     Asset(
         "inception-2015",
@@ -171,7 +240,7 @@ _ALL = (
             ),
         ),
         "gFID, sFID, precision and recall against ImageNet 256",
-        "unknown; it holds 10,000 pictures of ImageNet",
+        "unknown; it holds 10,000 images of ImageNet",
     ),
     Asset(
         "bert-base-uncased",
@@ -181,76 +250,32 @@ _ALL = (
         hub="google-bert/bert-base-uncased",
         used_by="--tokenizer FOLDER/tokenizer.json",
     ),
-    *(
-        Asset(
-            name,
-            tuple(map(File, ("config.json", "preprocessor_config.json", "tokenizer.json", weights))),
-            "comparing with CLIP",
-            "MIT in github.com/openai/CLIP; its hub page shows none",
-            hub=f"openai/{hub}",
-        )
-        for name, hub, weights in (("clip-b16", "clip-vit-base-patch16", "pytorch_model.bin"), ("clip-l14", "clip-vit-large-patch14", "model.safetensors"))
+    _two_towers("clip-b16", "openai/clip-vit-base-patch16", 16, "pytorch_model.bin"),
+    _two_towers("clip-l14", "openai/clip-vit-large-patch14", 14),
+    _two_towers("siglip-b16", "google/siglip-base-patch16-224", 16),
+    _openvision("openvision1-b16", "openvision-vit-base-patch16-224", 16),
+    _openvision("openvision1-l14", "openvision-vit-large-patch14-224", 14),
+    _openvision("openvision2-l14", "openvision2-vit-large-patch14-224-vision-only", 14),
+    _openvision("openvision3-b2-256", "openvision3-vit-base-patch2-32", 2, latents=32),
+    _openvision("openvision3-b2-224", "openvision3-vit-base-patch2-28", 2, latents=28),
+    _openvision(
+        "openvision3-l2-256",
+        "openvision3-vit-large-patch2-32",
+        2,
+        latents=32,
+        sha256="e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69",
     ),
-    Asset(
-        "siglip-b16",
-        tuple(map(File, ("config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"))),
-        "comparing with SigLIP",
-        "Apache-2.0",
-        hub="google/siglip-base-patch16-224",
-    ),
-    *(
-        Asset(
-            name,
-            (*_OPEN_CLIP, File("vocab.txt")),
-            "comparing with OpenVision",
-            "Apache-2.0 on the cards of its family",
-            hub=f"UCSC-VLAA/{hub}",
-            note="file names are those of its family, not looked up here",
-        )
-        for name, hub in (("openvision1-b16", "openvision-vit-base-patch16-224"), ("openvision1-l14", "openvision-vit-large-patch14-224"))
-    ),
-    Asset(
-        "openvision2-l14",
-        _OPEN_CLIP,
-        "comparing with OpenVision 2",
-        hub="UCSC-VLAA/openvision2-vit-large-patch14-224-vision-only",
-        note="its card was not seen; others call it Apache-2.0",
-    ),
-    *(
-        Asset(
-            name,
-            (_OPEN_CLIP[0], File("open_clip_pytorch_model.bin", (), sha256, hash_from)),
-            "the authors' released encoders (with flux-vae)",
-            hub=f"UCSC-VLAA/openvision3-vit-{hub}",
-        )
-        for name, hub, sha256, hash_from in (
-            ("openvision3-b2-256", "base-patch2-32", "", ""),
-            ("openvision3-b2-224", "base-patch2-28", "", ""),
-            (
-                "openvision3-l2-256",
-                "large-patch2-32",
-                "e08712b727e58f1e539f15a2eed96869972cd0f1cfe5baf9ef0b03207999eb69",
-                "huggingface.co/UCSC-VLAA/openvision3-vit-large-patch2-32/blob/main/open_clip_pytorch_model.bin",
-            ),
-        )
-    ),
-    *(
-        Asset(
-            f"rae-{name}",
-            _vae(),
-            "comparing with RAE (diffusers' AutoencoderRAE)",
-            hub=f"nyu-visionx/RAE-{hub}-ViTXL-n08",
-            note="file names are diffusers' usual ones, not looked up here",
-        )
-        for name, hub in (("dinov2", "dinov2-wReg-base"), ("mae", "mae-base-p16"), ("siglip2", "siglip2-base-p16-i256"))
-    ),
+    _rae("dinov2", "dinov2-wReg-base"),
+    _rae("mae", "mae-base-p16"),
+    _rae("siglip2", "siglip2-base-p16-i256"),
     Asset(
         "unitok",
         (File("unitok_tokenizer.pth"),),
         "comparing with UniTok: put it into a checkout of github.com/FoundationVision/UniTok",
         "MIT",
         hub="FoundationVision/unitok_tokenizer",
-        note="a pickle, which the checkout's own code opens",
+        note="a pickle, read with weights_only",
+        model=Model("unitok", _REBUILDS, note=_RANDOM_ONLY, code=("FoundationVision/UniTok", "models/unitok.py", "utils/config.py")),
     ),
     Asset(
         "vila-u",
@@ -259,6 +284,7 @@ _ALL = (
         "MIT on its hub page",
         hub="mit-han-lab/vila-u-7b-256",
         note="its hub page shows 2.71 GB for the weights",
+        model=Model("vila-u", _REBUILDS, note=_RANDOM_ONLY, code=("mit-han-lab/vila-u", "vila_u/model/multimodal_encoder/rqvaesigliptransformer")),
     ),
     Asset(
         "imagenet-names",
@@ -280,11 +306,16 @@ _ALL = (
 ASSETS = {asset.name: asset for asset in _ALL}
 
 
-def named(name: str) -> Asset:
-    """The asset of this name. Raises ValueError with the legal names and the nearest."""
+def find_asset(name: str) -> Asset:
+    """The asset of this name. Raises ValueError with the names to choose from and the nearest one."""
     if name not in ASSETS:
         import difflib
 
         near = difflib.get_close_matches(name, ASSETS, 1, cutoff=0.3)
-        raise ValueError(f"nothing is fetched under {name!r}; legal are all, {', '.join(ASSETS)}{f'; nearest is {near[0]}' if near else ''}")
+        raise ValueError(f"nothing to fetch is called {name!r}. {f'Did you mean {near[0]}? ' if near else ''}Choose one of all, {', '.join(ASSETS)}")
     return ASSETS[name]
+
+
+def licence_of(hub: str) -> str:
+    """The licence of a hub repository; "" where it is not in the table."""
+    return next((asset.licence for asset in ASSETS.values() if asset.hub == hub), "")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.contents import holds
-from openvision3.fetch.download import Downloaded, SourceError, check_url, download
-from openvision3.fetch.sources import ASSETS, HUB, UNKNOWN, Asset, File, named
+from openvision3.fetch.download import Source, SourceError, download, locate_on_hub
+from openvision3.fetch.sources import ASSETS, HUB, UNKNOWN, Asset, File, find_asset
 from openvision3.files import sha256_of, write_whole
 
 # -- where things are ------------------------------------------------------------------------------------------------
@@ -33,10 +33,10 @@ def find(name: str, file: str = "", *, needed_by: str = "", folder: Path | None 
     Raises:
         FileNotFoundError: it is not here; says what to fetch. ValueError: it is damaged, or an unknown name.
     """
-    asset = named(name)
+    asset = find_asset(name)
     wanted = [f for f in asset.files if f.name == file] if file else list(asset.files)
     if not wanted:
-        raise ValueError(f"{name} has no file {file!r}; legal are {', '.join(f.name for f in asset.files)}")
+        raise ValueError(f"{name} has no file {file!r}; choose one of {', '.join(f.name for f in asset.files)}")
     one = wanted[0] if len(wanted) == 1 else None
     place = (folder or default_folder()) / name
     if all((place / f.name).is_file() for f in wanted):
@@ -125,28 +125,25 @@ def _check_size(path: Path, file: File, record: dict[str, dict[str, Any]]) -> No
         raise ValueError(f"{path} has {seen:,} bytes, expected {expected:,}, and {holds(path)}; it is damaged or another file: remove it and fetch again")
 
 
-def _check_hash(subject: str, seen: str, file: File, record: dict[str, dict[str, Any]], todo: str) -> None:
-    """Raises ValueError naming both hashes. `subject` has the hash that was seen."""
-    recorded = record.get(file.name, {}).get("sha256", "")
-    if not seen.startswith(file.sha256):
-        first = "" if len(file.sha256) == 64 else "one that begins with "
-        raise ValueError(f"{subject} sha256 {seen}, expected {first}{file.sha256} ({file.hash_from}); {todo}")
-    if recorded and seen != recorded:
-        raise ValueError(f"{subject} sha256 {seen}, expected {recorded} as first fetched; {todo}")
+def _check_hash(path: Path, file: File, record: dict[str, dict[str, Any]], todo: str) -> str:
+    """The sha256 of a file. Raises ValueError naming both hashes where it is not the published or the recorded one."""
+    seen = sha256_of(path)
+    for expected, whose in ((file.sha256, f"({file.hash_from})"), (record.get(file.name, {}).get("sha256", ""), "as first fetched")):
+        if expected and seen != expected:
+            raise ValueError(f"{path} has sha256 {seen}, expected {expected} {whose}; {todo}")
+    return seen
 
 
 def _check_file(path: Path, file: File, record: dict[str, dict[str, Any]]) -> str:
     """The sha256 of a file that is here and is what it should be. Raises ValueError."""
     _check_size(path, file, record)
-    seen = sha256_of(path)
-    _check_hash(f"{path} has", seen, file, record, "it is damaged or another file: remove it and fetch again")
-    return seen
+    return _check_hash(path, file, record, "it is damaged or another file: remove it and fetch again")
 
 
 def check_published(name: str, file: str, path: Path) -> None:
     """Raises ValueError where `path` does not hold the bytes that are published as this file of an asset; what is not known of them passes."""
-    found = next(f for f in named(name).files if f.name == file)
-    _check_hash(f"{path} has", sha256_of(path), found, {}, f"a number from it would not be what its name says; get it with `openvision3 fetch {name}`")
+    published = next(f for f in find_asset(name).files if f.name == file)
+    _check_hash(path, published, {}, f"a number from it would not be what its name says; get it with `openvision3 fetch {name}`")
 
 
 def check(asset: Asset, folder: Path) -> list[str]:
@@ -192,7 +189,7 @@ def describe(asset: Asset, folder: Path) -> dict[str, Any]:
     files = [
         {
             "name": file.name,
-            "urls": list(_urls(asset, file)),
+            "urls": list(file.urls) or [f"{HUB}/{asset.hub}/resolve/main/{file.name}"],
             "size": record[file.name]["size"] if file.name in record else file.size,
             "sha256": (record[file.name]["sha256"] if file.name in record else file.sha256) or None,
             "hash_from": "fetched.json" if file.name in record and not file.sha256 else file.hash_from or None,
@@ -222,74 +219,59 @@ def fetch(asset: Asset, folder: Path) -> list[str]:
     Raises:
         ValueError: a file has another hash than the one that is published or was recorded. OSError: source or disk.
     """
-    place, told = folder / asset.name, []
+    place, lines = folder / asset.name, []
     for file in asset.files:
         path, record = place / file.name, read_record(place)
-        if path.is_file():
-            seen = _check_file(path, file, record)
-            if file.name not in record:
-                _write_record(place, file, Downloaded(seen, path.stat().st_size), "")
-            told.append(f"{file.name}: was here, sha256 {seen[:12]}")
-            continue
-        got = _download(asset, file, path, record)
-        told.append(f"{file.name}: {readable_size(got.size)}, sha256 {got.sha256[:12]}, {_proof(file, record)}")
-    return told
+        source = None if path.is_file() else _download(asset, file, path, record)
+        sha256, size = _check_file(path, file, record), path.stat().st_size
+        if source is not None or file.name not in record:
+            _write_record(place, file, source or Source(""), sha256, size)
+        if source is None:
+            lines.append(f"{file.name}: was here, sha256 {sha256[:12]}")
+        else:
+            proof = "as published" if file.sha256 else "as first fetched" if file.name in record else "recorded"
+            lines.append(f"{file.name}: {readable_size(size)}, sha256 {sha256[:12]}, {proof}")
+    return lines
 
 
-def _proof(file: File, record: dict[str, Any]) -> str:
-    if len(file.sha256) == 64:
-        return "as published"
-    return "as first fetched" if file.name in record else "recorded" + (" (its first digits as published)" if file.sha256 else "")
+def _download(asset: Asset, file: File, path: Path, record: dict[str, Any]) -> Source:
+    """Fetch a file from the first of its sources that gives it. Raises ValueError, SourceError, OSError."""
+    from huggingface_hub import constants
 
-
-def _download(asset: Asset, file: File, path: Path, record: dict[str, Any]) -> Downloaded:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{asset.name} is not here and HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or copy the files to {path.parent}")
-    token = ""
-    if asset.hub:
-        from huggingface_hub import get_token
-
-        token = get_token() or ""
-    urls, place = _urls(asset, file), path.parents[file.name.count("/")]
-    for i, url in enumerate(urls):
-
-        def keep(got: Downloaded, url: str = url) -> None:
-            todo = f"dropped; if its source has changed and the new one is wanted, remove {place / 'fetched.json'}" if file.name in record else "dropped"
-            _check_hash(f"{url} came with", got.sha256, file, record, todo)
-            _write_record(place, file, got, url)
-
+    recorded = record.get(file.name, {}).get("sha256", "")
+    failure: SourceError | None = None
+    for url in file.urls or ("",):
         try:
-            known = bool(file.sha256) or file.name in record
-            return download(url, path, keep, what=f"{asset.name}: {path.name}", token=token, size=file.size, checked=known)
+            source = Source(url) if url else locate_on_hub(asset.hub, file.name, (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/"))
+            sha256 = file.sha256 or recorded or source.sha256
+            download(source, path, sha256)
+            return source
         except SourceError as error:
-            if i + 1 == len(urls):
-                raise _explained(asset, error, bool(token)) from error
-    raise AssertionError("a file without a source")
+            failure = error
+        except ValueError as error:  # pooch's, which names both hashes
+            whose = file.hash_from or ("as first fetched" if recorded else "as the hub says")
+            renewed = f"; if its source has changed and you want the new file, remove {path.parents[file.name.count('/')] / 'fetched.json'}"
+            raise ValueError(f"{source.url}: {error} Expected: {whose}{renewed if recorded else ''}") from error
+    assert failure is not None
+    raise _explain(asset, failure) from failure
 
 
-def _explained(asset: Asset, error: SourceError, token: bool) -> SourceError:
+def _explain(asset: Asset, error: SourceError) -> SourceError:
     if asset.hub and error.status in (401, 403):
         page = f"{HUB}/{asset.hub}"
-        sign = "the token of HF_TOKEN was shown" if token else "no token is set"
         todo = f"accept its licence on {page}, then set HF_TOKEN to a token of that account" if asset.gated or error.status == 403 else f"look at {page}"
-        return SourceError(f"{asset.name}: {error} ({sign}); it is gated, or not there: {todo}", error.status)
+        return SourceError(f"{asset.name}: {error}; it is gated, or does not exist: {todo}", error.status)
     if error.status in (404, 410):
-        return SourceError(f"{asset.name}: {error}; it has moved: say so to the authors of openvision3, or copy the file to its place by hand", error.status)
+        return SourceError(f"{asset.name}: {error}; it has moved: tell the authors of openvision3, or copy the file to its place by hand", error.status)
     return SourceError(f"{asset.name}: {error}", error.status)
 
 
-def _urls(asset: Asset, file: File) -> tuple[str, ...]:
-    if not asset.hub:
-        return file.urls
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    check_url(endpoint)
-    return (f"{endpoint}/{asset.hub}/resolve/main/{file.name}",)
-
-
-def _write_record(place: Path, file: File, got: Downloaded, url: str) -> None:
+def _write_record(place: Path, file: File, source: Source, sha256: str, size: int) -> None:
     record = read_record(place)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
-    record[file.name] = {"sha256": got.sha256, "size": got.size, "url": url, "commit": got.commit, "fetched": when}
+    record[file.name] = {"sha256": sha256, "size": size, "url": source.url, "commit": source.commit, "fetched": when}
     write_whole(place / "fetched.json", json.dumps(record, indent=2) + "\n")
 
 

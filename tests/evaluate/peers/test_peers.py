@@ -333,7 +333,7 @@ def test_an_old_preprocessor_config_is_read_and_an_odd_one_refused():
     assert pixels_of({"size": 224, "crop_size": 224, "do_center_crop": True, **marks}) == Pixels(224, (0.5,) * 3, (0.5,) * 3, True)
     assert pixels_of({"size": {"height": 384, "width": 384}, **marks, "resample": 2}) == Pixels(384, (0.5,) * 3, (0.5,) * 3, False, "bilinear")
     for odd in ({"size": {"height": 224, "width": 448}}, {"size": 256, "crop_size": 224, "do_center_crop": True}, {"size": 224, "resample": 0}, {}):
-        with pytest.raises(ValueError, match="not built here") as caught:
+        with pytest.raises(ValueError, match="not supported") as caught:
             pixels_of({**marks, **odd})
         assert_one_line(caught)
 
@@ -354,7 +354,7 @@ def test_unknown_names_and_precisions_are_refused(tmp_path):
     for name, told in (("flux", "unknown peer 'flux'"), ("rae-clip", "rae-clip.* published numbers only"), ("omnitokenizer", "published numbers only")):
         with pytest.raises(ValueError, match=f"{told}.*flux-vae.*vila-u"):
             load_peer(name, str(tmp_path))
-    with pytest.raises(ValueError, match=r"fp16.*legal are fp32 and bf16"):
+    with pytest.raises(ValueError, match=r"fp16.*Choose one of fp32, bf16"):
         load_peer("flux-vae", str(tmp_path), precision="fp16")
 
 
@@ -364,13 +364,8 @@ def test_what_is_not_here_is_named_with_its_place_and_licence(tmp_path, name, mo
     for folder in ("", str(tmp_path / "nowhere"), str(tmp_path)):
         with pytest.raises(FileNotFoundError) as caught:
             load_peer(name, folder)
-        told = str(caught.value)
-        assert (
-            PEERS[name].hub in told
-            and PEERS[name].licence in told
-            and (f"openvision3 fetch {name}" in told or name == "vila-u")
-            and PEERS[name].files[0] in told
-        )
+        for words in (PEERS[name].hub, PEERS[name].licence, f"openvision3 fetch {name}", PEERS[name].files[0].name):
+            assert words in str(caught.value)
         assert_one_line(caught)
 
 
@@ -514,13 +509,10 @@ def test_torchvision_is_imported_nowhere_and_libraries_only_when_a_peer_is_loade
 # -- the table and the published numbers ----------------------------------------------------------------------------
 
 
-def test_every_row_of_the_table_is_whole():
+def test_every_peer_has_a_loader_and_what_has_published_numbers_only_is_on_the_page():
     for name, peer in PEERS.items():
-        assert peer.can and set(peer.can) <= set(FUNCTIONS) and peer.size >= 128 and peer.licence and peer.pixels and peer.files, name
-        assert peer.hub.count("/") == 1
+        assert peer.model.loader in peers.LOADERS and set(peer.can) <= set(FUNCTIONS) and peer.model.size >= 128 and peer.hub.count("/") == 1, name
     page = (Path(__file__).parents[3] / "docs" / "peers.md").read_text()
-    for name, peer in PEERS.items():
-        assert f"`{name}`" in page and peer.hub in page, name
     assert all(f"`{name}`" in page for name in ONLY)
 
 

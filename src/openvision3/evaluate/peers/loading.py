@@ -1,4 +1,4 @@
-"""What a foreign network needs before it can be measured: its files found and hashed, pictures and texts as it was given them.
+"""What a foreign network needs before it can be measured: its files found and hashed, images and texts prepared as in its training.
 
 Nothing is downloaded. Errors say in one line what was looked for, where a user gets it, and under which licence.
 """
@@ -10,7 +10,7 @@ import hashlib
 import html
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -22,121 +22,106 @@ from torch import Tensor
 
 from openvision3.contents import contents, short, why_not
 from openvision3.evaluate.protocol import Functions
-from openvision3.fetch.sources import ASSETS
-from openvision3.fetch.store import find as fetched
+from openvision3.fetch.sources import Asset, Model
+from openvision3.fetch.store import find
 from openvision3.files import sha256_of
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One peer: what it can do, and what has to be at hand for it."""
-
-    load: Callable[[Request], Functions]
-    can: tuple[str, ...]
-    """the fields of Functions that it fills"""
-    size: int
-    """side of the pictures that its released weights were trained for"""
-    hub: str
-    """where its weights come from, on huggingface.co"""
-    files: tuple[str, ...]
-    """what is read of it, relative to the folder"""
-    licence: str
-    library: str
-    """what has to be installed beside torch"""
-    pixels: str
-    """how pictures in [-1, 1] become its input, and back"""
-    expects: Mapping[str, Any] = field(default_factory=dict)
-    """what its config has to say, so that no number gets another model's name"""
-    note: str = ""
-    """stands beside its numbers"""
-
-
-@dataclass(frozen=True)
 class Request:
-    """One call of `load_peer`, its folder found."""
+    """A peer to be loaded, its folder found."""
 
-    name: str
-    peer: Peer
+    asset: Asset
     folder: Path
     device: str
     precision: str
+
+    @property
+    def model(self) -> Model:
+        assert self.asset.model is not None
+        return self.asset.model
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """On the device, without gradient, in the precision asked for; the result in fp32 on the CPU."""
+        """On the device, without gradient, in the requested precision; the result in fp32 on the CPU."""
         with torch.no_grad(), torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16"):
-            return function(*(each.to(self.device) for each in inputs)).float().cpu()
+            return function(*(tensor.to(self.device) for tensor in inputs)).float().cpu()
 
     def file(self, *names: str) -> Path:
         """The first of these files that the folder has. Raises FileNotFoundError."""
         for name in names:
             if (self.folder / name).exists():
                 return self.folder / name
-        raise FileNotFoundError(f"{self.folder} holds no {' or '.join(names)}; {needed(self.name, self.peer)}")
+        raise FileNotFoundError(f"{self.folder} holds no {' or '.join(names)}; {what_is_needed(self.asset)}")
 
     def json(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads(self.file(name).read_text(encoding="utf-8"))
-            if isinstance(found, dict):
-                return found
-            raise ValueError(f"a {type(found).__name__}, not an object")
+            values = json.loads(self.file(name).read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            raise ValueError(f"a {type(values).__name__}, not an object")
         except ValueError as error:
             raise ValueError(f"{self.folder / name} is no JSON object: {short(error)}; get it anew") from error
 
-    def check(self, found: Mapping[str, Any]) -> None:
+    def check(self, config: Mapping[str, Any]) -> None:
         """Raises ValueError where the weights are another model's."""
-        for name, legal in self.peer.expects.items():
-            if name in found and found[name] != legal:
-                raise ValueError(f"{self.folder} holds no {self.name}: {name} is {found[name]!r}, not {legal!r}; {needed(self.name, self.peer)}")
+        for name, expected in self.model.expects.items():
+            if name in config and config[name] != expected:
+                seen = f"{name} is {config[name]!r}, not {expected!r}"
+                raise ValueError(f"{self.folder} holds no {self.asset.name}: {seen}; {what_is_needed(self.asset)}")
 
-    def functions(self, can: Mapping[str, Callable], sha256: str, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True) -> Functions:
-        """What the loaders return, with what is known of every peer filled in."""
-        assert set(can) == set(self.peer.can), f"{self.name} can {sorted(can)}, its row says {sorted(self.peer.can)}"
-        notes = "; ".join(part for part in (other_weights(self.name, sha256), self.peer.note, note, f"pictures: {self.peer.pixels}") if part)
-        return Functions(self.name, size or self.peer.size, dtype or self.precision, sha256, self.peer.licence, note=notes, fixed=fixed, **can)
+    def functions(self, can: Mapping[str, Callable], sha256: str, pixels: str, *, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True) -> Functions:
+        """What the loaders return, with the facts of the table; `pixels` says how images become the input, and back."""
+        asset, model = self.asset, self.model
+        assert set(can) == set(model.can), f"{asset.name} can {sorted(can)}, its row says {sorted(model.can)}"
+        notes = "; ".join(part for part in (other_weights(asset, sha256), model.note, note, f"images: {pixels}") if part)
+        return Functions(asset.name, size or model.size, dtype or self.precision, sha256, asset.licence, note=notes, fixed=fixed, **can)
 
 
-def other_weights(name: str, sha256: str) -> str:
-    """What a peer's rows have to say where its weights are known to be others than the published ones; "" where they are these or nothing is known."""
-    published = [file.sha256 for file in ASSETS[name].files if file.sha256 and file.name.endswith((".safetensors", ".bin"))] if name in ASSETS else []
-    if len(published) != 1 or sha256.startswith(published[0]):
+def other_weights(asset: Asset, sha256: str) -> str:
+    """What a peer's rows have to say where its weights are known not to be the published ones; else ""."""
+    published = [file.sha256 for file in asset.files if file.sha256 and file.name.endswith((".safetensors", ".bin"))]
+    if len(published) != 1 or sha256 == published[0]:
         return ""
     return f"NOT the published weights: sha256 {sha256[:12]}..., theirs is {published[0][:12]}..."
 
 
-def find(name: str, peer: Peer, folder: str) -> Path:
-    """The folder that was named, else where `openvision3 fetch` has put it, else the hub client's cache. Raises FileNotFoundError."""
+def find_folder(asset: Asset, folder: str) -> Path:
+    """The folder that was named, else the one of `openvision3 fetch`, else the one in the hub client's cache. Raises FileNotFoundError."""
+    assert asset.model is not None
     if folder:
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no such folder: {folder}; {needed(name, peer)}")
+            raise FileNotFoundError(f"no such folder: {folder}; {what_is_needed(asset)}")
         return Path(folder)
-    if name in ASSETS and "checkout" not in peer.library:
+    if not asset.model.code:
         with contextlib.suppress(FileNotFoundError):
-            found = fetched(name)
-            return found if found.is_dir() else found.parent
+            return find(asset.name)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(peer.hub, local_files_only=True))
+        return Path(snapshot_download(asset.hub, local_files_only=True))
     except Exception as error:  # the hub client raises a dozen kinds; all mean the same here
-        raise FileNotFoundError(f"{name} is not on this machine; {needed(name, peer)}") from error
+        raise FileNotFoundError(f"{asset.name} is not on this machine; {what_is_needed(asset)}") from error
 
 
-def needed(name: str, peer: Peer) -> str:
-    how = f"openvision3 fetch {name}, or name their folder" if name in ASSETS else "get them there, and name their folder"
-    beside = f", and {peer.library}" if "checkout" in peer.library else ""
-    return f"needed are {', '.join(peer.files)} of huggingface.co/{peer.hub} ({peer.licence}){beside}: {how} with --peer-folder {name}=FOLDER"
+def what_is_needed(asset: Asset) -> str:
+    assert asset.model is not None
+    code = asset.model.code
+    files = ", ".join([*code[1:], *(file.name for file in asset.files)])
+    checkout = f", in a checkout of github.com/{code[0]}" if code else ""
+    how = f"openvision3 fetch {asset.name}, then name " + ("the checkout" if code else "their folder, if it is not the default one,")
+    return f"it needs {files} of huggingface.co/{asset.hub} ({asset.licence}){checkout}: {how} with --peer-folder {asset.name}=FOLDER"
 
 
-# -- pictures -------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pictures (B, 3, H, W) in [-1, 1] -> a network's input (B, 3, size, size).
+    """Images (B, 3, H, W) in [-1, 1] -> a network's input (B, 3, size, size).
 
     Resizing is torch's, with antialiasing, on values that are not rounded to 8 bits in between as Pillow's are.
     """
@@ -159,25 +144,25 @@ class Pixels:
 
 
 def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """Pictures of that size, antialiased and clamped to [-1, 1]; untouched where they have it already."""
+    """Images of that size, antialiased and clamped to [-1, 1]; unchanged where they have it already."""
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images.float(), (height, width), mode=mode, antialias=True).clamp(-1, 1)
 
 
 def pixels_of(config: Mapping[str, Any]) -> Pixels:
-    """A preprocessor_config.json of transformers, old or new, as Pixels. Raises ValueError for what it does not say or we do not do."""
+    """A preprocessor_config.json of transformers, old or new, as Pixels. Raises ValueError for what it lacks or we do not support."""
     try:
         crop = bool(config.get("do_center_crop", False))
-        told_size = config["crop_size"] if crop else config["size"]
-        size = told_size if isinstance(told_size, int) else told_size["height"]
+        named = config["crop_size"] if crop else config["size"]
+        size = named if isinstance(named, int) else named["height"]
         mode: Literal["bicubic", "bilinear"] = {2: "bilinear", 3: "bicubic"}[config.get("resample", 3)]  # type: ignore[assignment]
         edge = config["size"] if isinstance(config["size"], int) else config["size"].get("shortest_edge", config["size"].get("height"))
-        if edge != size or (not isinstance(told_size, int) and told_size["width"] != size):
+        if edge != size or (not isinstance(named, int) and named["width"] != size):
             raise ValueError(f"size {config['size']} with crop_size {config.get('crop_size')}")
         return Pixels(size, tuple(config["image_mean"]), tuple(config["image_std"]), crop, mode)
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"preprocessor_config.json asks for pictures in a way that is not built here: {short(error)}; legal are squares") from error
+        raise ValueError(f"preprocessor_config.json describes a preparation of images that is not supported: {short(error)}; only squares are") from error
 
 
 def only_at(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
@@ -201,7 +186,7 @@ def only_at(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor
 
 
 class TextIds:
-    """Texts -> ids (B, T) as a tokenizer.json says, cut to `positions` with the end mark kept, padded with `pad_id` to all positions."""
+    """Texts -> ids (B, T) as a tokenizer.json says, cut to `positions` with the end token kept, padded with `pad_id` to all positions."""
 
     def __init__(self, path: Path, positions: int, pad_id: int):
         from tokenizers import Tokenizer
@@ -211,7 +196,7 @@ class TextIds:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {why_not(path, 'JSON', error):.200}; get it anew") from error
         if not self.tokenizer.encode("").ids:
-            raise ValueError(f"{path} ends texts without a mark, from which the embedding is read; get the file that stands beside the weights")
+            raise ValueError(f"{path} adds no end token, from which the embedding is read; get the file that lies beside the weights")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(positions)
         self.positions, self.pad_id = positions, pad_id
@@ -222,7 +207,7 @@ class TextIds:
 
 
 class WordPieceIds:
-    """Texts -> ids (B, T) as OpenVision 1 was given them: begin mark, pieces, end mark, padding, and the class mark in the last place."""
+    """Texts -> ids (B, T) as OpenVision 1 was trained on them: begin token, pieces, end token, padding, and the class token in the last place."""
 
     BEGIN, END, CLASS, PAD = 1, 2, 101, 0
 
@@ -250,11 +235,11 @@ def shards(path: Path) -> list[Path]:
     """A file of weights as itself, an index of shards as the shards. Raises FileNotFoundError for one that is missing."""
     if not path.name.endswith(".index.json"):
         return [path]
-    found = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
-    for shard in found:
+    parts = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+    for shard in parts:
         if not shard.is_file():
             raise FileNotFoundError(f"{path} names {shard.name}, which is not beside it; get it anew")
-    return found
+    return parts
 
 
 def weights_sha256(files: Iterable[Path]) -> str:
@@ -278,21 +263,21 @@ def library_of(name: Literal["diffusers", "transformers"]) -> Any:
 
 
 @contextlib.contextmanager
-def told(asked: Request) -> Iterator[None]:
-    """What goes wrong in the libraries that read weights, in one line."""
+def one_line_errors(request: Request) -> Iterator[None]:
+    """Turn what the libraries that read weights raise into a ValueError of one line."""
     try:
         yield
     except (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, ImportError, SafetensorError, UnpicklingError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else short(error)
         if isinstance(error, SafetensorError | EOFError) or "Unable to load weights" in what:
-            files = sorted(file for ending in ("safetensors", "bin") for file in Path(asked.folder).glob(f"*.{ending}"))
+            files = sorted(file for ending in ("safetensors", "bin") for file in request.folder.glob(f"*.{ending}"))
             seen = {file.name: contents(file) for file in files}
             foreign = [f"{name} holds {kind}" for name, kind in seen.items() if not kind.startswith(("safetensors", "a PyTorch", "a Python pickle"))]
             what = foreign[0] if foreign else "its file of weights is cut short or damaged; get it anew"
-        raise ValueError(f"{asked.name} cannot be loaded from {asked.folder}: {what}") from error
+        raise ValueError(f"{request.asset.name} cannot be loaded from {request.folder}: {what}") from error
 
 
-def complete(asked: Request, wrong: Sequence[Any]) -> None:
-    """The libraries would go on with random numbers. Raises ValueError."""
-    if wrong:
-        raise ValueError(f"the weights in {asked.folder} do not fit its config.json: {len(wrong)} missing or of another shape, the first is {wrong[0]}")
+def check_complete(request: Request, misfits: Sequence[Any]) -> None:
+    """Raises ValueError where weights are missing: the libraries would go on with random ones."""
+    if misfits:
+        raise ValueError(f"the weights in {request.folder} do not fit its config.json: {len(misfits)} missing or of another shape; the first is {misfits[0]}")
