@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,7 +125,7 @@ def test_a_hub_file_keeps_its_place_and_its_commit_is_recorded(two, home, server
 def test_other_bytes_than_the_published_ones_are_refused_and_dropped(two, home, server, capsys):
     server.files["/mirror"] = OTHER
     told = refused(capsys, "two")
-    assert f"/mirror: SHA256 hash" in told and f"expected {SHA256} but got {hashlib.sha256(OTHER).hexdigest()}" in told and "Expected: a page" in told
+    assert "/mirror: SHA256 hash" in told and f"expected {SHA256} but got {hashlib.sha256(OTHER).hexdigest()}" in told and "Expected: a page" in told
     assert names(home) == []
 
 

@@ -73,7 +73,9 @@ class Request:
                 seen = f"{name} is {config[name]!r}, not {expected!r}"
                 raise ValueError(f"{self.folder} holds no {self.asset.name}: {seen}; {what_is_needed(self.asset)}")
 
-    def functions(self, can: Mapping[str, Callable], sha256: str, pixels: str, *, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True) -> Functions:
+    def functions(
+        self, can: Mapping[str, Callable], sha256: str, pixels: str, *, size: int = 0, note: str = "", dtype: str = "", fixed: bool = True
+    ) -> Functions:
         """What the loaders return, with the facts of the table; `pixels` says how images become the input, and back."""
         asset, model = self.asset, self.model
         assert set(can) == set(model.can), f"{asset.name} can {sorted(can)}, its row says {sorted(model.can)}"
