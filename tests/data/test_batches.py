@@ -22,7 +22,7 @@ from openvision3.data.folders import FolderSource
 from openvision3.data.images import to_tensor
 from openvision3.data.openmoji import EmojiSource
 from openvision3.data.order import Mix, ShardShuffle, Shuffle
-from openvision3.data.problems import count_reasons
+from openvision3.data.problems import Problems, count_reasons
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.sources import MixedSource
 from openvision3.data.text import TextTokenizer
@@ -68,7 +68,7 @@ def test_batches_are_the_same_with_no_worker_and_with_two(emoji, words, broken):
     mixed = MixedSource([emoji, broken])
     alone, two = (batches(mixed, words, captions=2, pixel_share=0.5, workers=n) for n in (0, 2))
     assert same(take(alone, 3, 12), take(two, 3, 12))
-    assert alone.problems.first == two.problems.first and alone.problems.counts == two.problems.counts
+    assert list(alone.problems) == list(two.problems) and alone.problems.counts == two.problems.counts
 
 
 def test_a_run_that_starts_later_gets_the_same_batches(emoji, words):
@@ -178,7 +178,7 @@ def test_a_broken_sample_is_replaced_counted_once_and_the_batch_stays_full(broke
     seen = {int(key) for batch in rows for key in batch["sample_key"]}
     assert seen == usable
     assert count_reasons(made.problems) == {"no caption": 2, "not an image": 1, "too small": 1}
-    assert {Path(p["key"]).name for p in made.problems.first} == {"03.png", "05.png", "07.png", "09.png"}
+    assert {Path(p["key"]).name for p in made.problems} == {"03.png", "05.png", "07.png", "09.png"}
 
 
 def test_a_good_neighbour_is_the_same_beside_a_broken_sample(broken, words):
@@ -232,7 +232,7 @@ def test_a_shard_that_vanishes_is_counted_not_fatal(tmp_path, emoji, words):
 
 def test_problems_found_when_the_data_was_opened_are_there_from_the_start(emoji, words):
     source = EmojiSource(emoji.emoji, problems=[{"key": "x", "reason": "damaged shard", "detail": ""}])
-    assert batches(source, words).problems.take_new() == source.problems
+    assert batches(source, words).problems.take_new() == list(source.problems)
 
 
 def test_the_first_caption_is_predicted_and_contrasted_and_others_are_drawn(words):
@@ -313,7 +313,7 @@ def test_an_empty_source_is_an_error_at_once(words):
 
 def test_evaluation_sees_every_usable_picture_once_in_order_and_names_the_rest(broken):
     (broken.folder / "11.png").write_bytes(b"")
-    problems: list[dict[str, str]] = []
+    problems = Problems()
     got = list(evaluation_batches(broken, 16, 4, problems))
     keys = [Path(key).stem for _, names, _, _ in got for key in names]
     assert keys == ["00", "01", "02", "04", "05", "06", "07", "08", "09", "10"]

@@ -15,7 +15,7 @@ from shard_files import jpeg, write_shard
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches
 from openvision3.data.captions import Captions, TextError, clean_captions, decode_text, json_object, read_text, text_captions
 from openvision3.data.folders import FolderSource
-from openvision3.data.problems import count_reasons
+from openvision3.data.problems import Problems, count_reasons
 from openvision3.data.shards.check import check_shard
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.text import TextTokenizer
@@ -106,7 +106,7 @@ def test_text_that_is_not_utf_8_is_counted_in_training_and_its_image_stays_in_ev
         batches = TrainingBatches(source, words, BatchPlan(TextShape(8, 8), size=32, batch=4, seed=0))
         next(batches.from_step(0))
         assert count_reasons(batches.problems) == {"not UTF-8": len(NO_TEXT)}
-        problems: list[dict[str, str]] = []
+        problems = Problems()
         (rows,) = evaluation_batches(source, 32, 99, problems)
         assert rows[3] == [("a red heart",), *[()] * len(NO_TEXT)] and count_reasons(problems) == {"not UTF-8": len(NO_TEXT)}
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from openvision3 import cli
 from openvision3.data import fingerprint, openmoji
-from openvision3.data.fingerprint import CELL, WIDTH, Fingerprint, describe, near_duplicates, normalised, take, text_hash
+from openvision3.data.fingerprint import CELL, WIDTH, Fingerprint, describe, near_duplicates, normalised, take_fingerprint, text_hash
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import to_tensor
 from openvision3.data.openmoji import EmojiSource
@@ -130,7 +130,7 @@ def test_a_caption_is_normal_once_and_for_all(text):
 @pytest.fixture(scope="module")
 def taken() -> tuple[EmojiSource, Fingerprint]:
     source = EmojiSource(openmoji.load_emoji().train[:70], aliases=True)
-    return source, take(source, ("openmoji",), [])
+    return source, take_fingerprint(source, ("openmoji",))
 
 
 def test_a_fingerprint_knows_its_captions_families_and_images_and_no_others(taken):
@@ -157,7 +157,7 @@ def test_a_file_gives_it_back_and_holds_no_caption_and_few_bytes_an_image(taken,
 
 def test_several_are_joined_to_one_of_all(taken, tmp_path):
     _, found = taken
-    other = take(EmojiSource(openmoji.load_emoji().train[60:80]), ("more",), [])
+    other = take_fingerprint(EmojiSource(openmoji.load_emoji().train[60:80]), ("more",))
     both = Fingerprint.joined([found, other])
     assert (both.data, both.samples, len(both.images), len(both.keys)) == (("openmoji", "more"), 90, 90, 90)
     assert set(both.captions) == set(found.captions) | set(other.captions) and (np.diff(both.captions) > 0).all()
@@ -184,7 +184,7 @@ def test_the_command_counts_what_cannot_be_used(tmp_path, capsys):
     assert "4 samples, 3 images, 3 captions, 0 families" in told and "  1 " in told and "broken.jpg" in told
     found = Fingerprint.load(out)
     assert found.has_caption("Photo 2") and found.data == (str(folder),)
-    assert len(list(found.nearest(torch.from_numpy(take(FolderSource(folder), (), []).images)))) == 3
+    assert len(list(found.nearest(torch.from_numpy(take_fingerprint(FolderSource(folder), ()).images)))) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from openvision3 import distributed
 from openvision3.data import problems as module
-from openvision3.data.problems import KEPT, Problem, Problems, count_reasons, reasons_in_words
+from openvision3.data.problems import Problem, Problems, count_reasons, reasons_in_words
 from openvision3.train import loop as train
 from openvision3.train.run_folder import RunFolder, read_skipped
 
@@ -17,16 +17,16 @@ def problem(number: int, reason: str = "too small") -> Problem:
     return {"key": f"shard/{number:09d}", "reason": reason, "detail": f"{number} pixels"}
 
 
-def test_a_hundred_thousand_problems_are_counted_exactly_and_a_bounded_number_is_kept():
+def test_a_hundred_thousand_problems_are_counted_exactly_and_not_kept_once_handed_over():
     found = Problems()
     for _ in range(2):  # two epochs
         for number in range(100_000):
             found.add(problem(number, "too small" if number % 4 else "truncated"))
             if number % 1000 == 0:
                 found.take_new(), found.take_own()
-    assert len(found) == 100_000 and found.exact
+    assert len(found) == 100_000 and found.is_exact
     assert count_reasons(found) == {"too small": 75_000, "truncated": 25_000}
-    assert count_reasons(found.first) == {"too small": KEPT, "truncated": KEPT}
+    assert not list(found), "what was handed over is not kept"
     assert reasons_in_words(found) == "75000 too small, 25000 truncated"
 
 
@@ -55,7 +55,7 @@ def test_ranks_tell_each_other_only_what_is_new_and_count_a_sample_once(monkeypa
     for count in (3, 3, 5):
         for number in range(count):
             found.add(problem(number))
-        train._share_problems(SimpleNamespace(problems=found))  # type: ignore[arg-type]
+        train._Loop._share_problems(SimpleNamespace(batches=SimpleNamespace(problems=found)))  # type: ignore[arg-type]
     assert handed == [3, 0, 2]
     assert found.take_new() == [problem(number) for number in (0, 1, 2, 50, 3, 4, 51)]
 
@@ -78,7 +78,7 @@ def test_beyond_the_bound_of_what_is_known_problems_count_each_time_and_that_is_
     assert reasons_in_words(found) == "4 too small"
     for number in (4, 4, 0):
         found.add(problem(number))
-    assert len(found) == 6 and not found.exact
+    assert len(found) == 6 and not found.is_exact
     assert reasons_in_words(found) == "6 too small (those after the first 4 are counted each time they are met)"
 
 

@@ -224,11 +224,12 @@ def test_damaged_metadata_is_counted_and_silent_whatever_filters_stand_in_front(
 def test_training_evaluation_and_check_count_damaged_metadata_and_use_the_image(tmp_path):
     from openvision3.data.batches import evaluation_batches
     from openvision3.data.folders import FolderSource
+    from openvision3.data.problems import Problems
     from openvision3.data.shards.check import check_folder
 
     (tmp_path / "a.jpg").write_bytes(damaged())
     (tmp_path / "a.txt").write_text("two corners")
-    problems: list[dict[str, str]] = []
+    problems = Problems()
     (batch,) = evaluation_batches(FolderSource(tmp_path), 16, 4, problems)
     assert len(batch[0]) == 1
     assert [problem["reason"] for problem in problems] == [images.DAMAGED]

@@ -10,7 +10,7 @@ from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli, hub
 from openvision3.data import openmoji
-from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take
+from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take_fingerprint
 from openvision3.data.folders import FolderSource
 from openvision3.data.openmoji import EmojiSource
 from openvision3.evaluate.overlap import Known, Overlap, of_model
@@ -53,7 +53,7 @@ def data(train, tmp_path_factory):
 
 def test_copies_of_images_and_of_captions_are_seen_and_each_counts_where_it_matters(train, data):
     source = FolderSource(data)
-    overlap, pictures = looked(source, take(FolderSource(train), ("train",), []))
+    overlap, pictures = looked(source, take_fingerprint(FolderSource(train), ("train",)))
     names = {index: source.files[index].name for index in range(len(source))}
     assert {names[i] for i in overlap.seen("reconstruction", range(6))} == {"a.png", "b.jpg"}
     assert {names[i] for i in overlap.seen("retrieval", range(6))} == {names[i] for i in overlap.seen("captioning", range(6))} == {"a.png", "b.jpg", "20.png"}
@@ -64,28 +64,28 @@ def test_copies_of_images_and_of_captions_are_seen_and_each_counts_where_it_matt
 
 
 def test_the_parts_have_every_sample_once_the_unseen_first(train, data):
-    overlap, _ = looked(FolderSource(data), take(FolderSource(train), (), []))
+    overlap, _ = looked(FolderSource(data), take_fingerprint(FolderSource(train), ()))
     parts = overlap.parts("retrieval", range(6))
     assert [name.split(" (")[0] for name in parts] == ["unseen in training", "seen in training"]
     assert [len(part) for part in parts.values()] == [3, 3] and set.union(*parts.values()) == set(range(6))
-    everything, _ = looked(FolderSource(train), take(FolderSource(train), (), []))
+    everything, _ = looked(FolderSource(train), take_fingerprint(FolderSource(train), ()))
     assert [name.split(" (")[0] for name in everything.parts("probe", range(8))] == ["seen in training"]
-    nothing, _ = looked(FolderSource(data), take(EmojiSource(openmoji.load_emoji().train[:3]), (), []))
+    nothing, _ = looked(FolderSource(data), take_fingerprint(EmojiSource(openmoji.load_emoji().train[:3]), ()))
     assert [name.split(" (")[0] for name in nothing.parts("retrieval", range(6))] == ["unseen in training"]
-    unknown, _ = looked(FolderSource(data), take(FolderSource(train), (), []), kinds=("reconstruction",))
+    unknown, _ = looked(FolderSource(data), take_fingerprint(FolderSource(train), ()), kinds=("reconstruction",))
     assert unknown.parts("retrieval", range(6)) == {} and len(unknown.parts("reconstruction", range(6))) == 2
 
 
 def test_an_emoji_is_seen_where_its_family_is():
     emoji = {e.name: e for e in openmoji.load_emoji().every}
-    known = take(EmojiSource((emoji["man firefighter"],)), (), [])
+    known = take_fingerprint(EmojiSource((emoji["man firefighter"],)), ())
     source = EmojiSource((emoji["woman firefighter dark skin tone"], emoji["pizza"]))
     overlap, _ = looked(source, known)
     assert overlap.seen("reconstruction", (0, 1)) == {0} and overlap.counts()["families in common"] == 1
 
 
 def test_what_a_vae_has_seen_counts_for_rebuilding_alone(train):
-    overlap, _ = looked(FolderSource(train), take(FolderSource(train), (), []), kinds=("reconstruction",))
+    overlap, _ = looked(FolderSource(train), take_fingerprint(FolderSource(train), ()), kinds=("reconstruction",))
     assert overlap.seen("reconstruction", range(8)) == set(range(8)) and overlap.seen("retrieval", range(8)) == set()
     assert overlap.told("retrieval") == "not known; name the training data with --train"
 
@@ -157,5 +157,5 @@ def test_the_shipped_mini_and_its_vae_know_what_they_were_trained_on():
     for each in known:
         assert each.fingerprint.samples == 7755 and len(each.fingerprint.images) > 7000
         assert sum(each.fingerprint.has_family(source.family(i)) for i in range(len(test))) == 154
-    drawn = take(EmojiSource(openmoji.load_emoji().train[:40]), (), [])
+    drawn = take_fingerprint(EmojiSource(openmoji.load_emoji().train[:40]), ())
     assert len(list(known[0].fingerprint.nearest(torch.from_numpy(drawn.images)))) >= 35

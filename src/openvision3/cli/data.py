@@ -186,7 +186,7 @@ def fingerprint(
         cache: the folder for copies of remote shards.
         cache_gb: the largest size of that folder, in GB.
     """
-    from openvision3.data.fingerprint import take
+    from openvision3.data.fingerprint import take_fingerprint
     from openvision3.data.names import DataOptions, open_source
     from openvision3.data.problems import count_reasons
     from openvision3.files import check_writable
@@ -199,8 +199,8 @@ def fingerprint(
     check_writable(path.absolute().parent, "--out")
     options = DataOptions(only=read_rules(only), caption_keys=caption_keys, aliases=aliases, index=index, cache=cache, cache_gb=cache_gb)
     source = open_source(data, options, watch=track)
+    found = take_fingerprint(source, data, source.problems, track)
     problems = list(source.problems)
-    found = take(source, data, problems, track)
     if not len(found.images):
         raise ValueError(f"none of the {len(source)} samples can be used: {', '.join(f'{n} {why}' for why, n in count_reasons(problems).items())}")
     path.parent.mkdir(parents=True, exist_ok=True)

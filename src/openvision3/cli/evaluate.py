@@ -241,7 +241,7 @@ def run(kind: str, options: Options, command: Sequence[str]) -> int:
         for place, each in enumerate(work.kinds, 1):
             MEASURE[each](work)
             work.pictures.share()
-            work.results.skipped = work.pictures.problems
+            work.results.skipped = list(work.pictures.problems)
             work.results.seconds = time.perf_counter() - start
             if ranks.rank == 0 and work.kinds[place:] and work.results.rows:  # so that a kill loses one kind and not all
                 later = [NotRun(model.name, what, "not measured yet: stopped before") for what in work.kinds[place:] for model in work.models]
@@ -294,7 +294,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
         source = open_source(options.data, _data_options(options, "test"))
     watch = (lambda items, what, total: track(items, what, total)) if rank == 0 and not options.json else (lambda items, what, total: items)
     pictures = Pictures(source, size, options.batch, range(min(options.count or len(source), len(source))), watch)
-    pictures.problems += source.problems
+    pictures.problems.extend(source.problems)
     if options.protocol:
         count, told = PROTOCOL_COUNTS[options.protocol]
         if len(pictures.chosen) != count:
@@ -307,7 +307,7 @@ def prepare(kind: str, options: Options, command: Sequence[str], rank: int) -> E
 def _overlap(options: Options, kinds: Sequence[str], asked: Sequence[str], pictures: Pictures) -> Overlap:
     """What is known of the training data: recorded with MODEL and its VAE, where they are measured, and named with --train."""
     from openvision3 import hub
-    from openvision3.data.fingerprint import Fingerprint, take
+    from openvision3.data.fingerprint import Fingerprint, take_fingerprint
     from openvision3.data.names import open_source
     from openvision3.evaluate.overlap import Known, Overlap, of_model
 
@@ -320,8 +320,8 @@ def _overlap(options: Options, kinds: Sequence[str], asked: Sequence[str], pictu
     of_data = [Fingerprint.load(file) for file in files]
     if names and kinds != ("probe",):  # which compares with them itself
         source = open_source(names, _data_options(options))
-        pictures.problems += source.problems
-        of_data.append(take(source, names, pictures.problems, lambda items, what: pictures.watch(items, what, len(source))))
+        pictures.problems.extend(source.problems)
+        of_data.append(take_fingerprint(source, names, pictures.problems, lambda items, what: pictures.watch(items, what, len(source))))
     if of_data:
         known.append(Known("--train", Fingerprint.joined(of_data), tuple(kind for kind in KINDS if kind != "probe") if names else ()))
         unknown = [who for who in unknown if who != options.model]
@@ -556,7 +556,7 @@ def _probe(work: Evaluation) -> None:
     if found is not None:
         source, train_labels, labels = found
         train = Pictures(source, work.pictures.size, options.batch, None, work.pictures.watch)
-        train.problems += source.problems
+        train.problems.extend(source.problems)
 
         def measure(model: Functions) -> Measured:
             pictures = work.pictures_of(model, "probe")
@@ -564,7 +564,7 @@ def _probe(work: Evaluation) -> None:
             return probe(model, same, train_labels, pictures, labels, options.k, options.device)
 
         _each(work, "probe", measure)
-        work.pictures.problems += [each for each in train.problems if each not in work.pictures.problems]
+        work.pictures.problems.extend(train.problems)
 
 
 MEASURE: dict[str, Callable[[Evaluation], None]] = {

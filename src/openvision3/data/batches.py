@@ -25,7 +25,7 @@ from torch import Tensor
 from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, damage_seen, to_tensor
 from openvision3.data.order import Order
-from openvision3.data.problems import Problems
+from openvision3.data.problems import Problem, Problems
 from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer, sentences
 from openvision3.data.workers import Workers, check_shared_memory, wait
@@ -41,9 +41,9 @@ TRIES = 256
 NEAR = 65_536
 """Positions among which a replacement is sought at first."""
 
-Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[dict[str, str]]]
+Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[Problem]]
 """sample key, image as uint8 (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
-Made = tuple[dict[str, Tensor], list[dict[str, str]]]
+Made = tuple[dict[str, Tensor], list[Problem]]
 """a batch and the problems met on the way"""
 
 
@@ -132,8 +132,7 @@ class TrainingBatches:
         self.rows = range(ranks.rank * local, (ranks.rank + 1) * local)
         self.pieces = local // (plan.micro_batch or local)
         self.problems = Problems()
-        for problem in source.problems:
-            self.problems.add(problem, everywhere=True)
+        self.problems.extend(source.problems, everywhere=True)
         self._orders: dict[int, Order | np.ndarray] = {}
         self._families: list[list[int]] = []
         if plan.families:
@@ -177,7 +176,7 @@ class TrainingBatches:
 
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run, or where it cannot be used the first usable of those drawn instead."""
-        problems: list[dict[str, str]] = []
+        problems: list[Problem] = []
         entry = self._entry(position)
         for attempt in range(TRIES):
             index, epoch = self._at(self._instead(entry, attempt) if attempt else entry)
@@ -197,7 +196,7 @@ class TrainingBatches:
                 else:
                     view = self.source.crop(index, self.size, generator)[0]
             except ImageError as error:
-                problems.append({"key": name, "reason": error.reason, "detail": str(error)})
+                problems.append(error.as_problem(name))
                 continue
             if damage := damage_seen():
                 problems.append({"key": name, **damage})
@@ -314,8 +313,7 @@ class TrainingBatches:
                 if isinstance(item, Exception):
                     raise item
                 batch, problems = item
-                for problem in problems:
-                    self.problems.add(problem)
+                self.problems.extend(problems)
                 batch = self.add_draws(batch, *self._place(number))
                 yield _pin(batch) if self.pinned else batch
 
@@ -369,34 +367,32 @@ def fewer_than_a_batch(samples: int, batch: int) -> str:
 
 
 def evaluation_batches(
-    source: Source, size: int, batch: int, problems: list[dict[str, str]] | None = None, indices: Iterable[int] | None = None
+    source: Source, size: int, batch: int, problems: Problems, indices: Iterable[int] | None = None
 ) -> Iterator[tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]]:
     """(indices, keys, images, captions) of every usable sample in order, in the evaluation view; what is skipped goes to `problems`.
 
-    `indices` names the samples to take (None: all). A picture without a caption that can be used stays, with (): it can be rebuilt, if not retrieved.
+    `indices` names the samples to take (None: all). An image without usable captions stays, with (): it can be reconstructed, if not retrieved.
     """
-    made: list[tuple[int, str, Tensor, tuple[str, ...]]] = []
+    rows: list[tuple[int, str, Tensor, tuple[str, ...]]] = []
     for index in range(len(source)) if indices is None else indices:
-        text = Captions()
+        key, captions = source.key(index), Captions()
         try:
             try:
-                text = source.captions(index)
+                captions = source.captions(index)
             except TextError as error:
-                if problems is not None:
-                    problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+                problems.add(error.as_problem(key))
             image = to_tensor(source.image(index, size))
         except ImageError as error:
-            if problems is not None:
-                problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+            problems.add(error.as_problem(key))
             continue
-        if (damage := damage_seen()) and problems is not None:
-            problems.append({"key": source.key(index), **damage})
-        made.append((index, source.key(index), image, text))
-        if len(made) == batch:
-            yield _columns(made)
-            made = []
-    if made:
-        yield _columns(made)
+        if damage := damage_seen():
+            problems.add({"key": key, **damage})
+        rows.append((index, key, image, captions))
+        if len(rows) == batch:
+            yield _columns(rows)
+            rows = []
+    if rows:
+        yield _columns(rows)
 
 
 def _columns(rows: list[tuple[int, str, Tensor, tuple[str, ...]]]) -> tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]:

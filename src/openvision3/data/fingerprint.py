@@ -20,6 +20,7 @@ from torch import Tensor
 
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.images import to_uint8
+from openvision3.data.problems import Problems
 from openvision3.data.shards.tars import Watch, plain
 from openvision3.data.sources import Source
 from openvision3.files import write_whole
@@ -165,10 +166,12 @@ def _holds(values: np.ndarray, wanted: int) -> bool:
     return place < len(values) and int(values[place]) == wanted
 
 
-def take(source: Source, names: Sequence[str], problems: list[dict[str, str]], watch: Watch = plain, count: int | None = None) -> Fingerprint:
+def take_fingerprint(source: Source, names: Sequence[str], problems: Problems | None = None, watch: Watch = plain, count: int | None = None) -> Fingerprint:
     """Of every usable sample of a source, or of the first `count`; what cannot be used is listed in `problems`. About 2 ms an image on one core."""
     images, keys, captions, families = [], [], set(), set()
-    for indices, of, pictures, texts in evaluation_batches(source, SIZE, AT_A_TIME, problems, watch(range(len(source))[:count], "taking the fingerprint")):
+    for indices, of, pictures, texts in evaluation_batches(
+        source, SIZE, AT_A_TIME, Problems() if problems is None else problems, watch(range(len(source))[:count], "taking the fingerprint")
+    ):
         images.append(describe(pictures).numpy())
         keys += of
         captions |= {text_hash(normalised(text)) for each in texts for text in each}

@@ -221,8 +221,11 @@ class FolderSource(EncodedSource):
         self.texts = Names(contents.texts)
         self._text_of = contents.texts
         self.table: dict[str, list] = {}
-        self.problems += ({**problem, "key": f"{self.labels[0]}/{problem['key']}"} for problem in contents.unused)
+        self._add_problems(contents.unused)
         self._read_tables(contents.tables)
+
+    def _add_problems(self, problems: Iterable[Problem]) -> None:
+        self.problems.extend({**problem, "key": f"{self.labels[0]}/{problem['key']}"} for problem in problems)
 
     def _read_tables(self, paths: list[str]) -> None:
         own = [path for path in paths if Path(path).name.lower().startswith("captions.")]
@@ -234,9 +237,9 @@ class FolderSource(EncodedSource):
                 if own:
                     raise
                 # a metadata.csv may be about anything
-                self.problems.append({"key": f"{self.labels[0]}/{path}", "reason": "table without captions, which is not used", "detail": str(error)})
+                self._add_problems([{"key": path, "reason": "table without captions, which is not used", "detail": str(error)}])
                 continue
-            self.problems += ({**problem, "key": f"{self.labels[0]}/{problem['key']}"} for problem in table.problems)
+            self._add_problems(table.problems)
             for name, captions in table.captions.items():
                 known = present.find(name)
                 if known is not None:
@@ -244,7 +247,7 @@ class FolderSource(EncodedSource):
                     continue
                 near = present.near(name) if missing < 20 else ""  # it looks at every name
                 missing += 1
-                self.problems.append({"key": f"{self.labels[0]}/{name}", "reason": "missing", "detail": f"it has a caption, but there is no such image{near}"})
+                self._add_problems([{"key": name, "reason": "missing", "detail": f"it has a caption, but there is no such image{near}"}])
 
     def __len__(self) -> int:
         return len(self.names)

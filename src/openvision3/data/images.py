@@ -69,6 +69,9 @@ class ImageError(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def as_problem(self, key: str) -> dict[str, str]:
+        return {"key": key, "reason": self.reason, "detail": str(self)}
+
     def __reduce__(self):
         return type(self), (self.reason, str(self))  # so that it can leave a worker process
 

@@ -84,8 +84,9 @@ def open_source(names: tuple[str, ...], options: DataOptions = DataOptions(), *,
     merged = NamedData(any(part.openmoji for part in data), folders, tars)
     sources = [open_parts(part) for part in (data if options.weights else [merged])]
     source = sources[0] if len(sources) == 1 else MixedSource(sources, options.weights)
-    source.problems += [{"key": path, "reason": "missing", "detail": "no such shard or folder"} for part in data for path in part.missing]
-    source.problems += [problem for part in data for problem in part.unused]
+    for part in data:
+        source.problems.extend({"key": path, "reason": "missing", "detail": "no such shard or folder"} for path in part.missing)
+        source.problems.extend(part.unused)
     return source
 
 

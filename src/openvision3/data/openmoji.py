@@ -24,7 +24,7 @@ from torch import Tensor
 from openvision3.data.captions import Captions
 from openvision3.data.identity import digest
 from openvision3.data.images import Box, uint8_tensor
-from openvision3.data.problems import Problem
+from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 
 Side = Literal["train", "val", "test"]
@@ -235,7 +235,7 @@ class EmojiSource(Source):
 
     emoji: tuple[Emoji, ...]
     aliases: bool = False
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
     def __len__(self) -> int:
         return len(self.emoji)

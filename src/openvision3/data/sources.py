@@ -22,7 +22,7 @@ from openvision3.data.crops import CROPS, Box, random_view
 from openvision3.data.identity import content_key, digest
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.order import Mix, Order, Shuffle
-from openvision3.data.problems import Problem
+from openvision3.data.problems import Problems
 from openvision3.draws import draw_seed
 
 PROBED = 16
@@ -35,7 +35,7 @@ MIN_SIDE = 8
 class Source(ABC):
     """What training and evaluation read samples from."""
 
-    problems: list[Problem]
+    problems: Problems
     """what was found unusable while the source was opened"""
 
     labels: Sequence[str] = ()
@@ -120,7 +120,7 @@ class EncodedSource(Source):
 
     def __init__(self, area: tuple[float, float] = (0.4, 1.0), crop: str = "square"):
         self.area, self.evaluation_crop = area, CROPS[crop]
-        self.problems = []
+        self.problems = Problems()
 
     @abstractmethod
     def data(self, index: int) -> bytes | Path: ...
@@ -159,7 +159,9 @@ class MixedSource(Source):
         self.starts = [0]
         for source in sources:
             self.starts.append(self.starts[-1] + len(source))
-        self.problems = [problem for source in sources for problem in source.problems]
+        self.problems = Problems()
+        for source in sources:
+            self.problems.extend(source.problems)
         self.is_remote = any(source.is_remote for source in sources)
 
     def _find(self, index: int) -> tuple[Source, int]:

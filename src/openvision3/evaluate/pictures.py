@@ -15,6 +15,7 @@ from openvision3.data.batches import evaluation_batches
 from openvision3.data.crops import check_size
 from openvision3.data.fingerprint import WIDTH, describe
 from openvision3.data.images import to_uint8
+from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Pictures:
     """which of the source; None: all"""
     watch: Watch = _plain
     """shows progress: (batches, what, how many)"""
-    problems: list[dict[str, str]] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
     digests: dict[int, str] = field(default_factory=dict)
     """sha256 of the view of each picture that was seen, by its index"""
     described: dict[int, bytes] = field(default_factory=dict)
@@ -82,8 +83,7 @@ class Pictures:
         """This rank's pictures, a run of neighbours."""
         chosen, world, rank = self.chosen, distributed.world(), distributed.rank()
         mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world] if world > 1 else chosen
-        found: list[dict[str, str]] = []
-        rows = evaluation_batches(self.source, self.size, self.batch, found, mine)
+        rows = evaluation_batches(self.source, self.size, self.batch, self.problems, mine)
         for row in self.watch(rows, f"{what}, {self.batch} at a time", -(-len(mine) // self.batch)):
             batch = Batch(*row)
             new = [row for row, index in enumerate(batch.indices) if index not in self.digests]
@@ -91,8 +91,6 @@ class Pictures:
                 self.digests[batch.indices[row]] = sha256(to_uint8(batch.images[row]).numpy().tobytes()).hexdigest()
                 self.described[batch.indices[row]] = marks.numpy().tobytes()
             yield batch
-        known = {(problem["key"], problem["reason"]) for problem in self.problems}
-        self.problems += [problem for problem in found if (problem["key"], problem["reason"]) not in known]
 
     def collect(self, what: str, function: Callable[[Batch], Sequence[T]]) -> dict[int, T]:
         """What `function` says of each usable picture, by its index, in the order of the pictures, on every rank.
@@ -132,8 +130,8 @@ class Pictures:
     def share(self) -> None:
         """All ranks know what any of them has seen, and what it could not read."""
         parts = distributed.gather_objects((self.problems, self.digests, self.described))
-        self.problems[:] = list({str(each): each for problems, *_ in parts for each in problems}.values())
-        for _, digests, described in parts:
+        for problems, digests, described in parts:
+            self.problems.extend(problems)
             self.digests.update(digests)
             self.described.update(described)
 

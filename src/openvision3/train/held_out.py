@@ -16,7 +16,7 @@ from openvision3.data.batches import TrainingBatches, evaluation_batches, to_dev
 from openvision3.data.images import to_pil
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.openmoji import EmojiSource
-from openvision3.data.problems import reasons_in_words
+from openvision3.data.problems import Problems, reasons_in_words
 from openvision3.data.sources import Source
 from openvision3.evaluate import protocol
 from openvision3.evaluate.metrics.reconstruction import psnr
@@ -62,7 +62,7 @@ def open_held_out(config: PretrainConfig, training: Source) -> Source:
     if shared := shared_files(source, training):
         more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
         raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on pictures that are not trained on")
-    problems: list[dict[str, str]] = []
+    problems = Problems()
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
         raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
     return source
@@ -93,7 +93,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     """
     values, vae_values = [], []
     captions: list[str] = []
-    problems: list[dict[str, str]] = []
+    problems = Problems()
     rows: list[tuple] = []
     held_out = Losses(pipeline)
     pipeline.model.eval()
@@ -109,8 +109,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
                 captions += [texts[i][0] for i in captioned]
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
-    for problem in problems:
-        batches.problems.add(problem, everywhere=True)
+    batches.problems.extend(problems, everywhere=True)
     if not values:  # they were there when the run began: it goes on without them
         return {"skipped": len(problems)}
     if sheet is not None:
@@ -161,18 +160,19 @@ class Losses:
         return {name: value.item() for name, value in named.items()} | {"contrastive_candidates": int(present[:, 0].sum())}
 
 
-def _shared_rows(source: Source, size: int, problems: list[dict[str, str]]) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
+def _shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
     """(keys, images, captions) of up to EVALUATED images, in order, the same on all ranks: what one cannot read, none gets.
 
     The parts of a sharded model are computed by all ranks together, so that unlike rows would make them wait for each other without end.
     """
     left = EVALUATED
     for start in range(0, len(source), ROWS):
-        unusable: list[dict[str, str]] = []
+        unusable = Problems()
         indices = range(start, min(start + ROWS, len(source)))
         here, keys, images, texts = next(evaluation_batches(source, size, ROWS, unusable, indices), ([], [], torch.empty(0), []))
         everywhere = distributed.gather_objects(({index: bool(text) for index, text in zip(here, texts, strict=True)}, unusable))
-        problems += {(problem["key"], problem["reason"]): problem for _, found in everywhere for problem in found}.values()
+        for _, theirs in everywhere:
+            problems.extend(theirs)
         usable = [place for place, index in enumerate(here) if all(index in rank for rank, _ in everywhere)][:left]
         left -= len(usable)
         if usable:

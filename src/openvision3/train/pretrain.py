@@ -87,7 +87,7 @@ class Pretraining(Training):
             vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
             self.source, self.cache, self.about_cache = _open_data(config, vae)
             self.held_out = open_held_out(config, self.source)
-            self.source.problems += self.held_out.problems
+            self.source.problems.extend(self.held_out.problems)
             tokenizer = _tokenizer(config, self.source, checkpoint or start.out) if ranks.rank == 0 or not config.init else None
         tokenizer = distributed.from_first(tokenizer) if config.init else tokenizer
         assert tokenizer is not None
@@ -295,8 +295,8 @@ def _fingerprint(config: PretrainConfig, source: Source, held_out: Source, run: 
         why = "their images are not at hand" if isinstance(source, CachedSource) else f"they are more than {config.fingerprint:,} samples (--fingerprint)"
         run.say(f"no fingerprint of the training data is written, for {why}; openvision3 data fingerprint DATA --out FILE writes one for evaluate --train FILE")
         return None
-    own = fingerprint.take(source, config.data, [], track)
-    again = list(own.nearest(torch.from_numpy(fingerprint.take(held_out, config.val, [], count=EVALUATED).images)))
+    own = fingerprint.take_fingerprint(source, config.data, watch=track)
+    again = list(own.nearest(torch.from_numpy(fingerprint.take_fingerprint(held_out, config.val, count=EVALUATED).images)))
     if again:
         run.say(f"{len(again)} of the first {min(len(held_out), EVALUATED)} val images are near-duplicates of training images, such as {own.keys[again[0][1]]}")
     found = Fingerprint.joined([each for each in (before, own) if each is not None])
@@ -345,7 +345,7 @@ def _some_captions(source: Source) -> list[str]:
         try:
             found += source.captions(index)
         except ImageError as error:
-            source.problems.append({"key": source.key(index), "reason": error.reason, "detail": str(error)})
+            source.problems.add(error.as_problem(source.key(index)))
     return found
 
 

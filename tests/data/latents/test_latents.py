@@ -245,7 +245,7 @@ def test_a_cache_of_an_older_version_is_read_under_its_names_but_not_written_to(
     old = LatentCache.open(cache.folder)
     made = batches(FolderSource(folder), words, old, pixel_share=1.0)
     first(made, 5)
-    assert {problem["reason"] for problem in made.problems.first} == {"not in the cache"}, "of the image that is none"
+    assert {problem["reason"] for problem in made.problems} == {"not in the cache"}, "of the image that is none"
     with pytest.raises(ValueError, match="older version; it can be trained on but not continued: choose another folder with --out"):
         LatentWriter(cache.folder, FolderSource(folder), vae.encode, settings_of(FolderSource(folder), vae))
     moved = FolderSource(shutil.copytree(folder, tmp_path / "moved"))
@@ -541,7 +541,7 @@ def test_samples_that_the_cache_lacks_or_whose_picture_has_changed_are_replaced_
     made = batches(source, words, cache, pixel_share=0.0)
     keys = {int(key) for batch in first(made, 10) for key in batch["sample_key"]}
     assert keys <= {draw_seed(FolderSource(folder).sample_key(i)) for i in range(10) if i != 5}
-    assert {p["key"] for p in made.problems.first if p["reason"] == "not in the cache"} == {"pics/10.png", "pics/11.png", "pics/12.png", "pics/5.png"}
+    assert {p["key"] for p in made.problems if p["reason"] == "not in the cache"} == {"pics/10.png", "pics/11.png", "pics/12.png", "pics/5.png"}
     changed = FolderSource(folder)
     changed.area = (0.1, 0.2)
     with pytest.raises(ValueError, match=r"256 samples in a row cannot be used.*another picture.*the data have changed"):
@@ -556,8 +556,8 @@ def test_a_damaged_entry_is_replaced_and_listed(cache, folder, words, tmp_path):
         part.write(bytes(2 * CROPS * 512))
     made = batches(FolderSource(folder), words, LatentCache.open(out), pixel_share=0.0)
     first(made, 10)
-    assert {p["key"] for p in made.problems.first if p["reason"] == "damaged latents"} == {"pics/8.png", "pics/9.png"}
-    assert AGAIN in next(p["detail"] for p in made.problems.first if p["reason"] == "damaged latents")
+    assert {p["key"] for p in made.problems if p["reason"] == "damaged latents"} == {"pics/8.png", "pics/9.png"}
+    assert AGAIN in next(p["detail"] for p in made.problems if p["reason"] == "damaged latents")
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------

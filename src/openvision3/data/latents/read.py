@@ -19,7 +19,7 @@ from openvision3.data.captions import Captions
 from openvision3.data.images import Box, ImageError
 from openvision3.data.latents.files import AGAIN, CACHE, KEYS, SETTINGS, Part, PartReader, checksum, draw_crop, find_damage, part_name
 from openvision3.data.latents.settings import OLD_FORMAT, LatentSettings, read_json
-from openvision3.data.shards.index import Problem
+from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 from openvision3.data.tensor_file import TensorFile
 from openvision3.draws import draw_seed
@@ -170,7 +170,7 @@ class CachedSource(Source):
 
     def __init__(self, cache: LatentCache):
         self.cache = cache
-        self.problems: list[Problem] = []
+        self.problems = Problems()
 
     def __len__(self) -> int:
         return len(self.cache)

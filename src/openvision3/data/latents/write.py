@@ -54,7 +54,7 @@ class _Samples:
             captions, family = self.source.captions(index), self.source.family(index)
             crops = [draw_crop(self.source, index, key, settings.size, settings.seed, crop) for crop in range(settings.crops)]
         except ImageError as error:
-            return _Crops(name, problem={"key": name, "reason": error.reason, "detail": str(error)})
+            return _Crops(name, problem=error.as_problem(name))
         words: dict[str, Any] = {"name": name, "captions": captions}
         words |= ({"alike": captions.alike} if captions.alike > 1 else {}) | ({"family": family} if family != name else {})
         return _Crops(name, key, json.dumps(words).encode(), torch.stack([image for image, _ in crops]), [box for _, box in crops])

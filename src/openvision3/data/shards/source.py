@@ -45,7 +45,7 @@ class ShardSource(EncodedSource):
             self.kept = np.fromiter(matching, dtype=np.int64)
         if not len(self):
             wanted = f" with {only}" if only else ""
-            why = f" ({self.problems[0]['reason']}: {self.problems[0]['detail']})" if self.problems else ""
+            why = next((f" ({problem['reason']}: {problem['detail']})" for problem in self.problems), "")
             raise ValueError(
                 f"no samples{wanted} in {len(self.tars.paths)} shard(s), first {self.tars.paths[0]}{why}; "
                 "a sample is a picture member NAME.jpg beside NAME.txt or NAME.json"
@@ -81,7 +81,7 @@ class ShardSource(EncodedSource):
         values = self._json(place)
         if not values:
             detail = f"missing, empty or not an object; {', '.join(only)} cannot be looked up"
-            self.problems.append({"key": self.tars.key(place), "reason": "broken JSON", "detail": detail})
+            self.problems.add({"key": self.tars.key(place), "reason": "broken JSON", "detail": detail})
         return all(str(values.get(name)) == value for name, value in only.items())
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from openvision3.data import captions
 from openvision3.data.images import ImageError
+from openvision3.data.problems import Problems
 from openvision3.data.shards.index import IndexFile, ShardIndex, Stamp, extra_members, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.shards.remote import ShardCache
 
@@ -65,7 +66,7 @@ class Tars:
         self.labels = [name.removesuffix(".tar") for name in names or labels(paths)]
         self.cache = cache
         self.remote = any(map(is_remote, paths))
-        self.problems: list[dict[str, str]] = []
+        self.problems = Problems()
         self._indexes: list[ShardIndex | IndexFile] = []
         self._mapped: OrderedDict[int, ShardIndex] = OrderedDict()
         self._tars: OrderedDict[int, _OpenTar] = OrderedDict()
@@ -77,8 +78,8 @@ class Tars:
             for path, label, (each, why) in zip(paths, self.labels, watch(opened, "opening shards"), strict=True):
                 self._indexes.append(each)
                 if why:
-                    self.problems.append({"key": path, "reason": "stale index", "detail": f"{why}; the shard was scanned"})
-                self.problems += [{**p, "key": f"{label}/{p['key']}" if p["key"] else path} for p in each.problems]
+                    self.problems.add({"key": path, "reason": "stale index", "detail": f"{why}; the shard was scanned"})
+                self.problems.extend({**p, "key": f"{label}/{p['key']}" if p["key"] else path} for p in each.problems)
         counts = [each.count if isinstance(each, IndexFile) else len(each) for each in self._indexes]
         self.starts: list[int] = [0, *itertools.accumulate(counts)]
         if self.remote:
