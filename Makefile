@@ -1,5 +1,5 @@
-# `make demo` and `make test` are each one command on a fresh machine: both set up first.
-# PYTHON picks the interpreter that makes .venv; FLAGS are added to `openvision3 demo`.
+# `make demo` and `make test` are one command each on a fresh machine: both install first.
+# PYTHON is the interpreter that creates .venv; FLAGS are passed to `openvision3 demo`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,9 +12,9 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "openvision3 needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch (first and alone) ..."
+	@echo "installing torch ..."
 	$(PIP) install torch==2.13.0 -c constraints.txt
-	@echo "installing openvision3 and its tools ..."
+	@echo "installing openvision3 and its development tools ..."
 	$(PIP) install -q -e '.[dev]' -c constraints.txt
 	@touch $@
 
@@ -42,17 +42,17 @@ bench: setup
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py
-	@test -n "$(SHARDS)" || echo "make bench SHARDS='data/*.tar' times the reader and the latent cache, too"
+	@test -n "$(SHARDS)" || echo "to time the reader and the latent cache too: make bench SHARDS='data/*.tar'"
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)
 
-# What docs/results.md says of the shipped mini and of the two branches: an hour or two. DATA: a folder with pictures/ and photos/.
+# The numbers of docs/results.md on the shipped mini and on the two branches: an hour or two. DATA is a folder with pictures/ and photos/.
 MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple
 ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --precision fp32 --compile off --out results/ablations
 
 results: setup
 	$(MEASURE) --data openmoji --count 256 --out results/openmoji
-	@test -n "$(DATA)" || echo "pictures and photos: needs data; make results DATA=FOLDER, with pictures/train-*.tar, pictures/val-*.tar, photos/val-*.tar in it"
+	@test -n "$(DATA)" || echo "pictures and photos are skipped. To measure them: make results DATA=FOLDER, with pictures/train-*.tar, pictures/val-*.tar and photos/val-*.tar in it"
 	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/pictures/val-*.tar' --train '$(DATA)/pictures/train-*.tar' --label-key category --out results/pictures
 	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/photos/val-*.tar' --label-key category --out results/photos
 	$(BIN)/openvision3 evaluate table results/openmoji $(if $(DATA),results/pictures results/photos) --out results/summary.html

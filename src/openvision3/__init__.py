@@ -1,8 +1,8 @@
-"""One visual encoder for rebuilding, naming and describing pictures: OpenVision 3 (arXiv 2601.15369), the whole system.
+"""One image encoder whose tokens serve both to rebuild an image and to understand it: OpenVision 3 (arXiv 2601.15369), the whole system.
 
 import openvision3 as ov3
 model = ov3.load("mini")
-tokens = model.encode("picture.jpg")
+tokens = model.encode("image.jpg")
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HOMES = {"load": "pipeline", "Pipeline": "pipeline", "OpenVision3": "model.open
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line's help must not wait for torch.
+    # Imported on first use, so that the command line's help does not wait for torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'openvision3' has no attribute {name!r}")
     return getattr(import_module(f"openvision3.{_HOMES[name]}"), name)

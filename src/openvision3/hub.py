@@ -427,13 +427,13 @@ license: other
 ---
 # {config.model.encoder.size} encoder, {config.size} px
 
-One encoder for rebuilding, naming and describing pictures (OpenVision 3, arXiv 2601.15369), saved by `openvision3`.
+One encoder whose tokens serve both to rebuild an image and to understand it (OpenVision 3, arXiv 2601.15369), saved by `openvision3`.
 
 ```python
 import openvision3 as ov3
 
 model = ov3.load("THIS FOLDER")
-tokens = model.encode("picture.jpg")
+tokens = model.encode("image.jpg")
 ```
 
 Parts: encoder, latent decoder, text encoder, captioner. VAE: `{config.vae.get("name")}`, sha256 `{config.vae.get("sha256")}`, licence: {licence};

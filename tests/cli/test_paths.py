@@ -66,6 +66,8 @@ def strings(target: Any) -> dict[str, Any]:
     """{name: hint} of the fields that hold strings, those of inner dataclasses by their names on the command line."""
     hints = get_type_hints(target, include_extras=True)
     hints.pop("return", None)
+    if dataclasses.is_dataclass(target):  # without what belongs to the class
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(target)}
     inner = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     found = {name: hint for name, hint in hints.items() if name not in inner and holds_strings(hint)}
     return found | {f"{name}.{field}": hint for name, kind in inner.items() for field, hint in strings(kind).items()}

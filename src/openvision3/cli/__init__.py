@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it takes another folder where the home cannot be written to, and says so in four lines
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are no text
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it prints four lines if it cannot write to the home folder
     if argv[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except MemoryError:
-        print("openvision3: not enough memory for pictures of this size; use a smaller --size, or fewer at once", file=sys.stderr)
+        print("openvision3: not enough memory for images of this size; use a smaller --size", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
@@ -44,16 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
         if type(error).__name__ == "OtherRankFailed":
-            return 2  # that one says why
+            return 2  # the failed rank prints why
         print(f"openvision3: {on_one_line(error_message(error))}", file=sys.stderr)
         return 1 if type(error).__name__ == "NotFinite" else 2
 
 
-HELP = f"openvision3 {__version__}: one visual encoder for rebuilding, naming and describing pictures\n\nusage: openvision3 COMMAND [ARGUMENTS]"
+HELP = f"openvision3 {__version__}: one visual encoder to rebuild images and to understand them\n\nusage: openvision3 COMMAND [ARGUMENTS]"
 
 
 def verbs() -> dict[str, Callable[..., int]]:
-    """{name: function}, in the order of the help. Their modules import what they work with when they are called: the help must not wait for torch."""
+    """{name: function}, in the order of the help. Verbs import what they need when they run, so that the help does not wait for torch."""
     from openvision3.cli import data, evaluate, train, use
 
     functions: tuple[Callable[..., int], ...] = (

@@ -59,7 +59,7 @@ QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 
 
 def _in_words(event: _errors.ParseErrorEvent, target: Any, default: Any) -> str:
-    """What is wrong, in one sentence or two. Empty for an event that is not known here: tyro then prints its own message and exits with 2."""
+    """What is wrong, in a sentence or two. Empty for an unknown kind of event: tyro then prints its own message and exits with 2."""
     if words := getattr(event, "unrecognized_tokens", None) or getattr(event, "tokens", None):
         return _unrecognized(words[0].partition("=")[0], event.prog, target, default)
     if isinstance(event, _errors.MissingArgs):
@@ -70,7 +70,7 @@ def _in_words(event: _errors.ParseErrorEvent, target: Any, default: Any) -> str:
     if isinstance(event, _errors.InvalidChoice):
         return f"{_option(event.argument)} cannot be {event.value!r}. Choose one of {', '.join(event.choices)}."
     if isinstance(event, _errors.InstantiationFailure):
-        if event.argument is None:  # the whole was refused by its own check
+        if event.argument is None:  # its own check refused the whole config
             return f"{event.message}."
         metavar, is_one = str(event.argument.lowered.metavar), event.argument.lowered.nargs == 1
         values = re.search(rf"{QUOTED}(, {QUOTED})*", event.message)
@@ -102,21 +102,21 @@ def _unrecognized(word: str, program: str, target: Any, default: Any) -> str:
 
 
 def run_verb(argv: Sequence[str], verbs: dict[str, Callable[..., int]], program: str, head: str) -> int:
-    """Run the verb that `argv` begins with, or show what there is."""
+    """Run the verb that `argv` begins with, or print the list of verbs."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:12s} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in verbs.items()]
-        print(head + "\n\ncommands:\n" + "\n".join(lines) + f"\n\nhelp on one: {program} COMMAND --help")
+        print(head + "\n\ncommands:\n" + "\n".join(lines) + f"\n\noptions: {program} COMMAND --help")
         return 0 if argv else 2
     verb = argv[0]
     if verb not in verbs:
         raise unknown("command", verb, verbs, f"Run `{program} --help` for all commands")
-    if [*inspect.signature(verbs[verb]).parameters] == ["argv"]:  # one that parses by itself: its first argument says by what
+    if [*inspect.signature(verbs[verb]).parameters] == ["argv"]:  # it parses by itself: its first argument chooses the options
         return verbs[verb](argv[1:])
     return parse(deferred(verbs[verb]), argv[1:], f"{program} {verb}")()
 
 
 def output_folder(name: str, data: Sequence[str] = ()) -> Path:
-    """Check that files can be written there, and that they do not become part of the `data` that are read. It is made with the first of them."""
+    """The folder of that name, which need not exist. Raises ValueError where nothing can be written, or where it lies in the `data` that are read."""
     if not name:
         raise ValueError("--out is empty; name a folder")
     check_apart(name, data)
@@ -126,12 +126,12 @@ def output_folder(name: str, data: Sequence[str] = ()) -> Path:
 
 
 def on_one_line(text: str) -> str:
-    """Text with its line breaks and other control characters as \\n, \\x1b: a file's name may hold any of them."""
+    """Text with line breaks and other control characters escaped, such as \\n: a file name may hold them."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: ascii(control.group())[1:-1], text)
 
 
 def error_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
-        hint = {28: "make room", 13: "name a place you may write to or read from"}.get(error.errno or 0, "")
+        hint = {28: "make room", 13: "choose a place with permission to read and write"}.get(error.errno or 0, "")
         return f"{error.filename}: {error.strerror}" + (f"; {hint}" if hint else "")
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The verbs that use a model: rebuild, describe, classify and encode images, and say what the model is."""
+"""The verbs that use a model: reconstruct, caption, classify, encode, info; and fetch, which gets files of others."""
 
 from __future__ import annotations
 
