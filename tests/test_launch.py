@@ -120,7 +120,7 @@ def test_slurm_signals_the_ranks_which_save_and_the_job_queues_itself_again_and_
     wait_for(lambda: complete_checkpoints(out)[-1].name == "step-00000060", "the end of the run")
 
     text = log.read_text()
-    assert f"SIGUSR1: saved at step {stopped_at} of 60" in text and f"going on from {saved.name}" in text
+    assert f"SIGUSR1: saved at step {stopped_at} of 60" in text and f"continuing from {saved.name}" in text
     assert [row["step"] for row in metrics(out) if "train/loss" in row] == list(range(1, 61))
     assert not (out / "REQUEUE").exists()
 

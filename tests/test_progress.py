@@ -47,13 +47,13 @@ def test_a_new_run_never_writes_over_an_old_one(tmp_path):
     run.record(1, {"loss": 2.0})
     run.close()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"already holds a run; go on with --resume, or name another folder with --out"):
+    with pytest.raises(ValueError, match=r"already holds a run; continue with --resume, or name another folder with --out"):
         RunFolder(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_there_must_be_a_run_to_go_on_with_and_the_question_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match="holds no run to go on with; start without --resume"):
+    with pytest.raises(ValueError, match="holds no run to continue; start without --resume"):
         RunFolder(tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
 
@@ -85,7 +85,7 @@ def test_a_run_folder_that_another_process_writes_is_refused_until_that_is_gone(
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "kept\n"
-        with pytest.raises(ValueError, match=f"is being written by process {other.pid} on .*; wait for it or end it, or name another folder with --out"):
+        with pytest.raises(ValueError, match=f"is being written by process {other.pid} on .*; wait for it, end it, or name another folder with --out"):
             RunFolder(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -96,6 +97,20 @@ def check_fields(value: Any, place: str | Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{place} must hold fields, not {value!r}")
     return value
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError for the first field whose value is none of its Literal's."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(kind) is Literal:
+            _value(kind, getattr(config, name), name)
+
+
+def check_numbers(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is no number, infinite, or below `least`, which is 0 or 1."""
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} {getattr(config, name)} must be {f'at least {least}' if least else 'a number that is not negative'}")
 
 
 def save_config(config: Any, path: str | Path) -> None:

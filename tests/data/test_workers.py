@@ -117,7 +117,7 @@ def test_a_run_whose_workers_die_is_the_run_of_one_whose_did_not_and_is_saved_wh
             os.kill(os.getpid(), signal.SIGKILL)
         return make(self, number)
 
-    with monkeypatch.context() as patched, pytest.raises(NoBatch, match=r"^step 5: a worker was killed by SIGKILL.*step-00000004; go on with --resume$"):
+    with monkeypatch.context() as patched, pytest.raises(NoBatch, match=r"^step 5: a worker was killed by SIGKILL.*step-00000004; continue with --resume$"):
         patched.setattr(batches.TrainingBatches, "__getitem__", dying)
         pretrain(broken, "tiny")
     assert "started anew at the same batch (1 so far)" in capfd.readouterr().err

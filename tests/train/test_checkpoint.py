@@ -15,7 +15,7 @@ from torch import nn
 
 from openvision3.hub import complete_checkpoints
 from openvision3.train import checkpoint
-from openvision3.train.checkpoint import CheckpointError, RunState, load_checkpoint, read_state, save_checkpoint
+from openvision3.train.checkpoint import CheckpointError, RunState, Saver, load_checkpoint, read_state
 from openvision3.train.optimizer import OptimizerConfig, Optimizers
 
 
@@ -33,6 +33,14 @@ class Net(nn.Module):
         for block in self.blocks:
             x = x + block(self.frozen(x))
         return self.norm(x).pow(3).mean()
+
+
+def save_checkpoint(run: Path, model, optimizers, state: RunState, export, keep: int = 2, keep_best: int = 0) -> Path:
+    """One save, waited for."""
+    saver = Saver(run, model, optimizers, export, keep, keep_best)
+    saver.save(state)
+    saver.wait()
+    return run / "checkpoints" / f"step-{state.step:08d}"
 
 
 def trained(kind: str = "adamw", seed: int = 0, steps: int = 3, **size) -> tuple[Net, Optimizers]:
@@ -208,7 +216,7 @@ def test_no_space_left_is_one_line_that_names_what_is_still_there(tmp_path, monk
             monkeypatch.setattr(checkpoint.dcp, "save", full)
         save_checkpoint(tmp_path, *trained(), RunState(step=2), full if place == "export" else export, 2)
     message = str(refused.value)
-    assert f"no space left on the disk at step 2; the last good checkpoint is {first}; make room and go on with --resume" in message and "\n" not in message
+    assert f"no space left on the disk at step 2; the last good checkpoint is {first}; make room and continue with --resume" in message and "\n" not in message
     assert os.listdir(tmp_path / "checkpoints") == [first.name]
 
 

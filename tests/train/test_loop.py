@@ -248,7 +248,7 @@ def test_a_signal_lets_the_step_end_then_saves_and_stops(tmp_path, number):
     loaded = Line()
     load_checkpoint(complete_checkpoints(tmp_path)[-1], loaded, Optimizers(loaded, SETTINGS))
     assert equal(weights(model), weights(loaded))
-    assert f"{signal.Signals(number).name}: saved at step 5 of 100; go on with --resume" in (tmp_path / "log.txt").read_text()
+    assert f"{signal.Signals(number).name}: saved at step 5 of 100; continue with --resume" in (tmp_path / "log.txt").read_text()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -155,7 +155,7 @@ def test_another_batch_says_what_stays_as_the_recipe_has_it_and_nothing_that_was
     assert not kept_at_another_batch("base_low_res", config)
     config.batch = 4096
     line = kept_at_another_batch("base_low_res", config)
-    assert line.startswith("batch 4,096, where base_low_res has 8,192;")
+    assert line.startswith("batch 4,096, while base_low_res has 8,192;")
     assert line.endswith("rate 0.000256 (--optimizer.learning-rate), warm-up of 6,250 steps (--optimizer.warmup-steps), 625,000 steps (--steps)")
     config.steps *= 2
     config.optimizer.learning_rate /= 2

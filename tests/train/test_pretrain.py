@@ -124,8 +124,8 @@ BAD = {
     "no data": (lambda root: ["--data", str(pictures(root / "empty", 0))], "holds no images that are read"),
     "no usable data": (lambda root: ["--data", _no_pictures(root)], "256 samples in a row cannot be used"),
     "unknown val": (lambda root: ["--val", "nowhere"], "no such data: nowhere"),
-    "no usable val": (lambda root: ["--val", _no_pictures(root)], "none of the 3 held-out pictures"),
-    "val is data": (lambda root: ["--val", str(root / "train")], "evaluate on pictures that are not trained on"),
+    "no usable val": (lambda root: ["--val", _no_pictures(root)], "none of the 3 held-out images"),
+    "val is data": (lambda root: ["--val", str(root / "train")], "evaluate on images that are not trained on"),
     "no tokenizer": (lambda root: ["--tokenizer", "none.json"], "no such tokenizer: none.json"),
     "no VAE": (lambda root: ["--model.vae.name", str(root / "none")], "no such VAE"),
     "not a VAE": (lambda root: ["--model.vae.name", str(root / "train")], "holds no"),
@@ -136,7 +136,7 @@ BAD = {
     "no LPIPS files": (lambda root: LPIPS, "no such weights file: none.pth"),
     "no pixels to compare": (lambda root: ["--model.loss.lambda-perceptual", "0.5", "--pixel-share", "0"], "pixel_share 0 decodes none"),
     "wrong size": (lambda root: ["--size", "100"], "size 100 must be a multiple of 16"),
-    "nothing to resume": (lambda root: ["--resume"], "holds no run to go on with"),
+    "nothing to resume": (lambda root: ["--resume"], "holds no run to continue"),
 }
 
 
@@ -288,7 +288,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_seen(copied):
     data = bytearray(weights.read_bytes())
     data[-3] ^= 64
     weights.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not as it was written; delete it to go on from the checkpoint before it"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not as it was written; delete it to continue from the checkpoint before it"):
         pretrain(copied, "tiny")
 
 

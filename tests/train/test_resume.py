@@ -162,7 +162,9 @@ def test_what_another_batch_leaves_as_the_recipe_has_it_is_said_once(tmp_path):
     pretrain(config, "tiny")
     go_on(config)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.count("batch 4, where tiny has 8; what is still the recipe's, for its own batch: rate 0.003 (--optimizer.learning-rate)") == 1
+    assert (
+        log.count("batch 4, while tiny has 8; these settings are still the recipe's, for its own batch: learning rate 0.003 (--optimizer.learning-rate)") == 1
+    )
 
 
 def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
@@ -459,7 +461,7 @@ def test_a_full_disk_ends_with_2_and_with_room_the_run_goes_on_as_if_nothing_had
         assert code == 2 and "Traceback" not in said, said
         kept = complete_checkpoints(disk / "run")
         assert [p.name for p in kept] == ["step-00000003"]
-        assert f"no space left on the disk at step 6; the last good checkpoint is {kept[0]}; make room and go on with --resume" in said.splitlines()[-1]
+        assert f"no space left on the disk at step 6; the last good checkpoint is {kept[0]}; make room and continue with --resume" in said.splitlines()[-1]
         subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
         code, said = finish(start(whole, "disk/run", "--steps", "8", "--resume"))
         assert code == 0, said

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from openvision3.data.crops import check_size
 from openvision3.model.openvision3 import ModelConfig
-from openvision3.settings import PathName, read_rules
-from openvision3.train.loop_config import LoopConfig, check_numbers
+from openvision3.settings import PathName, check_numbers, read_rules
+from openvision3.train.loop_config import LoopConfig
 
 
 @dataclass

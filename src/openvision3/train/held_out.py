@@ -1,4 +1,4 @@
-"""Held-out images, evaluated while a run goes on: which they are, and the losses, PSNR and retrieval on them."""
+"""The held-out images of a run: which they are, and their evaluation during training by losses, PSNR and retrieval."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from openvision3.report.sheets import grid
 from openvision3.train.config import PretrainConfig
 
 EVALUATED = 256
-"""images an evaluation during training looks at, at most"""
+"""most images that an evaluation during training looks at"""
 ROWS = 32
-"""images that are computed at a time; no number depends on it"""
+"""images computed at a time; no number depends on it"""
 MEASURE = 2
-"""of val/loss, kept in each checkpoint: another number wherever the loss is made otherwise. 1 was the mean over batches of 32."""
+"""how val/loss is computed: all images as one batch. 1 was the mean over batches of 32"""
 
 
 def data_options(config: PretrainConfig, **more: Any) -> DataOptions:
@@ -49,29 +49,29 @@ def data_options(config: PretrainConfig, **more: Any) -> DataOptions:
 
 
 def open_held_out(config: PretrainConfig, training: Source) -> Source:
-    """What is evaluated during training: 256 emoji of the val side, or the first images of `val`, opened as the data are.
+    """EVALUATED emoji of the val side, or the source that `val` names, read as the training data are.
 
     Raises:
-        ValueError: nothing to evaluate on, or the training data themselves.
+        ValueError: no usable image, or images that are trained on.
     """
     if config.val == ("openmoji",):
         return EmojiSource(openmoji.load_emoji().evaluation("val", EVALUATED))
     if not config.val:
-        raise ValueError("val is empty: name held-out pictures with --val (openmoji, a folder or shards)")
+        raise ValueError("val is empty: name held-out images with --val (openmoji, a folder or shards)")
     source = open_source(config.val, data_options(config, side="val"), watch=track)
     if shared := shared_files(source, training):
         more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
-        raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on pictures that are not trained on")
+        raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on images that are not trained on")
     problems = Problems()
     if next(evaluation_batches(source, config.size, 1, problems), None) is None:
-        raise ValueError(f"none of the {len(source)} held-out pictures in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
+        raise ValueError(f"none of the {len(source)} held-out images in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
     return source
 
 
 def shared_files(one: Source, other: Source) -> list[str]:
-    """Files that both read, known by what they are and not by how their names are spelt: the same file on disk, or the same address."""
-    known = dict(_files(other))
-    return [path for what, path in _files(one) if what in known]
+    """Files that both read, however their paths are spelt: the same file on disk, or the same address."""
+    others = dict(_files(other))
+    return [path for file, path in _files(one) if file in others]
 
 
 def _files(source: Source) -> Iterator[tuple[object, str]]:
@@ -85,11 +85,10 @@ def _files(source: Source) -> Iterator[tuple[object, str]]:
 
 @torch.no_grad()
 def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, sheet: Path | None) -> dict[str, float]:
-    """Losses, PSNR (model and VAE) and retrieval on held-out images, the same on all ranks; a sheet original | VAE | rebuilt at `sheet`, if any.
+    """Losses, PSNR (of the model and of its VAE) and retrieval, the same on all ranks; a sheet original | VAE | rebuilt is written to `sheet`, if given.
 
-    The losses are those of one batch of all the images: each term over its own count, the contrast over all images with a caption
-    at once, `contrastive_candidates` of them (guessing gives the logarithm of that). Images that cannot be used, on whichever rank,
-    are left out on all, are counted, and join the problems of the run.
+    The losses are those of all images as one batch: each term over its own count, the contrast over all `contrastive_candidates` images with a caption
+    (guessing gives the logarithm of that number). An image that any rank cannot use is left out on all, counted, and added to the problems of the run.
     """
     values, vae_values = [], []
     captions: list[str] = []
@@ -99,7 +98,8 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     pipeline.model.eval()
     for keys, images, texts in _shared_rows(source, batches.size, problems):
         with distributed.alone():
-            images_hat, vae_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu(), pipeline.reconstruct_by_vae(images)
+            images_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu()
+            vae_hat = pipeline.reconstruct_by_vae(images)
             values.append(psnr(images, images_hat))
             vae_values.append(psnr(images, vae_hat))
             captioned = [i for i, t in enumerate(texts) if t]
@@ -110,7 +110,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         if not rows:
             rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
     batches.problems.extend(problems, everywhere=True)
-    if not values:  # they were there when the run began: it goes on without them
+    if not values:  # the images were there when the run began; it continues without them
         return {"skipped": len(problems)}
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -122,14 +122,14 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
         with distributed.alone():
             results |= held_out.values()
         image_embedding, text_embedding = torch.cat(held_out.images), torch.cat(held_out.texts)[:, 0]
-        if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # of NaN nothing can be said, and the losses say it already
+        if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # with NaN there is no ranking, and the losses show it
             retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
             results |= {name: value for name, value in protocol.values(retrieval).items() if "_r@" in name}
     return results
 
 
 class Losses:
-    """The loss of batches of any size, as if all their rows were one batch."""
+    """The loss of several batches of any size, as if their rows were one batch."""
 
     def __init__(self, pipeline: Pipeline):
         self.pipeline, self.model = pipeline, pipeline.model
@@ -146,11 +146,12 @@ class Losses:
             self.sums[name] = self.sums.get(name, 0.0) + value.double().item()
         self.counts += counts.cpu()
         text_embedding, present = self.model.embed_captions(batch)
-        for kept, rows in ((self.images, self.pipeline.embed_images(batch["images"])), (self.texts, text_embedding), (self.present, present)):
-            kept.append(rows.cpu())
+        self.images.append(self.pipeline.embed_images(batch["images"]).cpu())
+        self.texts.append(text_embedding.cpu())
+        self.present.append(present.cpu())
 
     def values(self) -> dict[str, float]:
-        """The loss and its parts, and how many captions each image was contrasted with (in the first set of captions)."""
+        """The loss, its parts, and how many captions of the first set each image was contrasted with."""
         counts = dict(zip(("latent", "pixel", "caption"), self.counts.tolist(), strict=True))
         counts["perceptual"] = counts["pixel"]
         present, log_temperature = torch.cat(self.present), distributed.full(self.model.log_temperature).cpu()
@@ -161,9 +162,9 @@ class Losses:
 
 
 def _shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
-    """(keys, images, captions) of up to EVALUATED images, in order, the same on all ranks: what one cannot read, none gets.
+    """(keys, images, captions) of up to EVALUATED images in order, the same on all ranks: an image that one rank cannot read is left out on all.
 
-    The parts of a sharded model are computed by all ranks together, so that unlike rows would make them wait for each other without end.
+    All ranks compute the parts of a sharded model together; with different rows they would wait for each other forever.
     """
     left = EVALUATED
     for start in range(0, len(source), ROWS):

@@ -198,7 +198,7 @@ class _Loop:
         with distributed.together():  # no rank ends before the file is there: a launcher may then kill the others
             self.run.ask_for_requeue()
         received = next(filter(None, distributed.gather_objects(heard.received)))
-        self.run.say(f"{received}: saved at step {self.state.step} of {self.config.steps}; go on with --resume")
+        self.run.say(f"{received}: saved at step {self.state.step} of {self.config.steps}; continue with --resume")
         return "stopped"
 
     def _end_without_a_batch(self, missing: Exception | None, heard: Signals, *, trained: bool) -> str:
@@ -213,7 +213,7 @@ class _Loop:
         self.saver.wait()
         with distributed.together():
             if missing is not None and not isinstance(missing, WaitGivenUp):
-                raise NoBatch(f"step {self.state.step + 1}: {missing}; {last_good(self.run.path)}; go on with --resume") if trained else missing
+                raise NoBatch(f"step {self.state.step + 1}: {missing}; {last_good(self.run.path)}; continue with --resume") if trained else missing
         return self._stop(heard)
 
     def _share_problems(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from openvision3.settings import PathName, flat, to_dict
+from openvision3.settings import PathName, check_choices, check_numbers, flat, to_dict
 from openvision3.train.optimizer import OptimizerConfig
 
 
@@ -73,29 +72,19 @@ class LoopConfig:
     """continue from the last checkpoint in the run folder"""
 
     def __post_init__(self):
+        check_choices(self)
         check_numbers(self, 1, "steps", "batch", "log_every", "keep")
         check_numbers(self, 0, "eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
-        choices = {"precision": ("auto", "bf16", "fp32"), "parallel": ("auto", "replicate", "fsdp", "hsdp"), "compile": ("auto", "on", "off")}
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide the batch of {self.batch}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device, re.ASCII):
             raise ValueError(f"device {self.device!r} is not supported; choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
 
 
-def check_numbers(config: Any, least: int, *names: str) -> None:
-    """Raises ValueError for the first of these fields that is no number, infinite, or below `least`."""
-    for name in names:
-        if not least <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} {getattr(config, name)} must be {f'at least {least}' if least else 'a number that is not negative'}")
-
-
 def changed_settings(before: LoopConfig, now: LoopConfig, besides: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """{field: (before, now)} of the settings that differ. FREE and SETTLED of the config, and the fields `besides`, are no settings."""
+    """{field: (before, now)} of the settings that differ. FREE and SETTLED of the config, and the fields `besides`, do not count."""
     old, new = flat(to_dict(before)), flat(to_dict(now))
     ignored = {*now.FREE, *besides}
     return {name: (old[name], value) for name, value in new.items() if value != old[name] and name not in ignored and (name, value) not in now.SETTLED}

@@ -11,37 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from openvision3.distributed import block_lists, full, like
+from openvision3.settings import check_choices, check_numbers
 
 
 @dataclass
 class OptimizerConfig:
-    """How the weights are changed (paper, table 1 and appendix; what is silent there: see docs/paper.md)."""
+    """How the weights are updated (paper, table 1 and appendix; docs/paper.md says where the paper is silent)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """adamw, as the paper; or Muon on the matrices of the blocks (Jordan et al. 2024) with AdamW on the rest"""
+    """adamw, as in the paper; or muon (Jordan et al. 2024) for the matrices of the blocks, with AdamW for the rest"""
     learning_rate: float = 2.56e-4
-    """peak rate, reached after the warm-up"""
+    """peak learning rate, reached after the warm-up"""
     warmup_steps: int = 100
-    """steps of linear rise from zero"""
+    """steps over which the learning rate rises linearly from zero"""
     beta1: float = 0.9
-    """AdamW's first decay"""
+    """decay of AdamW's first moment"""
     beta2: float = 0.95
-    """AdamW's second decay"""
+    """decay of AdamW's second moment"""
     eps: float = 1e-8
     """AdamW's epsilon"""
     weight_decay: float = 0.2
-    """on matrices only: not on biases, norms, embeddings, positions, temperature"""
+    """applies to matrices only, not to biases, norms, embeddings, positions and the temperature"""
     clip: float = 1.0
-    """largest norm of the whole gradient"""
+    """largest norm of the whole gradient; a longer one is scaled down"""
 
     def __post_init__(self):
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f"optimizer kind {self.kind!r} is unknown; legal are adamw and muon")
+        check_choices(self)
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
-        for name in ("warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be a number that is not negative")
+        check_numbers(self, 0, "warmup_steps", "weight_decay")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
@@ -51,10 +49,7 @@ class OptimizerConfig:
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters -> `decayed` (weights of linear layers and convolutions), `plain` (all others).
-
-    Frozen parameters (`requires_grad=False`) are in neither.
-    """
+    """Trainable parameters -> `decayed` (weights of linear layers and convolutions) and `plain` (all others); frozen ones are in neither."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": []}
     for parameter in model.parameters():
@@ -64,11 +59,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are brought near to orthogonal before they are applied (Jordan et al. 2024), for 2-D parameters.
+    """Momentum that is made nearly orthogonal before it is applied (Jordan et al. 2024), for 2-D parameters.
 
-    Steps are scaled by 0.2 sqrt(longer side), so that a rate means what it means to AdamW (Liu et al. 2025). torch's own
-    always computes in bf16, which a processor without instructions for it imitates thirty times slower than fp32: `dtype`
-    chooses. Matrices of one shape are taken together.
+    Updates are scaled by 0.2 sqrt(longer side), so that learning rates mean the same as for AdamW (Liu et al. 2025). `torch.optim.Muon` always computes
+    in bf16, which processors without bf16 instructions emulate thirty times slower than fp32; here `dtype` decides. Matrices of one shape form a batch.
     """
 
     def __init__(
@@ -85,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                # A shard says nothing of its matrix: every rank takes part in making it whole, and steps its own part.
+                # A piece of a matrix is not enough: all ranks put it together, and each updates its own piece.
                 updates = orthogonal(torch.stack([full(self._momentum(p, group["momentum"])) for p in parameters]), self.dtype)
                 scale = 0.2 * math.sqrt(max(shape))
                 for parameter, update in zip(parameters, updates, strict=True):
@@ -93,7 +87,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(like(update, parameter), alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's: the gradient, moved towards its running mean."""
+        """Nesterov momentum: the gradient, moved towards its running mean."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -119,7 +113,7 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Optimizers:
-    """One or two optimizers behind one face: step, zero_grad, rate, state. `dtype` is what Muon computes in."""
+    """AdamW, or Muon and AdamW, used as one optimizer. `dtype` is what Muon computes in."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32):
         groups = parameter_groups(model)
@@ -149,7 +143,7 @@ class Optimizers:
 
 
 def rate_at(step: int, config: OptimizerConfig, steps: int) -> float:
-    """The rate of step 0, 1, ... : linear warm-up, then half a cosine that reaches zero after the last step."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine that reaches zero after the last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

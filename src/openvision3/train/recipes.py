@@ -1,4 +1,4 @@
-"""Every run as a function that returns a config. `openvision3 train RECIPE --field value ...` starts one."""
+"""Each run as a function that returns its config. `openvision3 train RECIPE --field value ...` starts one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from openvision3.train.optimizer import OptimizerConfig
 
 
 def small_model(size: str = "mini", decoder: str = "micro", embed_dim: int = 256) -> ModelConfig:
-    """A model of ours for few cores and short captions.
+    """A small model for few cores and short captions.
 
-    The paper's balance of 0.5 to 1 starves reconstruction at this scale (two cross-entropies of 2 to 4 against L1 terms of
-    0.1 to 0.3): omega_rec 4 and tau 0.4 rebuild better without hurting understanding.
+    At this scale the paper's balance of 0.5 to 1 gives reconstruction too little weight (two cross-entropies of 2 to 4 against L1 terms of 0.1 to 0.3):
+    omega_rec 4 and tau 0.4 rebuild better and do not hurt understanding.
     """
     return ModelConfig(
         encoder=EncoderConfig(size, embed_dim=embed_dim),
@@ -49,10 +49,10 @@ def mini() -> PretrainConfig:
 
 
 def tiny() -> PretrainConfig:
-    """The smallest run with every part in it, for tests and first looks.
+    """The smallest run that has every part, for tests and a first look.
 
     openvision3 train tiny --steps 20
-    One CPU core, about ten seconds; expected: the loss falls from 15 to 12, and nothing that is worth looking at.
+    One CPU core, about ten seconds; expected: the loss falls from 15 to 12, and the images are not worth looking at.
     """
     config = mini()
     config.model = small_model("tiny", "tiny", 64)
@@ -63,19 +63,19 @@ def tiny() -> PretrainConfig:
 
 
 def folder() -> PretrainConfig:
-    """Train on pictures of your own: a folder with x.jpg beside x.txt, or captions.csv.
+    """Train on your own images: a folder with x.jpg beside x.txt, or with captions.csv.
 
-    openvision3 train folder --data MY_PICTURES --val MY_OTHER_PICTURES [--init mini]
-    Two CPU cores and up, about 45 minutes with AMX; expected: depends on the pictures, watch val/psnr and val/image_to_text_r@1.
+    openvision3 train folder --data MY_IMAGES --val MY_OTHER_IMAGES [--init mini]
+    Two CPU cores and up, about 45 minutes with AMX; expected: depends on the images, watch val/psnr and val/image_to_text_r@1.
     """
     config = mini()
     config.data, config.val = (), ()
-    config.families = False  # every picture is one of its own, and --weights orders an epoch too
+    config.families = False  # images of a folder have no families, and --weights orders an epoch too
     return config
 
 
 def mini_low_res() -> PretrainConfig:
-    """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
+    """The first phase of the mini model, at 64 px: a quarter of the tokens, and of the work of the VAE.
 
     openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
     Two CPU cores without AMX, about 40 minutes; expected on the val emoji: 22 dB at 64 px (docs/training.md draws both phases).
@@ -86,7 +86,7 @@ def mini_low_res() -> PretrainConfig:
 
 
 def mini_high_res() -> PretrainConfig:
-    """The second phase, at 128 px from the weights of the first: a tenth of its samples, a third of its rate.
+    """The second phase of the mini model, at 128 px from the weights of the first: a tenth of its samples, a third of its learning rate.
 
     openvision3 train mini_high_res --init runs/mini_low_res --data openmoji SHARDS --only source=clipart
     Two CPU cores without AMX, about 10 minutes; expected on the val emoji: 29 dB.
@@ -101,7 +101,7 @@ def mini_high_res() -> PretrainConfig:
 
 
 def demo_low_res() -> PretrainConfig:
-    """Most of what `openvision3 demo` trains: mini_low_res for a few minutes on OpenMoji alone.
+    """The first phase of `openvision3 demo`: mini_low_res for a few minutes on OpenMoji alone.
 
     openvision3 train demo_low_res --minutes 4
     Two CPU cores, four minutes; expected on the val emoji, without AMX: 19 dB at 64 px.
@@ -113,7 +113,7 @@ def demo_low_res() -> PretrainConfig:
 
 
 def demo_high_res() -> PretrainConfig:
-    """The last minute of the demo: mini_high_res on OpenMoji alone.
+    """The second phase of `openvision3 demo`: mini_high_res for a minute on OpenMoji alone.
 
     openvision3 train demo_high_res --init runs/demo_low_res --minutes 1
     Two CPU cores, one minute; expected on the val emoji, without AMX: 24 dB.
@@ -125,17 +125,17 @@ def demo_high_res() -> PretrainConfig:
 
 
 EPOCH = 1_280_000
-"""Samples of what the paper calls an epoch."""
+"""samples in what the paper calls an epoch"""
 
 BERT = "bert-base-uncased/tokenizer.json"
-"""The paper's vocabulary: a file that `openvision3 fetch bert-base-uncased` or the user brings."""
+"""the paper's vocabulary, which `openvision3 fetch bert-base-uncased` downloads"""
 
 LPIPS = ("lpips-vgg/vgg16-397923af.pth", "lpips-vgg/vgg.pth")
-"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, two files that `openvision3 fetch lpips-vgg` or the user brings."""
+"""LPIPS v0.1 on VGG-16: torchvision's backbone and the channel weights, which `openvision3 fetch lpips-vgg` downloads"""
 
 
 def _paper(encoder: str, decoder: str) -> PretrainConfig:
-    """Table 1, low_res, for an encoder and latent decoder of these sizes."""
+    """Table 1, low_res, for an encoder and a latent decoder of these sizes."""
     config = PretrainConfig(data=(), val=(), captions=2, sentences=True, caption_keys=("re_caption", "org_caption"), tokenizer=at_hand(BERT))
     config.model = ModelConfig(
         encoder=EncoderConfig(encoder),
@@ -153,15 +153,15 @@ def _paper(encoder: str, decoder: str) -> PretrainConfig:
 
 
 def _schedule(batch: int, epochs: int, base_rate: float, warmup_epochs: int) -> tuple[int, OptimizerConfig]:
-    """Steps, and AdamW with the peak rate base x batch / 256 as in the authors' code base."""
+    """Steps, and AdamW with the peak learning rate `base_rate` x batch / 256, as in the authors' code base."""
     return epochs * EPOCH // batch, OptimizerConfig(learning_rate=base_rate * batch / 256, warmup_steps=warmup_epochs * EPOCH // batch)
 
 
 def _high_res(low_res: Callable[[], PretrainConfig]) -> PretrainConfig:
-    """Table 1: what high_res changes in low_res, from whose weights it starts; positions follow from the size, so that they fit."""
+    """Table 1: high_res changes low_res like this, and starts from its weights. Positions are computed from the size, so the weights fit."""
     config = low_res()
     config.init = f"runs/{low_res.__name__}"
-    config.size, config.batch, config.tokenizer = 256, 4096, ""  # the words are those of --init
+    config.size, config.batch, config.tokenizer = 256, 4096, ""  # the vocabulary is that of --init
     config.steps, config.optimizer = _schedule(config.batch, 400, 4e-7, 20)
     loss = config.model.loss
     loss.lambda_perceptual, loss.perceptual = 0.5, "lpips-vgg"
@@ -254,15 +254,15 @@ IN_TURN = {
 
 
 def kept_at_another_batch(name: str, config: PretrainConfig) -> str:
-    """What a run with another batch than its recipe's has of the recipe all the same, in one line; "" where nothing."""
+    """One line that names the recipe's settings which a run keeps though it changes the batch they belong to; "" if there are none."""
     usual = RECIPES[name]() if name in RECIPES else config
     if config.batch == usual.batch:
         return ""
     now, then = config.optimizer, usual.optimizer
-    same = {
-        f"rate {now.learning_rate:.3g} (--optimizer.learning-rate)": now.learning_rate == then.learning_rate,
+    settings = {
+        f"learning rate {now.learning_rate:.3g} (--optimizer.learning-rate)": now.learning_rate == then.learning_rate,
         f"warm-up of {now.warmup_steps:,} steps (--optimizer.warmup-steps)": now.warmup_steps == then.warmup_steps,
         f"{config.steps:,} steps (--steps)": config.steps == usual.steps and not config.minutes,
     }
-    kept = ", ".join(what for what, is_kept in same.items() if is_kept)
-    return f"batch {config.batch:,}, where {name} has {usual.batch:,}; what is still the recipe's, for its own batch: {kept}" if kept else ""
+    kept = ", ".join(what for what, is_same in settings.items() if is_same)
+    return f"batch {config.batch:,}, while {name} has {usual.batch:,}; these settings are still the recipe's, for its own batch: {kept}" if kept else ""

@@ -1,4 +1,4 @@
-"""The folder of one run: config, environment, command, metrics, log, samples and checkpoints, and the lock on it."""
+"""The folder of one run: config, environment, command, metrics, log, samples, checkpoints, and the lock on it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,16 @@ from openvision3.progress import console
 from openvision3.train.trackers import Trackers
 
 REQUEUE = "REQUEUE"
-"""The file in a run folder that says: stopped by a signal, saved, start again with --resume."""
-
-
+"""the file in a run folder that says: a signal stopped the run, it has saved, start it again with --resume"""
 LOCK = ".lock"
-"""The file in a run folder that its process holds a lock on."""
+"""the file in a run folder that its process has locked"""
 
 
 class RunFolder:
-    """The folder of one run: opened anew, or to go on. Of several ranks one `writes`, and nothing is said or written by the others.
+    """The folder of a new run or, with `resume`, of one that continues. One rank `writes`; on the others nothing is printed or written.
 
     Raises:
-        ValueError: a new run would write over an old one, or there is nothing to go on from.
+        ValueError: a new run would overwrite an old one, there is nothing to resume, or another process writes into the folder.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, writes: bool = True):
@@ -42,7 +40,7 @@ class RunFolder:
         self._first_step = 0
         self._board: Any = None
         self._trackers: Trackers | None = None
-        self._told: set[tuple[int, str]] = set()
+        self._sent: set[tuple[int, str]] = set()
         self.bar: Progress | None = None
         self._task: Any = None
         self._lock: IO[str] = open(os.devnull, "w")
@@ -60,21 +58,21 @@ class RunFolder:
 
     @staticmethod
     def check(path: Path, resume: bool) -> None:
-        """Raises ValueError, and writes nothing."""
+        """Raises ValueError where the folder cannot be used; writes nothing."""
         used = (path / "config.json").exists()
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; name a folder with --out")
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{str(path)!a} is not UTF-8, which TensorBoard needs of the name of a run folder; name another with --out") from None
+            raise ValueError(f"{str(path)!a} is not UTF-8, and TensorBoard needs the name of a run folder to be; name another with --out") from None
         if used and not resume:
-            raise ValueError(f"{path} already holds a run; go on with --resume, or name another folder with --out")
+            raise ValueError(f"{path} already holds a run; continue with --resume, or name another folder with --out")
         if resume and not used:
-            raise ValueError(f"{path} holds no run to go on with; start without --resume")
+            raise ValueError(f"{path} holds no run to continue; start without --resume")
 
     def describe(self, config: dict, environment: dict) -> None:
-        """Write the resolved config, where it ran, and the exact command (appended on every start)."""
+        """Write the resolved config, the environment, and the exact command (appended on every start)."""
         if not self.writes:
             return
         write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -83,7 +81,7 @@ class RunFolder:
         write_whole(self.path / "config.json", json.dumps(config, indent=2) + "\n")  # last: it makes the folder a run
 
     def forget_after(self, step: int, problems: int = 0) -> None:
-        """Drop what was written down after `step` and its `problems`: a run that goes on from a checkpoint writes it again."""
+        """Drop the metrics after `step` and all but the first `problems` of skipped.jsonl: a run that continues from a checkpoint writes them again."""
         if not self.writes:
             return
         self._metrics.close()
@@ -94,7 +92,7 @@ class RunFolder:
                 if row["step"] <= step:
                     kept.append(line + "\n")
                 else:
-                    self._told.add(_row_key(row["step"], row))
+                    self._sent.add(_row_key(row["step"], row))
         write_whole(self.path / "metrics.jsonl", "".join(kept))
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         if (self.path / "skipped.jsonl").is_file():
@@ -105,12 +103,12 @@ class RunFolder:
         self._first_step = step + 1
 
     def track(self, names: Sequence[str], config: dict[str, Any]) -> None:
-        """From now on records and pictures go to these trackers too. Raises ValueError for one that is not installed."""
+        """Send records and images to these trackers too, from now on."""
         if names and self.writes:
             self._trackers = Trackers(names, self.path, config, self.say)
 
     def say(self, line: str) -> None:
-        """One line for the person and for log.txt."""
+        """Print a line, and append it to log.txt."""
         if not self.writes:
             return
         self._log.write(f"{datetime.now():%H:%M:%S} {line}\n")
@@ -118,7 +116,7 @@ class RunFolder:
         (self.bar.console if self.bar else console()).print(line, markup=False, soft_wrap=True)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """One row of metrics.jsonl; numbers go to tensorboard too."""
+        """Append a row to metrics.jsonl; numbers go to tensorboard and the trackers too."""
         if not self.writes:
             return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -130,7 +128,7 @@ class RunFolder:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
-        if self._trackers is not None and _row_key(step, values) not in self._told:  # steps done again have the same numbers
+        if self._trackers is not None and _row_key(step, values) not in self._sent:  # repeated steps have the same numbers
             self._trackers.log(step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -139,7 +137,7 @@ class RunFolder:
             self._trackers.image(step, name, path)
 
     def list_skipped(self, problems: Problems) -> int:
-        """Append to skipped.jsonl those of the run's `problems` that are new; returns how many lines it has."""
+        """Append the new ones of the run's `problems` to skipped.jsonl; returns how many lines it has then."""
         new = problems.take_new()
         if self.writes and new:
             with open(self.path / "skipped.jsonl", "a", encoding="utf-8") as file:
@@ -148,7 +146,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def showing(self, steps: int, done: int) -> Iterator[None]:
-        """The live bar, while the loop runs and there is a terminal."""
+        """Show a progress bar while the loop runs, if the output is a terminal."""
         if not (self.writes and console().is_terminal):
             yield
             return
@@ -166,7 +164,7 @@ class RunFolder:
             self.bar.update(self._task, completed=done)
 
     def ask_for_requeue(self) -> None:
-        """Leave the mark by which a launch file knows that the run has saved and wants to go on."""
+        """Write the file by which a launch script knows that the run has saved and is to be started again."""
         if self.writes:
             write_whole(self.path / REQUEUE, "saved after a signal; start the same command with --resume\n")
 
@@ -175,26 +173,26 @@ class RunFolder:
             self._trackers.close()
         for file in (self._log, self._metrics, self._board, self._lock):
             if file is not None:
-                with contextlib.suppress(OSError):  # a full disk has been told of already
+                with contextlib.suppress(OSError):  # a full disk has been reported already
                     file.close()
 
 
 def lock(folder: Path) -> IO[str]:
-    """Keep a run folder for this process until what is returned is closed, or the process ends in any way.
+    """Reserve a run folder for this process until the returned file is closed or the process ends, however it ends.
 
-    Where the disk knows no locks (some network disks) nothing is kept.
+    On a disk without locks (some network disks) nothing is reserved.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has reserved it.
     """
     file = open(folder / LOCK, "a+", encoding="utf-8")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: its workers do not keep it when it is gone
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of the process alone: its workers do not hold it after its end
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
-        raise ValueError(f"{folder} is being written by {owner}; wait for it or end it, or name another folder with --out") from error
+        raise ValueError(f"{folder} is being written by {owner}; wait for it, end it, or name another folder with --out") from error
     except OSError:
         return file
     file.seek(0)
@@ -205,12 +203,12 @@ def lock(folder: Path) -> IO[str]:
 
 
 def _row_key(step: int, row: dict[str, Any]) -> tuple[int, str]:
-    """Tells a training row of metrics.jsonl from an evaluation of the same step."""
+    """Distinguishes a training row of metrics.jsonl from an evaluation of the same step."""
     return step, next((name.partition("/")[0] for name in row if name != "step"), "")
 
 
 def read_skipped(run: Path, count: int) -> Iterator[Problem]:
-    """The first `count` unusable samples that a run has listed, one at a time."""
+    """The first `count` unusable samples that a run has listed."""
     if count:
         with open(run / "skipped.jsonl", encoding="utf-8") as file:
             yield from map(json.loads, itertools.islice(file, count))
