@@ -172,7 +172,7 @@ DAMAGE = {
     "no index": ("state/.metadata", Path.unlink, "state/.metadata is not as it was written"),
     "no state": ("state", lambda path: path.rename(path.with_name("elsewhere")), "No such file"),
     "not JSON": ("run_state.json", lambda path: path.write_text("{"), "run_state.json cannot be read"),
-    "another version": ("run_state.json", _older, "checkpoint format 0, this version of openvision3 reads 1"),
+    "another version": ("run_state.json", _older, "checkpoint format 0, and this version of openvision3 reads 1"),
     "another field": ("run_state.json", _another_field, "colour"),
 }
 
@@ -190,7 +190,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tmp_path, damage
 
 @pytest.mark.parametrize(
     ("other", "seen"),
-    [({"depth": 3}, r"Missing key.*blocks\.2"), ({"depth": 1}, r"blocks\.1\.\w+, which this model has not"), ({"width": 8}, "Size mismatch")],
+    [({"depth": 3}, r"Missing key.*blocks\.2"), ({"depth": 1}, r"blocks\.1\.\w+, which this model does not have"), ({"width": 8}, "Size mismatch")],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, seen):
     folder = save(tmp_path)
