@@ -119,7 +119,7 @@ def count_parts(model: OpenVision3, shapes: Shapes, captions: int, batch: int) -
         kind = config.loss.perceptual
         with torch.device("meta"):
             distance = EfficientNetDistance(EfficientNetLite0()) if kind == "efficientnet" else Lpips(kind.removeprefix("lpips-"))
-        calls["perceptual"] = distance, kind, lambda part, rows: part.per_picture(images(rows), images(rows, requires_grad=True))
+        calls["perceptual"] = distance, kind, lambda part, rows: part.per_image(images(rows), images(rows, requires_grad=True))
     costs = {}
     for name in ("VAE encode", "encoder", "latent decoder", "VAE decode", "text encoder", "captioner", "vocabulary head", "perceptual"):
         if name in calls:

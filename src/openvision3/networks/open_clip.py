@@ -1,4 +1,4 @@
-"""OpenVision 1 and 2, and the released encoders of 3, as they are published: open_clip's layout, on our own blocks.
+"""OpenVision 1 and 2, and the released encoders of 3: open_clip's file layout on our own blocks.
 
 vit = OpenClipViT(model_cfg)                 # the `model_cfg` of open_clip_config.json
 vit.load_open_clip(state)                    # the keys of open_clip_pytorch_model.bin
@@ -26,38 +26,38 @@ NAMES = {
     ".mlp.c_fc.": ".mlp.fc_in.",
     ".mlp.c_proj.": ".mlp.fc_out.",
 }
-"""open_clip's name of a part of a block -> ours; all other names are kept."""
+"""open_clip's name of a part of a block -> ours; all other names are the same."""
 
 
 class _Tower(nn.Module):
     def load_open_clip(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
-        """Take the weights of an open_clip state dict, strictly; keys before which `prefix` does not stand are others' and left alone.
+        """Load an open_clip state dict strictly; keys without `prefix` belong to other networks and are ignored.
 
         Raises:
-            ValueError: weights that are missing, that this tower does not have, or of another shape.
+            ValueError: weights are missing, unknown to this tower, or of another shape.
         """
-        found = {_ours(key.removeprefix(prefix)): value for key, value in state.items() if key.startswith(prefix)}
+        weights = {_our_name(key.removeprefix(prefix)): value for key, value in state.items() if key.startswith(prefix)}
         own = self.state_dict()
-        wrong = [f"{key} missing" for key in own if key not in found] + [f"{key} foreign" for key in found if key not in own]
-        wrong += [
-            f"{key} of shape {tuple(found[key].shape)}, not {tuple(own[key].shape)}" for key in own if key in found and found[key].shape != own[key].shape
-        ]
-        if wrong:
-            raise ValueError(f"{len(wrong)} weights do not fit open_clip_config.json, the first is {wrong[0]}")
-        self.load_state_dict(found)
+        misfits = [f"{key} missing" for key in own if key not in weights] + [f"{key} unknown" for key in weights if key not in own]
+        for key in own:
+            if key in weights and weights[key].shape != own[key].shape:
+                misfits.append(f"{key} of shape {tuple(weights[key].shape)}, not {tuple(own[key].shape)}")
+        if misfits:
+            raise ValueError(f"{len(misfits)} weights do not fit open_clip_config.json; the first is {misfits[0]}")
+        self.load_state_dict(weights)
 
 
 class OpenClipViT(_Tower):
-    """images or latents (B, C, S, S) -> pooled (B, E), not of unit length, and tokens (B, N, D) as the last block leaves them.
+    """images or latents (B, C, S, S) -> pooled (B, E), not of unit length, and the last block's tokens (B, N, D).
 
     Raises:
-        ValueError: a `model_cfg` of another kind of network than OpenVision's.
+        ValueError: `model_cfg` describes another kind of network than OpenVision's.
     """
 
     def __init__(self, model_cfg: Mapping[str, Any]):
         super().__init__()
         config = dict(model_cfg["vision_cfg"])
-        _only(config, "vision_cfg", no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
+        _check_kind(config, "vision_cfg", no_ln_pre=True, pool_type="avg", final_ln_after_pool=True)
         self.channels, self.image_size, self.patch = int(config.get("in_channels", 3)), int(config["image_size"]), int(config["patch_size"])
         size = _size(config, int(config["width"]) // int(config.get("head_width", 64)))
         self.conv1 = nn.Conv2d(self.channels, size.width, self.patch, self.patch, bias=False)
@@ -77,19 +77,19 @@ class OpenClipViT(_Tower):
 
 
 class OpenClipText(_Tower):
-    """text_ids (B, T), the class mark last and padding not masked, as OpenVision 1 was trained -> (B, E), not of unit length.
+    """text_ids (B, T) -> (B, E), not of unit length. The class token is last and padding is not masked, as OpenVision 1 was trained.
 
     Raises:
-        ValueError: a `model_cfg` of another kind of network than OpenVision 1's.
+        ValueError: `model_cfg` describes another kind of network than OpenVision 1's.
     """
 
     KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-    """what begins the keys of the text tower, which stand in the state dict without a prefix of their own"""
+    """how the keys of the text tower begin, which have no prefix in the state dict"""
 
     def __init__(self, model_cfg: Mapping[str, Any]):
         super().__init__()
         config = dict(model_cfg["text_cfg"])
-        _only(config, "text_cfg", no_causal_mask=True, pool_type="last")
+        _check_kind(config, "text_cfg", no_causal_mask=True, pool_type="last")
         size = _size(config, int(config["heads"]))
         self.positions = int(config["context_length"])
         self.token_embedding = nn.Embedding(int(config["vocab_size"]), size.width)
@@ -105,22 +105,22 @@ class OpenClipText(_Tower):
         return self.ln_final(x[:, -1]) @ self.text_projection
 
 
-def _ours(key: str) -> str:
+def _our_name(key: str) -> str:
     for theirs, name in NAMES.items():
         key = key.replace(theirs, name)
     return key
 
 
-def _only(config: Mapping[str, Any], where: str, **legal: Any) -> None:
-    """Raises ValueError for what these towers do not build: it would load under the same keys and compute something else."""
-    legal |= {"timm_model_name": None, "attentional_pool": False, "ls_init_value": None, "hf_model_name": None, "proj_bias": False}
+def _check_kind(config: Mapping[str, Any], where: str, **expected: Any) -> None:
+    """Raises ValueError for a network that these towers do not build: it would load under the same keys and compute something else."""
+    expected |= {"timm_model_name": None, "attentional_pool": False, "ls_init_value": None, "hf_model_name": None, "proj_bias": False}
     absent = {"no_ln_pre": False, "final_ln_after_pool": False, "no_causal_mask": False, "pool_type": "unset"}
-    for name, value in legal.items():
+    for name, value in expected.items():
         seen = config.get(name, absent.get(name, value))
         if seen != value:
-            raise ValueError(f"{name} {seen!r} in {where} is not of an OpenVision encoder; legal is {value!r}")
+            raise ValueError(f"{name} {seen!r} in {where} is not of an OpenVision encoder, which has {value!r}")
     if (config.get("norm_kwargs") or {}).get("eps", 1e-6) != 1e-6:
-        raise ValueError(f"norm_kwargs {config['norm_kwargs']!r} in {where} is not of an OpenVision encoder; legal is eps 1e-06")
+        raise ValueError(f"norm_kwargs {config['norm_kwargs']!r} in {where} is not of an OpenVision encoder, which has eps 1e-06")
 
 
 def _size(config: Mapping[str, Any], heads: int) -> TransformerSize:

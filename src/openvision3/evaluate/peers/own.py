@@ -1,6 +1,6 @@
 """A model of the user's own as a peer: `--peer FILE.py:FUNCTION`, where FUNCTION(device, precision) returns `Functions`. See docs/peers.md.
 
-Code of the file is run: name only one that you trust. What its functions raise or return amiss becomes one line that names the file.
+Code of the file is run: name only one that you trust. Whatever goes wrong in its functions becomes one line that names the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from openvision3.evaluate.protocol import Functions
 from openvision3.files import sha256_of
 
 KINDS = tuple(field.name for field in fields(Functions) if "Callable" in str(field.type))
-"""what a model may be able to do"""
+"""the fields of `Functions` that hold a function"""
 
 
 def is_own(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the paper reports, typed from its tables: to be shown beside what was measured here, never mixed with it.
+"""What the paper reports, typed from its tables: shown beside what was measured here, never mixed with it.
 
 for row in rows("unitok"):
     print(row.metric, row.value, row.heading, row.protocol)
@@ -14,7 +14,7 @@ SOURCE = "OpenVision 3, arXiv 2601.15369"
 
 @dataclass(frozen=True)
 class Published:
-    """One number of somebody else's. Its protocol is as much as the source says, which is less than a `Number` of ours carries."""
+    """A number of somebody else's. Its protocol is as much as the source says, which is less than a `Number` of ours carries."""
 
     model: str
     """the peer's name where it is one of `peers.PEERS`"""
@@ -27,13 +27,13 @@ class Published:
 
     @property
     def heading(self) -> str:
-        """Of the column it may stand in."""
+        """The heading of its column."""
         return f"published (paper {self.version}), not measured here"
 
 
 IMAGENET, COCO = "ImageNet, 256 x 256", "COCO, 256 x 256"
 REBUILT = (IMAGENET, COCO)
-"""Protocols of rebuilding."""
+"""Protocols of reconstruction."""
 GENERATION = "ImageNet 256 x 256, by class"
 LLAVA, LLAVA_NEXT = "LLaVA-1.5", "LLaVA-NeXT"
 
@@ -43,13 +43,13 @@ def _rebuilt(model: str, imagenet: float, coco: float, version: str = "v1 or v2"
 
 
 def _drawn(model: str, gfid: float, inception: float, precision: float, recall: float, version: str = "v1 or v2") -> list[Published]:
-    found = {"gFID": gfid, "IS": inception, "precision": precision, "recall": recall}
-    return [Published(model, metric, value, GENERATION, version) for metric, value in found.items()]
+    numbers = {"gFID": gfid, "IS": inception, "precision": precision, "recall": recall}
+    return [Published(model, metric, value, GENERATION, version) for metric, value in numbers.items()]
 
 
 def _answered(model: str, seed: float, science: float, gqa: float, pope: float, protocol: str = LLAVA, version: str = "v1 or v2") -> list[Published]:
-    found = {"SEED-Bench": seed, "ScienceQA": science, "GQA": gqa, "POPE": pope}
-    return [Published(model, metric, value, protocol, version) for metric, value in found.items()]
+    numbers = {"SEED-Bench": seed, "ScienceQA": science, "GQA": gqa, "POPE": pope}
+    return [Published(model, metric, value, protocol, version) for metric, value in numbers.items()]
 
 
 PUBLISHED: tuple[Published, ...] = (
@@ -84,39 +84,38 @@ PUBLISHED: tuple[Published, ...] = (
     *_answered("clip-l14", 61.8, 75.3, 59.4, 84.1, LLAVA_NEXT),
     *_answered("openvision3-l2-256", 68.6, 73.6, 62.0, 86.6, LLAVA_NEXT),
 )
-"""Section 5 of our notes on the paper. The ablations (their section 6) are left out: they are of models that nobody can load."""
+"""Section 5 of our notes on the paper. The ablations (their section 6) are left out: nobody can load their models."""
 
 
 def rows(model: str) -> list[Published]:
-    """What is published of this model, in the order of the tables; nothing where nothing is."""
-    return [each for each in PUBLISHED if each.model == model]
+    """The published numbers of this model, in the order of the tables."""
+    return [number for number in PUBLISHED if number.model == model]
 
 
 ONLY = ("rae-clip", "omnitokenizer")
-"""What the paper compares with and nobody can load here: only published numbers stand for it."""
+"""Models that the paper compares with and nobody can load here: they have published numbers only."""
 
 NAMES = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
 """A published metric -> ours of that name. The protocols are not the same."""
 
 
 def beside(model: str, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
-    """{heading of a column: {metric of ours: what was published of the model}}, for a column beside the measured one."""
-    found: dict[str, dict[str, str]] = {}
-    for each in rows(model):
-        metric = NAMES.get(each.metric, "")
-        if metric in metrics and each.protocol.startswith(REBUILT):
-            column = found.setdefault(f"{model}, {each.protocol}: {each.heading}", {})
-            column[metric] = f"{each.value:g}"
-    return found
+    """{heading of a column: {metric of ours: published value}}, for columns beside the measured one."""
+    columns: dict[str, dict[str, str]] = {}
+    for number in rows(model):
+        metric = NAMES.get(number.metric, "")
+        if metric in metrics and number.protocol.startswith(REBUILT):
+            columns.setdefault(f"{model}, {number.protocol}: {number.heading}", {})[metric] = f"{number.value:g}"
+    return columns
 
 
 def compact(metrics: Collection[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, rows) of all that is published by the name of one of these metrics of ours: a row a model, set and version of the paper."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
-    for each in PUBLISHED:
-        if NAMES.get(each.metric) in metrics:
-            where, _, more = each.protocol.partition("; ")
-            found.setdefault((each.model, where, each.version), {})[f"{each.metric} ({more})" if more else each.metric] = f"{each.value:g}"
-    columns = dict.fromkeys(column for values in found.values() for column in values)
-    rows = [(model, where, *(values.get(column, "") for column in columns), version) for (model, where, version), values in found.items()]
+    """(header, rows) of all published numbers of these metrics of ours: a row for each model, set and version of the paper."""
+    table: dict[tuple[str, str, str], dict[str, str]] = {}
+    for number in PUBLISHED:
+        if NAMES.get(number.metric) in metrics:
+            where, _, more = number.protocol.partition("; ")
+            table.setdefault((number.model, where, number.version), {})[f"{number.metric} ({more})" if more else number.metric] = f"{number.value:g}"
+    columns = dict.fromkeys(column for values in table.values() for column in values)
+    rows = [(model, where, *(values.get(column, "") for column in columns), version) for (model, where, version), values in table.items()]
     return ("model", "set", *columns, "paper"), rows

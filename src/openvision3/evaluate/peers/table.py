@@ -1,9 +1,9 @@
-"""Other tokenizers and encoders behind the same functions, so that every peer is measured by the same code.
+"""Other tokenizers and encoders behind the same functions, so that every peer is measured by the same code. Their facts are in fetch/sources.py.
 
     peer = load_peer("flux-vae", "weights/FLUX.1-schnell")
     evaluate_reconstruction(batches, peer.reconstruct)
 
-Nothing is downloaded: weights come from a folder, from where `openvision3 fetch` has put them, or from the Hugging Face cache of this machine.
+Nothing is downloaded: weights come from a folder, from where `openvision3 fetch` has put them, or from this machine's Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str = "fp32") -> Functions:
-    """A peer by name, from `folder` or, where that is empty, from what was fetched or is in the local Hugging Face cache; or FILE.py:FUNCTION (see `own.py`).
+    """Load a peer by name, or the user's own model by FILE.py:FUNCTION (see `own.py`). Without `folder`, what was fetched or lies in the hub's cache is used.
 
     Raises:
         ValueError: an unknown name or precision, files of another model, a package that is missing or does not fit.
-        FileNotFoundError: what is not here, with where to get it and under which licence.
+        FileNotFoundError: files are missing; says where to get them and under which licence.
     """
     if name in published.ONLY:
         raise ValueError(f"{name} has published numbers only and cannot be measured here. Choose one of {', '.join(PEERS)}")
@@ -84,32 +84,21 @@ def unknown_peer(name: str, legal: Collection[str]) -> ValueError:
 def _load_vae_functions(request: Request) -> Functions:
     """The frozen VAE of the model itself, with other weights: posterior mean, never sampled, never fp16."""
     vae = _load_vae(request)
-    can = {name: (lambda images, function=function: request.run(function, images)) for name, function in _of_vae(vae).items()}
+    alone = vae_functions(vae, request.asset.name, request.precision)
+    can: dict[str, Any] = {"reconstruct": alone.reconstruct, "features": alone.features}
     return request.functions(can, vae.sha256, "as they are; sides are padded to multiples of 16 and cut again; back: clamped to [-1, 1]", fixed=False)
 
 
 def vae_functions(vae: VAE, name: str, precision: str = "fp32") -> Functions:
-    """A VAE alone: the ceiling of what tokens made from its latents can rebuild, and the floor of what a probe can see."""
+    """A VAE alone: the ceiling of what tokens made from its latents can rebuild, and the floor of what a probe can see.
+
+    A probe sees the latents, averaged over a 4 x 4 grid and flattened: (B, 16 C).
+    """
     device = next(vae.parameters()).device
 
     def run(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return function(images.to(device)).float().cpu()
-
-    functions = _of_vae(vae)
-    return Functions(
-        name,
-        256,
-        precision,
-        vae.sha256,
-        vae_licence(vae.name),
-        reconstruct=lambda images: run(functions["reconstruct"], images),
-        features=lambda images: run(functions["features"], images),
-    )
-
-
-def _of_vae(vae: VAE) -> dict[str, Callable[[Tensor], Tensor]]:
-    """A probe sees the latents, averaged over a grid of 4 x 4 and put side by side: (B, 16 C)."""
 
     def reconstruct(images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -117,10 +106,10 @@ def _of_vae(vae: VAE) -> dict[str, Callable[[Tensor], Tensor]]:
         return vae.decode(vae.encode(whole)).clamp(-1, 1)[..., :height, :width]
 
     def features(images: Tensor) -> Tensor:
-        height, width = (side // PATCH * PATCH for side in images.shape[-2:])
-        return F.adaptive_avg_pool2d(vae.encode(resize(images, max(height, PATCH), max(width, PATCH))), 4).flatten(1)
+        height, width = (max(side // PATCH * PATCH, PATCH) for side in images.shape[-2:])
+        return F.adaptive_avg_pool2d(vae.encode(resize(images, height, width)), 4).flatten(1)
 
-    return {"reconstruct": reconstruct, "features": features}
+    return Functions(name, 256, precision, vae.sha256, vae_licence(vae.name), reconstruct=partial(run, reconstruct), features=partial(run, features))
 
 
 def _load_vae(request: Request) -> VAE:
@@ -133,7 +122,7 @@ def _load_vae(request: Request) -> VAE:
 
 
 def _load_rae(request: Request) -> Functions:
-    """diffusers' AutoencoderRAE: a frozen encoder and a decoder that learnt to invert it; pictures in [0, 1], noise off."""
+    """diffusers' AutoencoderRAE: a frozen encoder and a decoder that learnt to invert it; images in [0, 1], noise off."""
     diffusers = library_of("diffusers")
     request.check(request.json("config.json") | {"class": request.json("config.json").get("_class_name")})
     weights = request.file("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
@@ -142,21 +131,21 @@ def _load_rae(request: Request) -> Functions:
             network, report = diffusers.AutoencoderRAE.from_pretrained(
                 request.folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
             )
-        except AttributeError as error:  # diffusers 0.42 looks for a part of SiglipVisionModel that transformers 5.24 has no more
-            seen = " and ".join(f"{each} {importlib.metadata.version(each)}" for each in ("diffusers", "transformers"))
-            raise ValueError(f"{seen} do not fit together for it ({short(error)}); other versions may") from error
+        except AttributeError as error:  # diffusers 0.42 looks for a part of SiglipVisionModel that transformers 5.24 no longer has
+            installed = " and ".join(f"{library} {importlib.metadata.version(library)}" for library in ("diffusers", "transformers"))
+            raise ValueError(f"{installed} do not fit together for it ({short(error)}); try other versions") from error
     check_complete(request, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
     network = network.to(request.device).eval().requires_grad_(False)
     size = int(network.decoder_image_size)
 
-    def rebuilt(images: Tensor) -> Tensor:
+    def reconstruct(images: Tensor) -> Tensor:
         return network.decode(network.encode(images / 2 + 0.5).latent).sample.float() * 2 - 1
 
     def features(images: Tensor) -> Tensor:
         return network.encode(resize(images, size, size) / 2 + 0.5).latent.float().mean((2, 3))
 
     can: dict[str, Callable] = {
-        "reconstruct": lambda images: request.run(only_at(rebuilt, size), images),
+        "reconstruct": lambda images: request.run(only_at(reconstruct, size), images),
         "features": lambda images: request.run(features, images),
     }
     pixels_in_words = "x / 2 + 0.5 into [0, 1], resized to its size; mean and std inside the network; back: 2 x - 1, clamped; rebuilt at its size only"
@@ -180,7 +169,7 @@ def _load_two_towers(request: Request) -> Functions:
     vision, text = network.config.vision_config, network.config.text_config
     request.check({"patch_size": vision.patch_size})
     if pixels.size != vision.image_size:
-        raise ValueError(f"{request.folder}: preprocessor_config.json makes pictures of {pixels.size}, config.json wants {vision.image_size}; get both anew")
+        raise ValueError(f"{request.folder}: preprocessor_config.json makes images of {pixels.size}, config.json expects {vision.image_size}; get both anew")
     network = network.to(request.device).eval().requires_grad_(False)
     ids = TextIds(request.file("tokenizer.json"), text.max_position_embeddings, text.pad_token_id)
 
@@ -191,8 +180,8 @@ def _load_two_towers(request: Request) -> Functions:
         return network.visual_projection(pooled(images)) if kind == "clip" else pooled(images)
 
     def text_embedding(text_ids: Tensor) -> Tensor:
-        found = network.text_model(input_ids=text_ids).pooler_output
-        return network.text_projection(found) if kind == "clip" else found
+        pooled_text = network.text_model(input_ids=text_ids).pooler_output
+        return network.text_projection(pooled_text) if kind == "clip" else pooled_text
 
     can: dict[str, Callable] = {
         "embed_images": lambda images: F.normalize(request.run(image_embedding, images), dim=1),
@@ -204,9 +193,9 @@ def _load_two_towers(request: Request) -> Functions:
 
 
 def _embed_texts(request: Request, embed: Callable[[Tensor], Tensor], ids: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) -> Tensor:
-    """Texts -> unit vectors (B, E). Raises ValueError for none at all, or one text instead of a list."""
+    """Texts -> unit vectors (B, E). Raises ValueError for an empty list, or a text instead of a list."""
     if isinstance(texts, str) or not texts:
-        raise ValueError(f"texts {texts!r:.80} cannot be embedded; legal is a list of texts, such as ['a red heart']")
+        raise ValueError(f"texts {texts!r:.80} cannot be embedded; pass a list of texts, such as ['a red heart']")
     return F.normalize(request.run(embed, ids(texts)), dim=1)
 
 
@@ -214,7 +203,7 @@ def _embed_texts(request: Request, embed: Callable[[Tensor], Tensor], ids: Calla
 
 
 def _load_openvision(request: Request) -> Functions:
-    """A probe sees the mean of the last block's tokens. OpenVision 1 has a text tower, too; 2 and 3 were released without."""
+    """A probe sees the mean of the last block's tokens. OpenVision 1 also has a text tower; 2 and 3 were released without one."""
     config = request.json("open_clip_config.json")
     weights = request.file("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     with one_line_errors(request):
@@ -228,16 +217,16 @@ def _load_openvision(request: Request) -> Functions:
     can: dict[str, Callable] = {}
     note = ""
     if vit.channels == 3:
-        asks = config.get("preprocess_cfg") or {}  # OpenVision 2 has none: then ImageNet's, by which the authors train and evaluate
-        if asks.get("resize_mode", "shortest") not in ("shortest", "squash"):
-            raise ValueError(f"{request.folder}: resize_mode {asks['resize_mode']!r} is not built here; legal are shortest and squash")
+        wishes = config.get("preprocess_cfg") or {}  # OpenVision 2 has none: then ImageNet's, by which the authors train and evaluate
+        if wishes.get("resize_mode", "shortest") not in ("shortest", "squash"):
+            raise ValueError(f"{request.folder}: resize_mode {wishes['resize_mode']!r} is not supported; only shortest and squash are")
         size, pixels_in_words = vit.image_size, "x / 2 + 0.5, resized, mean and std of its open_clip_config.json (ImageNet's where it has none)"
         prepare: Callable[[Tensor], Tensor] = Pixels(
             size,
-            tuple(asks.get("mean") or IMAGENET_MEAN),
-            tuple(asks.get("std") or IMAGENET_STD),
-            asks.get("resize_mode", "shortest") == "shortest",
-            "bicubic" if asks.get("interpolation") == "bicubic" else "bilinear",
+            tuple(wishes.get("mean") or IMAGENET_MEAN),
+            tuple(wishes.get("std") or IMAGENET_STD),
+            wishes.get("resize_mode", "shortest") == "shortest",
+            "bicubic" if wishes.get("interpolation") == "bicubic" else "bilinear",
         )
     else:
         vae = _load_latent_vae(request)
@@ -257,7 +246,7 @@ def _load_openvision(request: Request) -> Functions:
 
 
 def _load_latent_vae(request: Request) -> VAE:
-    """The VAE that OpenVision 3 stands on: in the sub-folder `vae`, or FLUX's own place. Latents are the mean x scale, without shift."""
+    """The VAE under OpenVision 3: in the sub-folder `vae`, or where `flux-vae` lies. Latents are the mean x scale, without shift."""
     flux = PEERS["flux-vae"]
     folder = request.folder / "vae" if (request.folder / "vae").is_dir() else find_folder(flux, "")
     return _load_vae(Request(flux, folder, request.device, request.precision))
@@ -268,8 +257,8 @@ def _state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    found: Any = load_foreign_pickle(path)
-    return {key.removeprefix("module."): value for key, value in found.get("state_dict", found).items()}
+    saved: Any = load_foreign_pickle(path)
+    return {key.removeprefix("module."): value for key, value in saved.get("state_dict", saved).items()}
 
 
 # -- UniTok and VILA-U: their own code ------------------------------------------------------------------------------
@@ -277,7 +266,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 
 def _load_checkout(load: Callable[[Path, Path, str], Checkout], request: Request) -> Functions:
     if request.precision != "fp32":
-        raise ValueError(f"{request.asset.name} runs by its authors' code, which settles the precision itself; leave {request.precision} out")
+        raise ValueError(f"{request.asset.name} runs by its authors' code, which sets the precision itself; leave out {request.precision}")
     for name in request.model.code[1:]:
         request.file(name)
     weights = request.file(request.asset.files[0].name.split("/")[0])
