@@ -54,7 +54,7 @@ def data(train, tmp_path_factory):
 def test_copies_of_images_and_of_captions_are_seen_and_each_counts_where_it_matters(train, data):
     source = FolderSource(data)
     overlap, pictures = looked(source, take_fingerprint(FolderSource(train), ("train",)))
-    names = {index: source.files[index].name for index in range(len(source))}
+    names = {index: source.names[index] for index in range(len(source))}
     assert {names[i] for i in overlap.seen("reconstruction", range(6))} == {"a.png", "b.jpg"}
     assert {names[i] for i in overlap.seen("retrieval", range(6))} == {names[i] for i in overlap.seen("captioning", range(6))} == {"a.png", "b.jpg", "20.png"}
     assert overlap.counts() == {"samples": 6, "equal captions": 1, "near-duplicate images": 2, "families in common": 0, "any of these": 3}
