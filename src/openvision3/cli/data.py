@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, parse, run_verb
+from openvision3.cli.common import Device, Json, parse
 from openvision3.cli.paths import check_apart
 from openvision3.data.latents.settings import LatentJob
 from openvision3.recaption.job import RecaptionJob
@@ -215,11 +215,6 @@ def fingerprint(
 
 
 VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint)}
-
-
-def data(argv: Sequence[str]) -> int:
-    """Prepare images with captions for training: openvision3 data COMMAND ..."""
-    return run_verb(argv, VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
 
 
 # -- what the verbs print ------------------------------------------------------------------------------------------

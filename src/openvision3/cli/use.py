@@ -1,4 +1,4 @@
-"""The verbs that use a model: reconstruct, caption, classify, encode, info; and fetch, which gets files of others."""
+"""The verbs that use a model: reconstruct, caption, classify, encode, info; and the doors to evaluate, data and fetch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, error_message, on_one_line, output_folder
+from openvision3.cli.common import Device, Json, error_message, on_one_line, output_folder, run_verb
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
@@ -203,6 +203,23 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     return 0
 
 
+# -- verbs with modules of their own, which are imported when called: the help of all verbs must not wait for them -----
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Measure a model, and models of others by the same code: openvision3 evaluate WHAT [MODEL] --data DATA"""
+    from openvision3.cli import evaluate as measuring
+
+    return measuring.evaluate(argv)
+
+
+def data(argv: Sequence[str]) -> int:
+    """Prepare images with captions for training: openvision3 data COMMAND ..."""
+    from openvision3.cli import data as preparing
+
+    return run_verb(argv, preparing.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
+
+
 def fetch(
     names: Positional[Annotated[tuple[str, ...], arg(metavar="{NAME ...,all}", help="what to fetch, or to check")]] = (),
     to: PathName = "",
@@ -210,16 +227,16 @@ def fetch(
     check: bool = False,
     json: Json = False,
 ) -> int:
-    """Get weights, tokenizers and statistics of others, each with its source, licence and hash.
+    """Download weights, tokenizers and statistics of others, each with source, licence and hash.
 
     Args:
-        to: the folder that gets a sub-folder for each; none: ~/.cache/openvision3, where commands look for it.
-        list: say what there is, from where, under which terms, and whether it is here.
-        check: read what is here and compare it with its hashes; without names, all of it.
+        to: the folder that gets a sub-folder for each. Not set: ~/.cache/openvision3, where commands look for it.
+        list: list all files with source, licence, size, and whether they are here.
+        check: compare the files that are here with their hashes. Without names: all of them.
     """
-    from openvision3.cli import fetch as cli_fetch
+    from openvision3.cli import fetch as fetching
 
-    return cli_fetch.run(names, to, list, check, json)
+    return fetching.run(names, to, list, check, json)
 
 
 # -- what these verbs share ----------------------------------------------------------------------------------------
