@@ -115,7 +115,7 @@ def test_a_shard_that_vanishes_is_counted(tmp_path):
 def test_the_cls_members_of_a_remote_shard_are_refused(tmp_path):
     source = ShardSource([shard(tmp_path / "0.tar", [b"1"], "cls")])
     source.tars.paths[0] = "https://example.org/0.tar"
-    with pytest.raises(ValueError, match="copy the shard here, or name a JSON field"):
+    with pytest.raises(ValueError, match="copy the shard to this machine, or name a JSON field"):
         source.tars.extra(0, "cls")
 
 

@@ -480,7 +480,7 @@ def test_when_all_shards_are_gone_the_run_stops_with_the_reason(tmp_path):
     path = write_shard(tmp_path / "0.tar", three())
     made = TrainingBatches(ShardSource([path]), TextTokenizer.train(["a caption"], 50), BatchPlan(TextShape(8, 8), size=16, batch=2, seed=0))
     Path(path).unlink()
-    with pytest.raises(ValueError, match=r"256 samples in a row cannot be used, the last because of: vanished \(.*0\.tar is no longer there\)"):
+    with pytest.raises(ValueError, match=r"256 samples in a row cannot be used, the last because of: vanished \(.*0\.tar no longer exists\)"):
         take(made, 0, 1)
 
 

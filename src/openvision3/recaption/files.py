@@ -19,7 +19,7 @@ from PIL import Image
 from openvision3.data.captions import MAX_BYTES, Captions, TextError, clean_captions, decode_text, json_object, text_captions, too_large
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, open_image
-from openvision3.data.shards.members import Member, Problem, TarScan, is_picture, unusable
+from openvision3.data.shards.members import Member, Problem, TarScan, is_image, unusable
 from openvision3.recaption.job import ORIGINAL
 
 Result = dict[str, str]
@@ -40,7 +40,7 @@ class CaptionShard:
         self.size = os.path.getsize(self.path)
         tar = TarScan(self.path).read()
         self.members, self.is_missing_members = tar.members, tar.is_missing_members
-        self.samples = [(stem, members) for stem, members in tar.samples.items() if any(map(is_picture, members))]
+        self.samples = [(stem, members) for stem, members in tar.samples.items() if any(map(is_image, members))]
         self.problems = [p | {"key": f"{self.path} {p['key']}".rstrip()} for p in tar.problems(len(self.samples))]
         if not self.samples:
             reasons = [problem for stem, members in tar.samples.items() if (problem := unusable(stem, members))]
@@ -87,7 +87,7 @@ class CaptionShard:
         """Raises ImageError."""
         if self.values[index] is None:
             raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
-        member = next(m for extension, m in self.samples[index][1].items() if is_picture(extension))
+        member = next(m for extension, m in self.samples[index][1].items() if is_image(extension))
         with named(Path(self.path)), open(self.path, "rb") as file:
             data = self._data(file, member)
         return open_image(data)
@@ -110,7 +110,7 @@ class CaptionShard:
             values = {k: v for k, v in values.items() if k not in (self.name, f"{self.name}_by")}
             values |= {self.name: result["caption"]} if "caption" in result else {}
             values[f"{self.name}_by"] = by | ({"kept": result["kept"]} if "kept" in result else {})
-            like = members.get("json") or next(member for extension, member in members.items() if is_picture(extension))
+            like = members.get("json") or next(member for extension, member in members.items() if is_image(extension))
             last = like if like.extension == "json" else max(members.values(), key=lambda member: member.start)
             new[numbers[last.start]] = like, json.dumps(values).encode()
         with open(self.path, "rb") as source, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:

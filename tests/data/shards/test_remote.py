@@ -140,7 +140,7 @@ def test_any_fsspec_place_will_do(tmp_path):
 
 def test_what_is_missing_is_named_before_a_byte_is_fetched(server, tmp_path):
     url = f"{server.url}/00000.tar"
-    with pytest.raises(ValueError, match=r"00000\.tar has no index; make it with: openvision3 data index SHARDS --index FOLDER"):
+    with pytest.raises(ValueError, match=r"00000\.tar has no index; write it with: openvision3 data index SHARDS --index FOLDER"):
         open_source((url,), DataOptions(cache=str(tmp_path / "cache"), cache_gb=1))
     with pytest.raises(ValueError, match=r"fetched whole: name a folder with --cache"):
         opened(server, tmp_path, cache="")

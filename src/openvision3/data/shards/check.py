@@ -147,7 +147,7 @@ def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = F
             usable = 0
             if len(index):
                 without = f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank"
-                usable = _usable(ShardSource(Tars([path], [label], found=[index]), caption_keys), without, decode, problems, several)
+                usable = _usable(ShardSource(Tars([path], [label], indexes=[index]), caption_keys), without, decode, problems, several)
         return Checked(shard, len(index), usable, now.size, tuple(problems), dict(several))
     except FileNotFoundError:
         return Checked(shard, problems=({"key": shard, "reason": "missing", "detail": "no such shard"},))

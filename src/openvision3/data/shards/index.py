@@ -1,6 +1,6 @@
-"""What lies where in a shard, written once beside it, so that opening a thousand shards reads no tar.
+"""Index each shard once, so that opening thousands of them is fast: where each member lies, in a file beside the tar.
 
-An index is a safetensors file: numbers that are mapped, not loaded, and a header that says which tar it belongs to. About 45
+An index is a safetensors file: arrays that are mapped, not loaded, and a header that says which tar it belongs to. About 45
 bytes a sample and its key: 5 GB on disk for 100 million samples, and next to nothing in memory.
 """
 
@@ -14,25 +14,25 @@ from pathlib import Path
 
 import numpy as np
 
-from openvision3.data.shards.members import NAMED, Problem, TarScan, is_picture, unusable
+from openvision3.data.shards.members import NAMED, Problem, TarScan, is_image, unusable
 from openvision3.data.tensor_file import TensorFile
 from openvision3.files import write_whole
 
 FORMAT = "openvision3 shard index 2"
-KINDS = ("picture", "txt", "json")
-"""The members of a sample that are read; its picture is the first one of a legal extension."""
+KINDS = ("image", "txt", "json")
+"""The members of a sample that are read; its image is the first member with an image's extension."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Which state of a tar an index describes. `etag` is whatever a remote place gives as a mark of the version."""
+    """The state of a tar that an index describes. `etag` is the version as a remote place gives it."""
 
     size: int
     mtime_ns: int = 0
     etag: str = ""
 
     def matches(self, now: Stamp) -> bool:
-        """Sizes are equal, and so is whichever of the other marks both have."""
+        """Whether the sizes are equal, and each other value that both have."""
         return self.size == now.size and all(not a or not b or a == b for a, b in ((self.mtime_ns, now.mtime_ns), (self.etag, now.etag)))
 
 
@@ -44,9 +44,8 @@ def stamp_of(status: os.stat_result) -> Stamp:
 class ShardIndex:
     """The samples of one shard in the order of the tar.
 
-    `offsets` (N, 3) and `sizes` (N, 3) say where the members of KINDS lie; offset 0 stands for none. Sample i has the name
-    `names[name_ends[i - 1]:name_ends[i]]`. `problems` is what the scan found unusable, {key, reason, detail}, keys without the
-    shard's label.
+    `offsets` (N, 3) and `sizes` (N, 3) say where the members of KINDS lie; offset 0 means that there is none. Sample i has the name
+    `names[name_ends[i - 1]:name_ends[i]]`. The keys of `problems` lack the shard's label.
     """
 
     stamp: Stamp
@@ -57,6 +56,10 @@ class ShardIndex:
     problems: list[Problem] = field(default_factory=list)
 
     def __len__(self) -> int:
+        return self.count
+
+    @property
+    def count(self) -> int:
         return len(self.offsets)
 
     def name(self, sample: int) -> str:
@@ -64,22 +67,22 @@ class ShardIndex:
         return bytes(self.names[start : int(self.name_ends[sample])]).decode("utf-8", "surrogateescape")
 
     def member(self, sample: int, kind: str) -> tuple[int, int] | None:
-        """(offset, size) of a member, None where the sample has none."""
+        """(offset, size) of a member, None if the sample has none."""
         column = KINDS.index(kind)
         offset = int(self.offsets[sample, column])
         return (offset, int(self.sizes[sample, column])) if offset else None
 
     @property
     def is_of_a_tar(self) -> bool:
-        """Whether there is something to keep: not of a web page or an archive of another kind, which is called a tar."""
+        """Whether the file was a tar, and not a web page or another archive under a name that ends in .tar."""
         return len(self) > 0 or not any(problem["reason"] == "damaged shard" for problem in self.problems)
 
     def save(self, path: str | Path) -> None:
-        """Whole or not at all. Raises OSError."""
+        """Raises OSError; then no file is left."""
         from safetensors.numpy import save
 
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}
-        head = {FORMAT: json.dumps({"stamp": asdict(self.stamp), "problems": self.problems})}  # one entry: safetensors keeps no order of several
+        head = {FORMAT: json.dumps({"stamp": asdict(self.stamp), "problems": self.problems})}  # one entry, because safetensors keeps no order of several
         write_whole(path, save(arrays, head))
 
 
@@ -87,7 +90,7 @@ ARRAYS = {"offsets": "U64", "sizes": "U32", "name_ends": "U32", "names": "U8"}
 """The arrays of an index file, with their safetensors types."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IndexFile:
     """An index file of which only the header has been read."""
 
@@ -102,7 +105,7 @@ class IndexFile:
 
 
 def read_head(path: str | Path) -> IndexFile:
-    """Read the header of an index file. Raises OSError; ValueError where it is no index, or not a whole one."""
+    """Read the header of an index file. Raises OSError; ValueError if it is no whole index."""
     file = TensorFile(path)
     try:
         if FORMAT not in file.metadata:
@@ -119,7 +122,7 @@ def read_head(path: str | Path) -> IndexFile:
 
 
 def index_path(shard: str, folder: str = "") -> Path:
-    """Where the index of `shard` lies: beside it, or in `folder` under a name that no other shard has."""
+    """The index of `shard`: beside it, or in `folder` under a name that no other shard has."""
     if not folder:
         return Path(shard + ".index")
     where = shard if is_remote(shard) else os.path.abspath(shard)
@@ -131,9 +134,9 @@ def is_remote(path: str) -> bool:
 
 
 def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
-    """Read the headers of a tar -> its index. A tar that is cut off gives what is whole in it, and says so in `problems`.
+    """Index a tar from its headers. Of a tar that is cut off, the whole samples are indexed, and `problems` says so.
 
-    `stamp` stands for the tar where `path` is a copy of it.
+    `path` may be a copy of the tar that `stamp` describes.
     """
     tar = TarScan(path)
     try:
@@ -148,10 +151,10 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     for stem, members in tar.samples.items():
         if problem := unusable(stem, members):
             problems.append(problem)
-        pictures = [extension for extension in members if is_picture(extension)]
-        if not pictures:
+        images = [extension for extension in members if is_image(extension)]
+        if not images:
             continue
-        row = [(member.offset, member.size) if member else (0, 0) for member in (members[pictures[0]], members.get("txt"), members.get("json"))]
+        row = [(member.offset, member.size) if member else (0, 0) for member in (members[images[0]], members.get("txt"), members.get("json"))]
         if max(length for _, length in row) >= 2**32:
             problems.append({"key": stem, "reason": "too large", "detail": "a member of 4 GiB or more"})
             continue
@@ -165,17 +168,14 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
 
 
 def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:
-    """Read the headers of a tar -> {sample name: (offset, size)} of the members of this extension, which no index lists. Raises OSError.
-
-    What is damaged is left out here, for `scan` has said so.
-    """
+    """{sample name: (offset, size)} of the members of this extension, which no index lists, from the headers of a tar. Raises OSError."""
     return {stem: (members[extension].offset, members[extension].size) for stem, members in TarScan(path).read().samples.items() if extension in members}
 
 
 def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, str]:
-    """(the index file, "") where it is there, whole and of this state of the tar, otherwise (None, why not); "" means no such file.
+    """(the index file, "") if it is whole and describes this state of the tar (any state if `now` is None), else (None, why not).
 
-    `now` None: the tar is not looked at.
+    The reason is "" if there is no such file.
     """
     try:
         head = read_head(path)
@@ -184,5 +184,5 @@ def fresh_index(path: str | Path, now: Stamp | None) -> tuple[IndexFile | None, 
     except (OSError, ValueError) as error:
         return None, str(error)
     if now is not None and not head.stamp.matches(now):
-        return None, f"{path} was made when the shard was another ({head.stamp.size:,} bytes then, {now.size:,} now)"
+        return None, f"{path} was written for another state of the shard ({head.stamp.size:,} bytes then, {now.size:,} now)"
     return head, ""

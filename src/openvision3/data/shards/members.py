@@ -1,7 +1,7 @@
-"""What lies in a tar, member by member: the files of samples, what is passed over and why, and what follows the end mark.
+"""The one scanner of tars: their members, those that are left out and why, and what follows the end of the archive.
 
-A tar ends in blocks of zeros. Others may follow it (`cat one.tar two.tar`): they are read on, as `tar -i` does; what follows and is no
-tar is reported. Hard links stand for the file they name; symbolic links, sparse files and the files of systems are counted.
+A tar ends in blocks of zeros. Another tar may follow (`cat one.tar two.tar`): it is read too, as `tar -i` does; anything else is
+reported. A hard link is read as the file that it names; symbolic links, sparse files and hidden files are left out and counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS
 from openvision3.data.problems import Problem
 
 NAMED = 100
-"""characters of a name, and LISTED names, that a message shows"""
 LISTED = 5
-
+"""A message shows NAMED characters of a name, and LISTED names."""
 
 HINTS = {
     "hidden file": "hidden or system files, left out",
@@ -33,10 +32,10 @@ HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One member of a tar; `offset` is 0 for what is no file of a sample."""
+    """One member of a tar; `offset` is 0 if it is left out."""
 
     start: int
-    """where it begins with all that stands before its header, such as global headers"""
+    """where it begins, with all that precedes its headers, such as global headers"""
     header: int
     """where its own headers begin"""
     end: int
@@ -49,10 +48,7 @@ class Member:
 
 
 class TarScan:
-    """The members of one tar, after `read`, and what is to be said of the tar.
-
-    Memory holds the names and places of all members, and no headers.
-    """
+    """The members of a tar, once `read`. Memory holds the names and places of all members, and no headers."""
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -66,7 +62,7 @@ class TarScan:
         """why not all of the file is read"""
         self.is_missing_members = False
         """whether members lie behind the damage and cannot be found"""
-        self._passed: dict[str, tuple[int, str]] = {}
+        self._left_out: dict[str, tuple[int, str]] = {}
         self._between = ""
 
     def read(self) -> TarScan:
@@ -103,15 +99,15 @@ class TarScan:
         offset = size = 0
         if is_hidden(name):
             if not info.isdir():
-                self._pass("hidden file", name)
+                self._leave_out("hidden file", name)
         elif info.sparse is not None:
-            self._pass("sparse member", name)
+            self._leave_out("sparse member", name)
         elif info.isreg():
             offset, size = info.offset_data, info.size
         elif info.islnk() and (target := files.get(info.linkname.removeprefix("./"))):
             offset, size = target.offset, target.size
         elif info.islnk() or info.issym():
-            self._pass("link", f"{short(name)} -> {info.linkname}")
+            self._leave_out("link", f"{short(name)} -> {info.linkname}")
         member = Member(start, info.offset, end, folder + slash + stem, extension.lower(), offset, size)
         self.members.append(member)
         if offset:
@@ -122,16 +118,16 @@ class TarScan:
             of_sample[member.extension] = member
         return end
 
-    def _pass(self, reason: str, name: str) -> None:
-        count, first = self._passed.get(reason, (0, name))
-        self._passed[reason] = count + 1, first
+    def _leave_out(self, reason: str, name: str) -> None:
+        count, first = self._left_out.get(reason, (0, name))
+        self._left_out[reason] = count + 1, first
 
     def _next_archive(self, file: BinaryIO, end: int) -> int | None:
-        """Where another tar begins behind the end mark at `end`; None where there is none. Raises ReadError."""
+        """Where another tar begins behind the end mark at `end`; None if nothing follows. Raises ReadError."""
         file.seek(end)
-        mark = file.read(tarfile.BLOCKSIZE)
-        if mark != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile ends quietly at a header that is cut off or broken
-            self.is_missing_members = len(mark) == tarfile.BLOCKSIZE
+        block = file.read(tarfile.BLOCKSIZE)
+        if block != tarfile.NUL * tarfile.BLOCKSIZE:  # tarfile ends quietly at a header that is cut off or broken
+            self.is_missing_members = len(block) == tarfile.BLOCKSIZE
             raise tarfile.ReadError("no end mark, the shard is cut off or broken here")
         position = file.tell()
         while not (chunk := file.read(1 << 20)).strip(tarfile.NUL):
@@ -149,22 +145,22 @@ class TarScan:
 
     @staticmethod
     def _beginnings(whole: mmap.mmap, end: int, position: int) -> Iterator[int]:
-        """Where a header may begin: at the next whole block, or anywhere behind what is no tar."""
+        """Where a header may begin: at the next whole block, or anywhere behind other data."""
         yield position - (position - end) % tarfile.BLOCKSIZE
-        found = whole.find(b"ustar", position)
-        while found >= 0:
-            if found - 257 >= position:
-                yield found - 257
-            found = whole.find(b"ustar", found + 1)
+        place = whole.find(b"ustar", position)
+        while place >= 0:
+            if place - 257 >= position:
+                yield place - 257
+            place = whole.find(b"ustar", place + 1)
 
     def problems(self, samples: int) -> list[Problem]:
-        """What is to be said of the tar itself, of which so many samples were read; each name of it is short."""
-        told = [_problem("", reason, f"{count:,} {HINTS[reason]}, such as {short(first)}") for reason, (count, first) in self._passed.items()]
+        """The problems with the tar itself; `samples` were read before the damage."""
+        problems = [_problem("", reason, f"{count:,} {HINTS[reason]}, such as {short(first)}") for reason, (count, first) in self._left_out.items()]
         if self._between:
-            told.append(_problem("", "damaged shard", self._between))
+            problems.append(_problem("", "damaged shard", self._between))
         if self.damage:
-            told.append(_problem("", "damaged shard", f"{self.damage}; {samples} samples before the damage"))
-        return told
+            problems.append(_problem("", "damaged shard", f"{self.damage}; {samples} samples before the damage"))
+        return problems
 
 
 def _is_header(block: bytes) -> bool:
@@ -179,20 +175,20 @@ def short(name: str) -> str:
     return name if len(name) <= NAMED else f"{name[: NAMED - 3]}..."
 
 
-def is_picture(extension: str) -> bool:
+def is_image(extension: str) -> bool:
     return f".{extension}" in EXTENSIONS
 
 
 def unusable(stem: str, members: Mapping[str, Any]) -> Problem | None:
-    """Why these members (by extension) are no sample, or which picture of several is one; None where all is well."""
-    pictures = [extension for extension in members if is_picture(extension)]
-    if len(pictures) == 1:
+    """Why these members (by extension) are no sample, or which of several images is used; None if there is one image."""
+    images = [extension for extension in members if is_image(extension)]
+    if len(images) == 1:
         return None
-    if pictures:
-        return _problem(stem, "duplicate", f"{len(pictures)} pictures of this name: {_listed(pictures)}; the first one is used")
+    if images:
+        return _problem(stem, "duplicate", f"{len(images)} images of this name: {_listed(images)}; the first one is used")
     others = [extension for extension in members if any(f".{extension}".endswith(known) for known in (*EXTENSIONS, *UNREAD_EXTENSIONS))]
     detail = f"only {_listed(list(members))}"
-    if split := next((extension for extension in others if is_picture(extension.rpartition(".")[2])), ""):
+    if split := next((extension for extension in others if is_image(extension.rpartition(".")[2])), ""):
         base = stem.rpartition("/")[2]
         detail += f"; names end at their first dot, so {short(f'{base}.{split}')} has the ending .{short(split)}: rename it to NAME.{split.rpartition('.')[2]}"
     elif others:

@@ -1,8 +1,8 @@
-"""Shards that lie elsewhere: fetched whole through fsspec into a local folder that never grows beyond its bound.
+"""Remote shards: fetched whole through fsspec into a local folder of bounded size.
 
-Several processes of one machine share the folder. What keeps them apart are file locks, which end with a process however it
-ends: a shard is read under a shared lock and dropped under an exclusive one; it is fetched under a hidden name, locked, that
-has the shard's full size from the start, so that what is still on its way counts as used.
+Several processes of one machine share the folder, through file locks, which end with their process: a shard is read under a shared
+lock and dropped under an exclusive one. It is fetched into a locked file with a hidden name, which has the full size from the start,
+so that a fetch in progress counts as used space.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from openvision3.data.shards.index import Stamp
 
 ATTEMPTS = 3
 PAUSE = 1.0
-"""seconds before a fetch is tried again, doubled each time"""
+"""seconds before a fetch is repeated, doubled each time"""
 FORGET = 60.0
-"""seconds in which a shard that could not be fetched is not asked for again"""
+"""seconds in which a shard that could not be fetched is not requested again"""
 PATIENCE = 600.0
-"""seconds to wait for room in the cache"""
+"""seconds to wait for room in the shard cache"""
 CHUNK = 4 << 20
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(the fsspec file system, the path in it). Raises ValueError: fsspec is missing, or what it needs for this place."""
+    """(the fsspec file system, the path in it). Raises ValueError: fsspec is missing, or its package for this protocol."""
     try:
         import fsspec
     except ImportError as error:
@@ -42,17 +42,17 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def remote_stamp(url: str) -> Stamp:
-    """Size and version mark of a remote file. Raises ValueError, OSError and what the file system raises."""
+    """Size and version of a remote file. Raises ValueError, OSError and what the file system raises."""
     system, path = filesystem(url)
     info = system.info(path)
-    mark = next((info[name] for name in ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created") if info.get(name)), "")
+    version = next((info[name] for name in ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created") if info.get(name)), "")
     if info.get("size") is None:
-        raise OSError(f"{url}: the server does not say how large it is")
-    return Stamp(int(info["size"]), 0, str(mark).strip('"'))
+        raise OSError(f"{url}: the server does not give its size")
+    return Stamp(int(info["size"]), 0, str(version).strip('"'))
 
 
 def expand_remote(url: str) -> list[str]:
-    """Globs and folders of shards -> URLs of tars; a .tar stands for itself, there or not."""
+    """Globs and folders of shards -> URLs of tars; a .tar stands for itself, whether it exists or not."""
     if "*" not in url and "?" not in url and url.endswith(".tar"):
         return [url]
     system, path = filesystem(url if url.endswith(".tar") else url.rstrip("/") + "/*.tar")
@@ -64,10 +64,10 @@ def expand_remote(url: str) -> list[str]:
 
 
 class ShardCache:
-    """At most `gigabytes` of whole shards in `folder`; those read longest ago are dropped first.
+    """At most `gigabytes` of whole shards in `folder`; the least recently read are dropped first.
 
     Raises:
-        ValueError: a bound that is not positive, or a system without file locks.
+        ValueError: `gigabytes` is not positive, or the system has no file locks.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float):
@@ -82,13 +82,12 @@ class ShardCache:
 
     @contextlib.contextmanager
     def reading(self, url: str, stamp: Stamp) -> Iterator[int]:
-        """A descriptor of the whole shard, which stays in the cache while this is open.
+        """A descriptor of the whole shard, which stays in the cache within this context.
 
         Raises:
-            ImageError: `unreadable`, or `changed` where it is no longer what `stamp` says.
+            ImageError: `unreadable`, or `changed` if it no longer matches `stamp`.
         """
-        mark = hashlib.blake2b(f"{url} {stamp.size} {stamp.etag}".encode(), digest_size=16).hexdigest()
-        path = self.folder / f"{mark}.tar"
+        path = self.folder / f"{hashlib.blake2b(f'{url} {stamp.size} {stamp.etag}'.encode(), digest_size=16).hexdigest()}.tar"
         descriptor = _locked(path)
         while descriptor is None:
             self._fetch(url, path, stamp)
@@ -100,7 +99,7 @@ class ShardCache:
             os.close(descriptor)
 
     def _fetch(self, url: str, path: Path, stamp: Stamp) -> None:
-        """Have the shard fetched, by this process or by another one that is at it already."""
+        """Fetch the shard, or wait for another process that is fetching it."""
         when, error = self._failed.get(url, (0.0, None))
         if error is not None and time.monotonic() - when < FORGET:
             raise ImageError(error.reason, str(error))
@@ -122,12 +121,12 @@ class ShardCache:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for whoever is fetching it
             if not _is(making, descriptor):
-                return  # it has come, or the other one has given up: look again
+                return  # another process has fetched it or given up: look again
             try:
                 self._reserve(descriptor, making, stamp.size, url)
                 fetch(url, descriptor, stamp)
                 os.fsync(descriptor)
-                with self._alone():  # or a count of what is there could miss it on its way from one name to the other
+                with self._alone():  # or a count of the files could miss it between its two names
                     os.replace(making, path)
             except BaseException:
                 os.unlink(making)
@@ -136,7 +135,7 @@ class ShardCache:
             os.close(descriptor)
 
     def _reserve(self, descriptor: int, making: Path, size: int, url: str) -> None:
-        """Give the file its full size as soon as there is room for it."""
+        """Give the file its full size as soon as there is room."""
         if size > self.limit:
             raise ImageError("unreadable", f"{url} holds {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; raise cache_gb")
         give_up = time.monotonic() + PATIENCE
@@ -147,7 +146,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process counts, drops or adds files meanwhile."""
+        """Exclude other processes from counting, dropping and adding files."""
         import fcntl
 
         with open(self.folder / ".lock", "a") as lock:
@@ -159,11 +158,11 @@ class ShardCache:
             files = []
             for entry in os.scandir(self.folder):
                 if entry.name.endswith(".tar") and entry.name != making.name:
-                    with contextlib.suppress(FileNotFoundError):  # a fetch that has just ended, under another name or none
+                    with contextlib.suppress(FileNotFoundError):  # a fetch that has just ended: the file was renamed or deleted
                         status = entry.stat()
                         files.append((not entry.name.startswith("."), status.st_mtime_ns, status.st_size, Path(entry.path)))
             used = sum(file[2] for file in files)
-            for _, _, length, path in sorted(files):  # what a dead process has left first, then by the time of the last reading
+            for _, _, length, path in sorted(files):  # first what killed processes left, then by the last reading
                 if used + size <= self.limit:
                     break
                 used -= length if _drop(path) else 0
@@ -174,7 +173,7 @@ class ShardCache:
 
 
 def _locked(path: Path) -> int | None:
-    """A descriptor with a shared lock; None where there is no such file, or no longer."""
+    """A descriptor with a shared lock; None if there is no such file, or it was deleted meanwhile."""
     import fcntl
 
     try:
@@ -189,14 +188,14 @@ def _locked(path: Path) -> int | None:
 
 
 def _is(path: Path, descriptor: int) -> bool:
-    """Whether `path` is still the file that was opened."""
+    """Whether `path` is still the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     return False
 
 
 def _drop(path: Path) -> bool:
-    """Delete a file unless somebody reads or writes it."""
+    """Delete a file unless a process reads or writes it; returns whether it is gone."""
     import fcntl
 
     try:
@@ -215,13 +214,13 @@ def _drop(path: Path) -> bool:
 
 
 def fetch(url: str, descriptor: int, stamp: Stamp) -> None:
-    """Fetch all of it, from the start again where it breaks off."""
+    """Copy a remote file to an open file; a copy that breaks off starts again. Raises ImageError, OSError (no space)."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             now = remote_stamp(url)
             if not stamp.matches(now):
-                seen = f"{stamp.size:,} bytes, {stamp.etag or 'no mark'} then; {now.size:,} bytes, {now.etag or 'no mark'} now"
-                raise ImageError("changed", f"{url} is another than when its index was made ({seen}); run: openvision3 data index")
+                states = f"{stamp.size:,} bytes, {stamp.etag or 'no version'} then; {now.size:,} bytes, {now.etag or 'no version'} now"
+                raise ImageError("changed", f"{url} has changed since its index was written ({states}); run: openvision3 data index")
             done = _copy(url, descriptor, stamp.size)
             if done == stamp.size:
                 return
@@ -246,7 +245,7 @@ def _copy(url: str, descriptor: int, size: int) -> int:
     with system.open(path, "rb", **streamed) as file:
         while chunk := file.read(CHUNK):
             if done + len(chunk) > size:
-                raise OSError(f"more than the {size:,} bytes it should hold arrived")
+                raise OSError(f"it sent more than its {size:,} bytes")
             view = memoryview(chunk)
             while view:
                 count = os.pwrite(descriptor, view, done)

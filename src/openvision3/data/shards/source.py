@@ -91,7 +91,7 @@ class ShardSource(EncodedSource):
         return self.tars.key(self._place(index))
 
     def data(self, index: int) -> bytes:
-        return self.tars.read(self._place(index), "picture") or b""
+        return self.tars.read(self._place(index), "image") or b""
 
     def identity(self) -> str:
         kept = None if self.kept is None else digest(self.kept.tobytes())
