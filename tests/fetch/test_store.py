@@ -1,4 +1,4 @@
-"""What can be fetched, where it lies, and that other bytes than the published or first fetched ones are refused."""
+"""What can be fetched, where it lies, and that bytes other than the published or first fetched ones are refused."""
 
 import hashlib
 import json
@@ -143,7 +143,7 @@ def test_what_was_first_fetched_is_enforced_from_then_on(two, home, server, caps
 
 
 @pytest.mark.parametrize("bytes_, words", [(b"smalx", "has sha256"), (b"sma", "has 3 bytes, expected 5")])
-def test_a_damaged_file_is_told_of_and_never_replaced_by_itself(two, home, capsys, bytes_, words):
+def test_a_damaged_file_is_reported_and_never_replaced(two, home, capsys, bytes_, words):
     assert cli.main(["fetch", "two"]) == 0
     (home / "two/sub/small.pth").write_bytes(bytes_)
     capsys.readouterr()
@@ -156,12 +156,12 @@ def test_a_damaged_file_is_told_of_and_never_replaced_by_itself(two, home, capsy
     assert told["state"] == "damaged" and words in told["problems"][0]
 
 
-def test_a_damaged_record_is_told_of(two, home, capsys):
+def test_a_damaged_record_is_reported(two, home, capsys):
     assert cli.main(["fetch", "two"]) == 0
     for text in ("{", "[]", '{"big.pth": {"sha256": 1}}'):
         (home / "two/fetched.json").write_text(text)
         capsys.readouterr()
-        assert "is not what fetch writes" in refused(capsys, "two")
+        assert "was not written by fetch" in refused(capsys, "two")
         assert cli.main(["fetch", "--check"]) == 2
         assert cli.main(["fetch", "--list", "--json"]) == 0
 
@@ -174,7 +174,7 @@ def test_files_that_were_put_there_by_hand_are_recorded(two, home, capsys):
     assert cli.main(["fetch", "--check"]) == 0 and "two: here" in capsys.readouterr().out
 
 
-def test_of_several_those_that_cannot_be_had_keep_none_back(two, home, server, capsys):
+def test_a_file_that_cannot_be_fetched_is_reported_and_the_others_are_fetched(two, home, server, capsys):
     server.statuses["/owner/repo/resolve/main/vae/config.json"] = [401]
     assert cli.main(["fetch", "hub", "two"]) == 2
     out, err = capsys.readouterr()
@@ -183,7 +183,7 @@ def test_of_several_those_that_cannot_be_had_keep_none_back(two, home, server, c
     assert {told["name"]: told["state"] for told in json.loads(capsys.readouterr().out)} == {"two": "here", "hub": "here"}
 
 
-def test_another_folder_is_taken_and_how_to_use_it_is_told(two, home, tmp_path, capsys):
+def test_another_folder_is_used_and_how_to_name_it_is_shown(two, home, tmp_path, capsys):
     assert cli.main(["fetch", "two", "--to", "elsewhere"]) == 0
     assert names(tmp_path / "elsewhere") == ["two/big.pth", "two/fetched.json", "two/sub/small.pth"] and not home.exists()
     assert f"commands look in {home}" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_another_folder_is_taken_and_how_to_use_it_is_told(two, home, tmp_path, 
     assert "file is a file; name a folder with --to" in refused(capsys, "two", "--to", "file")
 
 
-def test_a_folder_that_cannot_be_made_is_told_of_before_anything_is_asked_for(two, server, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_requested(two, server, capsys, monkeypatch):
     def no_folder(*_, **__):
         raise OSError(30, "Read-only file system")
 
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_made_is_told_of_before_anything_is_asked_for(tw
     assert "nothing can be written into new/folder (" in told and "Read-only file system); name another folder with --to" in told and server.gets == []
 
 
-def test_names_are_divided_by_commas_too(two, home):
+def test_names_may_be_separated_by_commas(two, home):
     assert cli.main(["fetch", "two,hub"]) == 0
     assert {path.parent.name for path in home.glob("*/fetched.json")} == {"two", "hub"}
 
@@ -219,12 +219,12 @@ def test_a_gated_asset_says_what_to_do(two, server, home, monkeypatch, capsys):
     assert not home.exists()
 
 
-def test_a_moved_file_is_told_of(two, server, capsys):
+def test_a_moved_file_is_reported(two, server, capsys):
     del server.files["/mirror"]
     assert "HTTP 404" in (told := refused(capsys, "two")) and "it has moved" in told
 
 
-def test_offline_nothing_is_asked_for(two, server, home, monkeypatch, capsys):
+def test_offline_nothing_is_requested(two, server, home, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "two is not here and HF_HUB_OFFLINE is set" in refused(capsys, "two")
     assert server.gets == [] and not home.exists()
@@ -245,7 +245,7 @@ def test_an_odd_endpoint_is_refused(two, monkeypatch, capsys):
         (["--list", "--check"], "give one of them"),
     ],
 )
-def test_what_is_wrong_gets_one_line(home, capsys, argv, words):
+def test_wrong_arguments_get_one_line(home, capsys, argv, words):
     assert words in refused(capsys, *argv) and not home.exists()
 
 

@@ -84,8 +84,8 @@ def imported_torch_fidelity():
     return pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
 
 
-def test_inception_sees_pictures_as_uint8_and_one_by_one(inception):
-    images = to_tensor(to_uint8(pictures(3)))
+def test_inception_sees_images_as_uint8_and_one_by_one(inception):
+    images = to_tensor(to_uint8(pictures(2)))
     found = inception(images)
     assert torch.equal(found, inception(images + 0.4 / 127.5))
     torch.testing.assert_close(torch.cat([inception(image[None]) for image in images]), found, rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_another_file_than_inceptions_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_of_the_file_is_the_start_of_its_sum():
+def test_the_name_of_the_file_begins_with_its_sha256():
     assert extractors.INCEPTION_FILE.removesuffix(".pth").endswith(extractors.INCEPTION_SHA256[:8]) and len(extractors.INCEPTION_SHA256) == 64
 
 
@@ -162,7 +162,7 @@ def test_efficientnet_brings_other_sizes_to_its_own_as_pillow_does(efficientnet)
 
 
 def test_the_kernel_distance_on_efficientnet_grows_with_what_jpeg_takes_away(efficientnet):
-    originals = pictures(12, 96, 96)
+    originals = pictures(8, 96, 96)
 
     def through_jpeg(quality: int) -> torch.Tensor:
         found = []

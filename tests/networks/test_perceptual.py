@@ -154,7 +154,7 @@ def test_distance_equals_its_formula(distance):
     assert distance(a, b).item() == pytest.approx(sum(parts) / 5, rel=1e-3)
 
 
-def test_distance_is_zero_for_equal_pictures_and_grows_with_noise(distance):
+def test_distance_is_zero_for_equal_images_and_grows_with_noise(distance):
     images = pictures(0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
     found = [distance(images, images + strength * noise).item() for strength in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)]
@@ -162,7 +162,7 @@ def test_distance_is_zero_for_equal_pictures_and_grows_with_noise(distance):
     assert all(a < b for a, b in itertools.pairwise(found))
 
 
-def test_distance_is_frozen_and_passes_gradient_to_the_rebuilt_picture(distance):
+def test_distance_is_frozen_and_passes_gradient_to_the_reconstruction(distance):
     images_hat = pictures(1).requires_grad_()
     distance(pictures(0), images_hat).backward()
     assert images_hat.grad.abs().max() > 0

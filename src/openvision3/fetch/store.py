@@ -1,7 +1,7 @@
-"""Which foreign files are here, and bringing those that are not: `openvision3 fetch NAME`.
+"""Which files of others are on this machine, and fetching those that are not: `openvision3 fetch NAME`.
 
-It is the one thing here that downloads; training and evaluation only look: `find` and `find_hub` say what to fetch. Hashes are
-enforced: published ones always, others from the first fetch on (`fetched.json` beside the files). What there is, is in `sources.py`.
+Nothing else downloads them: training and evaluation call `find` and `find_hub`, which say what to fetch. Hashes are enforced:
+published ones always, others from the first fetch on (`fetched.json` beside the files). `sources.py` lists the files.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def find(name: str, file: str = "", *, needed_by: str = "", folder: Path | None 
 
 
 def at_hand(path: str) -> str:
-    """A path below the working folder as it is, or, where nothing is there, the same one below the default folder if it was fetched."""
+    """The path itself if it exists or was not fetched, else the same path below the default folder."""
     fetched = default_folder() / path
     return str(fetched) if not Path(path).exists() and fetched.is_file() else path
 
@@ -79,7 +79,7 @@ def find_hub(hub: str, choices: tuple[tuple[str, ...], ...], needed_by: str) -> 
 
 
 def _in_other_caches(asset: Asset, files: list[File]) -> list[Path]:
-    """The folder that holds all of them already, from torch.hub or the hub's client; none: an empty list."""
+    """The folder of torch.hub or of the hub's client that holds all of them, in a list; an empty list if there is none."""
     if asset.hub:
         return _in_hub_cache(asset.hub, tuple(f.name for f in files))
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch"
@@ -92,19 +92,19 @@ def _in_hub_cache(hub: str, files: tuple[str, ...]) -> list[Path]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = [try_to_load_from_cache(hub, file) for file in files]
-    except HFValidationError:  # no legal id
+        paths = [try_to_load_from_cache(hub, file) for file in files]
+    except HFValidationError:  # not the id of a repository
         return []
-    if not all(isinstance(path, str) for path in found):
+    if not all(isinstance(path, str) for path in paths):
         return []
-    return [Path(str(found[0])).parents[files[0].count("/")]]
+    return [Path(str(paths[0])).parents[files[0].count("/")]]
 
 
 # -- what is recorded and checked ------------------------------------------------------------------------------------
 
 
 def read_record(place: Path) -> dict[str, dict[str, Any]]:
-    """What `fetched.json` says of each file: sha256, size, url, commit, when. Raises ValueError where it is no such file."""
+    """The entries of `fetched.json`: sha256, size, url, commit and time of each file. Raises ValueError where the file is something else."""
     path = place / "fetched.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def read_record(place: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what fetch writes, so nothing can be compared with it; remove {place} and fetch again") from error
+        raise ValueError(f"{path} was not written by fetch, so nothing can be compared with it; remove {place} and fetch again") from error
     return record
 
 
@@ -125,12 +125,12 @@ def _check_size(path: Path, file: File, record: dict[str, dict[str, Any]]) -> No
         raise ValueError(f"{path} has {seen:,} bytes, expected {expected:,}, and {holds(path)}; it is damaged or another file: remove it and fetch again")
 
 
-def _check_hash(path: Path, file: File, record: dict[str, dict[str, Any]], todo: str) -> str:
+def _check_hash(path: Path, file: File, record: dict[str, dict[str, Any]], advice: str) -> str:
     """The sha256 of a file. Raises ValueError naming both hashes where it is not the published or the recorded one."""
     seen = sha256_of(path)
     for expected, whose in ((file.sha256, f"({file.hash_from})"), (record.get(file.name, {}).get("sha256", ""), "as first fetched")):
         if expected and seen != expected:
-            raise ValueError(f"{path} has sha256 {seen}, expected {expected} {whose}; {todo}")
+            raise ValueError(f"{path} has sha256 {seen}, expected {expected} {whose}; {advice}")
     return seen
 
 
@@ -141,13 +141,13 @@ def _check_file(path: Path, file: File, record: dict[str, dict[str, Any]]) -> st
 
 
 def check_published(name: str, file: str, path: Path) -> None:
-    """Raises ValueError where `path` does not hold the bytes that are published as this file of an asset; what is not known of them passes."""
+    """Raises ValueError where `path` has another sha256 than the published one of this file of an asset, if there is one."""
     published = next(f for f in find_asset(name).files if f.name == file)
-    _check_hash(path, published, {}, f"a number from it would not be what its name says; get it with `openvision3 fetch {name}`")
+    _check_hash(path, published, {}, f"its numbers would not be those of the published file; get it with `openvision3 fetch {name}`")
 
 
 def check(asset: Asset, folder: Path) -> list[str]:
-    """Read every byte that is here; one line for each file that is not what it should be."""
+    """Read the files that are here; returns one line for each that is not what it should be."""
     place, problems = folder / asset.name, []
     try:
         record = read_record(place)
@@ -166,7 +166,7 @@ def check(asset: Asset, folder: Path) -> list[str]:
 
 
 def state(asset: Asset, folder: Path) -> str:
-    """absent, incomplete, here or damaged: from names and sizes alone, `check` reads the bytes."""
+    """absent, incomplete, here or damaged, from names and sizes only; `check` reads the bytes."""
     place = folder / asset.name
     here = [file for file in asset.files if (place / file.name).is_file()]
     try:
@@ -181,7 +181,7 @@ def state(asset: Asset, folder: Path) -> str:
 
 
 def describe(asset: Asset, folder: Path) -> dict[str, Any]:
-    """One entry of the list, for --json; what is not known is null."""
+    """The entry of an asset in --list --json; what is not known is null."""
     try:
         record = read_record(folder / asset.name)
     except ValueError:
@@ -214,7 +214,7 @@ def describe(asset: Asset, folder: Path) -> dict[str, Any]:
 
 
 def fetch(asset: Asset, folder: Path) -> list[str]:
-    """Have all files of an asset in `folder`, each checked; returns one line for each file.
+    """Fetch the files of an asset that are not in `folder`, and check all of them; returns one line for each file.
 
     Raises:
         ValueError: a file has another hash than the one that is published or was recorded. OSError: source or disk.
@@ -252,8 +252,8 @@ def _download(asset: Asset, file: File, path: Path, record: dict[str, Any]) -> S
             failure = error
         except ValueError as error:  # pooch's, which names both hashes
             whose = file.hash_from or ("as first fetched" if recorded else "as the hub says")
-            renewed = f"; if its source has changed and you want the new file, remove {path.parents[file.name.count('/')] / 'fetched.json'}"
-            raise ValueError(f"{source.url}: {error} Expected: {whose}{renewed if recorded else ''}") from error
+            hint = f"; if its source has changed and you want the new file, remove {path.parents[file.name.count('/')] / 'fetched.json'}"
+            raise ValueError(f"{source.url}: {error} Expected: {whose}{hint if recorded else ''}") from error
     assert failure is not None
     raise _explain(asset, failure) from failure
 
@@ -261,8 +261,8 @@ def _download(asset: Asset, file: File, path: Path, record: dict[str, Any]) -> S
 def _explain(asset: Asset, error: SourceError) -> SourceError:
     if asset.hub and error.status in (401, 403):
         page = f"{HUB}/{asset.hub}"
-        todo = f"accept its licence on {page}, then set HF_TOKEN to a token of that account" if asset.gated or error.status == 403 else f"look at {page}"
-        return SourceError(f"{asset.name}: {error}; it is gated, or does not exist: {todo}", error.status)
+        advice = f"accept its licence on {page}, then set HF_TOKEN to a token of that account" if asset.gated or error.status == 403 else f"look at {page}"
+        return SourceError(f"{asset.name}: {error}; it is gated, or does not exist: {advice}", error.status)
     if error.status in (404, 410):
         return SourceError(f"{asset.name}: {error}; it has moved: tell the authors of openvision3, or copy the file to its place by hand", error.status)
     return SourceError(f"{asset.name}: {error}", error.status)
@@ -283,7 +283,7 @@ def readable_size(count: int) -> str:
 
 
 def size_in_words(files: list[dict[str, Any]]) -> str:
-    """Of a `describe`d asset: unknown, 335 MB, or 168 MB + unknown where the size of some files is not known."""
+    """The size of the files of an entry of `describe`: unknown, 335 MB, or 168 MB + unknown."""
     known = [file["size"] for file in files if file["size"] is not None]
     if not known:
         return UNKNOWN

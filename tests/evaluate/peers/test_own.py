@@ -135,7 +135,7 @@ def test_a_file_that_is_not_there_and_a_name_that_is_taken_are_refused(folder, c
         ("reconstruct_noisy=lambda images, sigmas, keys: [None]", "reconstruct_noisy returned a NoneType"),
     ],
 )
-def test_a_function_that_returns_something_else_is_told_of_in_one_line(folder, function, words):
+def test_a_function_that_returns_something_else_is_reported_in_one_line(folder, function, words):
     model = load_peer(write(folder, RETURNING.format(f"Functions('odd', 32, {function})")))
     kind = function.partition("=")[0]
     with pytest.raises(ValueError, match=rf"^mine\.py:functions: {words}"):

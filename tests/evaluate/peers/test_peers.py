@@ -79,7 +79,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_a_vae_rebuilds_as_diffusers_does_from_the_posterior_mean(built, name):
+def test_a_vae_reconstructs_as_diffusers_does_from_the_posterior_mean(built, name):
     folder, network = built(name)
     peer, images = load_peer(name, str(folder)), pictures()
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_vae_rebuilds_as_diffusers_does_from_the_posterior_mean(built, name):
 
 
 @pytest.mark.parametrize("name", ["rae-dinov2", "rae-mae"])
-def test_rae_rebuilds_as_diffusers_does_without_noise(built, name):
+def test_rae_reconstructs_as_diffusers_does_without_noise(built, name):
     folder, network = built(name)
     peer, images = load_peer(name, str(folder)), pictures()
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_clip_embeds_as_transformers_does(built):
 
 
 def test_clip_as_openai_published_it_ends_a_text_at_its_largest_id(copied):
-    """Their config.json says eos_token_id 2, which is no mark at all; transformers then looks for the largest id."""
+    """Their config.json says eos_token_id 2, which is no special token at all; transformers then looks for the largest id."""
     folder = copied("clip-b16")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"eos_token_id": 2, "bos_token_id": 0}
@@ -287,7 +287,7 @@ def test_a_vae_takes_any_size_and_gives_it_back(built, name, sides):
 
 
 @pytest.mark.parametrize("name", ["flux-vae", "clip-b16", "rae-dinov2", "openvision1-b16"])
-def test_bf16_is_near_fp32_and_said(built, name):
+def test_bf16_is_near_fp32_and_named_in_the_row(built, name):
     folder = str(built(name)[0])
     exact, rough = load_peer(name, folder), load_peer(name, folder, precision="bf16")
     assert (exact.dtype, rough.dtype) == ("fp32", "bf16")
@@ -338,7 +338,7 @@ def test_an_old_preprocessor_config_is_read_and_an_odd_one_refused():
         assert_one_line(caught)
 
 
-def test_word_piece_ids_end_in_the_class_mark_and_keep_the_end(built):
+def test_word_piece_ids_end_in_the_class_token_and_keep_the_end(built):
     ids = WordPieceIds(built("openvision1-b16")[0] / "vocab.txt", 6)
     assert ids(["", "red red red red red"]).tolist() == [[1, 2, 0, 0, 0, 101], [1, 104, 104, 104, 2, 101]]
 
@@ -370,7 +370,7 @@ def test_what_is_not_here_is_named_with_its_place_and_licence(tmp_path, name, mo
 
 
 @pytest.mark.parametrize("name", ["flux-vae", "rae-dinov2", "clip-b16", "siglip-b16", "openvision1-b16", "openvision3-b2-256", "unitok", "vila-u"])
-def test_each_file_that_is_missing_or_spoilt_is_told_in_one_line(copied, name):
+def test_each_file_that_is_missing_or_damaged_is_reported_in_one_line(copied, name):
     folder = copied(name)
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "tokenizer_config.json" and p.suffix not in (".pyc",)):
         content = path.read_bytes()
@@ -481,7 +481,7 @@ def test_a_vae_is_found_in_the_sub_folder_that_flux_and_sd3_keep_it_in(tmp_path)
     assert load_peer("flux-vae", str(tmp_path)).reconstruct(pictures()).shape == (3, 3, 32, 32)
 
 
-def test_a_missing_library_is_told_with_what_to_install(built, monkeypatch):
+def test_a_missing_library_says_what_to_install(built, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="transformers is not installed; pip install"):
         load_peer("clip-b16", str(built("clip-b16")[0]))
