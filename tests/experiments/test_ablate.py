@@ -20,9 +20,9 @@ import torch
 from tiny_pipeline import write_photo
 
 from openvision3 import cli
-from openvision3.experiments.ablate import AblationOptions, base_config, changed, is_finished, judge, plan
+from openvision3.experiments.ablate import AblationOptions, base_config, change_fields, is_finished, judge, plan_runs
 from openvision3.experiments.ablations import Claim, Fork, Parent
-from openvision3.experiments.compare import Group, protocol, read_groups, tables, text_table, write_comparison
+from openvision3.experiments.compare import Group, format_tables, protocol, read_groups, split_into_tables, write_comparison
 from openvision3.experiments.curves import Curves, choose_metrics, describe_candidates
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.pipeline import load
@@ -204,10 +204,10 @@ def test_two_phases_of_a_recipe_that_is_no_first_phase_are_refused(capsys):
 
 def test_a_fork_that_breaks_the_config_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="tau"):
-        changed(tiny(), {"model.loss.tau": -1.0})
-    assert flat(to_dict(changed(tiny(), {"model.loss.tau": 1.5})))["model.loss.tau"] == 1.5
+        change_fields(tiny(), {"model.loss.tau": -1.0})
+    assert flat(to_dict(change_fields(tiny(), {"model.loss.tau": 1.5})))["model.loss.tau"] == 1.5
     assert base_config(AblationOptions(steps=7), tiny()).optimizer.warmup_steps == 1
-    assert plan(Fork("x", {}), Parent("tiny", tiny())).runs[0][0] == "base"
+    assert plan_runs(Fork("x", {}), Parent("tiny", tiny())).runs[0][0] == "base"
 
 
 def test_an_unknown_ablation_is_one_line(capsys):
@@ -237,11 +237,11 @@ def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path)
     config = json.loads((synergy / "base" / "seed-0" / "config.json").read_text())
     config["model"]["loss"]["omega_rec"] = 9.0
     (other / "config.json").write_text(json.dumps(config))
-    [(_, columns, members)] = tables([base, Group("other", [Curves(other).read()])])
+    [(_, columns, members)] = split_into_tables([base, Group("other", [Curves(other).read()])])
     assert len(members) == 2 and "val/loss" not in columns and "val/psnr" in columns
     config["size"] = 64
     (other / "config.json").write_text(json.dumps(config))
-    assert [len(members) for _, _, members in tables([base, Group("other", [Curves(other).read()])])] == [1, 1]
+    assert [len(members) for _, _, members in split_into_tables([base, Group("other", [Curves(other).read()])])] == [1, 1]
     assert protocol(base, "val/psnr") != protocol(Group("other", [Curves(other).read()]), "val/psnr")
 
 
@@ -270,10 +270,10 @@ def test_the_best_mean_is_bold_only_where_it_differs_from_the_second_best_over_s
     sure = groups_of(tmp_path / "sure", a=[20.0, 21.0, 22.0], b=[22.0, 23.1, 23.9])
     page = write_comparison(tmp_path / "sure.html", "Compared", "", sure).read_text()
     assert bold(page, "b") == ["23.00 ± 0.95"] and bold(page, "a") == ["2.100 ± 0.100"], "the larger PSNR, the smaller loss"
-    assert "*" in text_table(sure) and "p &lt; .001" in page
+    assert "*" in format_tables(sure) and "p &lt; .001" in page
     chance = groups_of(tmp_path / "chance", a=[20.0, 21.0, 22.0], b=[22.0, 20.9, 22.3])
     page = write_comparison(tmp_path / "chance.html", "Compared", "", chance).read_text()
-    assert not bold(page, "a") and not bold(page, "b") and "*" not in text_table(chance)
+    assert not bold(page, "a") and not bold(page, "b") and "*" not in format_tables(chance)
     one = groups_of(tmp_path / "one", a=[20.0], b=[30.0])
     page = write_comparison(tmp_path / "one.html", "Compared", "", one).read_text()
     assert not bold(page, "a") and not bold(page, "b") and "one seed: no interval" in page
@@ -290,12 +290,12 @@ def test_differences_over_seeds_are_in_the_numbers_beside_the_page(tmp_path):
 def test_a_contrastive_loss_says_over_how_many_images_it_is_and_unlike_ones_are_not_compared(tmp_path):
     groups = groups_of(tmp_path / "runs", a=[20.0, 21.0], b=[22.0, 23.0])
     page = write_comparison(tmp_path / "page.html", "Compared", "", groups).read_text()
-    assert "contrastive of 256 (chance 5.55)" in page and "contrastive of 256 (chance 5.55)" in text_table(groups)
+    assert "contrastive of 256 (chance 5.55)" in page and "contrastive of 256 (chance 5.55)" in format_tables(groups)
     assert describe_candidates(groups[0].runs, "train/contrastive") == f" of {tiny().batch} (chance {math.log(tiny().batch):.2f})"
     for run in groups[1].runs:
         run.values["val/contrastive_candidates"] = dict.fromkeys(run.values["val/contrastive_candidates"], 64.0)
     page = write_comparison(tmp_path / "unlike.html", "Compared", "", groups).read_text()
-    assert "Left out, because it means something else in each row: contrastive" in page and "contrastive" not in text_table(groups)
+    assert "Left out, because it means something else in each row: contrastive" in page and "contrastive" not in format_tables(groups)
     runs = [run for group in groups for run in group.runs]
     assert describe_candidates(runs, "val/contrastive") == " of 64 and 256: not comparable" and "val/contrastive_candidates" not in choose_metrics(runs)
     for run in groups[1].runs:
@@ -348,7 +348,7 @@ def test_gradients_reach_the_encoder_from_the_named_branch_alone():
     }
     losses, gradients = {}, {}
     for who in ("both", "understanding", "reconstruction", "nothing"):
-        config = changed(tiny(), {"model.loss.encoder_learns_from": who}).model
+        config = change_fields(tiny(), {"model.loss.encoder_learns_from": who}).model
         model = OpenVision3(config, pipeline.vae, pipeline.model.vocabulary, pipeline.model.pad_id)
         model.load_state_dict(pipeline.model.state_dict())
         loss, parts = model(batch)

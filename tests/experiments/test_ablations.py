@@ -2,7 +2,7 @@
 
 import pytest
 
-from openvision3.experiments.ablate import plan
+from openvision3.experiments.ablate import plan_runs
 from openvision3.experiments.ablations import ABLATIONS, Fork, Parent, question
 from openvision3.settings import flat, to_dict
 from openvision3.train.config import PretrainConfig
@@ -35,7 +35,7 @@ def test_every_fork_of_every_grid_is_a_valid_run_of_its_own(name, recipe):
         config.model.vae.name = "embedded"
     parent = Parent(recipe, config)
     rows = forks(name, parent)
-    folders = [plan(fork, parent).runs[-1][0] for fork in rows]
+    folders = [plan_runs(fork, parent).runs[-1][0] for fork in rows]
     assert len(set(folders)) >= len(rows) - (name == "pixel_share")  # equal compute at the parent's own share is the parent
     assert all(len(folder) < 150 for folder in folders)
     assert len({fork.label for fork in rows}) == len(rows)
@@ -46,7 +46,7 @@ def test_no_fork_of_one_grid_lies_in_the_folder_of_another():
     by_folder: dict[str, dict] = {}
     for name in ABLATIONS:
         for fork in forks(name, parent):
-            for folder, config in plan(fork, parent).runs:
+            for folder, config in plan_runs(fork, parent).runs:
                 values = flat(to_dict(config))
                 assert by_folder.setdefault(folder, values) == values, folder
 
@@ -66,13 +66,13 @@ def test_the_papers_balances_sizes_and_strengths_are_in_the_grids(name, field, v
 
 def test_a_folder_is_named_by_what_its_fork_changes():
     parent = base_at_40_steps()
-    names = [plan(fork, parent).runs[0][0] for fork in (*forks("synergy", parent)[:2], *forks("encoder_size", parent)[2:])]
+    names = [plan_runs(fork, parent).runs[0][0] for fork in (*forks("synergy", parent)[:2], *forks("encoder_size", parent)[2:])]
     assert names == ["base", "encoder_learns_from=understanding", "encoder.size=L"]
 
 
 def phases(number: int, config: PretrainConfig, recipe: str) -> list[PretrainConfig]:
     parent = Parent(recipe, config)
-    return [run for _, run in plan(forks("two_phases", parent)[number], parent).runs]
+    return [run for _, run in plan_runs(forks("two_phases", parent)[number], parent).runs]
 
 
 def test_the_second_phase_keeps_what_was_set_for_the_first_and_changes_by_ratios():
@@ -95,7 +95,7 @@ def test_two_phases_train_a_tenth_at_the_larger_size_from_the_weights_of_the_fir
 
 def test_the_operations_of_a_frozen_encoder_are_its_forward_alone():
     parent = Parent("mini_low_res", mini_low_res())
-    operations = {fork.label: plan(fork, parent).operations() for fork in forks("synergy", parent)}
+    operations = {fork.label: plan_runs(fork, parent).operations() for fork in forks("synergy", parent)}
     assert operations["heads on a frozen random encoder"] < 0.9 * operations["both"]
 
 
@@ -105,8 +105,8 @@ def test_equal_compute_costs_what_the_parent_costs_to_within_a_step(name):
     base.steps = 200
     parent = Parent("mini_low_res", base)
     rows = forks(name, parent)
-    wanted = next(plan(fork, parent).operations() for fork in rows if fork.then or (name == "pixel_share" and fork.changes == {"pixel_share": 0.25}))
-    equal = [plan(fork, parent) for fork in rows if fork.equal_compute]
+    wanted = next(plan_runs(fork, parent).operations() for fork in rows if fork.then or (name == "pixel_share" and fork.changes == {"pixel_share": 0.25}))
+    equal = [plan_runs(fork, parent) for fork in rows if fork.equal_compute]
     assert equal
     for one in equal:
         assert one.operations() == pytest.approx(wanted, rel=1 / one.runs[0][1].steps)

@@ -65,7 +65,6 @@ def test_a_file_that_starts_anew_is_read_anew_however_long_it_is(tmp_path, again
     run = open_runs([str(write(tmp_path, [row(step) for step in range(1, 6)]))])[0]
     write(tmp_path, [row(step, train__loss=3.0) for step in range(1, again + 1)])
     assert run.read().values["train/loss"] == dict.fromkeys(range(1, again + 1), 3.0)
-    assert run.restarts == 1
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_forgets_what_came_after_it(tmp_path):
@@ -90,7 +89,7 @@ def test_in_whatever_pieces_a_file_arrives_it_is_read_as_if_whole(tmp_path_facto
         (folder / "metrics.jsonl").write_text(data[:end])
         run.read()
     assert run.values == Curves(write(folder, [row(step, val__psnr=float(step)) for step in range(1, 8)])).read().values
-    assert (run.unreadable, run.restarts) == (0, 0)
+    assert run.unreadable == 0
 
 
 # -- drawing -------------------------------------------------------------------------------------------------------

@@ -153,13 +153,13 @@ def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> i
     Args:
         out: the page; its numbers and curves are written beside it as .json and .png.
     """
-    from openvision3.experiments.compare import as_rows, read_groups, text_table, write_comparison
+    from openvision3.experiments.compare import format_tables, list_values, read_groups, write_comparison
 
     groups = read_groups(runs)
     if Path(out).suffix != ".html":
         raise ValueError(f"out {out} must be the name of a page, such as compare.html")
     page = write_comparison(Path(out), "Runs compared", f"{sum(len(group.runs) for group in groups)} runs.", groups)
-    print(dumps(as_rows(groups), indent=2) if json else f"{text_table(groups)}\npage: {page.resolve()}")
+    print(dumps(list_values(groups), indent=2) if json else f"{format_tables(groups)}\npage: {page.resolve()}")
     return 0
 
 

@@ -23,7 +23,7 @@ from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.planned import Options
 from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, question, two_phases
-from openvision3.experiments.compare import Group, difference, text_table, title_and_factor, write_comparison
+from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.files import write_whole
 from openvision3.hub import complete_checkpoints, load_distance
@@ -63,16 +63,16 @@ class AblationOptions:
 
 
 def base_config(options: AblationOptions, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with the fields of the command line, as long as the options say."""
+    """The recipe with the fields of the command line, for as many steps as the options say."""
     config = copy.deepcopy(config)
     if config.seed != RECIPES[options.recipe]().seed:
         raise ValueError(f"seed {config.seed}: an ablation trains every row once for each of --seeds")
     config.steps, config.minutes, config.keep, config.keep_best, config.resume = options.steps, 0.0, 1, 0, False
-    return paced(config)
+    return set_schedule(config)
 
 
-def paced(config: PretrainConfig) -> PretrainConfig:
-    """At most a tenth is warm-up; four evaluations, two saves and ten lines, however short it is."""
+def set_schedule(config: PretrainConfig) -> PretrainConfig:
+    """Warm-up for at most a tenth of the steps; four evaluations, two checkpoints and ten log lines, however short the run is."""
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
     config.eval_every, config.save_every = max(1, config.steps // 4), max(1, config.steps // 2)
     config.log_every = max(1, min(10, config.steps // 10))
@@ -100,14 +100,15 @@ class Plan:
         return sum(config.steps * step_operations(config) for _, config in self.runs)
 
 
-def plan(fork: Fork, parent: Parent) -> Plan:
-    config = changed(parent.config, fork.changes)
+def plan_runs(fork: Fork, parent: Parent) -> Plan:
+    """Equal compute means that of the parent; of both phases where the size changes."""
+    config = change_fields(parent.config, fork.changes)
     if fork.equal_compute:
         reference = two_phases(parent).forks[0] if "size" in fork.changes else Fork("", {})
-        config.steps = max(1, round(plan(reference, parent).operations() / step_operations(config)))
-    runs = [(name_changes(parent.config, config), paced(config))]
+        config.steps = max(1, round(plan_runs(reference, parent).operations() / step_operations(config)))
+    runs = [(name_changes(parent.config, config), set_schedule(config))]
     if fork.then:
-        second = paced(changed(config, fork.then))
+        second = set_schedule(change_fields(config, fork.then))
         runs.append((f"{runs[0][0]},then,{name_changes(config, second)}", second))
     return Plan(fork, runs)
 
@@ -128,7 +129,7 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     """
     parent = Parent(options.recipe, base)
     grid = ABLATIONS[name](parent)
-    plans = [plan(fork, parent) for fork in grid.forks]
+    plans = [plan_runs(fork, parent) for fork in grid.forks]
     out = Path(options.out)
     device = choose_device(base.device)
     with distributed.started(device) as ranks, Signals() as signals:
@@ -155,8 +156,8 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     return 0
 
 
-def changed(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
-    """The config with these fields, checked anew."""
+def change_fields(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
+    """The config with these fields; checks all fields again."""
     values = to_dict(config)
     for name, value in changes.items():
         *path, last = name.split(".")
@@ -168,7 +169,7 @@ def changed(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
 
 
 def name_changes(base: PretrainConfig, config: PretrainConfig) -> str:
-    """What differs, as a folder's name: base, tau=0.8, encoder.size=L, size=128,steps=30. Where files lie is no difference."""
+    """The settings that differ, as a folder name: base, tau=0.8, encoder.size=L, size=128,steps=30."""
     changes, names = changed_settings(base, config, ("optimizer.warmup_steps",)), flat(to_dict(base))
     parts = [f"{_shortest(name, names)}={after}" for name, (_, after) in changes.items() if "lpips_" not in name]
     return re.sub(r"[^\w.,=+-]", "-", ",".join(parts)) or "base"
@@ -190,7 +191,7 @@ def _same_base(out: Path, base: PretrainConfig, device: str, draw: bool) -> str:
         out.mkdir(parents=True, exist_ok=True)
         precision, why = choose_precision(base.precision, device)
         console().print(f"precision of all runs: {precision} ({why})", markup=False)
-        base = changed(base, {"precision": precision})
+        base = change_fields(base, {"precision": precision})
         write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
     kept = load_config(PretrainConfig, path)
     for name, (before, now) in changed_settings(kept, base, ("device",)).items():
@@ -252,19 +253,19 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(place: Path) -> Iterator[bool]:
-    """Hold the run for as long as the block lasts, for all ranks; False where another process of this machine holds it."""
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Lock the run folder for all ranks within the block; False if another process of this machine has locked it."""
     with contextlib.ExitStack() as held:
-        mine = True
+        is_ours = True
         with distributed.together():
             if distributed.rank() == 0:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                lock = held.enter_context(open(place.parent / f".{place.name}.lock", "w"))
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(open(folder.parent / f".{folder.name}.lock", "w"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    mine = False
-        yield distributed.from_first(mine)
+                    is_ours = False
+        yield distributed.from_first(is_ours)
 
 
 def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, str, str]], list[dict[str, Any]]] | None:
@@ -278,7 +279,7 @@ def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, s
         return None
     lines, records, verdicts = [], [], []
     for metric, expected in claim.expected.items():
-        pair = difference(metric, by_label[claim.fork], by_label[claim.other])
+        pair = measure_difference(metric, by_label[claim.fork], by_label[claim.other])
         if pair is None:
             return None
         verdict = "undecided" if not pair.over.differs else "fails" if pair.over.difference > 0 or expected == "the same" else "holds"
@@ -326,7 +327,7 @@ def _write_page(
     seeds_used = ", ".join(map(str, sorted(common))) or "different ones in each row"
     lead = f"{question(name)} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {seeds_used}."
     page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, sections, more)
-    print(text_table(groups))
+    print(format_tables(groups))
     for claim, verdict, lines, _ in verdicts:
         print(f"{verdict}: {claim.says} ({'; '.join(f'{part} {value}' for part, value, _ in lines)})")
     for why, which in (("are not finished; the same command continues them", missing), ("ended early, because their loss did not stay finite", diverged)):

@@ -120,7 +120,7 @@ def _vocabulary(group: Group) -> str:
     return str((config.tokenizer, config.init, config.vocabulary, config.data))
 
 
-def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[Group]]]:
+def split_into_tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[Group]]]:
     """(evaluation set, metrics, groups): one table for each set and size, with only the columns that mean the same in every row."""
     by_set: dict[tuple, list[Group]] = {}
     for group in groups:
@@ -133,35 +133,35 @@ def tables(groups: Sequence[Group]) -> list[tuple[str, list[str], list[Group]]]:
     return made
 
 
-def rank(metric: str, groups: Sequence[Group]) -> list[int]:
+def rank_groups(metric: str, groups: Sequence[Group]) -> list[int]:
     """Places of the groups that have the metric, the best mean first."""
     means = {str(place): statistics.mean(values) for place, group in enumerate(groups) if (values := group.values(metric))}
     return [int(place) for place in best_first(metric, means)]
 
 
-def difference(metric: str, a: Group, b: Group) -> Difference | None:
+def measure_difference(metric: str, a: Group, b: Group) -> Difference | None:
     """a - b, paired by seed; None if no seed has both."""
     one, other = a.values_by_seed(metric), b.values_by_seed(metric)
     seeds = [seed for seed in one if seed in other]
     return Difference(metric, a.label, b.label, over_seeds([one[s] for s in seeds], [other[s] for s in seeds])) if seeds else None
 
 
-def differences(metrics: Sequence[str], groups: Sequence[Group]) -> list[Difference]:
+def measure_differences(metrics: Sequence[str], groups: Sequence[Group]) -> list[Difference]:
     """By each metric the first group against all others, and the best against the second best."""
     made = []
     for metric in metrics:
-        ranking = rank(metric, groups)
+        ranking = rank_groups(metric, groups)
         first, *others = sorted(ranking)
         pairs = [(first, other) for other in others] + ([(ranking[0], ranking[1])] if others else [])
         once = {frozenset(pair): pair for pair in reversed(pairs)}.values()
-        made += [one for a, b in once if (one := difference(metric, groups[a], groups[b])) is not None]
+        made += [one for a, b in once if (one := measure_difference(metric, groups[a], groups[b])) is not None]
     return made
 
 
-def clear_best(metric: str, groups: Sequence[Group]) -> int | None:
+def find_clear_best(metric: str, groups: Sequence[Group]) -> int | None:
     """The place of the group that a paired t-test over seeds tells from the second best; None if there is none."""
-    ranking = rank(metric, groups)
-    ahead = difference(metric, groups[ranking[0]], groups[ranking[1]]) if len(ranking) > 1 else None
+    ranking = rank_groups(metric, groups)
+    ahead = measure_difference(metric, groups[ranking[0]], groups[ranking[1]]) if len(ranking) > 1 else None
     return ranking[0] if ahead is not None and ahead.over.differs else None
 
 
@@ -181,27 +181,27 @@ def heading(metric: str, groups: Sequence[Group]) -> str:
     return title_and_factor(metric)[0] + describe_candidates([run for group in groups for run in group.runs], metric)
 
 
-def mean_and_deviation(values: Sequence[float], factor: float = 1.0) -> str:
+def format_mean(values: Sequence[float], factor: float = 1.0) -> str:
     mean = statistics.mean(values) * factor
     digits = 2 if abs(mean) >= 10 else 3
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values) * factor:.{digits}f}" if len(values) > 1 else "")
 
 
-def table(metrics: Sequence[str], groups: Sequence[Group]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
+def make_table(metrics: Sequence[str], groups: Sequence[Group]) -> tuple[list[str], list[list[str]], set[tuple[int, int]]]:
     """(header, a row a group, the (row, column) of clearly best means)."""
     header = ["", "runs", "steps", *(heading(metric, groups) for metric in metrics)]
     rows = [[group.label, str(len(group.runs)), f"{group.steps:,}"] for group in groups]
     for metric in metrics:
         for row, group in zip(rows, groups, strict=True):
-            row.append(mean_and_deviation(values, title_and_factor(metric)[1]) if (values := group.values(metric)) else "not measured")
-    return header, rows, {(best, 3 + column) for column, metric in enumerate(metrics) if (best := clear_best(metric, groups)) is not None}
+            row.append(format_mean(values, title_and_factor(metric)[1]) if (values := group.values(metric)) else "not measured")
+    return header, rows, {(best, 3 + column) for column, metric in enumerate(metrics) if (best := find_clear_best(metric, groups)) is not None}
 
 
-def text_table(groups: Sequence[Group]) -> str:
+def format_tables(groups: Sequence[Group]) -> str:
     """The tables in plain text; * marks what is bold on the page."""
     blocks = []
-    for evaluated_on, metrics, members in tables(groups):
-        header, rows, best = table(metrics, members)
+    for evaluated_on, metrics, members in split_into_tables(groups):
+        header, rows, best = make_table(metrics, members)
         marked = [header, *([cell + " *" * ((y, x) in best) for x, cell in enumerate(row)] for y, row in enumerate(rows))]
         widths = [max(map(len, column)) for column in zip(*marked, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in marked]
@@ -209,7 +209,7 @@ def text_table(groups: Sequence[Group]) -> str:
     return "\n\n".join(blocks)
 
 
-def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def list_values(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The values of every run, for scripts."""
     return [
         {
@@ -224,7 +224,7 @@ def as_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def curves(groups: Sequence[Group]) -> bytes:
+def draw_curves(groups: Sequence[Group]) -> bytes:
     """A PNG with a panel a metric and a line a group: the mean over its seeds, with their range as a band."""
     runs = [run for group in groups for run in group.runs]
     weights_differ = len({protocol(group, "val/loss") for group in groups}) > 1
@@ -245,14 +245,14 @@ def _line(series: Sequence[Mapping[int, float]], factor: float) -> plots.Line | 
     return plots.Line(steps, middle, low, high) if steps else None
 
 
-def changed_fields(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+def list_changed_fields(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     """(field, its value in each group) for the fields in which they differ."""
     settings = [flat(to_dict(group.configs[0])) for group in groups]
     rows = [(name, *(str(each[name]) for each in settings)) for name in settings[0] if name not in (*PretrainConfig.FREE, "seed")]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def last_sheet(run: Curves) -> Image.Image | None:
+def read_last_sheet(run: Curves) -> Image.Image | None:
     """The last sample sheet of a run: original | VAE | rebuilt."""
     sheets = sorted((run.folder / "samples").glob("step-*.png"))
     if not sheets:
@@ -269,14 +269,14 @@ def write_comparison(
     Raises:
         OSError: they cannot be written.
     """
-    drawn = curves(groups)
+    drawn = draw_curves(groups)
     numbers, records = Markup(), []
-    for evaluated_on, metrics, members in tables(groups):
+    for evaluated_on, metrics, members in split_into_tables(groups):
         several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
-        header, rows, best = table(metrics, members)
+        header, rows, best = make_table(metrics, members)
         numbers += html.note(f"Last evaluation, {evaluated_on}, at most 256 images, sigma 0{several}. Bold: {BEST}")
         numbers += html.table(header, [[cell.replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows], best)
-        pairs = differences(metrics, members)
+        pairs = measure_differences(metrics, members)
         records += [pair.record() for pair in pairs]
         if pairs:
             numbers += html.note("Differences of runs of one seed: mean [95 % interval of Student's t], two-sided p, not corrected for many comparisons.")
@@ -287,15 +287,15 @@ def write_comparison(
         left_out = [title_and_factor(name)[0] for name in METRICS if name not in metrics and any(group.values(name) for group in members)]
         if left_out:
             numbers += html.note(f"Left out, because it means something else in each row: {', '.join(left_out)}.")
-    sheets = [([html.picture(image, group.label)], group.label) for group in groups if (image := last_sheet(group.runs[0])) is not None]
+    sheets = [([html.picture(image, group.label)], group.label) for group in groups if (image := read_last_sheet(group.runs[0])) is not None]
     all_sections = [
         *sections,
         ("Numbers", numbers),
         ("Curves", html.picture(drawn, "curves of all runs")),
         ("Original | VAE | rebuilt, the first images of the set, first seed", html.figures(sheets) if sheets else html.note("no sheets")),
-        ("What differs", html.table(("field", *(group.label for group in groups)), changed_fields(groups))),
+        ("What differs", html.table(("field", *(group.label for group in groups)), list_changed_fields(groups))),
         ("Runs", html.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])),
     ]
     write_whole(path.with_suffix(".png"), drawn)
-    write_whole(path.with_suffix(".json"), json.dumps({"title": title, "groups": as_rows(groups), "differences": records, **(more or {})}, indent=1) + "\n")
+    write_whole(path.with_suffix(".json"), json.dumps({"title": title, "groups": list_values(groups), "differences": records, **(more or {})}, indent=1) + "\n")
     return html.write_page(path, title, lead, all_sections)

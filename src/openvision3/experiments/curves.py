@@ -29,7 +29,6 @@ class Curves:
     """{metric: {step: value}}; of a step written twice, the last value"""
     unreadable: int = 0
     """lines that are no rows"""
-    restarts: int = 0
     written: float = 0.0
     """when the file last changed, in seconds since the epoch"""
     steps: int = 0
@@ -61,7 +60,6 @@ class Curves:
                 self.written = status.st_mtime
                 if status.st_size < self._offset or file.read(len(self._head)) != self._head:
                     self.values, self.unreadable, self._offset, self._head = {}, 0, 0, b""
-                    self.restarts += 1
                 file.seek(self._offset)
                 new = file.read()
         except FileNotFoundError:
