@@ -82,8 +82,7 @@ class Bars:
     def draw(self, axes: Axes, colours: Mapping[str, str]) -> None:
         if not self.groups:
             axes.text(0.5, 0.5, self.otherwise, ha="center", va="center", fontsize=9, transform=axes.transAxes)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set_axis_off()
             return
         names = [name for name in colours if any(name in bars for _, bars in self.groups)]
         width = 1 / (len(names) + 1)
