@@ -38,11 +38,11 @@ def pictures(folder: Path, count: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> list[str]:
-    """A base whose runs take two seconds, without NAME and --out."""
+    """A base whose runs take a second, without NAME and --out."""
     root = tmp_path_factory.mktemp("ablate")
     data, val = pictures(root / "train", 12, 0), pictures(root / "val", 4, 100)
     fields = ["--data", str(data), "--val", str(val), "--size", "32", "--batch", "4", "--no-families", "--no-aliases", "--precision", "fp32"]
-    return ["--recipe", "tiny", "--steps", "4", "--seeds", "0", "1", *fields]
+    return ["--recipe", "tiny", "--steps", "2", "--seeds", "0", "1", *fields]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,9 +115,15 @@ def plan_runs(fork: Fork, parent: Parent) -> Plan:
 
 
 def step_operations(config: PretrainConfig) -> float:
-    """Operations of one step, which do not depend on the device that is named."""
-    cost = estimate(config, "ablation", Options(cached=bool(config.latents)), parse_devices("h100"), advise=False)
-    return config.batch * cost.sample_flops + cost.optimiser_flops
+    """Operations of one step, which depend neither on the schedule nor on the device that is named."""
+    return _step_operations(json.dumps(to_dict(set_schedule(change_fields(config, {"steps": 1})))))
+
+
+@functools.cache
+def _step_operations(config: str) -> float:
+    parsed = from_dict(PretrainConfig, json.loads(config))
+    cost = estimate(parsed, "ablation", Options(cached=bool(parsed.latents)), parse_devices("h100"), advise=False)
+    return parsed.batch * cost.sample_flops + cost.optimiser_flops
 
 
 def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
