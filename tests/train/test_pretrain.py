@@ -132,7 +132,7 @@ BAD = {
     "no init": (lambda root: ["--init", "none"], "unknown model 'none'"),
     "unfitting init": (lambda root: ["--init", "SMALL", "--model.encoder.embed-dim", "32"], "pool_projection"),
     "no shards match": (lambda root: ["--only", "source"], "must look like name=value"),
-    "no captions": (lambda root: ["--data", _no_captions(root)], "none of the 3 pictures in"),
+    "no captions": (lambda root: ["--data", _no_captions(root)], "none of the 3 images in"),
     "no LPIPS files": (lambda root: LPIPS, "no such weights file: none.pth"),
     "no pixels to compare": (lambda root: ["--model.loss.lambda-perceptual", "0.5", "--pixel-share", "0"], "pixel_share 0 decodes none"),
     "wrong size": (lambda root: ["--size", "100"], "size 100 must be a multiple of 16"),
@@ -475,10 +475,10 @@ def test_a_run_records_what_its_training_data_and_those_of_its_start_are_recogni
     assert both is not None and both.samples == 15 and both.data == (*config.data, *follows.data)
     capsys.readouterr()
     pretrain(small(tmp_path, "none", steps=1, fingerprint=9), "tiny")
-    assert "no fingerprint of the training data is written, for they are more than 9 samples" in capsys.readouterr().err
+    assert "no fingerprint of the training data is written: they are more than 9 samples" in capsys.readouterr().err
     assert fingerprint.recorded(complete_checkpoints(tmp_path / "none")[-1]) is None
     pretrain(small(tmp_path, "after", steps=1, init=str(tmp_path / "none")), "tiny")
-    assert "which this starts from, has none" in capsys.readouterr().err
+    assert "which this run starts from, has none" in capsys.readouterr().err
 
 
 def test_val_images_that_are_near_duplicates_of_training_images_are_told(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Training: configs and recipes, the run of any trainable, its loop, its folder, its checkpoints.
+"""Training: recipes and configs, the run of any trainable (`run`), its loop, folder and checkpoints, and pre-training.
 
-`pretrain` puts OpenVision 3 together and may import all below; `loop` and what it uses have not heard of it.
+May import data, model, evaluate, hub, pipeline and what lies below. `run`, `loop` and what they use know nothing of OpenVision 3; `pretrain` does.
 """

@@ -146,7 +146,7 @@ class Pretraining(Training):
         if len(source) < config.batch:
             run.say(fewer_than_a_batch(len(source), config.batch))
         if config.lanes > self.lanes:
-            run.say(f"lanes {config.lanes} are for remote shards and there are none: the order is that of local data")
+            run.say(f"lanes {config.lanes} are for remote shards, and there are none: the order is that of local data")
         if not config.resume and (line := kept_at_another_batch(self.recipe, config)):
             run.say(line)
         self.pipeline.fingerprint = _fingerprint(config, source, self.held_out, run) if run.writes else None
@@ -168,7 +168,7 @@ class Pretraining(Training):
         self.model.eval()
 
     def _record(self, state: RunState) -> dict[str, Any]:
-        """How the model was trained, for its config.json and its card."""
+        """How the model was trained, for its config.json and its model card."""
         config, cache = self.config, self.cache
         data = config.data or (cache.settings.data if cache is not None else ())
         return {
@@ -187,9 +187,9 @@ class Pretraining(Training):
         }
 
     def _identities(self, vae: VAE) -> dict[str, Any]:
-        """{field of PLACES: digest}, "" for what is not read; and the labels that keys of samples begin with, which are no part of the digests.
+        """{field of PLACES: digest}, "" for what is not read; and the labels that the keys of samples begin with, which are in no digest.
 
-        The run keeps its own copy of the tokenizer: only a tokenizer under another path is read, the old one may be gone.
+        The run keeps its own copy of the tokenizer: only a tokenizer under another path is read, and the old one may be gone.
         """
         config, before, loss = self.config, self.start.before, self.config.model.loss
         lpips = bool(loss.lambda_perceptual) and loss.perceptual.startswith("lpips")
@@ -234,12 +234,12 @@ def _tokenizer_sha256(tokenizer: TextTokenizer) -> str:
 
 
 def _open_data(config: PretrainConfig, vae: VAE) -> tuple[Source, LatentCache | None, str]:
-    """The samples to train on, their cached latents where `config.latents` names some, and what to say of them.
+    """The samples to train on, the latent cache if `config.latents` names one, and a line about it for the log.
 
-    Where the data are not named or not there, the cache stands for them: keys and captions, but no pictures.
+    If the data are not named or not there, the cache replaces them: it has keys and captions, but no images.
 
     Raises:
-        ValueError: no such data, a cache of another VAE, size or crop area, or pixels wanted of a cache alone.
+        ValueError: no such data; a cache of another VAE, size or crop area; a pixel loss without images.
     """
     cache = None
     if config.latents:
@@ -252,60 +252,58 @@ def _open_data(config: PretrainConfig, vae: VAE) -> tuple[Source, LatentCache | 
             raise
         if config.pixel_share:
             raise ValueError(
-                f"{error}; the cache {config.latents} holds no pictures, and pixel_share {config.pixel_share:g} needs some: "
+                f"{error}; the latent cache {config.latents} holds no images, and pixel_share {config.pixel_share:g} needs some: "
                 "name the data it was made from, or train on its latents alone with --pixel-share 0"
             ) from error
-        return (
-            CachedSource(cache),
-            cache,
-            f"no pictures at hand ({error}): training on the {len(cache):,} samples of {config.latents} alone, without a pixel loss",
-        )
+        line = f"the images are missing ({error}): training on the {len(cache):,} samples of {config.latents} alone, without a pixel loss"
+        return CachedSource(cache), cache, line
     if cache is None:
         return source, None, ""
     if tuple(config.crop_area) != cache.settings.crop_area:
         raise ValueError(f"crop_area is {config.crop_area}, but the crops in {config.latents} cover {cache.settings.crop_area}; set --crop-area alike")
-    opened = f"of {config.pixel_share:g} of the rows pictures are opened too" if config.pixel_share else "no picture is opened"
-    return source, cache, f"latents of {len(cache):,} samples, {cache.settings.crops} crops each, are read from {config.latents}; {opened}"
+    images = f"images are read for {config.pixel_share:g} of the rows" if config.pixel_share else "no image is read"
+    return source, cache, f"the latents of {len(cache):,} samples, {cache.settings.crops} crops each, are read from {config.latents}; {images}"
 
 
 def _refuse_evaluated(cache: LatentCache) -> None:
-    """Raises ValueError where the cache holds emoji that are evaluated on: it was written when OpenMoji was split otherwise."""
+    """Raises ValueError if the cache holds emoji that are evaluated on, because it was written when OpenMoji was split otherwise."""
     emoji = openmoji.load_emoji()
     evaluated = [each.name for each in emoji.val + emoji.test if cache.find(f"openmoji/{each.key}")]
     if evaluated:
         raise ValueError(
             f"{cache.folder} holds {len(evaluated)} emoji that are evaluated on, such as {evaluated[0]}: OpenMoji was split otherwise when it was written; "
-            "write the latents anew with openvision3 data latents into another folder"
+            "write the latents again with openvision3 data latents, into another folder"
         )
 
 
 def _fingerprint(config: PretrainConfig, source: Source, held_out: Source, run: RunFolder) -> Fingerprint | None:
-    """What the data, and those of the model that the run starts from, are recognised by, or None where that would be too much or too little: the run says so.
+    """The fingerprint of the training data and of those of the model that the run starts from; None, with a line in the log, where there can be none.
 
-    It lies in the run folder, so that a run that goes on need not take it again.
+    It is kept in the run folder, so that a resumed run need not take it again.
     """
     path = run.path / fingerprint.FILE
     if path.is_file():
         return Fingerprint.load(path)
     before = fingerprint.recorded(hub.find_folder(config.init)) if config.init else None
     if config.init and before is None:
-        run.say(f"no fingerprint of the training data is written, for {config.init}, which this starts from, has none; name the data to evaluate with --train")
+        run.say(f"no fingerprint of the training data is written: {config.init}, which this run starts from, has none; name the data to evaluate with --train")
         return None
     if isinstance(source, CachedSource) or len(source) > config.fingerprint:
-        why = "their images are not at hand" if isinstance(source, CachedSource) else f"they are more than {config.fingerprint:,} samples (--fingerprint)"
-        run.say(f"no fingerprint of the training data is written, for {why}; openvision3 data fingerprint DATA --out FILE writes one for evaluate --train FILE")
+        why = "their images are missing" if isinstance(source, CachedSource) else f"they are more than {config.fingerprint:,} samples (--fingerprint)"
+        run.say(f"no fingerprint of the training data is written: {why}; openvision3 data fingerprint DATA --out FILE writes one for evaluate --train FILE")
         return None
     own = fingerprint.take_fingerprint(source, config.data, watch=track)
-    again = list(own.nearest(torch.from_numpy(fingerprint.take_fingerprint(held_out, config.val, count=EVALUATED).images)))
-    if again:
-        run.say(f"{len(again)} of the first {min(len(held_out), EVALUATED)} val images are near-duplicates of training images, such as {own.keys[again[0][1]]}")
-    found = Fingerprint.joined([each for each in (before, own) if each is not None])
-    found.save(path)
-    return found
+    duplicates = list(own.nearest(torch.from_numpy(fingerprint.take_fingerprint(held_out, config.val, count=EVALUATED).images)))
+    if duplicates:
+        example = own.keys[duplicates[0][1]]
+        run.say(f"{len(duplicates)} of the first {min(len(held_out), EVALUATED)} val images are near-duplicates of training images, such as {example}")
+    joined = Fingerprint.joined([each for each in (before, own) if each is not None])
+    joined.save(path)
+    return joined
 
 
 def _check_same(config: PretrainConfig, start: Start, vae: VAE, count: int, cache: LatentCache | None) -> None:
-    """Raises ValueError where the VAE, the data or the latent cache under an old path are no longer those that the run was started with."""
+    """Raises ValueError if the VAE, the data or the latent cache under an old path are no longer those that the run was started with."""
     before, checkpoint, out = start.before, start.checkpoint, start.out
     assert isinstance(before, PretrainConfig) and checkpoint is not None
     saved = hub.read_config(checkpoint)
@@ -313,7 +311,7 @@ def _check_same(config: PretrainConfig, start: Start, vae: VAE, count: int, cach
     if config.model.vae.name == before.model.vae.name and (line := hub.other_vae(saved, vae)):
         raise ValueError(f"{out} was started {line}; put the old one back")
     if cache is not None and config.latents == before.latents and saved.training.get("latents") != cache.sha256:
-        raise ValueError(f"{cache.folder} is not the cache that {out} was started with; put the old one back, or start a new run with --init {out}")
+        raise ValueError(f"{cache.folder} is not the latent cache that {out} was started with; put the old one back, or start a new run with --init {out}")
     if config.data == before.data and samples != count:
         raise ValueError(f"{out} was started on {samples} samples, but its data hold {count} now; put the old data back, or start a new run with --init {out}")
 
@@ -328,33 +326,33 @@ def _tokenizer(config: PretrainConfig, source: Source, out: Path) -> TextTokeniz
     captions = _some_captions(source)
     if not captions:
         raise ValueError(
-            f"none of the {len(source)} pictures in {', '.join(config.data)} has a caption; put x.txt beside x.jpg, or a captions.csv into the folder"
+            f"none of the {len(source)} images in {', '.join(config.data)} has a caption; put x.txt beside x.jpg, or a captions.csv into the folder"
         )
     return TextTokenizer.train(captions, config.vocabulary)
 
 
 def _some_captions(source: Source) -> list[str]:
-    """All captions; of more than LEARNT_FROM samples, those that an epoch begins with (of remote shards only the first are fetched).
+    """All captions, or those of the first LEARNT_FROM samples of an epoch, so that of remote shards only the first are fetched.
 
-    Samples that cannot be read join the problems of the source.
+    Samples that cannot be read are added to the problems of the source.
     """
     order = source.order(0, 0)
-    found: list[str] = []
+    captions: list[str] = []
     for position in track(range(len(source))[:LEARNT_FROM], "reading captions"):
         index = order.place(position)[0]
         try:
-            found += source.captions(index)
+            captions += source.captions(index)
         except ImageError as error:
             source.problems.add(error.as_problem(source.key(index)))
-    return found
+    return captions
 
 
 def _lost_text(source: Source, tokenizer: TextTokenizer, shape: TextShape) -> str:
-    """What the tokenizer and the model make nothing of in the captions of COUNTED samples, those that an epoch begins with; "" where nothing."""
+    """What the tokenizer does not know and the model cuts off in the captions of the first COUNTED samples of an epoch; "" if there is nothing."""
     order = source.order(0, 0)
     counts = TextCount()
     for position in range(min(len(source), COUNTED)):
-        with contextlib.suppress(ImageError):  # training meets it again, and reports it
+        with contextlib.suppress(ImageError):  # training reports it
             counts.add(tokenizer.count(source.captions(order.place(position)[0])[:1], shape.caption_positions - 2))
     hint = "; train a tokenizer on the captions with --tokenizer ''" if counts.unknown > counts.pieces / 20 else ""
     return f"{counts}{hint}" if str(counts) else ""
@@ -365,7 +363,7 @@ def samples_dropped(data: Sequence[str]) -> dict[str, int]:
 
 
 def _started_from(config: PretrainConfig, checkpoint: Path | None) -> dict[str, Any]:
-    """How the weights that --init names were trained, kept in the record of the run that goes on from them."""
+    """How the weights that --init names were trained: part of this run's own record."""
     if not config.init:
         return {}
     kept = hub.read_config(checkpoint).training.get("started_from") if checkpoint else None

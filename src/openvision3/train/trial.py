@@ -30,14 +30,15 @@ from openvision3.train.optimizer import rate_at
 from openvision3.train.run import Setup, Start, set_up, settle_precision
 
 STEPS, WARM = 6, 3
-"""Steps that are taken, and how many of them warm up: the first compile and fill caches."""
+"""steps of the trial, and how many of them warm up: the first ones compile and fill caches"""
 LEARNT_FROM = 512
+"""samples from whose captions the vocabulary is learnt"""
 NUMBERS = 2**20
-"""Numbers that each rank sends when a collective is timed (4 MB)."""
+"""numbers that each rank sends when a collective is timed (4 MB)"""
 
 
 class Trial(Training):
-    """OpenVision 3 on the data of `config`, or on OpenMoji, which ships, where it names none."""
+    """OpenVision 3 on the data of `config`, or on OpenMoji, which is shipped, if it names none."""
 
     def __init__(self, config: PretrainConfig, start: Start):
         source = open_source(config.data or ("openmoji",))
@@ -79,7 +80,7 @@ def try_training(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _steps(config: PretrainConfig, setup: Setup[Trial], device: str) -> dict[str, Any]:
-    """Losses and gradient norms, one a step; waits of the host in the steps after the warm-up; speed and memory."""
+    """The losses and gradient norms of all steps; after the warm-up also waits of the host, speed and memory."""
     model, batches, optimizers = setup.training.model.train(), setup.training.batches, setup.optimizers
     losses, norms = [], []
     waits: Counter[str] = Counter()
@@ -129,7 +130,7 @@ def waits_of_the_host(device: str) -> Iterator[Counter[str]]:
 
 
 def check_collectives(device: str) -> dict[str, Any]:
-    """Each collective of a run on numbers whose result is known -> {name: {right, gigabytes a second}}; {} for one process."""
+    """Run each collective of a training on numbers whose result is known -> {name: {right, gigabytes_per_second}}; {} for one process."""
     import torch.distributed as dist
 
     world, rank = distributed.world(), distributed.rank()

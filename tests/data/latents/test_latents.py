@@ -600,7 +600,7 @@ def test_a_run_goes_on_with_its_own_cache_only(cached_run, tmp_path):
     config = cached_run("run", steps=3, resume=True)
     told = tmp_path / "latents" / "cache.json"
     told.write_text(told.read_text().replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(ValueError, match=r"is not the cache that .*run was started with"):
+    with pytest.raises(ValueError, match=r"is not the latent cache that .*run was started with"):
         pretrain(config)
 
 
@@ -610,7 +610,7 @@ def test_a_cache_without_its_pictures_trains_without_a_pixel_loss_and_says_so(ca
     for name, data in (("alone", ()), ("gone", (str(tmp_path / "nowhere"),))):
         pretrain(replace(config, data, str(tmp_path / name)))
         assert metrics(tmp_path / name) == metrics(tmp_path / "run")
-        assert "no pictures at hand" in (tmp_path / name / "log.txt").read_text()
+        assert "the images are missing" in (tmp_path / name / "log.txt").read_text()
     assert not any("train/pixel" in row for row in metrics(tmp_path / "alone"))
 
 
@@ -626,7 +626,7 @@ def replace(config: PretrainConfig, data: tuple[str, ...], out: str, **changes) 
 
 def test_a_cache_without_its_pictures_refuses_a_pixel_loss(cached_run, tmp_path):
     config = cached_run("run")
-    with pytest.raises(ValueError, match=r"no data named.* holds no pictures, and pixel_share 0.5 needs some.*--pixel-share 0"):
+    with pytest.raises(ValueError, match=r"no data named.* holds no images, and pixel_share 0.5 needs some.*--pixel-share 0"):
         pretrain(replace(config, (), config.out))
     with pytest.raises(ValueError, match=r"crop_area is \(0.5, 1.0\), but the crops in .* cover \(0.4, 1.0\)"):
         pretrain(replace(config, config.data, config.out, crop_area=(0.5, 1.0)))
