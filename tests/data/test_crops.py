@@ -67,8 +67,8 @@ def test_pad_keeps_the_picture_at_the_top_left_and_repeats_its_edge(height, widt
 
 
 @pytest.mark.parametrize("pad_to", [(16, 16), (33, 48), (48, 40)])
-def test_pad_to_a_grid_that_does_not_fit_says_what_is_legal(pad_to):
-    with pytest.raises(ValueError, match="multiples of 16 that are at least"):
+def test_pad_to_a_grid_that_does_not_fit_says_what_to_choose(pad_to):
+    with pytest.raises(ValueError, match="multiples of 16 of at least"):
         crops.pad(torch.zeros(3, 20, 40), pad_to)
     assert crops.pad(torch.zeros(3, 20, 40), (64, 48)).shape == (3, 64, 48)
 

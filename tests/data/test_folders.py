@@ -125,8 +125,8 @@ def test_a_name_that_fits_two_images_is_matched_with_neither_and_both_are_named(
     source = FolderSource(tmp_path)
     assert [source.captions(i) for i in range(3)] == [("c",), (), ()]
     details = [problem["detail"] for problem in source.problems]
-    assert "near are CAT.png and Cat.png" in details[0]
-    assert "near is dog1.png" in details[1]
+    assert "similar are CAT.png and Cat.png" in details[0]
+    assert "similar is dog1.png" in details[1]
 
 
 def test_tables_in_sub_folders_name_files_beside_them(tmp_path):

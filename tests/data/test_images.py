@@ -246,5 +246,5 @@ def test_values_beyond_the_range_are_clamped_not_wrapped():
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 4, 4), (2, 1, 4, 4)])
 def test_tensors_that_are_no_pictures_are_named(shape):
-    with pytest.raises(ValueError, match=r"legal is \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"pass \(B, 3, H, W\)"):
         to_pil(torch.zeros(shape))

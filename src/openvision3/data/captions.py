@@ -1,6 +1,6 @@
-"""Bytes -> text -> the captions of a sample: the one door for text, in shards, folders, tables and lists of class names.
+"""Bytes -> text -> the captions of a sample: every text is read here, from shards, folders, tables and lists of class names.
 
-Nothing is guessed and nothing replaced: what is not text raises `TextError`, which a run counts by its reason.
+No encoding is guessed and no character replaced: what is not text raises `TextError`, which a run counts by its reason.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from openvision3.data.images import ImageError
 
 MAX_BYTES = 4 << 20
-"""A longer text or JSON is skipped and counted, without being read: it would cost seconds each time it is met."""
+"""longer texts and JSON members are not read but counted: reading one would take seconds each time"""
 
-_MARKS = (  # UTF-32 before UTF-16, whose mark it begins with
+_BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -25,12 +25,12 @@ _MARKS = (  # UTF-32 before UTF-16, whose mark it begins with
 
 
 class TextError(ImageError):
-    """The text of a sample cannot be used; its image may well be. Reason `not UTF-8` or `too large`."""
+    """The text of a sample cannot be used, though its image may be usable. Reason `not UTF-8` or `too large`."""
 
 
 class Captions(tuple[str, ...]):
-    """The captions of a sample. Each of the first `alike` says the same in other words, so that any of them may stand first:
-    the lines of one text, the list under one JSON field, the rows of a table for one image.
+    """The captions of a sample. The first `alike` of them are interchangeable, so that any of them may be the one to predict:
+    the lines of one text, the list in one JSON field, the rows of a table for one image.
     """
 
     alike: int
@@ -41,7 +41,7 @@ class Captions(tuple[str, ...]):
         return captions
 
     def led_by(self, draw: int) -> Captions:
-        """The same captions, the first of them drawn by this number from those that are alike."""
+        """The same captions with another one first: the random number `draw` chooses it among the interchangeable ones."""
         if self.alike < 2:
             return self
         chosen = draw % self.alike
@@ -49,17 +49,17 @@ class Captions(tuple[str, ...]):
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that a byte-order mark at the start names, else UTF-8; Python's codec of that name drops the mark."""
-    return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8-sig")
+    """The encoding of the byte-order mark at the start, else UTF-8; the codec of that name drops the mark."""
+    return next((encoding for mark, encoding in _BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8-sig")
 
 
 def decode_text(data: bytes, name: str = "the text") -> str:
-    """Text in the encoding of its byte-order mark (UTF-8, UTF-16, UTF-32), else in UTF-8; without the mark.
+    """Decode a text by its byte-order mark (UTF-8, UTF-16, UTF-32), else as UTF-8, and drop the mark.
 
-    NULs at the end are padding. `name` begins the message.
+    NULs at the end are dropped as padding. `name` is the name of the text in error messages.
 
     Raises:
-        TextError: reason `not UTF-8`; NULs within are not text either, they are most often UTF-16 without its mark.
+        TextError: reason `not UTF-8`, also for NULs inside the text: most often it is UTF-16 without a byte-order mark.
     """
     encoding = encoding_of(data)
     try:
@@ -71,7 +71,7 @@ def decode_text(data: bytes, name: str = "the text") -> str:
 
 
 def checked_text(text: str, name: str = "the text") -> str:
-    """The text, as it is. A command line and JSON can give half characters (surrogates), which no tokenizer takes.
+    """Return the text unchanged. Command lines and JSON can contain surrogates (halves of characters), which no tokenizer accepts.
 
     Raises:
         TextError: reason `not UTF-8`.
@@ -90,7 +90,7 @@ def _without_nuls(text: str, name: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, see `decode_text`. Raises OSError, and TextError of more than MAX_BYTES."""
+    """Read the text of a file, see `decode_text`. Raises OSError, TextError (also for more than MAX_BYTES)."""
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -103,17 +103,17 @@ def too_large(name: str) -> TextError:
 
 
 def text_captions(text: str) -> Captions:
-    """The captions in one text, a `.txt` file or member: each line that is not blank is one, as CLIP_benchmark's retrieval shards have it."""
+    """The captions in one `.txt` file or member: each line that is not blank is one, as in CLIP_benchmark's retrieval shards."""
     return clean_captions([text.splitlines()])
 
 
 def clean_captions(values: Iterable[object]) -> Captions:
-    """The captions among these values (lists are opened, numbers and nulls are none), each on one line, without blank ones.
+    """The captions among these values, each on one line. Lists are flattened; numbers, nulls and blank captions are left out.
 
-    Those of the first value that has any are alike, see `Captions`.
+    The captions of the first value that has any are interchangeable, see `Captions`.
 
     Raises:
-        TextError: half characters or NULs in one of them.
+        TextError: surrogates or NULs in a caption.
     """
     groups = [
         [line for text in _texts(value) if (line := " ".join(_without_nuls(checked_text(text, "the caption"), "the caption").split())) and is_visible(line)]
@@ -131,12 +131,12 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def is_visible(text: str) -> bool:
-    """Whether there is a letter, a digit or a sign in it: of zero-width characters, accents and spaces alone tokenizers make nothing."""
+    """Whether a text has a letter, a digit or a symbol: tokenizers drop zero-width characters, accents and spaces on their own."""
     return any(unicodedata.category(letter)[0] in "LNPS" and letter != "\ufffd" for letter in text)
 
 
 def json_object(text: str | bytes) -> dict:
-    """The object that `text` holds; {} where it is not JSON, or not an object. Of bytes the JSON standard decides the encoding."""
+    """The JSON object in `text`; {} if it is not JSON or not an object. The encoding of bytes is detected as the JSON standard says."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

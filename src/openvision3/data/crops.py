@@ -1,4 +1,4 @@
-"""From images to the size that a model takes: squares, random views that decode no more than they show, and padding to whole tokens."""
+"""Bring images to the size that a model takes: squares, random crops (decoded no larger than needed), and padding to whole tokens."""
 
 from __future__ import annotations
 
@@ -29,55 +29,55 @@ from openvision3.data.images import (
 )
 
 PATCH = 16
-"""Pixels a token spans in each direction: every height and width is a multiple of it."""
+"""pixels that a token spans in each direction: every height and width is a multiple of it"""
 
 TRAINING_PIXELS = 40_000_000
-"""What a training view may decode, for every worker holds its own: 160 MB at four bytes a pixel. A JPEG that is decoded at 1/2 has a quarter of its pixels."""
+"""most pixels that are decoded for a training view: 160 MB in each worker. A JPEG that is decoded at 1/2 has a quarter of its pixels."""
 
 TRAINING_BYTES = 320 << 20
-"""As images.MAX_BYTES, for a training view."""
+"""as images.MAX_BYTES, for a training view"""
 
 FAST_PIXELS = 50_000_000
-"""Larger JPEGs are left to Pillow, which says whether they are progressive: below, none of them takes more than TRAINING_BYTES."""
+"""larger JPEGs are decoded by Pillow, which knows whether they are progressive; smaller ones never need more than TRAINING_BYTES"""
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Bicubic with antialias (Pillow widens its filter when it shrinks a picture)."""
+    """Bicubic with antialiasing (Pillow widens its filter to shrink an image)."""
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def center_square(image: Image.Image, size: int) -> Image.Image:
-    """The central square, resized to size x size: how pictures of unlike shapes are evaluated together."""
+    """The central square, resized to size x size."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return resize(image.crop((left, top, left + side, top + side)), size, size)
 
 
 def adm_square(image: Image.Image, size: int) -> Image.Image:
-    """The central square as guided diffusion's evaluation cuts it (Dhariwal and Nichol 2021), by which rFID and gFID on ImageNet are published.
+    """The central square as cropped by guided diffusion's evaluation (Dhariwal and Nichol 2021), which published rFID and gFID on ImageNet use.
 
-    Halved by a box filter while the short side is at least twice `size`, then bicubic until it is `size`, then the centre.
+    Halved by a box filter while the short side is at least twice `size`, then bicubic down to `size`, then cropped to the centre.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     if image.width * image.height * scale**2 > MAX_PIXELS:
-        raise ImageError("too large", f"{image.width} x {image.height} pixels become more than {MAX_PIXELS:,} with a short side of {size}")
+        raise ImageError("too large", f"{image.width} x {image.height} pixels would become more than {MAX_PIXELS:,} at a short side of {size}")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 CROPS = {"square": center_square, "adm": adm_square}
-"""How a picture becomes a square of a given size where it is evaluated."""
+"""evaluation views: how an image becomes a square of a given size"""
 
 
 def random_crop_box(width: int, height: int, generator: torch.Generator, area: tuple[float, float], aspect: tuple[float, float] = (3 / 4, 4 / 3)) -> Box:
-    """A box (left, top, right, bottom) covering a random share `area` of the picture at a random aspect ratio.
+    """A box (left, top, right, bottom) covering a random share `area` of the image at a random aspect ratio.
 
-    Ten tries, then the largest centred box of a legal aspect, as random resized crop is usually defined.
+    After ten failed tries, the largest centred box within `aspect`, as in the usual random resized crop.
     """
     for _ in range(10):
         share, stretch, x, y = torch.rand(4, generator=generator).tolist()
@@ -94,29 +94,29 @@ def random_crop_box(width: int, height: int, generator: torch.Generator, area: t
 
 
 def crop_resized(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """Cut `box` and scale it to size x size with antialias."""
+    """Crop `box` and resize it to size x size with antialiasing."""
     return from_uint8(_resized(np.asarray(image.crop(box)), size))
 
 
 def _resized(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 (H, W, 3) -> uint8 (3, size, size): bicubic with antialias as in Pillow, to within rounding, in a third of the time."""
+    """uint8 (H, W, 3) -> uint8 (3, size, size): bicubic with antialiasing, equal to Pillow's to within rounding, in a third of the time."""
     planes = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
 def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generator, area: tuple[float, float], min_side: int = 1) -> tuple[Tensor, Box]:
-    """A random crop of a picture as uint8 (3, size, size), and which box of the upright picture it shows.
+    """A random crop of an image as uint8 (3, size, size), and the box of the upright image that it shows.
 
-    The box is drawn on the full size from the header. A JPEG is then decoded at 1/8, 1/4 or 1/2 where the box still has `size`
-    pixels on each side; its edges move outwards to whole pixels of that scale. JPEGs are decoded by simplejpeg where it is
-    installed and can, otherwise by Pillow: the same boxes and refusals, and pixels that differ by rounding.
+    The box is drawn on the full size in the header. A JPEG is then decoded at 1/8, 1/4 or 1/2 if the box still has `size`
+    pixels on each side; its edges move outwards to whole pixels of that scale. simplejpeg decodes JPEGs if it is installed and
+    supports them, otherwise Pillow does: boxes and errors are the same, pixels differ by rounding.
 
     Raises:
         ImageError: as `open_image`, and `too small` for a side of less than `min_side` pixels.
     """
     box: Box | None = None
     if not isinstance(source, bytes) and Path(source).suffix.lower() in JPEG_EXTENSIONS:
-        with contextlib.suppress(OSError):  # Pillow, below, says what is wrong
+        with contextlib.suppress(OSError):  # Pillow, below, reports it
             source = Path(source).read_bytes()
     width, height, scale = 0, 0, 1
     if isinstance(source, bytes) and (plain := _plain_jpeg(source)):
@@ -136,7 +136,7 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
             raise ImageError("undecodable", f"{name} cannot be decoded: its headers disagree about its size")
         with decoding(name):
             if image.format != "JPEG":
-                image.load()  # a TIFF turns upright while it is loaded: only then its size, and how it lies, are what they will be
+                image.load()  # loading a TIFF turns it upright: size and orientation are final only then
             orientation = 1 if box else orientation_of(image)
             width, height = image.size
             if box is None:
@@ -147,7 +147,7 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
             if scale > 1:
                 image.draft("RGB", (width // scale, height // scale))
                 if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
-                    scale = 1  # not every JPEG can be
+                    scale = 1  # not every JPEG can be decoded smaller
             check_pixels(image, name, TRAINING_PIXELS)
             image.load()
             pixels = np.asarray(to_rgb(image, _scaled(box, scale)))
@@ -155,9 +155,9 @@ def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generat
 
 
 def _snapped(box: Box, width: int, height: int, size: int) -> tuple[Box, int]:
-    """The box on whole pixels of the scale it is decoded at, and that scale: 1, 2, 4 or 8 pixels of the picture for one.
+    """The box on whole pixels of the scale it is decoded at, and that scale: one decoded pixel for 1, 2, 4 or 8 of the image.
 
-    A last row or column of the decoder that is only partly in the picture is left out; `size` of them remain all the same.
+    A last decoded row or column that lies only partly in the image is left out; at least `size` of them remain.
     """
     left, top, right, bottom = box
     scale = next((s for s in (8, 4, 2) if min(right - left, bottom - top) >= s * size), 1)
@@ -171,7 +171,7 @@ def _scaled(box: Box, scale: int) -> Box:
 
 
 def _flips(orientation: int) -> tuple[bool, bool, bool]:
-    """(rows and columns change places, then left and right do, then top and bottom do) from the file to the upright picture."""
+    """From the file to the upright image: (swap rows and columns, then flip left and right, then flip top and bottom)."""
     return orientation >= 5, orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
 
 
@@ -183,7 +183,7 @@ def _turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def stored(box: Box, width: int, height: int, orientation: int) -> Box:
-    """A box of the upright picture of this width and height -> where it lies in the file."""
+    """A box of an upright image of this width and height -> the box in its file."""
     swap, across, down = _flips(orientation)
     left, top, right, bottom = box
     left, right = (width - right, width - left) if across else (left, right)
@@ -192,7 +192,7 @@ def stored(box: Box, width: int, height: int, orientation: int) -> Box:
 
 
 def upright_box(box: Box, width: int, height: int, orientation: int) -> Box:
-    """A box of the file, whose picture has this width and height -> where it lies in the upright picture."""
+    """A box of a file of this width and height -> the box in the upright image."""
     swap, across, down = _flips(orientation)
     left, top, right, bottom = box
     if swap:
@@ -204,7 +204,7 @@ def upright_box(box: Box, width: int, height: int, orientation: int) -> Box:
 
 @functools.cache
 def fast_decoder() -> ModuleType | None:
-    """simplejpeg, where it is installed (the extra `fast`)."""
+    """simplejpeg, or None if it is not installed (the extra `fast`)."""
     try:
         import simplejpeg
     except ImportError:
@@ -213,18 +213,18 @@ def fast_decoder() -> ModuleType | None:
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG that the fast decoder reads as Pillow does: grey or YCbCr, and without a word on how it lies."""
+    """(width, height) of a JPEG that the fast decoder reads as Pillow does: grey or YCbCr, without EXIF; None for any other."""
     decoder = fast_decoder()
     if decoder is None or data[:2] != b"\xff\xd8":
         return None
     place = 2
-    while True:  # the segments before the image itself
+    while True:  # the segments before the image data
         marker = data[place + 1] if data[place : place + 1] == b"\xff" and place + 4 <= len(data) else 0
-        if marker == 0xFF:  # a byte that fills
+        if marker == 0xFF:  # a fill byte
             place += 1
         elif marker == 0xDA:
             break
-        elif marker < 0xC0 or 0xD0 <= marker <= 0xD8 or marker == 0xE1:  # EXIF or XMP, or no segment at all: Pillow looks into it
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD8 or marker == 0xE1:  # EXIF or XMP, or no valid segment: left to Pillow
             return None
         else:
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
@@ -236,7 +236,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 
 def _decode_fast(data: bytes, width: int, height: int, scale: int) -> np.ndarray | None:
-    """(H, W, 3); None where something is wrong, for Pillow to say what."""
+    """(H, W, 3); None if something is wrong, which Pillow then reports."""
     decoder = fast_decoder()
     assert decoder is not None
     wanted = (math.ceil(height / scale), math.ceil(width / scale))
@@ -249,7 +249,7 @@ def _decode_fast(data: bytes, width: int, height: int, scale: int) -> np.ndarray
 
 
 def check_size(size: int) -> None:
-    """Raises ValueError for a side of pictures that tokens do not fill."""
+    """Raises ValueError for an image side that is not a whole number of tokens."""
     if size < PATCH or size % PATCH:
         raise ValueError(f"size {size} must be a multiple of {PATCH}, such as {max(PATCH, round(size / PATCH) * PATCH)}")
 
@@ -260,7 +260,7 @@ def padded(length: int) -> int:
 
 
 def fit(image: Image.Image, size: int | None) -> Image.Image:
-    """Keep the aspect and scale the long side to `size` (None: leave the picture as it is)."""
+    """Scale the long side to `size` and keep the aspect ratio (None: return the image unchanged)."""
     if size is None:
         return image
     scale = size / max(image.size)
@@ -273,8 +273,8 @@ def pad(image: Tensor, pad_to: tuple[int, int] | None = None) -> Tensor:
     target_height, target_width = pad_to or (padded(height), padded(width))
     if target_height % PATCH or target_width % PATCH or target_height < height or target_width < width:
         raise ValueError(
-            f"pad_to={target_height, target_width} does not fit a picture of {height, width}; "
-            f"legal are multiples of {PATCH} that are at least {padded(height), padded(width)}"
+            f"pad_to={target_height, target_width} does not fit an image of {height, width}; "
+            f"choose multiples of {PATCH} of at least {padded(height), padded(width)}"
         )
     extra = (0, target_width - width, 0, target_height - height)
     return torch.nn.functional.pad(image[None], extra, mode="replicate")[0] if any(extra) else image

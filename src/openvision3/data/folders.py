@@ -1,4 +1,4 @@
-"""What lies in a folder of images: the images, their texts and tables by name, and everything that is there and not used, with the reason."""
+"""Folders of images: a scan of the images, texts and tables in them, with everything else and why it is not used; and a folder as a source."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from openvision3.data.problems import Problem, reasons_in_words
 from openvision3.data.sources import EncodedSource
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
-"""Tables of captions: of this project, and of Hugging Face's imagefolder."""
+"""tables of captions: this project's, and those of Hugging Face's imagefolder"""
 
 _SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information"}
-"""Folders of operating systems, as they lie on shared disks and in archives."""
+"""folders that operating systems leave on shared disks and in archives"""
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path within a folder or a tar is an operating system's or an editor's, and no data."""
+    """Whether a path within a folder or a tar belongs to an operating system or an editor and is no data."""
     return any((part.startswith(".") and part not in (".", "..")) or part.lower() in _SYSTEM for part in path.split("/"))
 
 
 def is_output(folder: Path) -> bool:
-    """Whether this folder is a run or an evaluation of ours, whose images are no data."""
+    """Whether a folder was written by a run or an evaluation of this project, so that its images are no data."""
     is_run = (folder / "config.json").exists() and ((folder / "metrics.jsonl").exists() or (folder / "checkpoints").is_dir())
     return is_run or ((folder / "results.json").exists() and (folder / "report.html").exists())
 
 
 @dataclass
 class Contents:
-    """The images of a folder and of its sub-folders, sorted, as paths from the folder with slashes; `unused` says what else is there."""
+    """The images of a folder and its sub-folders: sorted paths relative to the folder, with slashes. `unused` lists what else is there."""
 
     folder: Path
     images: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
-    """path without its ending -> the text file, `.txt` in any case"""
+    """path without its extension -> the text file (`.txt` in any case)"""
     tables: list[str] = field(default_factory=list)
     unused: list[Problem] = field(default_factory=list)
 
@@ -52,15 +52,15 @@ class Contents:
 
 
 def scan_folder(folder: str | Path) -> Contents:
-    """Look into a folder and its sub-folders, linked ones too (each once). Raises OSError where the folder itself cannot be read."""
+    """Scan a folder and its sub-folders, also linked ones (each once). Raises OSError if the folder itself cannot be read."""
     contents = Contents(Path(folder))
     seen = {_identity(os.stat(folder))}
     links: list[tuple[str, os.stat_result]] = []
     _scan(contents, "", seen, links)
-    while links:  # after the folders themselves, so that a link to one of them is what is left out
+    while links:  # after all real folders, so that a link to one of them is the one left out
         path, stat = links.pop(0)
         if _identity(stat) in seen:
-            contents.leave_out(path, "linked folder that is read already", f"it leads to {os.path.realpath(contents.folder / path)}")
+            contents.leave_out(path, "linked folder that is read already", f"it links to {os.path.realpath(contents.folder / path)}")
             continue
         seen.add(_identity(stat))
         _scan(contents, path, seen, links)
@@ -74,7 +74,7 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
 
 
 def _scan(contents: Contents, start: str, seen: set[tuple[int, int]], links: list[tuple[str, os.stat_result]]) -> None:
-    """Take what lies under `start`, all but linked folders, which are put on the list."""
+    """Add what lies under `start`, except linked folders, which are appended to `links`."""
     waiting = [start]
     while waiting:
         inside = waiting.pop()
@@ -89,11 +89,11 @@ def _scan(contents: Contents, start: str, seen: set[tuple[int, int]], links: lis
             path = f"{inside}/{entry.name}" if inside else entry.name
             if is_hidden(entry.name):
                 if entry.is_dir() or _ending(entry.name) in EXTENSIONS:
-                    contents.leave_out(path, "hidden or of the system", "names that begin with a dot, __MACOSX and @eaDir are no data")
+                    contents.leave_out(path, "hidden or of the system", "names that begin with a dot, __MACOSX and @eaDir are not data")
             elif not entry.is_dir():
                 _take_file(contents, path, entry)
             elif is_output(contents.folder / path):
-                contents.leave_out(path, "folder of an output", "a run or an evaluation of openvision3; name it itself to read it")
+                contents.leave_out(path, "folder of an output", "it was written by a run or an evaluation of openvision3; name this folder to read it")
             elif entry.is_symlink():
                 links.append((path, entry.stat()))
             else:
@@ -125,10 +125,10 @@ def _take_file(contents: Contents, path: str, entry: os.DirEntry) -> None:
 
 
 class Names:
-    """Finds a path among those that are there: as it is spelt, else by what file systems take for the same name.
+    """Finds paths by name: exactly as spelt, else ignoring the differences that file systems ignore.
 
-    A Mac writes é as e and an accent, Windows writes backslashes, and neither tells capitals from small letters: such a name is
-    matched where only one path fits.
+    macOS writes é as e and an accent, Windows writes backslashes, and neither distinguishes upper and lower case: such a name
+    matches if only one path fits.
     """
 
     def __init__(self, paths: Iterable[str]):
@@ -143,11 +143,11 @@ class Names:
         alike = self._alike.get(_spelling(name), [])
         return alike[0] if len(alike) == 1 else None
 
-    def near(self, name: str) -> str:
-        """What is nearest to a name that is not there, for a message; empty where nothing is near."""
+    def suggest(self, name: str) -> str:
+        """The end of an error message: the path most similar to a name that does not exist, or ""."""
         several = self._alike.get(_spelling(name), [])
         close = several or difflib.get_close_matches(name, list(self.paths)[:20_000], 1, 0.7)
-        return f"; near are {' and '.join(close[:3])}" if len(several) > 1 else f"; near is {close[0]}" if close else ""
+        return f"; similar are {' and '.join(close[:3])}" if len(several) > 1 else f"; similar is {close[0]}" if close else ""
 
 
 def _spelling(path: str) -> str:
@@ -156,24 +156,24 @@ def _spelling(path: str) -> str:
 
 @dataclass
 class Table:
-    """The captions of one table by the image's path; rows that name no file are problems."""
+    """The captions of a table, by path of the image; `problems` lists rows that name no file."""
 
     captions: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
 def read_table(folder: Path, path: str) -> Table:
-    """Rows of `file` (or `file_name`) and `caption` (or `text`), CSV or JSON lines; files are named from where the table lies.
+    """Read columns `file` (or `file_name`) and `caption` (or `text`) of CSV or JSON lines. Paths are relative to the table.
 
     Raises:
-        ValueError: not one row names a file.
+        ValueError: no row names a file.
     """
     table, used, seen = Table(), 0, "nothing"
     place = folder / path
     with open(place, "rb") as file:
         encoding = encoding_of(file.read(4))
     inside = str(PurePosixPath(path).parent)
-    # What is not of this encoding stays as surrogates, which `clean_captions` refuses for the images concerned.
+    # Bytes that are not in this encoding become surrogates, which `clean_captions` refuses for the images concerned.
     with open(place, newline="", encoding=encoding, errors="surrogateescape") as lines:
         rows: Iterator[dict] = iter(csv.DictReader(lines)) if place.suffix.lower() == ".csv" else (json_object(line) for line in lines if line.strip())
         try:
@@ -198,13 +198,13 @@ def read_table(folder: Path, path: str) -> Table:
 
 
 class FolderSource(EncodedSource):
-    """A plain folder: `x.jpg` beside `x.txt`, or tables `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
+    """A folder of images: `x.jpg` beside `x.txt`, or tables `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
 
-    Sub-folders are read too; a file named in several rows has several captions. Hugging Face's `metadata.csv` / `.jsonl` are read where
-    the folder has no table of its own. `label` begins the keys (the folder's name). What lies there and is not used is in `problems`.
+    Sub-folders are read too; a file in several rows has several captions. Hugging Face's `metadata.csv` / `.jsonl` are read if the
+    folder has no such table. Keys begin with `label` (default: the folder's name). `problems` lists the files that are not used.
 
     Raises:
-        ValueError: a folder without images, or a caption table of which no row can be used.
+        ValueError: the folder has no images, or no row of a caption table can be used.
     """
 
     def __init__(self, folder: str | Path, area: tuple[float, float] = (0.4, 1.0), label: str = "", crop: str = "square"):
@@ -236,7 +236,7 @@ class FolderSource(EncodedSource):
             except ValueError as error:
                 if own:
                     raise
-                # a metadata.csv may be about anything
+                # a metadata.csv may hold anything
                 self._add_problems([{"key": path, "reason": "table without captions, which is not used", "detail": str(error)}])
                 continue
             self._add_problems(table.problems)
@@ -245,7 +245,7 @@ class FolderSource(EncodedSource):
                 if known is not None:
                     self.table.setdefault(known, []).extend(captions)
                     continue
-                near = present.near(name) if missing < 20 else ""  # it looks at every name
+                near = present.suggest(name) if missing < 20 else ""  # slow: it compares all names
                 missing += 1
                 self._add_problems([{"key": name, "reason": "missing", "detail": f"it has a caption, but there is no such image{near}"}])
 
@@ -264,17 +264,17 @@ class FolderSource(EncodedSource):
 
     def captions(self, index: int) -> Captions:
         listed = clean_captions([self.table.get(self.names[index], [])])
-        found = None if listed else self.texts.find(os.path.splitext(self.names[index])[0])
-        if found is None:
+        stem = None if listed else self.texts.find(os.path.splitext(self.names[index])[0])
+        if stem is None:
             return listed
-        text = self.folder / self._text_of[found]
+        text = self.folder / self._text_of[stem]
         try:
             return text_captions(read_text(text))
         except OSError as error:
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
     def value(self, index: int, name: str = "") -> str | None:
-        """The first sub-folder, in which torchvision's ImageFolder layout keeps a class; nothing else is known of a file."""
+        """The first sub-folder, which is the class in torchvision's ImageFolder layout; files have no other fields."""
         parts = self.names[index].split("/")
         return parts[0] if len(parts) > 1 and name in ("", "folder") else None
 

@@ -1,4 +1,4 @@
-"""Which sample is this, which data are these: known by what they hold, never by how a path is spelt or what is named beside it."""
+"""Identify samples and data sets by their content, never by how a path is spelt or what else is named with it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from openvision3.data.images import ImageError
 
 WHOLE = 128 << 10
-"""bytes of an image that are hashed whole; of a longer one BLOCKS blocks of BLOCK bytes, evenly spaced from its first to its last byte"""
+"""images of up to so many bytes are hashed whole; of longer ones, BLOCKS blocks of BLOCK bytes, evenly spaced from the first to the last byte"""
 BLOCKS, BLOCK = 16, 8 << 10
 
 
 def digest(*parts: object) -> str:
-    """32 hex digits of these parts, which are spelt as `repr` spells them."""
+    """A hash (32 hex digits) of the `repr` of these parts."""
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def content_key(image: bytes | Path) -> str:
-    """A key of the bytes of an image: its length and a hash of all of them, or of a long one of parts.
+    """A key of the bytes of an image: their number and a hash of them (of a long image, of some of them).
 
     Raises:
         ImageError: reason `missing`, `unreadable` or `empty`.
@@ -33,7 +33,7 @@ def content_key(image: bytes | Path) -> str:
                 return _key(size, [file.read()])
             return _key(size, [os.pread(file.fileno(), BLOCK, at) for at in _places(size)])
     except FileNotFoundError as error:
-        raise ImageError("missing", f"{image} is not there") from error
+        raise ImageError("missing", f"{image} does not exist") from error
     except OSError as error:
         raise ImageError("unreadable", f"{image} cannot be read: {error.strerror or error}") from error
 

@@ -1,11 +1,11 @@
 """The order of an epoch as a function of (seed, epoch, position), without a list of all samples.
 
-Each class answers `place(position) -> (index, round)`: which sample stands at `position` of the epoch, and which time
-through its own source that is (the epoch itself, unless sources are mixed by weight). Nothing is kept that grows with the
-number of samples: at 100 million of them a permutation in memory would be 800 MB in every process.
+Each class has `place(position) -> (index, round)`: the sample at `position` of the epoch, and how often its source has been gone
+through before (the epoch, unless sources are mixed by weight). Memory does not grow with the number of samples: a permutation of
+100 million would take 800 MB in every process.
 
-Where shards have to be fetched, positions are dealt to *lanes*: entry v of a run (position + epoch x length) belongs to lane v % lanes, and each
-lane reads shards of its own. A machine whose rows of every batch are those of some lanes fetches their shards and no others.
+Positions of remote shards are dealt to *lanes*: entry v of a run (position + epoch x length) belongs to lane v % lanes, and each lane
+reads its own shards. A machine whose batch rows belong to certain lanes fetches the shards of these lanes only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Protocol
 from openvision3.draws import draw_seed
 
 ROUNDS = 8
-"""of the Feistel network; with fewer, short lists look less than shuffled"""
+"""of the Feistel network; with fewer, short lists are not well shuffled"""
 
 _MASK = 2**64 - 1
 
@@ -29,19 +29,19 @@ class Order(Protocol):
     """One epoch of a source."""
 
     def place(self, position: int) -> tuple[int, int]:
-        """The sample at `position`, and the round its random view is drawn from."""
+        """The sample at `position`, and the round that its random view is drawn for."""
         ...
 
 
 def permuted(position: int, count: int, key: int) -> int:
-    """Where the shuffle named `key` of `count` things puts `position`: a bijection of 0 .. count - 1.
+    """Where the permutation `key` of 0 .. count - 1 puts `position`.
 
-    A Feistel network on pairs (a, b) with a x b just over `count`; what falls outside is sent on until it falls inside.
+    A Feistel network on pairs (a, b) with a x b just above `count`, applied again to results outside of the range.
     """
     if not 0 <= position < count:
         raise IndexError(f"position {position} of {count}")
     keys = _round_keys(key)
-    # At least 16 x 16: a network on a handful of values knows too few permutations of them.
+    # At least 16 x 16: on few values the network has too few permutations.
     first = max(16, math.isqrt(count - 1) + 1)
     second = max(16, -(-count // first))
     while True:
@@ -60,7 +60,7 @@ def _round_keys(key: int) -> tuple[int, ...]:
 
 
 def _mix(value: int) -> int:
-    """64 bits in, 64 well mixed bits out (the finaliser of splitmix64)."""
+    """64 bits -> 64 well mixed bits (the finaliser of splitmix64)."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)
@@ -79,12 +79,12 @@ class Shuffle:
 class ShardShuffle:
     """All samples once, but only `window` shards at a time: shards are shuffled, then the samples within each window of them.
 
-    For shards that have to be fetched: a plain shuffle would touch another shard with every sample. `starts` is the number of
-    samples before each shard, and their sum at the end.
+    For remote shards: a plain shuffle would read another shard for every sample. `starts` has the number of samples before each
+    shard, and the number of all samples at the end.
 
-    With `lanes` the line of shuffled shards is cut into that many parts, one a lane, of as many samples as the lane has positions in the epoch. So
-    every sample comes once whatever the sizes of shards, all lanes end an epoch together, and of each two neighbouring lanes at most one shard
-    is read by both: where it was cut. Each lane goes through window // lanes shards at a time (at least one), on its own part of them.
+    With `lanes`, the sequence of shuffled shards is cut into one part per lane, with as many samples as the lane has positions in the
+    epoch. So every sample comes once whatever the sizes of the shards, all lanes end an epoch together, and two neighbouring lanes share at
+    most the one shard in which they were cut. Each lane reads its part of window // lanes shards at a time (at least one).
     """
 
     def __init__(self, starts: Sequence[int], window: int, seed: int, epoch: int, lanes: int = 1):
@@ -115,39 +115,39 @@ class ShardShuffle:
 
 
 BLOCK = 4096
-"""Samples within which the sources of a mix are shuffled among each other; each block holds its share of every source."""
+"""samples in which the sources of a mix are shuffled together; each block holds its share of every source"""
 
 
 class Mix:
     """An epoch of several sources by weight.
 
-    It has as many samples as all sources together, of which source s gives `quotas(...)[s]`: its share of the weights. Each
-    source is read in rounds of its own, every sample once before any comes twice, and goes on in the next epoch where this one
-    left it. So a source whose share is smaller than itself is seen in part, and one whose share is larger more than once.
-    Within every stretch of the epoch the shares hold too, to within one sample for each block of 4096.
+    It has as many samples as all sources together; source s gives `quotas(...)[s]` of them, its share of the weights. Each source
+    is read in its own rounds, every sample once before any comes again, and continues in the next epoch where this one stopped. So an
+    epoch shows a part of a source that is larger than its share, and a smaller one more than once. The shares also hold within the
+    epoch, to within one sample in each block of 4096.
 
-    With `lanes` all of this is done with rows of `lanes` samples, one a lane, each lane shuffled by itself: the quotas are exact after `lanes` epochs,
-    the shares hold to within a row or two for each block of 4096 samples, and the rounds of a source go through its own lanes. No sample
-    comes twice in a round; but rounds end within epochs, also where each source has the weight of its size, so that about the end of a round an
-    epoch holds some samples twice and others not at all.
+    With `lanes`, all of this is done with rows of `lanes` samples, one per lane, and each lane is shuffled by itself. The quotas are exact
+    after `lanes` epochs, the shares hold to within two rows in each block of 4096 samples, and the rounds of a source go through its own
+    lanes. No sample comes twice in a round, but rounds end within epochs, even if each weight is the size of its source: around the end of
+    a round, an epoch holds some samples twice and others not at all.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], parts: Sequence[Callable[[int], Order]], seed: int, epoch: int, lanes: int = 1):
-        """`parts[s](round)` is the order of source s in that round of its own, in the same lanes."""
+        """`parts[s](round)` is the order of source s in its round `round`, in the same lanes."""
         self.counts, self.parts, self.seed, self.epoch, self.lanes = counts, parts, seed, epoch, lanes
         self.quotas = quotas(sum(counts), weights)
         for count, quota, weight in zip(counts, self.quotas, weights, strict=True):
             if count and not quota:
                 share = f"{weight:g} / {sum(weights):g} of the {sum(counts):,} samples of an epoch"
                 raise ValueError(
-                    f"weights {' '.join(f'{w:g}' for w in weights)}: {share} is less than one, so that source would never be seen; raise its weight"
+                    f"weights {' '.join(f'{w:g}' for w in weights)}: {share} is less than one, so this source would never be read; raise its weight"
                 )
         self.total = sum(self.quotas)
         self.starts = [sum(counts[:s]) for s in range(len(counts))]
         self._orders: dict[tuple[int, int], Order] = {}
 
     def source(self, position: int) -> tuple[int, int]:
-        """Which source gives the sample at `position`, and the how manieth of the run from that source it is."""
+        """Which source the sample at `position` comes from, and its position among the samples of the run from this source."""
         row, lane = divmod(self.epoch * self.total + position, self.lanes)
         epoch, position = divmod(row, self.total)
         size = max(1, BLOCK // self.lanes)
@@ -156,7 +156,7 @@ class Mix:
         key = draw_seed(self.seed, "mix", epoch)
         position = block * size + permuted(within, length, draw_seed(key, block, lane) if self.lanes > 1 else draw_seed(key, block))
         rest = self.total
-        for number, quota in enumerate(self.quotas):  # an even spread of the first over all, of the second over what is left ...
+        for number, quota in enumerate(self.quotas):  # spread the first source evenly over all positions, the second over those left ...
             taken, after = position * quota // rest, (position + 1) * quota // rest
             if after > taken:
                 return number, (epoch * self.quotas[number] + taken) * self.lanes + lane
@@ -176,7 +176,7 @@ class Mix:
 
 
 def quotas(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` things shared out by weight, in whole numbers that sum to it (largest remainders first)."""
+    """Divide `total` by weight into whole numbers that sum to it (largest remainders first)."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(weights)), key=lambda s: (shares[s] - exact[s], s))
