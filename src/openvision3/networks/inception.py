@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -77,110 +77,87 @@ class _Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-Branch = Sequence[str | tuple[str, ...]]
-
 _POOLS = {
     "average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),  # TensorFlow does not count the padding
     "max": lambda x: F.max_pool2d(x, 3, 1, 1),
     "halve": lambda x: F.max_pool2d(x, 3, 2),
 }
 
+Step = Any
+"""A pool by name; a convolution as (name, output channels, kernel), with _HALVE behind if it halves the sides; or a list of several
+convolutions of one input, whose outputs are concatenated."""
+_ROW, _COLUMN, _SHORT_ROW, _SHORT_COLUMN, _HALVE = (1, 7), (7, 1), (1, 3), (3, 1), "halve"
+
 
 class _Mixed(nn.Module):
-    """Parallel branches, their outputs concatenated. A branch is a sequence of steps: a pool, a convolution by name, or several convolutions of one input."""
+    """Parallel branches of one input, their outputs concatenated. A branch is a sequence of steps."""
 
-    def __init__(self, convolutions: dict[str, _Conv], *branches: Branch):
+    def __init__(self, width: int, *branches: Sequence[Step]):
         super().__init__()
-        for name, convolution in convolutions.items():
-            self.add_module(name, convolution)
         self.branches = branches
+        for branch in branches:
+            channels = width
+            for step in branch:
+                convolutions = step if isinstance(step, list) else [step] if isinstance(step, tuple) else []
+                for name, output, kernel, *halves in convolutions:
+                    self.add_module(name, _Conv(channels, output, kernel, 2 if halves else 1, valid=bool(halves)))
+                if convolutions:
+                    channels = sum(convolution[1] for convolution in convolutions)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self._run(branch, x) for branch in self.branches], 1)
 
-    def _run(self, branch: Branch, x: Tensor) -> Tensor:
+    def _run(self, branch: Sequence[Step], x: Tensor) -> Tensor:
         for step in branch:
-            if isinstance(step, tuple):
-                x = torch.cat([getattr(self, name)(x) for name in step], 1)
+            if isinstance(step, list):
+                x = torch.cat([getattr(self, name)(x) for name, *_ in step], 1)
             else:
-                x = _POOLS[step](x) if step in _POOLS else getattr(self, step)(x)
+                x = _POOLS[step](x) if isinstance(step, str) else getattr(self, step[0])(x)
         return x
-
-
-_ROW, _COLUMN, _SHORT_ROW, _SHORT_COLUMN = (1, 7), (7, 1), (1, 3), (3, 1)
 
 
 def _mixed_35(width: int, pooled: int) -> _Mixed:
     """A block at 35 x 35: Szegedy et al. 2015 (arXiv 1512.00567), figure 5, with a 5 x 5 in its first branch."""
-    convolutions = {
-        "branch1x1": _Conv(width, 64, 1),
-        "branch5x5_1": _Conv(width, 48, 1),
-        "branch5x5_2": _Conv(48, 64, 5),
-        "branch3x3dbl_1": _Conv(width, 64, 1),
-        "branch3x3dbl_2": _Conv(64, 96, 3),
-        "branch3x3dbl_3": _Conv(96, 96, 3),
-        "branch_pool": _Conv(width, pooled, 1),
-    }
-    deep = ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")
-    return _Mixed(convolutions, ["branch1x1"], ["branch5x5_1", "branch5x5_2"], deep, ["average", "branch_pool"])
+    return _Mixed(
+        width,
+        [("branch1x1", 64, 1)],
+        [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+        ["average", ("branch_pool", pooled, 1)],
+    )
 
 
 def _to_17(width: int) -> _Mixed:
-    convolutions = {
-        "branch3x3": _Conv(width, 384, 3, 2, valid=True),
-        "branch3x3dbl_1": _Conv(width, 64, 1),
-        "branch3x3dbl_2": _Conv(64, 96, 3),
-        "branch3x3dbl_3": _Conv(96, 96, 3, 2, valid=True),
-    }
-    return _Mixed(convolutions, ["branch3x3"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"], ["halve"])
+    deep = [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, _HALVE)]
+    return _Mixed(width, [("branch3x3", 384, 3, _HALVE)], deep, ["halve"])
 
 
 def _mixed_17(width: int, inner: int) -> _Mixed:
     """A block at 17 x 17: figure 6, n = 7."""
-    convolutions = {
-        "branch1x1": _Conv(width, 192, 1),
-        "branch7x7_1": _Conv(width, inner, 1),
-        "branch7x7_2": _Conv(inner, inner, _ROW),
-        "branch7x7_3": _Conv(inner, 192, _COLUMN),
-        "branch7x7dbl_1": _Conv(width, inner, 1),
-        "branch7x7dbl_2": _Conv(inner, inner, _COLUMN),
-        "branch7x7dbl_3": _Conv(inner, inner, _ROW),
-        "branch7x7dbl_4": _Conv(inner, inner, _COLUMN),
-        "branch7x7dbl_5": _Conv(inner, 192, _ROW),
-        "branch_pool": _Conv(width, 192, 1),
-    }
-    single, double = ([f"branch7x7{kind}_{i}" for i in range(1, count + 1)] for kind, count in (("", 3), ("dbl", 5)))
-    return _Mixed(convolutions, ["branch1x1"], single, double, ["average", "branch_pool"])
+    kernels = (1, _COLUMN, _ROW, _COLUMN, _ROW)
+    return _Mixed(
+        width,
+        [("branch1x1", 192, 1)],
+        [("branch7x7_1", inner, 1), ("branch7x7_2", inner, _ROW), ("branch7x7_3", 192, _COLUMN)],
+        [(f"branch7x7dbl_{i}", 192 if i == 5 else inner, kernel) for i, kernel in enumerate(kernels, 1)],
+        ["average", ("branch_pool", 192, 1)],
+    )
 
 
 def _to_8(width: int) -> _Mixed:
-    convolutions = {
-        "branch3x3_1": _Conv(width, 192, 1),
-        "branch3x3_2": _Conv(192, 320, 3, 2, valid=True),
-        "branch7x7x3_1": _Conv(width, 192, 1),
-        "branch7x7x3_2": _Conv(192, 192, _ROW),
-        "branch7x7x3_3": _Conv(192, 192, _COLUMN),
-        "branch7x7x3_4": _Conv(192, 192, 3, 2, valid=True),
-    }
-    return _Mixed(convolutions, ["branch3x3_1", "branch3x3_2"], [f"branch7x7x3_{i}" for i in range(1, 5)], ["halve"])
+    deep = [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, _ROW), ("branch7x7x3_3", 192, _COLUMN), ("branch7x7x3_4", 192, 3, _HALVE)]
+    return _Mixed(width, [("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, _HALVE)], deep, ["halve"])
 
 
 def _mixed_8(width: int, pool: str) -> _Mixed:
     """A block at 8 x 8: figure 7. The released graph of 2015 pools by maximum, not by mean, in its last block."""
-    convolutions = {
-        "branch1x1": _Conv(width, 320, 1),
-        "branch3x3_1": _Conv(width, 384, 1),
-        "branch3x3_2a": _Conv(384, 384, _SHORT_ROW),
-        "branch3x3_2b": _Conv(384, 384, _SHORT_COLUMN),
-        "branch3x3dbl_1": _Conv(width, 448, 1),
-        "branch3x3dbl_2": _Conv(448, 384, 3),
-        "branch3x3dbl_3a": _Conv(384, 384, _SHORT_ROW),
-        "branch3x3dbl_3b": _Conv(384, 384, _SHORT_COLUMN),
-        "branch_pool": _Conv(width, 192, 1),
-    }
-    shallow: Branch = ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")]
-    deep: Branch = ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")]
-    return _Mixed(convolutions, ["branch1x1"], shallow, deep, [pool, "branch_pool"])
+    return _Mixed(
+        width,
+        [("branch1x1", 320, 1)],
+        [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, _SHORT_ROW), ("branch3x3_2b", 384, _SHORT_COLUMN)]],
+        [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), [("branch3x3dbl_3a", 384, _SHORT_ROW), ("branch3x3dbl_3b", 384, _SHORT_COLUMN)]],
+        [pool, ("branch_pool", 192, 1)],
+    )
 
 
 class Inception(nn.Module):
