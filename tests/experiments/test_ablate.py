@@ -1,4 +1,4 @@
-"""Grids of short runs: what their cells change, that they go on, share runs and draw their page."""
+"""Grids of short runs: they continue, share runs, judge claims and draw their page."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def numbers(run: Path) -> list[dict]:
 
 
 def test_each_fork_is_trained_once_a_seed_in_a_folder_that_says_what_it_changes(synergy):
-    cells = {p.name for p in synergy.iterdir() if p.is_dir()}
-    assert cells == {"base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing"))}
-    assert all(is_finished(synergy / cell / f"seed-{seed}") for cell in cells for seed in (0, 1))
+    forks = {p.name for p in synergy.iterdir() if p.is_dir()}
+    assert forks == {"base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing"))}
+    assert all(is_finished(synergy / fork / f"seed-{seed}") for fork in forks for seed in (0, 1))
 
 
 def test_a_frozen_encoder_is_saved_with_the_heads_and_stays_what_it_was(synergy):
@@ -83,7 +83,7 @@ def test_the_page_holds_every_fork_and_the_mean_over_seeds(synergy):
     assert (synergy / "synergy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_grid_that_is_finished_trains_nothing_and_its_cells_serve_another_grid(synergy, command, capsys):
+def test_a_grid_that_is_finished_trains_nothing_and_its_forks_serve_another_grid(synergy, command, capsys):
     before = {p: p.stat().st_mtime_ns for p in synergy.rglob("metrics.jsonl")}
     assert cli.main(["ablate", "synergy", "--out", str(synergy), *command]) == 0
     assert cli.main(["ablate", "token_norm", "--out", str(synergy), *command]) == 0
@@ -93,8 +93,8 @@ def test_a_grid_that_is_finished_trains_nothing_and_its_cells_serve_another_grid
 
 
 def test_equal_seeds_begin_with_equal_losses_in_every_fork_of_the_synergy(synergy):
-    """The same weights see the same pictures: who learns from whom shows from the second step on."""
-    first = [numbers(synergy / cell / "seed-0")[0]["train/loss"] for cell in ("base", "encoder_learns_from=understanding", "encoder_learns_from=nothing")]
+    """The same weights see the same images: who learns from whom shows from the second step on."""
+    first = [numbers(synergy / fork / "seed-0")[0]["train/loss"] for fork in ("base", "encoder_learns_from=understanding", "encoder_learns_from=nothing")]
     assert first == pytest.approx([first[0]] * 3, abs=1e-5)
 
 
@@ -122,13 +122,13 @@ def test_a_fork_that_diverges_is_named_and_the_grid_goes_on(command, tmp_path, c
         "--optimizer.kind",
         "adamw",
     ]
-    assert cli.main(argv) == 2  # both cells are lost, and there is nothing to draw
+    assert cli.main(argv) == 2  # both forks are lost, and there is nothing to draw
     assert len(list(out.glob("*/seed-0/DIVERGED"))) == 2
     before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
     assert cli.main(argv) == 2 and {p: p.stat().st_mtime_ns for p in before} == before, "not tried again"
 
 
-def test_a_run_of_another_config_in_the_place_of_a_cell_is_refused(synergy, command, tmp_path, capsys):
+def test_a_run_of_another_config_in_the_place_of_a_fork_is_refused(synergy, command, tmp_path, capsys):
     out = shutil.copytree(synergy, tmp_path / "out")
     path = out / "base" / "seed-0" / "config.json"
     path.write_text(path.read_text().replace('"tau": 0.4', '"tau": 0.9'))

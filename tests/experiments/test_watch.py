@@ -209,10 +209,10 @@ def test_a_real_run_can_be_watched(tmp_path):
     assert "step 6 of 6" in done.stdout and "val/psnr" in done.stdout and "caption" in done.stdout
 
 
-# -- as a picture --------------------------------------------------------------------------------------------------
+# -- as a PNG ------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_has_a_panel_a_metric_and_replaces_the_old_one_whole(tmp_path, monkeypatch):
+def test_the_png_has_a_panel_a_metric_and_replaces_the_old_one_whole(tmp_path, monkeypatch):
     for name in ("a", "b"):
         write(tmp_path / name, [row(s, val__psnr=float(s), rate=0.1, wait=0.0, memory_gb=1.0) for s in range(1, 9)])
     target = tmp_path / "curves.png"
@@ -232,7 +232,7 @@ def test_nothing_to_draw_is_refused(tmp_path, capsys):
     assert "nothing to draw" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_a_png_that_cannot_be_written_is_one_line(tmp_path, capsys):
     write(tmp_path / "a", [row(1)])
     assert cli.main(["watch", str(tmp_path / "a"), "--png", str(tmp_path / "none/x.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
