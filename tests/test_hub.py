@@ -118,7 +118,7 @@ def test_a_vae_folder_can_be_named(tmp_path):
     model = make_pipeline(hub.load_vae(tmp_path / "taesd"))
     model.save(tmp_path / "model")
     (tmp_path / "taesd").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"the VAE of .*model is not at hand.*name its folder with --vae") as error:
+    with pytest.raises(FileNotFoundError, match=r"the VAE of .*model is not found.*name its folder with --vae") as error:
         ov3.load(tmp_path / "model")
     assert_one_line(error)
     assert torch.equal(ov3.load(tmp_path / "model", vae=str(tmp_path / "moved")).encode(photo(64, 64)), model.encode(photo(64, 64)))
@@ -126,7 +126,7 @@ def test_a_vae_folder_can_be_named(tmp_path):
 
 def test_another_vae_is_refused_by_its_channels_and_by_its_hash(saved, tmp_path):
     tiny_network().save_pretrained(tmp_path / "four")
-    with pytest.raises(ValueError, match=r"trained with a VAE of latent_channels 16, but .*four has 4; name the right one") as error:
+    with pytest.raises(ValueError, match=r"trained with a VAE of latent_channels 16, but .*four has 4; name the VAE of the training") as error:
         ov3.load(saved, vae=str(tmp_path / "four"))
     assert_one_line(error)
     tiny_network(channels=16).save_pretrained(tmp_path / "sixteen")
@@ -319,7 +319,7 @@ def test_a_save_never_replaces_what_is_not_a_model(copied, tmp_path):
 
 def test_a_save_into_the_working_folder_is_refused_and_into_an_empty_one_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is where this runs; name a folder of its own"):
+    with pytest.raises(ValueError, match="is the working folder or holds it; name another folder"):
         pipeline().save(".")
     (tmp_path / "empty").mkdir()
     pipeline().save("empty")
@@ -344,7 +344,7 @@ def test_a_model_is_not_saved_under_a_name_that_loads_another(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
     pipeline().save("./mini-of-mine")
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file, so that no folder can be made in it"):
+    with pytest.raises(ValueError, match="file is a file, so no folder can be made in it"):
         pipeline().save("file/model")
     modes = {path.stat().st_mode for path in (tmp_path / "mini-of-mine").iterdir() if path.is_file()}
     assert len(modes) == 1

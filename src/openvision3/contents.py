@@ -1,4 +1,4 @@
-"""What a foreign file holds, by its first bytes: for messages that say what was seen where another kind of file was wanted."""
+"""What a foreign file holds, by its first bytes: for error messages on files of another kind than expected."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import zipfile
 from collections.abc import Callable
 
 HEAD = 4096
-"""Bytes of a file that are looked at."""
+"""number of bytes that are read of a file"""
 
 _UNPACK = "unpack it first"
 _RENDER = "render or convert it to PNG or JPEG first"
 
-# Signature, and where it stands; the phrase says what the bytes are and, where something can be done, what.
+# Signature, its offset, and what the bytes are; behind a colon, what the user can do.
 _SIGNATURES: tuple[tuple[bytes, int, str], ...] = (
-    (b"version https://git-lfs.github.com", 0, "a git-lfs pointer and not the file itself: run `git lfs pull` where it came from"),
+    (b"version https://git-lfs.github.com", 0, "a git-lfs pointer and not the file itself: run `git lfs pull` in its repository"),
     (b"\x1f\x8b", 0, f"gzip: {_UNPACK}, with gunzip"),
     (b"BZh", 0, f"bzip2: {_UNPACK}, with bunzip2"),
     (b"\xfd7zXZ\0", 0, f"xz: {_UNPACK}, with unxz"),
@@ -71,7 +71,7 @@ _BRANDS = {
 
 
 def contents(source: bytes | str | os.PathLike) -> str:
-    """What a file, or the bytes it begins with, holds, in a few words such as "a web page"; a way out follows behind a colon.
+    """What a file (or its first bytes) holds, in a few words such as "a web page"; behind a colon, what to do.
 
     Raises:
         OSError: the file cannot be read.
@@ -105,7 +105,7 @@ def contents(source: bytes | str | os.PathLike) -> str:
 
 
 def holds(source: bytes | str | os.PathLike) -> str:
-    """As `contents`, for a message: "holds a web page"; of a file that cannot be read, "cannot be read (why)"."""
+    """`contents` as a verb: "holds a web page"; for a file that cannot be read, "cannot be read (reason)"."""
     try:
         return f"holds {contents(source)}"
     except OSError as error:
@@ -113,7 +113,7 @@ def holds(source: bytes | str | os.PathLike) -> str:
 
 
 def why_not(path: str | os.PathLike, wanted: str, error: Exception) -> str:
-    """Why a file could not be read as `wanted` (a beginning of what `contents` says): what it holds instead, else the reader's own words."""
+    """Why a file could not be read as `wanted` (a prefix of what `contents` returns): what it holds instead, or else the reader's own message."""
     seen = holds(path)
     return " ".join(str(error).split()) or type(error).__name__ if seen.startswith(f"holds {wanted}") else f"it {seen}"
 
@@ -143,10 +143,8 @@ _MARKUP: tuple[tuple[Callable[[str], bool], str], ...] = (
 
 
 def _text(head: bytes) -> str:
-    """HTML, SVG, JSON, other text with how it begins, or bytes of no format that is known here with theirs."""
-    encoding = next(
-        (name for mark, name in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig")) if head.startswith(mark)), "utf-8"
-    )
+    """HTML, SVG, JSON, other text and its beginning, or an unknown format and its first bytes."""
+    encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = head.decode(encoding, errors="ignore").strip()
     readable = sum(letter.isprintable() or letter.isspace() for letter in text)
     if len(text) * 4 < len(head) or readable < 0.9 * len(text):
@@ -162,6 +160,6 @@ def _text(head: bytes) -> str:
 
 
 def short(error: BaseException) -> str:
-    """What foreign code says when it fails, in one line of at most 200 characters."""
+    """The message of an error of foreign code, in one line of at most 200 characters."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else line[:199] + "…"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, under any kill: written beside their name, on the disk, then given it."""
+"""Files that are whole or absent, whenever the process is killed: written under another name, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any, BinaryIO
 
 
 def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], Any], *, first_wins: bool = False) -> None:
-    """Write bytes, text as UTF-8, or what a function writes into the file it is given; an older file of this name stands until then.
+    """Write bytes, text as UTF-8, or what a function writes into the open file. An older file of this name stays until the new one is complete.
 
-    What a file's name may hold and text may not is written as \\udcff.
-    With `first_wins` a file of this name that is there by now stays, where the disk can say so in one step.
+    Characters of file names that UTF-8 cannot hold are written as \\udcff. With `first_wins` a file that another process wrote meanwhile stays, if the
+    disk supports links.
 
     Raises:
-        OSError: with the name of `path`; nothing is left behind.
+        OSError: names `path`; nothing is left behind.
     """
     path = Path(path)
-    making = path.with_name(f".{_shortened(path.name)}.{_writer()}.making")  # on a shared disk two may write the same name
+    making = path.with_name(f".{_shortened(path.name)}.{_writer()}.making")  # two processes may write the same name on a shared disk
     try:
         with open(making, "wb") as file:
             if callable(content):
@@ -37,22 +37,22 @@ def write_whole(path: str | Path, content: bytes | str | Callable[[BinaryIO], An
         if not (first_wins and _link(making, path)):
             os.replace(making, path)
     except OSError as error:
-        elsewhere = error.filename not in (None, str(making)) and not error.filename2 and error.errno != errno.ENOSPC  # what `content` read from
+        elsewhere = error.filename not in (None, str(making)) and not error.filename2 and error.errno != errno.ENOSPC  # the file that `content` reads
         raise OSError(error.errno, error.strerror or str(error), error.filename if elsewhere else str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # of a full or unwritable disk, which is told of already
+        with contextlib.suppress(OSError):  # the first error says it already
             making.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises ValueError where no files can be written into a folder, or into its first parent that is there; leaves nothing behind.
+    """Raises ValueError if no files can be written into a folder, or into its nearest existing parent. `option` is the option that names the folder.
 
-    It is tried: permissions do not tell, for root has all of them, on /proc and on a disk that is read only, too. `option` names the folder.
+    It tries, and leaves nothing behind: permissions do not tell, because root has all of them, even on /proc and on a read-only disk.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder with {option}")
     if folder.is_symlink() and not folder.exists():
-        raise ValueError(f"{folder} is a link to {os.readlink(folder)}, which is not there; name another folder with {option}")
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}, which does not exist; name another folder with {option}")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".openvision3-").cleanup()
@@ -61,18 +61,18 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Of the bytes of a file, in hexadecimal. Raises OSError."""
+    """The SHA-256 of a file in hexadecimal. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def half_written(path: Path) -> list[Path]:
-    """What `write_whole` is writing under this name, or was when its process was killed."""
+    """The unfinished files of `write_whole` for this name, of running processes and of killed ones."""
     return list(path.parent.glob(f".{glob.escape(_shortened(path.name))}.*.making"))
 
 
 def left_behind(making: Path) -> bool:
-    """Whether a half-written file is one that nobody writes any more: of a process of this machine that has ended, or a day old."""
+    """Whether nobody writes this unfinished file any more: its process on this machine has ended, or it is a day old."""
     host, _, process = making.name.removesuffix(".making").rpartition(".")[2].rpartition("-")
     with contextlib.suppress(OSError):
         if time.time() - making.stat().st_mtime > 86_400:
@@ -81,7 +81,7 @@ def left_behind(making: Path) -> bool:
 
 
 def _shortened(name: str) -> str:
-    """A name that is as long as a disk allows leaves no room for the rest of a half-written file's: a hash stands for it."""
+    """The name, or its hash if it is long: the name of an unfinished file is longer, and disks limit names."""
     raw = os.fsencode(name)
     return name if len(raw) <= 128 else hashlib.sha256(raw).hexdigest()
 
@@ -105,7 +105,7 @@ def _alive(process: int) -> bool:
 
 
 def _link(making: Path, path: Path) -> bool:
-    """Give the file its name if nobody else has one of that name by now; False where the disk knows no links."""
+    """Link the file to its name unless that name is taken by now. False if the disk supports no links."""
     try:
         os.link(making, path)
     except FileExistsError:

@@ -1,8 +1,7 @@
-"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/,
-and fingerprint.safetensors, by which what it was trained on is recognised.
+"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/, fingerprint.safetensors.
 
-The VAE's weights go into the folder only where they are the embedded ones; of any other VAE its name and sha256 are
-recorded, and a load with other weights is refused. Loads are strict.
+The folder holds the VAE's weights only if they are the embedded ones. Of any other VAE it records name and sha256, and a load with other weights is
+refused. Loads are strict. The fingerprint is that of the training data.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ASSETS / "vae"
 FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE}
-"""All that a model folder holds: a save replaces nothing else."""
+"""All that a model folder may hold; a save refuses to replace anything else."""
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_LICENCES = {
     "embedded": "CC BY-SA 4.0 (OpenMoji) and public domain (Open Clip Art) training data; see the model card",
@@ -48,23 +47,23 @@ class FolderConfig:
     format: int
     """version of this layout"""
     size: int
-    """side of the training pictures in pixels"""
+    """side of the training images in pixels"""
     model: ModelConfig
-    """every part"""
+    """settings of every part"""
     vocabulary: int
-    """word pieces, marks included"""
+    """number of word pieces, special tokens included"""
     pad_id: int
-    """the padding mark"""
+    """id of [PAD]"""
     vae: dict[str, Any] = field(default_factory=dict)
-    """name, sha256, licence, channels, stride, scale and shift of the VAE it was trained with"""
+    """name, sha256, licence, channels, stride, scale and shift of the VAE of the training"""
     training: dict[str, Any] = field(default_factory=dict)
-    """how it came to be: recipe, steps, samples, data, precision"""
+    """recipe, steps, samples, data and precision of the training"""
     model_type: str = "openvision3"
-    """for readers of many models"""
+    """tells other libraries which model this is"""
 
 
 def shipped() -> list[str]:
-    """Names that `load` knows without a path."""
+    """Names that `load` takes without a path."""
     return sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
 
 
@@ -80,22 +79,22 @@ def save_model(
     with_vae: bool | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all: it is made beside its place and then takes it; an old model gives way last.
+    """Write a model folder, whole or not at all: it is written beside its place and renamed; an old model is removed last.
 
-    `dtype` None keeps the weights as they are. `with_vae` None puts the VAE in where it is the embedded one.
-    `weights` stand for the model's own that are trained, where these are sharded or have gone on.
+    `dtype` None keeps the weights' own. `with_vae` None includes the VAE if it is the embedded one.
+    Pass `weights` to save them instead of the model's current parameters (when these are sharded or newer).
 
     Raises:
         ValueError: the target exists and is not a model folder, or holds more than a model.
     """
     if str(folder) in shipped():
-        raise ValueError(f"{folder} is the name of a shipped model, which load would take instead; save to ./{folder} or another name")
-    folder = Path(os.path.realpath(folder))  # a link stays one: what it points to is replaced
+        raise ValueError(f"{folder} is the name of a shipped model, which load would read instead; save to ./{folder} or another name")
+    folder = Path(os.path.realpath(folder))  # a link stays a link: its target is replaced
     _check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise ValueError(f"{folder.parent} is a file, so that no folder can be made in it; name another place") from error
+        raise ValueError(f"{folder.parent} is a file, so no folder can be made in it; name another place") from error
     making, old = folder.with_name(f".{folder.name}.making"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
@@ -103,7 +102,7 @@ def save_model(
         origin = _vae_origin(model.vae)
         if model.vae.network is not None and (with_vae or (with_vae is None and model.vae.name == "embedded")):
             origin["sha256"] = _save_vae(model.vae, making / "vae")
-        vae_config = VAEConfig(model.vae.name or model.config.vae.name, model.vae.uses_shift)  # as it is, not as it was asked for
+        vae_config = VAEConfig(model.vae.name or model.config.vae.name, model.vae.uses_shift)  # of the VAE that was loaded, not of the config
         config = FolderConfig(FORMAT, size, replace(model.config, vae=vae_config), model.vocabulary, model.pad_id, origin, training or {})
         save_config(config, making / "config.json")
         write_json(_preprocessor(size), making / "preprocessor_config.json")
@@ -111,7 +110,7 @@ def save_model(
         frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad and not name.startswith("vae.")}
         state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in (frozen | weights if weights else model.trained_state()).items()}
         save_file(state, making / "model.safetensors", metadata={"format": "pt"})
-        (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors' own is for the owner alone
+        (making / "model.safetensors").chmod((making / "config.json").stat().st_mode)  # safetensors makes files that only their owner may read
         (making / "README.md").write_text(card or model_card(config), encoding="utf-8", errors="backslashreplace")
         _take_place(making, folder, old)
     finally:
@@ -120,14 +119,14 @@ def save_model(
 
 def _check_replaceable(folder: Path) -> None:
     if folder == Path.cwd() or folder in Path.cwd().parents:
-        raise ValueError(f"{folder} is where this runs; name a folder of its own")
+        raise ValueError(f"{folder} is the working folder or holds it; name another folder")
     if not folder.exists():
         return
     held = {p.name for p in folder.iterdir()} if folder.is_dir() else {folder.name}
     if held and not ({"config.json", "model.safetensors"} <= held and _is_ours(folder)):
         raise ValueError(f"{folder} exists and is not a model folder; name a new one")
     if held - FILES:
-        raise ValueError(f"{folder} holds more than a model ({', '.join(sorted(held - FILES)[:3])}), which a save would lose; name a new folder")
+        raise ValueError(f"{folder} holds more than a model ({', '.join(sorted(held - FILES)[:3])}), which a save would remove; name a new folder")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -139,7 +138,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _take_place(making: Path, folder: Path, old: Path) -> None:
-    """Rename `making` to `folder`; what was there is removed only when the new one stands, and put back if it cannot."""
+    """Rename `making` to `folder`. An old folder is removed afterwards, or put back if the rename fails."""
     replaced = folder.exists()
     if replaced:
         shutil.rmtree(old, ignore_errors=True)
@@ -169,8 +168,7 @@ def _vae_origin(vae: VAE) -> dict[str, Any]:
 def _save_vae(vae: VAE, folder: Path) -> str:
     """Put the VAE into `folder` and return the sha256 of its weights.
 
-    The file that it came from is copied where it is at hand: what is in memory may be rounded to bf16, and under another
-    sha256 a load would refuse it.
+    Its own file is copied if it can be found: the weights in memory may be rounded to bf16, and a load would refuse their sha256.
     """
     source = EMBEDDED if vae.name == "embedded" else Path(vae.name)
     for place in (source / "vae", source):
@@ -184,12 +182,12 @@ def _save_vae(vae: VAE, folder: Path) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of a model folder's model.safetensors."""
+    """The sha256 of a model folder's model.safetensors."""
     return sha256_of(folder / "model.safetensors")
 
 
 def _preprocessor(size: int) -> dict[str, Any]:
-    """What other libraries read to prepare pictures."""
+    """The settings by which other libraries prepare images."""
     return {
         "do_resize": True,
         "do_normalize": True,
@@ -215,7 +213,7 @@ def find_folder(name: str | Path) -> Path:
     """A shipped name, a model folder, or a run folder (its newest checkpoint) -> the folder with config.json.
 
     Raises:
-        FileNotFoundError: none of these, with the nearest shipped name.
+        FileNotFoundError: it is none of these; names the most similar shipped model.
     """
     name = str(name)
     if not name:
@@ -226,9 +224,8 @@ def find_folder(name: str | Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     if (folder / "checkpoints").is_dir():
-        found = complete_checkpoints(folder)
-        if found:
-            return found[-1]
+        if newest := latest_checkpoint(folder):
+            return newest
         raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
     if folder.is_dir():
         raise FileNotFoundError(f"{folder} is no model: it holds no model.safetensors; name a model folder or a run folder")
@@ -240,15 +237,17 @@ def find_folder(name: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> FolderConfig:
-    """Raises ValueError for another format version or a config that is not ours, FileNotFoundError for no config."""
+    """Raises FileNotFoundError; ValueError for another format version, or a config that is not ours."""
     path = folder / "config.json"
     values = read_json(path)
     if values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")
     if version != FORMAT:
-        raise ValueError(f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it, or save it anew")
-    free = {name: values.pop(name, {}) for name in ("vae", "training")}  # any names may stand in these two
+        raise ValueError(
+            f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it"
+        )
+    free = {name: values.pop(name, {}) for name in ("vae", "training")}  # these two may hold any names
     try:
         config = from_dict(FolderConfig, values)
         config.vae, config.training = (check_fields(value, name) for name, value in free.items())
@@ -260,10 +259,10 @@ def read_config(folder: Path) -> FolderConfig:
 def load_model(
     name: str | Path, *, device: str | torch.device = "cpu", vae_dtype: torch.dtype = torch.float32, vae: str = ""
 ) -> tuple[OpenVision3, TextTokenizer, FolderConfig]:
-    """Read a model folder strictly; `vae` names the VAE's folder where the config's own name is not to be had.
+    """Read a model folder strictly. `vae` names the VAE's folder, if the name in the config is not found.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing or does not fit, in one line.
+        FileNotFoundError, ValueError: one line on what is missing or does not fit.
     """
     folder = find_folder(name)
     config = read_config(folder)
@@ -277,17 +276,17 @@ def load_model(
 
 
 def _load_recorded_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, vae: str) -> VAE:
-    """The VAE that is named, else the one inside the folder, else the one that the config names; it must be the one of the training."""
+    """The VAE that `vae` names, else the one in the folder, else the one that the config names. It must be the VAE of the training."""
     inside = folder / "vae"
     source = vae or (str(inside) if inside.is_dir() else config.model.vae.name)
     try:
         network = load_vae(source, shift=config.model.vae.shift, dtype=dtype)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the VAE of {folder} is not at hand: {error}; name its folder with --vae, or load(..., vae=FOLDER)") from error
+        raise FileNotFoundError(f"the VAE of {folder} is not found: {error}; name its folder with --vae, or load(..., vae=FOLDER)") from error
     own, trained = _vae_origin(network), config.vae
     for name in ("latent_channels", "sha256", "latent_scale", "latent_shift"):
         if trained.get(name, own[name]) not in (own[name], ""):  # no sha256: the VAE had no file
-            raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the right one")
+            raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the VAE of the training")
     network.name = config.model.vae.name
     return network
 
@@ -296,8 +295,8 @@ def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype 
     """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
 
     Raises:
-        FileNotFoundError: no such folder, or a hub id that was not fetched before and is not in the hub's local cache.
-        ValueError: the folder holds no VAE, one of another class, or weights that do not fit its config.
+        FileNotFoundError: no such folder, or a hub id that is neither fetched nor in the hub's local cache.
+        ValueError: the folder holds no VAE, a VAE of another class, or weights that do not fit its config.
     """
     name = str(name)
     if name == "pixels":
@@ -321,7 +320,7 @@ def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype 
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the VAE in {folder} cannot be loaded: {weights.name}: {why_not(weights, 'safetensors', error)}") from error
-    # diffusers leaves weights that it does not find at random
+    # diffusers leaves missing weights at random values
     misfits = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if misfits:
         raise ValueError(
@@ -331,7 +330,7 @@ def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype 
 
 
 def vae_licence(name: str) -> str:
-    return licence_of(name) or VAE_LICENCES.get(name, "unknown: see where it came from")
+    return licence_of(name) or VAE_LICENCES.get(name, "unknown: see its source")
 
 
 def _find_vae(name: str) -> Path:
@@ -362,12 +361,12 @@ def load_distance(loss: LossConfig) -> torch.nn.Module | None:
 
 
 def start_from(model: OpenVision3, folder: Path) -> None:
-    """Copy the weights of a model folder into a model that is to be trained further, where they mean the same in it.
+    """Copy the weights of a model folder into a model that is to be trained further, if they mean the same there.
 
-    Tensors that fit say little: another VAE's latents, norm or GELU have the same shapes.
+    Shapes that fit do not suffice: with another VAE, norm or GELU they are the same.
 
     Raises:
-        FileNotFoundError. ValueError: they do not fit, or mean something else here; the line names the first setting that differs.
+        FileNotFoundError. ValueError: the weights do not fit, or mean something else here; names the first setting that differs.
     """
     load_weights(model, folder)
     saved = read_config(folder)
@@ -383,7 +382,7 @@ def start_from(model: OpenVision3, folder: Path) -> None:
 
 
 def other_vae(saved: FolderConfig, vae: VAE) -> str:
-    """What differs between the VAE that a model was trained on and this one, in words; "" where nothing does."""
+    """How the VAE of a model's training differs from this one, in words; "" if it does not."""
     digest, origin = saved.vae["sha256"], _vae_origin(vae)
     if digest != vae.sha256:
         return f"with a VAE of sha256 {str(digest)[:12]}..., but {vae.name} has {str(vae.sha256)[:12]}... now"
