@@ -244,9 +244,7 @@ def read_config(folder: Path) -> FolderConfig:
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")
     if version != FORMAT:
-        raise ValueError(
-            f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it"
-        )
+        raise ValueError(f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
     free = {name: values.pop(name, {}) for name in ("vae", "training")}  # these two may hold any names
     try:
         config = from_dict(FolderConfig, values)
