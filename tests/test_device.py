@@ -22,7 +22,7 @@ def test_a_gpu_of_several_is_chosen_by_number_and_one_that_is_not_there_is_refus
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == choose_device(torch.device("cuda", 1)) == "cuda:1"
     assert choose_device(torch.device("cuda")) == "cuda" and choose_device(torch.device("cpu")) == "cpu"
-    with pytest.raises(ValueError, match=r"^device cuda:2 is asked for, but torch sees 2 GPUs: choose one of cuda:0, cuda:1$"):
+    with pytest.raises(ValueError, match=r"^device cuda:2 is not available: torch sees 2 GPUs; choose one of cuda:0, cuda:1$"):
         choose_device("cuda:2")
     for wrong in ("cuda:", "cuda:x", "cuda:-1", "cpu:1", "cuda:1:2", ""):
         with pytest.raises(ValueError, match="choose one of auto, cpu, cuda and cuda:N"):

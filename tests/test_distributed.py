@@ -152,8 +152,8 @@ def test_each_process_has_a_gpu_and_one_that_is_named_is_the_current_one(monkeyp
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for device, message in (
-        ("cuda", "2 processes are started on this machine, but torch sees 1 GPUs"),
-        ("cuda:0", "is one GPU, and 2 processes take one each"),
+        ("cuda", "2 processes run on this machine, but torch sees 1 GPUs"),
+        ("cuda:0", "is one GPU, but each of 2 processes takes its own"),
     ):
         with pytest.raises(ValueError, match=message), distributed.started(device):
             pass

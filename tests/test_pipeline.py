@@ -431,7 +431,7 @@ def test_tensors_that_are_no_floats_are_no_images_at_any_door(dtype):
         ({"top_p": 0.9, "temperature": 1e40}, "temperature 1e\\+40 must be"),
         ({"top_p": 0.9, "temperature": "1"}, "temperature '1' must be"),
         ({"top_p": "0.9"}, "top_p '0.9' must lie"),
-        ({"temperature": 0.5}, "temperature 0.5 changes nothing unless words are drawn; set top_p too"),
+        ({"temperature": 0.5}, "temperature 0.5 has no effect without sampling; set top_p too"),
         ({"temperature": 0.5, "beams": 2}, "set top_p too"),
         ({"max_length": 1.5}, "max_length 1.5 must be a whole number"),
         ({"seed": 1.5}, "seed 1.5 must be a whole number"),

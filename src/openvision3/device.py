@@ -1,4 +1,4 @@
-"""Which device and which precision a command computes with, and whether torch.compile can be used."""
+"""The device and the precision that a command computes with, and whether it can use torch.compile."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ import torch
 
 
 def cores() -> int:
-    """Processors that this process may use: those of its affinity, and no more than its control group (a container) gives time on."""
+    """Number of cores this process may use, limited by its affinity and by its control group (a container's share)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = min(allowed, max(1, round(int(quota) / int(period))))  # the quota is "max" where there is none
+        allowed = min(allowed, max(1, round(int(quota) / int(period))))  # without a quota it reads "max"
     return allowed
 
 
-def choose_device(asked: str | torch.device = "auto") -> str:
-    """auto -> cuda where there is one, else cpu; cuda:1 is the second GPU. Apple's MPS is not tested and therefore not chosen.
+def choose_device(device: str | torch.device = "auto") -> str:
+    """auto -> cuda if there is a GPU, else cpu; cuda:1 is the second GPU. Apple's MPS is not tested and therefore not chosen.
 
     Raises:
-        ValueError: a GPU that is not there, or another device.
+        ValueError: a GPU that does not exist, or another kind of device.
     """
-    asked = str(asked)
-    if asked == "auto":
+    device = str(device)
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = asked.partition(":")
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and number not in ("", "0")) or (":" in asked and not (number.isascii() and number.isdigit())):
-        raise ValueError(f"device {asked!r} is not supported (MPS is not tested yet); choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and number not in ("", "0")) or (":" in device and not (number.isascii() and number.isdigit())):
+        raise ValueError(f"device {device!r} is not supported (MPS is not tested yet); choose one of auto, cpu, cuda and cuda:N, such as cuda:1")
     if kind == "cpu":
         return kind
     if not torch.cuda.is_available():
-        raise ValueError(f"device {asked} is asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+        raise ValueError(f"device {device} is not available: torch sees no GPU; use --device cpu, or install a CUDA build of torch")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
         raise ValueError(
-            f"device {asked} is asked for, but torch sees {count} GPU{'s' * (count > 1)}: choose one of {', '.join(f'cuda:{n}' for n in range(count))}"
+            f"device {device} is not available: torch sees {count} GPU{'s' * (count > 1)}; choose one of {', '.join(f'cuda:{n}' for n in range(count))}"
         )
     return f"{kind}:{int(number)}" if number else kind
 
@@ -63,7 +63,7 @@ def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, fl
     best = {"fp32": float("inf"), "bf16": float("inf")}
     deadline = time.perf_counter() + seconds
     tries = 0
-    while tries < 4 or time.perf_counter() < deadline:  # in turn, and the best of each: a busy machine disturbs both alike
+    while tries < 4 or time.perf_counter() < deadline:  # alternating, so that a busy machine disturbs both alike
         for name in best:
             with torch.autocast(kind, torch.bfloat16, enabled=name == "bf16"):
                 start = time.perf_counter()
@@ -74,35 +74,35 @@ def measure_precision(device: str = "cpu", seconds: float = 0.3) -> dict[str, fl
     return {name: 1 / value for name, value in best.items()}
 
 
-def choose_precision(asked: Literal["auto", "bf16", "fp32"], device: str) -> tuple[Literal["bf16", "fp32"], str]:
-    """(precision, why): auto is bf16 on a GPU that has it, whose short measurement would time its launches; elsewhere the faster one."""
-    if asked != "auto":
-        return asked, "as asked"
+def choose_precision(precision: Literal["auto", "bf16", "fp32"], device: str) -> tuple[Literal["bf16", "fp32"], str]:
+    """(precision, reason): auto is bf16 on a GPU that has it, where a short measurement would only time kernel launches; elsewhere the faster one."""
+    if precision != "auto":
+        return precision, "as set"
     if device.startswith("cuda"):
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU computes in it") if has else ("fp32", "this GPU has no bf16")
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has bf16") if has_bf16 else ("fp32", "this GPU has no bf16")
     speed = measure_precision(device)
     return "bf16" if speed["bf16"] > speed["fp32"] else "fp32", f"measured: bf16 runs at {speed['bf16'] / speed['fp32']:.2g}x the speed of fp32"
 
 
-def choose_compile(asked: Literal["auto", "on", "off"], device: str) -> tuple[bool, str]:
-    """(whether torch.compile is used, why not): auto is on a GPU, where all is there that it needs.
+def choose_compile(setting: Literal["auto", "on", "off"], device: str) -> tuple[bool, str]:
+    """(whether to use torch.compile, why not): auto means on a GPU, if everything that it needs is installed.
 
     Raises:
-        ValueError: `on`, and something is missing.
+        ValueError: `on`, but something is missing.
     """
-    if asked == "off" or (asked == "auto" and device == "cpu"):
+    if setting == "off" or (setting == "auto" and device == "cpu"):
         return False, ""
     compilers = ("cc", "gcc", "clang") if device != "cpu" else ("c++", "g++", "clang++")
     named = os.environ.get("CC" if device != "cpu" else "CXX")
     missing = "" if named or any(map(shutil.which, compilers)) else f"a compiler ({', '.join(compilers)})"
     if device != "cpu" and importlib.util.find_spec("triton") is None:
         missing = "triton"
-    if missing and asked == "on":
+    if missing and setting == "on":
         raise ValueError(f"torch.compile needs {missing}, which is not installed; install it, or set --compile off")
     return not missing, f"blocks are not compiled: {missing} is not installed" if missing else ""
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What the parts that autocast leaves alone (the VAE, Muon) compute in."""
+    """The dtype of the parts that autocast does not reach: the VAE and Muon."""
     return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,7 +1,7 @@
-"""Several processes as one run: what torchrun or srun started, the few collectives, and sharding from outside the model.
+"""Several processes as one run: the process group that torchrun or srun started, the few collectives, and sharding from outside the model.
 
-Everything here also works in a lone process, where a collective is nothing. Losses and logs ask this module how many ranks
-there are; nobody else calls `torch.distributed`.
+Everything also works in a single process, where a collective does nothing. Losses and logs learn the number of ranks here; no other
+module calls `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ T = TypeVar("T")
 Parallel = Literal["replicate", "fsdp", "hsdp"]
 
 TIMEOUT = timedelta(minutes=20)
-"""How long a collective waits for the others before the run ends: longer than a save and an evaluation."""
+"""How long a collective waits for other ranks before the run ends: longer than a save and an evaluation."""
 
 BUCKET = 2**26
-"""Numbers of the gradient that are averaged by one call."""
+"""Numbers of the gradient that one call averages."""
 
 
 class OtherRankFailed(RuntimeError):
-    """Another process of the run has failed and says why; this one has nothing to add."""
+    """Another process of the run has failed and reports why."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process of how many this is; `local` counts within the machine."""
+    """The number of this process and how many there are, in all and within the machine (`local`)."""
 
     rank: int = 0
     world: int = 1
@@ -47,29 +47,29 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun sets it (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE). Raises ValueError for half a set."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun sets them. Raises ValueError if some are missing."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        given = {name: os.environ[name] for name in names if os.environ.get(name)}
-        if "WORLD_SIZE" not in given or given["WORLD_SIZE"] == "1":
+        variables = {name: os.environ[name] for name in names if os.environ.get(name)}
+        if "WORLD_SIZE" not in variables or variables["WORLD_SIZE"] == "1":
             return cls()
         try:
-            rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
-            local = int(given.get("LOCAL_RANK", rank)), int(given.get("LOCAL_WORLD_SIZE", world))
+            rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+            local = int(variables.get("LOCAL_RANK", rank)), int(variables.get("LOCAL_WORLD_SIZE", world))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"the environment has {given}; several processes need whole numbers in RANK and WORLD_SIZE, as torchrun sets them") from error
+            raise ValueError(f"the environment has {variables}; several processes need whole numbers in RANK and WORLD_SIZE, as torchrun sets them") from error
         if not (0 <= rank < world and 0 <= local[0] < local[1] <= world):
-            raise ValueError(f"the environment has {given}: a rank lies between 0 and the number of processes")
+            raise ValueError(f"the environment has {variables}; a rank must be at least 0 and below the number of processes")
         return cls(rank, world, *local)
 
 
 @contextlib.contextmanager
 def started(device: str = "cpu") -> Iterator[Ranks]:
-    """The process group of this run, for as long as it lasts; nothing for a lone process.
+    """The process group of this run while the context lasts; a single process has none.
 
-    A GPU is made the current one here: within, `cuda` means it.
+    The GPU of this process becomes the current one, so that `cuda` means it.
 
     Raises:
-        ValueError: the environment names half a group, or the GPU cannot be had.
+        ValueError: the environment describes an incomplete group, or a GPU is missing.
     """
     ranks = Ranks.from_environment()
     place = torch.device(device)
@@ -80,9 +80,13 @@ def started(device: str = "cpu") -> Iterator[Ranks]:
         return
     if place.type == "cuda":
         if place.index is not None:
-            raise ValueError(f"device {device} is one GPU, and {ranks.world} processes take one each; set --device cuda (CUDA_VISIBLE_DEVICES chooses which)")
+            raise ValueError(
+                f"device {device} is one GPU, but each of {ranks.world} processes takes its own; set --device cuda (CUDA_VISIBLE_DEVICES chooses which)"
+            )
         if ranks.local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{ranks.local_world} processes are started on this machine, but torch sees {torch.cuda.device_count()} GPUs: start one a GPU")
+            raise ValueError(
+                f"{ranks.local_world} processes run on this machine, but torch sees {torch.cuda.device_count()} GPUs; start one process for each GPU"
+            )
         torch.cuda.set_device(ranks.local_rank)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -90,7 +94,7 @@ def started(device: str = "cpu") -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException:
-        if place.type == "cuda":  # NCCL's orderly end waits for ranks that wait for this one: the error would never be told
+        if place.type == "cuda":  # an orderly end of NCCL waits for ranks that wait for this one: the error would never be shown
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
@@ -102,7 +106,7 @@ _alone = False
 
 
 def world() -> int:
-    """Processes that share a global batch; 1 within `alone`."""
+    """Number of processes that share a global batch; 1 within `alone`."""
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
@@ -112,7 +116,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Every rank computes the same here, as if it were the only one: an evaluation, on the same pictures everywhere."""
+    """Within, every rank computes as if it were the only one: an evaluation of the same images on all ranks."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -140,7 +144,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all ranks in their order, (B, ...) -> (world x B, ...); gradient flows back to each rank's own."""
+    """The rows of all ranks in rank order, (B, ...) -> (world x B, ...); gradient flows back to each rank's own rows."""
     return rows if world() == 1 else _Gather.apply(rows)
 
 
@@ -154,7 +158,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """As `gather` where ranks have unlike numbers of rows, or none: (B of this rank, ...) -> (sum of all B, ...), without gradient."""
+    """As `gather` for different numbers of rows on the ranks, even none: (B of this rank, ...) -> (sum of all B, ...), without gradient."""
     if world() == 1:
         return rows
     counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
@@ -166,27 +170,27 @@ def gather_rows(rows: Tensor) -> Tensor:
 def share(sum_of_rows: Tensor, count: Tensor) -> Tensor:
     """A sum over this rank's rows and the number of rows on all ranks -> this rank's share of the mean.
 
-    The mean of the shares is the global mean, and what averaged gradients belong to.
+    The mean of the shares is the global mean, and averaged gradients are its gradient.
     """
     return sum_of_rows * world() / count.clamp_min(1)
 
 
 def gather_objects(value: T) -> list[T]:
-    """Small Python values of all ranks, in their order."""
+    """A small Python value of each rank, in rank order."""
     if world() == 1:
         return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def on_any(here: bool) -> bool:
-    """Whether it is so on any rank; the ranks wait for each other, their devices do not."""
+    """Whether `here` is true on any rank. The ranks wait for each other; their devices do not."""
     return bool(total(torch.tensor(float(here))))
 
 
 def from_first(value: T) -> T:
-    """What rank 0 has, on every rank."""
+    """The value of rank 0 on every rank."""
     if world() == 1:
         return value
     box = [value]
@@ -196,17 +200,17 @@ def from_first(value: T) -> T:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What may fail on one rank alone, such as a missing file: then all ranks fail here, and none waits for ever.
+    """If the body fails on one rank, for example because a file is missing, all ranks fail here and none waits for ever.
 
     Raises:
-        OtherRankFailed: on all ranks but the first where it failed, which raises its error.
+        OtherRankFailed: on all ranks but the first that failed, which raises its own error.
     """
     error: BaseException | None = None
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as caught:  # torch's CheckpointException is no Exception
+    except BaseException as caught:  # torch's CheckpointException is not an Exception
         error = caught
     failed = gather_objects(error is not None and not isinstance(error, OtherRankFailed))  # that one tells of a failure within, not of its own
     if error is not None and (not failed[rank()] or world() == 1 or failed.index(True) == rank()):
@@ -218,19 +222,19 @@ def together() -> Iterator[None]:
 # -- one model on many devices -------------------------------------------------------------------------------------
 
 
-def choose_parallel(asked: str, trainable: int, ranks: Ranks) -> Parallel:
-    """auto: copies of a small model (under 100 M parameters), shards of a larger one, on several machines shards within each."""
-    if asked != "auto":
-        return asked  # type: ignore[return-value]
+def choose_parallel(setting: str, trainable: int, ranks: Ranks) -> Parallel:
+    """auto: copies of a model below 100 M trained parameters, shards of a larger one; on several machines, shards within each machine."""
+    if setting != "auto":
+        return setting  # type: ignore[return-value]
     if ranks.world == 1 or trainable < 100e6:
         return "replicate"
     return "fsdp" if ranks.local_world == ranks.world else "hsdp"
 
 
 def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
-    """Make the trained blocks forget their activations, or compile each; their names and numbers stay."""
+    """Checkpoint the activations of each trained block, or compile each block; names and numbers do not change."""
     if compiled:
-        torch._dynamo.config.recompile_limit = 64  # all blocks are one piece of code, met in many shapes, with and without gradient
+        torch._dynamo.config.recompile_limit = 64  # all blocks share one code object, called with many shapes, with and without gradient
     for parts in block_lists(model):
         for place, block in enumerate(parts):
             if checkpointing:
@@ -240,18 +244,18 @@ def wrap_blocks(model: nn.Module, checkpointing: bool, compiled: bool) -> None:
 
 
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of blocks that are trained; a frozen part has such lists too."""
+    """The lists of trained blocks; frozen parts have lists of blocks, too."""
     return [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(p.requires_grad for p in m.parameters())]
 
 
 def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, precision: str) -> None:
-    """Give every rank the weights of rank 0; with fsdp and hsdp each keeps a shard of them, block by block, from outside the model.
+    """Give every rank the weights of rank 0; with fsdp and hsdp each rank keeps a shard of them, block by block, without changing the model.
 
-    Frozen parameters stay whole on every rank. In bf16 the weights of blocks are gathered and applied in bf16, gradients are
-    reduced in fp32, and all that stands outside of blocks (embeddings, positions, norms at the ends, temperature) stays in fp32.
+    Frozen parameters stay whole on every rank. In bf16 the weights of blocks are gathered and applied in bf16 and gradients are
+    reduced in fp32; everything outside of blocks (embeddings, positions, last norms, temperature) stays in fp32.
 
     Raises:
-        ValueError: hsdp on machines with unlike numbers of processes.
+        ValueError: hsdp on machines with different numbers of processes.
     """
     if ranks.world == 1:
         return
@@ -262,7 +266,7 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
     shape, names = (ranks.world,), ("shard",)
     if parallel == "hsdp":
         if ranks.world % ranks.local_world:
-            raise ValueError(f"hsdp needs as many processes on every machine, and {ranks.world} in all are no multiple of {ranks.local_world} here; use fsdp")
+            raise ValueError(f"hsdp needs the same number of processes on every machine, but {ranks.world} is not a multiple of {ranks.local_world}; use fsdp")
         shape, names = (ranks.world // ranks.local_world, ranks.local_world), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     frozen = {p for p in model.parameters() if not p.requires_grad}
@@ -276,17 +280,17 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
 
 
 def full(value: Tensor) -> Tensor:
-    """A shard's whole tensor (all ranks take part); any other tensor as it is."""
+    """The whole tensor of a shard (a collective: all ranks take part); any other tensor unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local(value: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, shard: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks -> the part of it that `shard` is of its own whole."""
+    """A whole tensor, the same on all ranks -> the part of it that corresponds to `shard`."""
     if not isinstance(shard, DTensor):
         return value
     copies = DTensor.from_local(value, shard.device_mesh, [Replicate()] * shard.device_mesh.ndim, run_check=False)
@@ -295,7 +299,7 @@ def like(value: Tensor, shard: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """A sharded model's parts can be called one by one here, by every rank alike; outside only its `forward` can."""
+    """Within, every rank may call the parts of a sharded model one by one; outside, only its `forward`."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -307,18 +311,18 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def synchronise_last(model: nn.Module, last: bool) -> None:
-    """Of several backward passes of one step, the last sends the sum of gradients."""
+    """Send the sum of gradients only in the last of a step's backward passes."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Copies of a model: the mean gradient over ranks, in few large messages. FSDP has done it already."""
+    """For copies of a model, the mean gradient over ranks in a few large messages. FSDP averages by itself."""
     if world() == 1 or isinstance(model, FSDPModule):
         return
     for bucket in _buckets(p for p in model.parameters() if p.requires_grad):
         for parameter in bucket:
-            if parameter.grad is None:  # a part that this rank's rows did not use
+            if parameter.grad is None:  # this rank's rows did not use it
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.flatten() for p in bucket])  # type: ignore[union-attr]
         dist.all_reduce(flat)

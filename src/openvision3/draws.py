@@ -1,4 +1,4 @@
-"""Random numbers by key: every draw is a function of what it is for, never of a rank, a worker or what was drawn before."""
+"""Random numbers by key: each draw is a function of its purpose, never of a rank, a worker or earlier draws."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def draw_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but `parts`."""
+    """A 63-bit seed that depends only on `parts`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
-    """keys (B,) int64 -> (B, count) of 64 random bits each: number i of a row is a hash of (key, i), the splitmix64 generator.
+    """keys (B,) int64 -> (B, count) of 64 random bits each: number i of a row is the splitmix64 hash of (key, i).
 
-    A generator by counter needs no state and no loop over rows, and the device need not be waited for.
+    Such a generator needs no state and no loop over rows, and never waits for the device.
     """
-    x = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * -0x61C8864680B583EB  # wraps around, as all sums here
+    x = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * -0x61C8864680B583EB  # wraps around, like all sums here
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
-    """To the right, filling with zeros: torch's own fills with the sign."""
+    """Shift to the right and fill with zeros; torch's own shift fills with the sign."""
     return (x >> places) & ((1 << (64 - places)) - 1)
 
 
@@ -36,7 +36,7 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """keys (B,) -> (B, count) from N(0, 1) in fp32, by the transform of Box and Muller."""
+    """keys (B,) -> (B, count) from N(0, 1) in fp32, by the Box-Muller transform."""
     bits = random_bits(keys, (count + 1) // 2)
     radius = (((_shift(bits, 40).float() + 0.5) * 2.0**-24).log() * -2).sqrt()
     angle = (_shift(bits << 24, 40).float()) * (2 * math.pi * 2.0**-24)

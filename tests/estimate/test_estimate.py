@@ -408,10 +408,10 @@ def test_devices_are_named_as_people_name_them(text, name, count, nodes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("h101", "device h101 is unknown; legal are h100, .*; nearest is h100"),
-        ("12xh100", "12 devices do not fill machines of 8; legal are multiples of 8, or set --per-node"),
+        ("h101", "unknown device 'h101'. Did you mean 'h100'.* Choose one of h100, "),
+        ("12xh100", "12 devices do not fill machines of 8; choose a multiple of 8, or set --per-node"),
         ("0xh100", "must be at least 1"),
-        ("8xh100:8", "is not understood; legal are h100, h100:8 and 64xh100"),
+        ("8xh100:8", "is not understood; write h100, h100:8 or 64xh100"),
     ],
 )
 def test_devices_that_are_not_known_are_refused(text, message):

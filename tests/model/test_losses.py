@@ -103,7 +103,7 @@ def test_caption_loss_equals_a_hand_loop():
     ids, logits = random_captions()
     terms = []
     for row, length in enumerate((6, 3, 5)):
-        for i in range(length - 1):  # the last scored word is the end mark
+        for i in range(length - 1):  # the last scored word is the end token
             scores = logits[row, i].double().exp()
             terms.append(-math.log(scores[ids[row, i + 1]] / scores.sum()))
     assert len(terms) == 11

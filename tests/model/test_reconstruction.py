@@ -115,9 +115,9 @@ def test_noise_passes_the_gradient_whole():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: LatentDecoderConfig(size="b"), "'b' is unknown"),
+        (lambda: LatentDecoderConfig(size="b"), "unknown size 'b'"),
         (lambda: make()(tokens(), (2, 2)), "6 tokens do not fill a grid of 2 x 2"),
-        (lambda: make()(torch.zeros(1, 6, 32), (2, 3)), "tokens are 32 wide, this latent decoder was built for 48"),
+        (lambda: make()(torch.zeros(1, 6, 32), (2, 3)), "tokens are 32 wide, but this latent decoder was built for 48"),
     ],
 )
 def test_what_is_wrong_gets_one_clear_line(call, words):

@@ -42,7 +42,7 @@ def tokens(rows=3, count=6, seed=1) -> torch.Tensor:
 
 
 def log_probability(network, u, words, end) -> float:
-    """Of one caption with its end mark, from the teacher-forced pass."""
+    """Of one caption with its end token, from the teacher-forced pass."""
     ids = torch.tensor([[BEGIN, *words]])
     logits = network(u[None], ids)[0]
     logits[:, BEGIN] = -torch.inf
@@ -187,7 +187,7 @@ def test_greedy_takes_the_likeliest_word_until_the_end_mark():
             expected.append(word)
         assert words == expected
         lengths.add(len(words))
-    assert len(lengths) > 1 and min(lengths) < 8  # some have met their end mark, at different places
+    assert len(lengths) > 1 and min(lengths) < 8  # some have met their end token, at different places
 
 
 def test_a_caption_stops_at_its_end_mark_whatever_its_neighbours_do():
@@ -282,19 +282,19 @@ def test_a_beam_of_four_scores_at_least_what_greedy_does():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: TextEncoderConfig("XL"), "'XL' is unknown"),
-        (lambda: CaptionerConfig("XL"), "'XL' is unknown"),
+        (lambda: TextEncoderConfig("XL"), "unknown size 'XL'"),
+        (lambda: CaptionerConfig("XL"), "unknown size 'XL'"),
         (lambda: CaptionerConfig("tiny", 1), "positions 1"),
         (lambda: text_encoder()(torch.ones(1, 13, dtype=torch.long)), "13 pieces are longer than .* 12 positions"),
         (lambda: captioner()(tokens(1), torch.ones(1, 17, dtype=torch.long)), "17 pieces are longer than .* 16 positions"),
-        (lambda: captioner().write(tokens(), BEGIN, END, max_length=16), "max_length 16 must lie between 1 and 15"),
-        (lambda: captioner().write_beam(tokens(), BEGIN, END, max_length=0), "max_length 0 must lie between 1 and 15"),
+        (lambda: captioner().write(tokens(), BEGIN, END, max_length=16), "max_length 16 must be from 1 to 15"),
+        (lambda: captioner().write_beam(tokens(), BEGIN, END, max_length=0), "max_length 0 must be from 1 to 15"),
         (lambda: captioner().write_beam(tokens(), BEGIN, END, max_length=4, beams=0), "beams 0"),
         (lambda: captioner().write(tokens(), BEGIN, END, max_length=4, top_p=1.5), "top_p 1.5"),
         (lambda: captioner().write(tokens(), BEGIN, END, max_length=4, top_p=0.5, temperature=0.0), "temperature 0.0"),
         (lambda: captioner().write(tokens(), BEGIN, END, max_length=4, top_p=0.5, temperature=float("nan")), "temperature nan"),
         (lambda: captioner().write_beam(tokens() * float("nan"), BEGIN, END, max_length=4), "NaN or infinity"),
-        (lambda: captioner()(torch.zeros(1, 6, 32), torch.ones(1, 3, dtype=torch.long)), r"\(1, 6, 32\) .* legal is \(B, N, 48\)"),
+        (lambda: captioner()(torch.zeros(1, 6, 32), torch.ones(1, 3, dtype=torch.long)), r"\(1, 6, 32\) .* pass \(B, N, 48\)"),
         (lambda: text_encoder()(torch.ones(2, 0, dtype=torch.long)), r"\(2, 0\)"),
     ],
 )

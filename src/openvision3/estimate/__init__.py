@@ -1,4 +1,4 @@
-"""What a run costs before it is started: operations, memory, hours and money.
+"""The cost of a run before it starts: operations, memory, hours, network, disk and money.
 
-May import `train`'s configs, `model`, `data` and below.
+May import the configs and the optimiser of `train`, `hub`, `networks`, `model`, `data` and below.
 """

@@ -1,4 +1,4 @@
-"""Data sheets: what a device can do at best, dense, as its maker states it. What no sheet states stays unknown."""
+"""Data sheets: the peak of each device without sparsity, as its maker states it. What no sheet states is unknown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from openvision3.settings import nearest
+from openvision3.settings import unknown
 
 NODE = 8
 """devices in one machine"""
@@ -14,7 +14,7 @@ NODE = 8
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Speeds in operations and bytes a second, links in one direction; None is unknown."""
+    """One device. Speeds are operations and bytes a second, links count one direction; None is unknown."""
 
     name: str
     bf16: float | None
@@ -22,14 +22,14 @@ class Device:
     memory: float | None
     bandwidth: float | None
     link: float | None
-    """to the other devices of its machine"""
+    """bytes a second to other devices of the same machine"""
     network: float | None
-    """to other machines, the share of one device"""
+    """bytes a second to other machines, the share of one device"""
     source: str
 
     @property
     def fused(self) -> bool:
-        """Whether attention runs in one kernel that keeps no probabilities."""
+        """Whether attention is one kernel that keeps no probabilities."""
         return self.name != "cpu"
 
 
@@ -49,7 +49,7 @@ DEVICES = {
         Device("4090", 165.2e12, 82.6e12, 24e9, 1.008e12, 32e9, None, "NVIDIA Ada GPU architecture white paper, table 2 (fp32 accumulate); link: PCIe 4.0 x16"),
     )
 }
-"""fp32 is the ordinary one, not TF32, which torch leaves off."""
+"""fp32 is ordinary fp32, not TF32, which torch leaves off by default."""
 
 
 @dataclass(frozen=True)
@@ -74,33 +74,33 @@ class Devices:
 
 
 def parse_devices(text: str, per_node: int = NODE) -> Devices:
-    """h100, h100:8, 8xh100, 64xh100, cpu; empty: what this machine has.
+    """Read h100, h100:8, 8xh100, 64xh100 or cpu; an empty text means this machine's device.
 
     Raises:
-        ValueError: a name that is not in the table, or a count that does not fill its machines.
+        ValueError: an unknown name, or a count that does not fill its machines.
     """
     text = text.strip().lower()
     if not text:
         return Devices(here())
-    found = re.fullmatch(r"(?:(\d+)\s*x\s*)?([a-z0-9-]*[a-z0-9])(?::(\d+))?", text)
-    if found is None or (found[1] and found[3]):
-        raise ValueError(f"gpus {text!r} is not understood; legal are h100, h100:8 and 64xh100")
-    name, count = found[2], int(found[1] or found[3] or 1)
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?([a-z0-9-]*[a-z0-9])(?::(\d+))?", text)
+    if match is None or (match[1] and match[3]):
+        raise ValueError(f"gpus {text!r} is not understood; write h100, h100:8 or 64xh100")
+    name, count = match[2], int(match[1] or match[3] or 1)
     if name == "cpu":
         device = this_processor()
     elif name in DEVICES:
         device = DEVICES[name]
     else:
-        raise ValueError(f"device {name} is unknown; legal are {', '.join([*DEVICES, 'cpu'])}; nearest is {nearest(name, DEVICES) or 'none'}")
+        raise unknown("device", name, [*DEVICES, "cpu"])
     if count < 1 or per_node < 1:
         raise ValueError(f"{count} devices in machines of {per_node}: both must be at least 1")
     if count > per_node and count % per_node:
-        raise ValueError(f"{count} devices do not fill machines of {per_node}; legal are multiples of {per_node}, or set --per-node")
+        raise ValueError(f"{count} devices do not fill machines of {per_node}; choose a multiple of {per_node}, or set --per-node")
     return Devices(device, count, per_node)
 
 
 def here() -> Device:
-    """The GPU of this machine where it is in the table, with the memory that it has; else the processor."""
+    """The GPU of this machine, with its actual memory; without a GPU the processor."""
     import torch
 
     if torch.cuda.is_available():
@@ -112,7 +112,7 @@ def here() -> Device:
 
 
 def this_processor() -> Device:
-    """Its memory as the system states it, its speed as half a second of matrix products shows it: no sheet states what torch reaches."""
+    """The processor: memory from the system, speed from half a second of matrix products, since no sheet states what torch reaches."""
     import time
 
     import torch
@@ -128,5 +128,5 @@ def this_processor() -> Device:
             shortest, tries = min(shortest, time.perf_counter() - start), tries + 1
         best[dtype] = 2.0 * side**3 / shortest
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    source = f"measured here, now: {torch.get_num_threads()} threads, products of {side} x {side}"
+    source = f"measured now on this machine: {torch.get_num_threads()} threads, products of {side} x {side}"
     return Device("cpu", best[torch.bfloat16], best[torch.float32], float(memory), None, None, None, source)

@@ -1,6 +1,6 @@
-"""A config and devices -> what the run will take: operations, memory, hours, disk and network, and what would make it cheaper.
+"""A config and devices -> operations, memory, hours, disk and network of the run, and what would make it cheaper.
 
-Each number stands beside its formula, which `--explain` prints.
+Each number is computed beside its formula, which `--explain` prints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Part:
     forward: float
     backward: float
     again: float
-    """operations done twice: for the gradient (checkpointing, chunks) or for the negatives (micro-batches)"""
+    """operations done a second time, for the gradient (checkpointing, chunks) or for the negatives (micro-batches)"""
     share: float = 0.0
 
     @property
@@ -57,7 +57,7 @@ class Estimate:
     memory: dict[str, float]
     fits: bool | None
     largest_micro_batch: int | None
-    """0 where not even one sample fits"""
+    """0 if not even one sample fits"""
     network: dict[str, float]
     network_seconds: float | None
     compute_seconds: float | None
@@ -87,7 +87,7 @@ def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Dev
     """Count everything. Nothing is loaded and nothing is computed.
 
     Raises:
-        ValueError, FileNotFoundError: a device that is unknown, or a batch that cannot be divided so; a VAE that is not known.
+        ValueError, FileNotFoundError: an unknown device or VAE, or a batch that cannot be divided among the devices.
     """
     run = PlannedRun(config, options, devices or parse_devices(options.gpus, options.per_node))
     parts = split_work(run)
@@ -123,7 +123,7 @@ def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Dev
 
 
 def split_work(run: PlannedRun) -> list[Part]:
-    """The operations of each part, where a part need not see all samples, or sees some twice."""
+    """Operations of each part, which may see only a share of the samples or see some twice."""
     from openvision3.model.losses import CHUNK
 
     shares = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions}
@@ -174,7 +174,10 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
     kept = sum(value for name, (value, _) in memory.items() if name.startswith(("activations", "logits")))
     backward = 3 * max(rows[name] * costs[name].largest for name in rows if name in costs and name != "text encoder")
     encoding = 4 * micro * costs["VAE encode"].largest - kept if "VAE encode" in costs else 0.0  # comes first, when nothing is kept yet
-    memory["workspace"] = max(backward, encoding), "three of the largest maps of the backward pass; or four of the encoding, less what is kept later"
+    memory["workspace"] = (
+        max(backward, encoding),
+        "three of the largest outputs in the backward pass; or four of those of the VAE's encoder, less what is kept later",
+    )
     image, latent = 3 * config.size**2 * FP32, run.vae.latent_channels * (config.size // run.vae.stride) ** 2 * FP32
     # one step's images as they come, or, in pieces, its latents and the images that are compared
     whole = micro * (latent if run.options.cached else image + latent)
@@ -252,7 +255,7 @@ def _data_bytes(data: tuple[str, ...]) -> float | None:
 
 
 def _time(result: Estimate, run: PlannedRun) -> None:
-    """Seconds of computing and of the network, were nothing overlapped; the longer one sets the pace."""
+    """Seconds of computing, and of the network without overlap; the longer one sets the pace."""
     devices, config, options = run.devices, run.config, run.options
     device = devices.device
     link, outside = device.link, options.network * 1e9 or device.network
@@ -286,7 +289,7 @@ def _time(result: Estimate, run: PlannedRun) -> None:
 
 
 def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[dict[str, Any]]:
-    """Changes that would pay, each with the new totals."""
+    """Changes that would help, each with the new totals."""
     advice: list[dict[str, Any]] = []
 
     def consider(what: str, how: str, *, cached: bool = options.cached, **fields: Any) -> Estimate:
@@ -311,7 +314,7 @@ def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[
             micro = result.largest_micro_batch
             consider("compute the batch in pieces that fit", f"--micro-batch {micro}", micro_batch=micro)
         if not config.checkpointing:
-            new = consider("make activations again instead of keeping them", "--checkpointing", checkpointing=True)
+            new = consider("compute activations again instead of keeping them", "--checkpointing", checkpointing=True)
             if not new.fits and new.largest_micro_batch:
                 advice.pop()
                 micro = new.largest_micro_batch

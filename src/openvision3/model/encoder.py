@@ -1,4 +1,4 @@
-"""latents -> tokens: patchify 2x2, positions, ViT; and the pooled embedding."""
+"""latents -> tokens (patchify 2x2, positions, ViT) and the pooled embedding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openvision3.model.transformer import Gelu, TransformerSize, blocks, check_gelu, init_weights, positions_on
+from openvision3.settings import unknown
 
 SIZES = {
     "tiny": TransformerSize(64, 2, 2, 256),
@@ -22,7 +23,7 @@ SIZES = {
     "So400m": TransformerSize(1152, 27, 16, 4304),
     "H": TransformerSize(1280, 32, 16, 5120),
 }
-"""Encoder and latent decoder sizes: the paper's table, `mini` and its decoder `micro` of ours for two cores, `tiny` for tests."""
+"""Sizes of encoder and latent decoder: the paper's table and three of ours, `mini` and its decoder `micro` for two cores, `tiny` for tests."""
 
 
 @dataclass
@@ -32,19 +33,19 @@ class EncoderConfig:
     size: str = "B"
     """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     patch: int = 2
-    """latent pixels a token spans: 2 on an 8x VAE, 16 without a VAE"""
+    """side of a token in latent pixels: 2 on a VAE of stride 8, 16 without a VAE"""
     embed_dim: int = 768
     """dimension of the contrastive embedding"""
     token_norm: Literal["layernorm", "none"] = "layernorm"
-    """what ends the tokens: a LayerNorm without affine, or nothing, as in the released encoders"""
+    """the last layer: a LayerNorm without affine, or none, as in the released encoders"""
     gelu: Gelu = "exact"
-    """the released encoders use the exact GELU"""
+    """exact, as in the released encoders, or its tanh approximation"""
 
     def __post_init__(self):
         named_size(self.size)
         check_gelu(self.gelu)
         if self.token_norm not in ("layernorm", "none"):
-            raise ValueError(f"token_norm {self.token_norm!r} is unknown; legal are layernorm and none")
+            raise unknown("token_norm", str(self.token_norm), ("layernorm", "none"))
         if not (isinstance(self.patch, int) and isinstance(self.embed_dim, int) and self.patch > 0 and self.embed_dim > 0):
             raise ValueError(f"patch {self.patch!r} and embed_dim {self.embed_dim!r} must be positive whole numbers")
 
@@ -52,15 +53,15 @@ class EncoderConfig:
 def named_size(name: str, sizes: dict[str, TransformerSize] = SIZES) -> TransformerSize:
     """Raises ValueError for a name that is not in the table."""
     if not isinstance(name, str) or name not in sizes:
-        raise ValueError(f"size {name!r} is unknown; legal are {', '.join(sizes)}")
+        raise unknown("size", str(name), sizes)
     return sizes[name]
 
 
 class Encoder(nn.Module):
     """latents (B, C, h, w) -> tokens (B, N, D), pooled (B, E); N = (h / patch)(w / patch).
 
-    A class token runs through the blocks and is left out of the tokens and of the pooling, as in the released encoders.
-    `pooled` is LayerNorm(mean of the tokens) times a matrix, not yet of unit length.
+    As in the released encoders, a class token passes through the blocks and is in neither the tokens nor the pooling.
+    `pooled` is LayerNorm(mean of the tokens) times a matrix, not normalised.
     """
 
     def __init__(self, config: EncoderConfig, latent_channels: int):
@@ -81,17 +82,17 @@ class Encoder(nn.Module):
         nn.init.normal_(self.class_token, std=0.02)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ValueError where the latents have other channels, or sides that are not multiples of the patch."""
+        """Raises ValueError for latents with another number of channels, or sides that are not multiples of the patch."""
         if latents.ndim != 4:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} cannot be encoded; legal is (B, {self.patchify.in_channels}, h, w)")
+            raise ValueError(f"latents of shape {tuple(latents.shape)} cannot be encoded; pass (B, {self.patchify.in_channels}, h, w)")
         _, channels, height, width = latents.shape
         patch = self.config.patch
         if channels != self.patchify.in_channels:
-            raise ValueError(f"latents have {channels} channels, this encoder was built for {self.patchify.in_channels}: is it the right VAE?")
+            raise ValueError(f"latents have {channels} channels, but this encoder was built for {self.patchify.in_channels}: is it the right VAE?")
         if height % patch or width % patch:
-            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}; pictures must be multiples of 16 pixels")
+            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}; the sides of images must be multiples of 16 pixels")
         x = self.patchify(latents)  # (B, D, h', w')
-        # In the weights' precision, as all that the blocks add to: under autocast x is bf16 here, and sums and norms stay in fp32.
+        # In the precision of the weights: x is bf16 here under autocast, while residual sums and norms stay in fp32.
         positions = positions_on(x, x.shape[2], x.shape[3], x.shape[1], self.class_token.dtype)
         x = x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)

@@ -1,7 +1,7 @@
-"""The losses of the paper's section 3.4 as pure functions: pixel, latent | contrastive, caption. All in fp32.
+"""The losses of the paper's section 3.4 as pure functions: pixel and latent, contrastive and caption. All in fp32.
 
-With several ranks each returns this rank's share: the mean of the shares over ranks is the loss of the global batch, and averaged
-gradients are its gradient. The perceptual term is a network and lives in `perceptual.py`.
+With several ranks each function returns this rank's share: the mean of the shares over ranks is the loss of the global batch, and the
+averaged gradients are its gradient. The perceptual term is a network, which is handed to `OpenVision3`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from openvision3 import distributed
 MAX_TEMPERATURE = 100.0
 
 IGNORED = -100
-"""A target that has no loss: `cross_entropy`'s own ignore_index."""
+"""Target without a loss: the ignore_index of `cross_entropy`."""
 
 CHUNK = 2**24
-"""Logits that exist at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held."""
+"""Most logits in memory at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held whole."""
 
 
 def temperature(log_temperature: Tensor) -> Tensor:
-    """What cosines are multiplied by before a softmax: at most 100 (Radford et al. 2021), in fp32.
+    """The factor of cosines before a softmax, at most 100 (Radford et al. 2021), in fp32.
 
-    The clamp passes the gradient on: with a plain one, a temperature that once went over its limit would never come back.
+    The gradient passes through the clamp; with a plain clamp, a temperature above the limit would never come back.
     """
     log = log_temperature.float()
     return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 def pixel_loss(images: Tensor, images_hat: Tensor, count: Tensor) -> Tensor:
-    """Mean |x - x^| over pixels and channels, images in [-1, 1]; `count` pictures of the global batch are compared."""
+    """Mean |x - x^| over pixels and channels, images in [-1, 1]; `count` is the number of images compared in the global batch."""
     return _mean_absolute(images - images_hat.float(), count)
 
 
@@ -50,9 +50,9 @@ def _mean_absolute(difference: Tensor, count: Tensor) -> Tensor:
 def contrastive_loss(image_embedding: Tensor, text_embedding: Tensor, log_temperature: Tensor, present: Tensor) -> Tensor:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021), temperature clamped at 100; the mean over K sets of captions.
 
-    image_embedding (B, E) and text_embedding (B, K, E) of unit length, present (B, K). In set k, rows whose caption is not
-    present take no part, neither as pairs nor as negatives; a set that no row of any rank has is left out, and with no set left
-    the loss is zero. Each rank scores its own rows against the rows of all.
+    image_embedding (B, E) and text_embedding (B, K, E) have unit length, present is (B, K). In set k, a row without a caption is
+    neither a pair nor a negative. A set that is empty on all ranks is left out; if all sets are empty, the loss is zero. Each rank
+    scores its own rows against the rows of all ranks.
     """
     with torch.autocast(image_embedding.device.type, enabled=False):  # bf16 would round logits of up to 100 to quarters
         images, texts = image_embedding.float(), text_embedding.float()
@@ -78,9 +78,9 @@ def _rows_against(rows: Tensor, columns: Tensor, scale: Tensor, targets: Tensor,
 
 
 def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: Tensor) -> Tensor:
-    """Mean cross-entropy of the next word, given features (M, W) and targets (M,): the words that are scored, or IGNORED.
+    """Mean cross-entropy of the next word; features are (M, W), targets (M,) are word ids or IGNORED.
 
-    The logits are features x weight (V, W) + bias (V,). `count` is the number of words scored in the global batch.
+    The logits are features x weight (V, W) + bias (V,). `count` is the number of scored words in the global batch.
     """
 
     def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
 
 
 def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor) -> Tensor:
-    """The sum of score(rows, targets) over pieces with at most CHUNK logits, each made again when its gradient is asked for."""
+    """The sum of score(rows, targets) over pieces of at most CHUNK logits, which the backward pass computes again."""
     size = max(1, CHUNK // max(1, columns))
     if len(rows) <= size:
         return score(rows, targets, *others)

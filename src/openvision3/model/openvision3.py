@@ -17,15 +17,15 @@ from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
 from openvision3.model.vae import VAE, VAEConfig
-from openvision3.settings import PathName
+from openvision3.settings import PathName, unknown
 
 ROWS, PIXEL_ROWS, WORDS = range(3)
-"""Places in `counts`."""
+"""Positions in `counts`."""
 
 
 @dataclass
 class LossConfig:
-    """Weights of the paper's equations 3 to 5; defaults are its low_res column."""
+    """Weights of the paper's equations 3 to 5; the defaults are its low_res column."""
 
     omega_rec: float = 0.5
     """weight of reconstruction"""
@@ -38,11 +38,11 @@ class LossConfig:
     lambda_perceptual: float = 0.0
     """weight of the perceptual distance within reconstruction (high_res: 0.5)"""
     tau: float = 0.8
-    """noise on the tokens is drawn from Uniform[0, tau], one strength an image"""
+    """the strength of the noise on an image's tokens is drawn from Uniform[0, tau]"""
     encoder_learns_from: Literal["both", "understanding", "reconstruction", "nothing"] = "both"
-    """whose gradient reaches the encoder; the heads of the other branch train on detached tokens, and with nothing the encoder is frozen"""
+    """the branch whose gradient reaches the encoder; the other branch trains on detached tokens; with nothing the encoder is frozen"""
     perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
-    """which feature distance; LPIPS needs the two files below"""
+    """feature distance of the perceptual term; LPIPS needs the two files below"""
     lpips_backbone: PathName = ""
     """torchvision's vgg16 or alexnet checkpoint, a local file"""
     lpips_linear: PathName = ""
@@ -54,16 +54,16 @@ class LossConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} {value} must be a finite number that is not negative")
         if self.encoder_learns_from not in ("both", "understanding", "reconstruction", "nothing"):
-            raise ValueError(f"encoder_learns_from {self.encoder_learns_from!r} is unknown; legal are both, understanding, reconstruction and nothing")
+            raise unknown("encoder_learns_from", str(self.encoder_learns_from), ("both", "understanding", "reconstruction", "nothing"))
         if self.perceptual not in ("efficientnet", "lpips-vgg", "lpips-alex"):
-            raise ValueError(f"perceptual {self.perceptual!r} is unknown; legal are efficientnet, lpips-vgg and lpips-alex")
+            raise unknown("perceptual", str(self.perceptual), ("efficientnet", "lpips-vgg", "lpips-alex"))
         if self.lambda_perceptual and self.perceptual != "efficientnet" and not (self.lpips_backbone and self.lpips_linear):
             raise ValueError(f"perceptual {self.perceptual} needs two local files: set lpips_backbone and lpips_linear, or use efficientnet")
 
 
 @dataclass
 class ModelConfig:
-    """Every part of the model; stored with its weights."""
+    """All parts of the model; saved with its weights."""
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -74,10 +74,10 @@ class ModelConfig:
 
 
 class OpenVision3(nn.Module):
-    """images <-> tokens <-> words. `vae` is frozen and whole; everything else trains from scratch.
+    """images <-> tokens <-> words. `vae` is frozen; everything else trains from scratch.
 
-    `vocabulary` and `pad_id` come from the text tokenizer that made the ids. `distance(images, images_hat)`, the mean over rows, is the
-    network of the perceptual term (`hub.load_distance`). It is frozen, is never saved and may be left out where that term is not computed.
+    `vocabulary` and `pad_id` come from the text tokenizer. `distance` is the network of the perceptual term (`hub.load_distance`): called
+    with (images, images_hat), it returns the mean over rows. It is frozen and never saved, and only training with that term needs it.
 
     Raises:
         ValueError: the encoder's patch does not make 16-pixel tokens on this VAE, or beta counts the pixel loss twice.
@@ -102,7 +102,7 @@ class OpenVision3(nn.Module):
         self.log_temperature = nn.Parameter(torch.empty(1))
         if config.loss.encoder_learns_from == "nothing":
             for name, parameter in self.encoder.named_parameters():
-                parameter.requires_grad_(name.startswith("pool_"))  # the pooling is a head of understanding
+                parameter.requires_grad_(name.startswith("pool_"))  # the pooling belongs to understanding
         self._distance = (distance,)  # a tuple keeps it outside the module tree
 
     def init_weights(self) -> OpenVision3:
@@ -112,7 +112,7 @@ class OpenVision3(nn.Module):
         return self
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Everything that training changes: all parameters but the frozen VAE's."""
+        """All parameters but those of the frozen VAE."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("vae.")}
 
     # -- the figure, box by box ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class OpenVision3(nn.Module):
         return self.encoder(self.vae.encode(images))[0]
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """tokens of a (rows, columns) grid -> images (B, 3, 16 rows, 16 columns), not clamped; no noise."""
+        """tokens of a (rows, columns) grid -> images (B, 3, 16 rows, 16 columns), not clamped, without noise."""
         return self.vae.decode(self.latent_decoder(tokens, grid).float())
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -135,19 +135,23 @@ class OpenVision3(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """What cosines are multiplied by before a softmax."""
+        """The factor of cosines before a softmax."""
         return losses.temperature(self.log_temperature)
 
     # -- one training step -----------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One batch -> (loss, parts), this rank's share of each: see `losses`. The batch is flat:
+        """One batch -> (loss, parts), this rank's share of each (see `losses`). The batch is a flat dict:
 
-        `images` (B, 3, H, W), or `latents` (B, C, h, w) with `pixel_images` (P, 3, H, W), what `pixel_rows` show; `text_ids`
-        (B, K, T) with `text_present` (B, K); `caption_ids` (B, L), and `word_positions` (M,), where in the flattened
-        `caption_ids[:, 1:]` words stand (absent: logits of the padding are computed too); `draw_key` (B,) seeds the noise of
-        each row (absent: no noise, as in evaluation); `pixel_rows` (P,) names the rows whose picture is decoded for the pixel and perceptual terms (absent:
-        all; absent with `pixel_images`: none of any step). A micro-batch holds what `prepare` has added besides.
+        - `images` (B, 3, H, W); or `latents` (B, C, h, w) with `pixel_images` (P, 3, H, W), the images of `pixel_rows`;
+        - `pixel_rows` (P,): optional, the rows that are decoded for the pixel and perceptual terms. Without it all `images` are
+          compared; if `pixel_images` is given without it, none are;
+        - `text_ids` (B, K, T) with `text_present` (B, K): captions to contrast;
+        - `caption_ids` (B, L): the caption to predict; `word_positions` (M,): optional, the positions of words in the flattened
+          `caption_ids[:, 1:]`. Without it the logits of the padding are computed too;
+        - `draw_key` (B,): optional, the seed of each row's noise. Without it there is no noise, as in evaluation.
+
+        A micro-batch also has the entries that `prepare` adds.
         """
         weights = self.config.loss
         latents = self._latents(batch)  # (B, C, h, w)
@@ -170,7 +174,7 @@ class OpenVision3(nn.Module):
         return self.weigh(parts), {name: value.detach() for name, value in parts.items()}
 
     def weigh(self, parts: dict[str, Tensor]) -> Tensor:
-        """The paper's equations 3 to 5: the loss that its parts add up to; one that was not taken is absent."""
+        """The paper's equations 3 to 5: the loss from its parts; pixel and perceptual may be absent."""
         weights = self.config.loss
         reconstruction = weights.beta * parts["latent"]
         if "perceptual" in parts:
@@ -181,7 +185,7 @@ class OpenVision3(nn.Module):
         return weights.omega_rec * reconstruction + weights.omega_und * understanding
 
     def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> None:
-        """The pixel and the perceptual term, both put into `parts`; zero where none of these rows is compared."""
+        """Put the pixel and the perceptual term into `parts`; they are zero if none of these rows is compared."""
         weights, target = self.config.loss, self._pixel_images(batch)
         names = ("pixel", "perceptual") if weights.lambda_perceptual else ("pixel",)
         parts |= dict.fromkeys(names, latents_hat.new_zeros(()))
@@ -198,11 +202,11 @@ class OpenVision3(nn.Module):
             parts["perceptual"] = distributed.share(mean * len(target), count)
 
     def prepare(self, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The micro-batches of one step, each with what it has to know of the others, for one `forward` and backward each.
+        """The micro-batches of one step, each with what it needs to know of the others, ready for `forward` and backward.
 
-        The losses and gradients of the micro-batches add up to those of the whole batch at once. A first pass embeds them all
-        without gradient; the contrastive loss over the global batch gives the gradient of each embedding, which the second
-        pass carries on (Gao et al. 2021). Pictures are kept as latents, but for those whose pixels are compared.
+        Losses and gradients of the micro-batches add up to those of the whole batch. A first pass embeds all of them without
+        gradient; the contrastive loss over the global batch gives the gradient of each embedding, from which the second pass
+        continues (Gao et al. 2021). Only latents are kept, and the images whose pixels are compared.
         """
         kept, images, texts = [], [], []
         with torch.no_grad():
@@ -212,7 +216,7 @@ class OpenVision3(nn.Module):
                 small = {name: value for name, value in batch.items() if name != "images"} | {"latents": latents, "text_present": present}
                 target = self._pixel_images(batch)
                 if target is not None:
-                    small["pixel_images"] = target.clone()  # and not a view that would hold all the pictures
+                    small["pixel_images"] = target.clone()  # a view would keep all images
                     small.setdefault("pixel_rows", torch.arange(len(target), device=target.device))
                 kept.append(small)
                 images.append(F.normalize(self.encoder(latents)[1].float(), dim=-1))
@@ -234,24 +238,24 @@ class OpenVision3(nn.Module):
 
     @staticmethod
     def _pixel_images(batch: dict[str, Tensor]) -> Tensor | None:
-        """The pictures that are compared, (P, 3, H, W); None where there is none."""
+        """The images that are compared, (P, 3, H, W), or None."""
         if "pixel_images" in batch or "images" not in batch:
             target = batch.get("pixel_images")
         else:
             target = batch["images"][batch["pixel_rows"]] if "pixel_rows" in batch else batch["images"]
         if target is not None and not target.is_floating_point():
-            raise ValueError(f"images of {target.dtype} cannot be compared; pass floats in [-1, 1] (`data.batches.to_device` makes them of a batch)")
+            raise ValueError(f"images of {target.dtype} cannot be compared; pass floats in [-1, 1], as `data.batches.to_device` returns them")
         return target if target is not None and len(target) else None
 
     def counts(self, batch: dict[str, Tensor]) -> Tensor:
-        """(3,): pictures, pictures whose pixels are compared, words to predict."""
+        """(3,): images, images whose pixels are compared, words to predict."""
         target = self._pixel_images(batch)
         rows = batch["latents"] if "latents" in batch else batch["images"]
         words = (batch["caption_ids"][:, 1:] != self.pad_id).sum()
         return torch.stack([words.new_full((), len(rows)), words.new_full((), 0 if target is None else len(target)), words])
 
     def embed_captions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """-> unit vectors (B, K, E) of the captions to contrast, and which of them there are (B, K)."""
+        """-> unit vectors (B, K, E) of the captions to contrast, and which of them are present (B, K)."""
         text_ids = batch["text_ids"]  # (B, K, T)
         present = batch.get("text_present", torch.ones(text_ids.shape[:2], dtype=torch.bool, device=text_ids.device))
         return F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2]), present
@@ -267,7 +271,7 @@ class OpenVision3(nn.Module):
     def _caption(self, tokens: Tensor, batch: dict[str, Tensor], count: Tensor) -> Tensor:
         targets = batch["caption_ids"][:, 1:].flatten()  # position i predicts word i + 1
         features = self.captioner.features(tokens, batch["caption_ids"])[:, :-1].flatten(0, 1)  # (B (L - 1), W)
-        if "word_positions" in batch:  # (M,): padding gets no logits. Found here, where the words are would have to be waited for
+        if "word_positions" in batch:  # (M,): no logits for padding. Looking for the words here would wait for the device
             features, targets = features[batch["word_positions"]], targets[batch["word_positions"]]
         else:
             targets = targets.masked_fill(targets == self.pad_id, losses.IGNORED)

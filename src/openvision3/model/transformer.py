@@ -1,4 +1,4 @@
-"""The one Attention, MLP, Block and position table that the encoder, both decoders and the text encoder are made of."""
+"""Attention, MLP, Block and position table, of which the encoder, both decoders and the text encoder are made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openvision3.settings import unknown
 
 Gelu = Literal["exact", "tanh"]
 
@@ -32,7 +34,7 @@ class TransformerSize:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, one fused projection to queries, keys and values (rows in that order)."""
+    """Multi-head self-attention with one projection to queries, keys and values (its rows, in that order)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -41,7 +43,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """x (B, N, W); mask True where a query (rows) may see a key (columns), broadcast over (B, heads, N, keys)."""
+        """x (B, N, W); mask is True where a query (row) may see a key (column), broadcast over (B, heads, N, keys)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W/heads)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -50,10 +52,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(width)) v on (B, heads, N, width), mask True where a query may see a key.
+    """softmax(q k^T / sqrt(width)) v on (B, heads, N, width); mask is True where a query may see a key.
 
-    On a CPU torch's fused kernel spends half of a small model's step in its backward; with few tokens the plain products
-    are twice as fast (block forward and backward, 65 tokens, bf16: 0.22 s against 0.46 s).
+    On a CPU the backward pass of torch's fused kernel takes half of a small model's step; for few tokens plain products are twice
+    as fast (a block's forward and backward pass, 65 tokens, bf16: 0.22 s against 0.46 s).
     """
     if q.device.type != "cpu" or k.shape[2] > PLAIN_TOKENS:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -69,10 +71,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 PLAIN_TOKENS = 256
+"""Most tokens for which a CPU uses plain products."""
 
 
 class KeyValueCache:
-    """Keys and values of one attention layer, for captions written word by word."""
+    """Keys and values of one attention layer while a caption is written word by word."""
 
     def __init__(self):
         self.keys: Tensor | None = None
@@ -85,7 +88,7 @@ class KeyValueCache:
         return keys, values
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) these rows of the batch: beam search reorders its hypotheses."""
+        """Keep or repeat these rows of the batch: beam search reorders its hypotheses."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
@@ -102,7 +105,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in fp32 whatever it is given: FSDP gathers the weights of a block in bf16, which autocast on a CPU leaves as they are."""
+    """Always computes in fp32: FSDP gathers the weights of a block in bf16, and autocast on a CPU does not cast them back."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -124,9 +127,9 @@ class Block(nn.Module):
 
 
 def check_gelu(gelu: str) -> None:
-    """Raises ValueError for a GELU that is neither of the two."""
+    """Raises ValueError for an unknown kind of GELU."""
     if gelu not in ("exact", "tanh"):
-        raise ValueError(f"gelu {gelu!r} is unknown; legal are exact and tanh")
+        raise unknown("gelu", str(gelu), ("exact", "tanh"))
 
 
 def blocks(size: TransformerSize, gelu: Gelu = "exact") -> nn.ModuleList:
@@ -134,9 +137,9 @@ def blocks(size: TransformerSize, gelu: Gelu = "exact") -> nn.ModuleList:
 
 
 def positions_on(x: Tensor, height: int, width: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """`sincos_positions` on the device of `x` in `dtype`, made once for each grid, not in every forward. Not to be changed in place.
+    """`sincos_positions` on the device of `x` in `dtype`, computed once for each grid. Do not change it in place.
 
-    While a graph is traced (compile, export, fake tensors) the table becomes a part of it and is not kept.
+    While a graph is traced (compile, export, fake tensors) the table becomes part of the graph and is not kept.
     """
     if type(x) is Tensor and not torch.compiler.is_compiling():
         return _kept_positions(height, width, channels, x.device, dtype)
@@ -145,22 +148,22 @@ def positions_on(x: Tensor, height: int, width: int, channels: int, dtype: torch
 
 @functools.lru_cache(maxsize=64)
 def _kept_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # or a table first made within inference_mode could not be trained with
+    with torch.inference_mode(False):  # a table made within inference_mode could not be used in training later
         return sincos_positions(height, width, channels, device).to(dtype)
 
 
 def sincos_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine table of a grid, row by row: (height x width, channels) in fp32.
+    """Fixed 2-D sine-cosine table of a grid in row order: (height x width, channels) in fp32.
 
-    Each row is [sin x, cos x, sin y, cos y] with frequencies 10000^-(k / (channels/4 - 1)), on integer coordinates: the
-    convention of the released encoders (big_vision's `posemb_sincos_2d`), not MoCo-v3's or MAE's.
+    Each row is [sin x, cos x, sin y, cos y] on integer coordinates with frequencies 10000^-(k / (channels/4 - 1)): the
+    convention of the released encoders (big_vision's `posemb_sincos_2d`), not that of MoCo-v3 or MAE.
 
     Raises:
-        ValueError: channels is not a multiple of 4, or too small to have two frequencies.
+        ValueError: channels is not a multiple of 4, or less than 8 (two frequencies).
     """
     if channels % 4 or channels < 8:
         raise ValueError(f"positions need a width that is a multiple of 4 and at least 8, not {channels}")
-    steps = {"dtype": torch.float64, "device": device}  # made on the device: a table from the CPU would have to be waited for
+    steps = {"dtype": torch.float64, "device": device}  # computed on the device: copying a table from the CPU would wait for it
     y, x = torch.meshgrid(torch.arange(height, **steps), torch.arange(width, **steps), indexing="ij")  # type: ignore[arg-type]
     frequencies = 10000.0 ** -(torch.arange(channels // 4, **steps) / (channels // 4 - 1))  # type: ignore[arg-type]
     x, y = x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies
@@ -168,7 +171,7 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices (each of q, k, v on its own), zero biases, unit norms. For `module.apply`."""
+    """Xavier-uniform matrices (q, k and v separately), zero biases, unit norms. For `module.apply`."""
     if isinstance(module, Attention):
         for part in module.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(part)

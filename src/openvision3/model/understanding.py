@@ -1,4 +1,4 @@
-"""Branch 2, understanding: a text encoder to contrast with the pooled tokens, a captioner that reads the tokens."""
+"""Branch 2, understanding: a text encoder, contrasted with the pooled tokens, and a captioner, which reads the tokens."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ TEXT_SIZES = {
     "So400m": TransformerSize(1152, 27, 16, 4304),
     "H": TransformerSize(1024, 24, 16, 4096),
 }
-"""Sizes of the text encoder and the captioner that go with an encoder of that name: the paper's, and three of ours."""
+"""Sizes of text encoder and captioner for an encoder of that name: the paper's, and three of ours."""
 
 
 @dataclass
 class TextEncoderConfig:
-    """Captions -> embeddings to contrast with pictures."""
+    """Captions -> embeddings to contrast with images."""
 
     size: str = "B"
     """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     positions: int = 80
-    """longest caption in word pieces, the class mark at its end included"""
+    """longest caption in word pieces, including the class token at its end"""
 
     def __post_init__(self):
         named_size(self.size, TEXT_SIZES)
         if self.positions < 2:
-            raise ValueError(f"positions {self.positions} must be at least 2: a text has a mark and a word")
+            raise ValueError(f"positions {self.positions} must be at least 2: a text has a special token and a word")
 
 
 @dataclass
@@ -49,18 +49,18 @@ class CaptionerConfig:
     size: str = "B"
     """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     positions: int = 128
-    """longest caption in word pieces, begin and end marks included"""
+    """longest caption in word pieces, including the begin and end tokens"""
 
     def __post_init__(self):
         named_size(self.size, TEXT_SIZES)
         if self.positions < 2:
-            raise ValueError(f"positions {self.positions} must be at least 2: a text has a mark and a word")
+            raise ValueError(f"positions {self.positions} must be at least 2: a text has a special token and a word")
 
 
 class TextEncoder(nn.Module):
-    """text_ids (B, T) -> (B, E), not yet of unit length: bidirectional, tanh GELU, read at the class mark that ends a text.
+    """text_ids (B, T) -> (B, E), not normalised: bidirectional, tanh GELU, read at the class token that ends a text.
 
-    Padding is masked: a caption's embedding does not depend on the length of its neighbours.
+    Padding is masked, so that the embedding of a caption does not depend on the length of its neighbours.
     """
 
     def __init__(self, config: TextEncoderConfig, vocabulary: int, embed_dim: int, pad_id: int = 0):
@@ -79,13 +79,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, text_ids: Tensor) -> Tensor:
         if text_ids.ndim != 2 or not text_ids.shape[1]:
-            raise ValueError(f"text_ids of shape {tuple(text_ids.shape)} cannot be read; legal is (B, T) with a piece at least")
+            raise ValueError(f"text_ids of shape {tuple(text_ids.shape)} cannot be read; pass (B, T) with at least one piece")
         length = text_ids.shape[1]
         if length > self.config.positions:
             raise ValueError(f"texts of {length} pieces are longer than this text encoder's {self.config.positions} positions")
         seen = text_ids != self.pad_id  # (B, T)
         x = self.embedding(text_ids) + self.positions[:length]
-        # A row that is all padding (no such caption) would have nothing to attend to: let it see itself.
+        # A row of padding alone (a missing caption) would attend to nothing: let it see itself.
         mask = (seen | ~seen.any(1, keepdim=True))[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
@@ -95,7 +95,7 @@ class TextEncoder(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Prefix language model (paper, section 3.3): tokens see each other, words see the tokens and the words before them.
+    """Prefix language model (paper, section 3.3): tokens see each other; words see the tokens and the words before them.
 
     The output matrix is the transposed word embedding.
     """
@@ -117,11 +117,11 @@ class Captioner(nn.Module):
         nn.init.zeros_(self.output_bias)
 
     def forward(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
-        """tokens (B, N, D), caption_ids (B, L) from the begin mark on -> logits (B, L, V): position i predicts word i + 1."""
+        """tokens (B, N, D), caption_ids (B, L) from the begin token on -> logits (B, L, V): position i predicts word i + 1."""
         return self._logits(self.features(tokens, caption_ids))
 
     def features(self, tokens: Tensor, caption_ids: Tensor) -> Tensor:
-        """As `forward`, but what the logits are made from: (B, L, W). In training the loss makes few of them at a time."""
+        """The features (B, L, W) that the logits are computed from. In training the loss computes a few logits at a time."""
         count, length = tokens.shape[1], caption_ids.shape[1]
         self._check(length)
         words = self.embedding(caption_ids) + self.positions[:length]
@@ -134,8 +134,8 @@ class Captioner(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.embed_tokens.in_features:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not this captioner's; legal is (B, N, {self.embed_tokens.in_features})")
-        return self.embed_tokens(tokens).to(self.positions.dtype)  # see Encoder: sums and norms in fp32
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} do not fit this captioner; pass (B, N, {self.embed_tokens.in_features})")
+        return self.embed_tokens(tokens).to(self.positions.dtype)  # residual sums and norms in fp32, as in Encoder
 
     def _check(self, length: int) -> None:
         if length > self.config.positions:
@@ -143,17 +143,15 @@ class Captioner(nn.Module):
 
     def _check_writing(self, max_length: int) -> None:
         if not isinstance(max_length, Integral) or not 1 <= max_length < self.config.positions:
-            raise ValueError(
-                f"max_length {max_length} must lie between 1 and {self.config.positions - 1}: this captioner has {self.config.positions} positions"
-            )
+            raise ValueError(f"max_length {max_length} must be from 1 to {self.config.positions - 1}: this captioner has {self.config.positions} positions")
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight, self.output_bias)
 
     def read(self, tokens: Tensor) -> list[KeyValueCache]:
-        """The prefix pass: keys and values of the tokens in every block. Raises ValueError for tokens that hold NaN or infinity."""
+        """The prefix pass: keys and values of the tokens in every block. Raises ValueError for tokens with NaN or infinity."""
         if not bool(tokens.isfinite().all()):
-            raise ValueError("the tokens hold NaN or infinity: no caption can be written; were the weights trained to the end?")
+            raise ValueError("the tokens contain NaN or infinity, so that no caption can be written; did the training of these weights diverge?")
         caches = [KeyValueCache() for _ in self.blocks]
         x = self._embed(tokens)
         for block, cache in zip(self.blocks, caches, strict=True):
@@ -179,9 +177,9 @@ class Captioner(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
-        """tokens (B, N, D) -> word ids of one caption each, without the marks: greedy, or sampled from the top-p nucleus.
+        """tokens (B, N, D) -> word ids of one caption a row, without special tokens: greedy, or sampled from the top-p nucleus.
 
-        A caption stops at its end mark; the call returns when all have, or at `max_length` words.
+        A caption ends at its end token, or after `max_length` words.
         """
         self._check_writing(max_length)
         check_sampling(top_p, temperature)
@@ -201,7 +199,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def write_beam(self, tokens: Tensor, begin: int, end: int, *, max_length: int = 32, beams: int = 4, length_penalty: float = 0.6) -> list[list[int]]:
-        """As `write`, by beam search: the finished caption of highest log-probability / length^length_penalty."""
+        """As `write`, by beam search: the finished caption with the highest log-probability / length^length_penalty."""
         self._check_writing(max_length)
         if beams < 1 or length_penalty < 0:
             raise ValueError(f"beams {beams} must be at least 1, length_penalty {length_penalty} must not be negative")
@@ -234,7 +232,7 @@ class Captioner(nn.Module):
                 break
             captions = [[*captions[row], word] for row, word in zip(keep_rows, keep_words, strict=True)]
             if len(finished) >= beams or (finished and max(finished)[0] >= keep_scores[0] / max_length**penalty):
-                break  # enough, or no open caption can still win
+                break  # enough captions, or no unfinished one can still win
             rows = torch.tensor(keep_rows, device=tokens.device)
             for cache in caches:
                 cache.select(rows)
@@ -246,22 +244,22 @@ class Captioner(nn.Module):
 
 
 COLDEST, HOTTEST = 1e-6, 1e6
-"""Temperatures between which logits, divided by them, stay numbers in fp32."""
+"""Range of temperatures for which the divided logits stay finite in fp32."""
 
 
 def check_sampling(top_p: float | None, temperature: float) -> None:
-    """Raises ValueError for a top_p or temperature that cannot be drawn with, or a temperature where nothing is drawn."""
+    """Raises ValueError for a top_p or temperature out of range, or a temperature without sampling."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real) or not COLDEST <= temperature <= HOTTEST:
         raise ValueError(f"temperature {temperature!r} must be a positive number from {COLDEST:g} to {HOTTEST:g}; leave top_p unset for greedy captions")
     if top_p is None:
         if temperature != 1:
-            raise ValueError(f"temperature {temperature} changes nothing unless words are drawn; set top_p too, such as 0.9, or leave the temperature at 1")
+            raise ValueError(f"temperature {temperature} has no effect without sampling; set top_p too, such as 0.9, or leave the temperature at 1")
     elif isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p!r} must lie in (0, 1]")
 
 
 def _nucleus(logits: Tensor, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Sample (B,) from the smallest set of words whose probability reaches top_p."""
+    """Sample (B,) from the smallest set of words whose total probability reaches top_p."""
     values, order = logits.softmax(-1).sort(-1, descending=True)
     values = values.masked_fill(values.cumsum(-1) - values >= top_p, 0.0)
     choice = torch.multinomial(values, 1, generator=generator)

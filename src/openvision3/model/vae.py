@@ -1,8 +1,8 @@
-"""images <-> latents: any diffusers `AutoencoderKL` or `AutoencoderTiny`, frozen; or none at all, for the ablation.
+"""images <-> latents: any diffusers `AutoencoderKL` or `AutoencoderTiny`, frozen; or no VAE at all, for the ablation.
 
-vae = hub.load_vae("embedded")       # the one that ships; or a folder, or a hub id
+vae = hub.load_vae("embedded")       # the one in the package; or a folder, or a hub id
 latents = vae.encode(images)         # (B, 3, H, W) in [-1, 1] -> (B, C, H/stride, W/stride)
-images = vae.decode(latents)         # gradient reaches `latents`, never the weights
+images = vae.decode(latents)         # gradient flows to `latents`; the weights are frozen
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor, nn
 from openvision3.settings import PathName
 
 LEVELS = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
-"""Where each class keeps its levels: every one but the last halves the sides, so the stride is 2^(levels - 1)."""
+"""The setting of each class that lists its levels. All levels but the last halve the sides: the stride is 2^(levels - 1)."""
 
 TILE_PIXELS = 1024 * 1024
-"""Larger pictures are encoded and decoded in overlapping tiles."""
+"""Larger images are encoded and decoded in overlapping tiles."""
 _TILE, _OVERLAP = 512, 64
 
 
 @dataclass
 class VAEConfig:
-    """Which VAE stands at both ends of the model, and how its latents are scaled."""
+    """Which VAE encodes and decodes the images, and how its latents are scaled."""
 
     name: PathName = "embedded"
-    """embedded, a diffusers folder, a hub id, or pixels (no VAE)"""
+    """embedded, a folder in diffusers' layout, a hub id, or pixels (no VAE)"""
     shift: bool | None = None
-    """subtract the VAE's shift_factor; unset: off for AutoencoderKL, as the authors do, on for AutoencoderTiny"""
+    """subtract the VAE's shift_factor; by default off for AutoencoderKL, as in the paper's code, and on for AutoencoderTiny"""
 
 
 class VAE(nn.Module):
     """A frozen diffusers VAE with one convention: latents = (posterior mean - shift) x scale, never sampled.
 
-    `network` is an AutoencoderKL or AutoencoderTiny, or None for pixels. `dtype` is bf16 or fp32; the VAE's own
-    activations overflow fp16. Channels, stride, scale and shift are read from the network's config.
+    `network` is an AutoencoderKL, an AutoencoderTiny, or None for pixels. `dtype` is bf16 or fp32, since the activations
+    overflow fp16. Channels, stride, scale and shift come from the network's config.
 
     Raises:
         ValueError: another class of VAE, or a dtype that is not bf16 or fp32.
@@ -56,25 +56,25 @@ class VAE(nn.Module):
         self.kind = type(network).__name__
         settings: Any = network.config
         if self.kind not in LEVELS:
-            raise ValueError(f"{self.kind} is not a VAE this model can use; legal are {' and '.join(LEVELS)}")
+            raise ValueError(f"{self.kind} is not a VAE that this model can use; choose one of {', '.join(LEVELS)}")
         self.latent_channels = int(settings.latent_channels)
         self.stride = 2 ** (len(settings[LEVELS[self.kind]]) - 1)
         self.scale = float(settings.scaling_factor)
         self.uses_shift = self.kind == "AutoencoderTiny" if shift is None else shift
         self.shift = float(settings.get("shift_factor") or 0.0) if self.uses_shift else 0.0
         network.requires_grad_(False).eval()
-        nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # diffusers' own warns of an empty list
+        nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the `to` of diffusers warns of an empty list
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.network is None else next(self.network.parameters()).dtype
 
     def train(self, mode: bool = True) -> VAE:
-        """Frozen: stays in evaluation mode whatever is asked."""
+        """Frozen: stays in evaluation mode."""
         return super().train(False)
 
     def _apply(self, fn, recurse: bool = True):
-        # half() and to(dtype), of this module or of one around it, come through here
+        # half() and to(dtype) of this module, or of a module around it, arrive here
         if self.network is not None:
             _check_dtype(fn(torch.empty(0, dtype=self.dtype)).dtype)
         return super()._apply(fn, recurse)
@@ -87,9 +87,9 @@ class VAE(nn.Module):
             ValueError: not (B, 3, H, W) of floats, or sides that are not multiples of the stride.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype} cannot be encoded; legal are floats (B, 3, H, W) in [-1, 1]")
+            raise ValueError(f"images of shape {tuple(images.shape)} and {images.dtype} cannot be encoded; pass floats (B, 3, H, W) in [-1, 1]")
         if images.shape[2] % self.stride or images.shape[3] % self.stride or not images.shape[2] * images.shape[3]:
-            raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} cannot be encoded; sides must be multiples of {self.stride}")
+            raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be encoded; sides must be multiples of {self.stride}")
         if self.network is None:
             return images.detach().float()
         latents = self._in_parts(self._encode, images, 1 / self.stride, self.latent_channels)
@@ -102,9 +102,9 @@ class VAE(nn.Module):
             ValueError: latents of another VAE (wrong number of channels).
         """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels or not latents.shape[2] * latents.shape[3]:
-            raise ValueError(f"latents of shape {tuple(latents.shape)} are not this VAE's; legal is (B, {self.latent_channels}, h, w)")
+            raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit this VAE; pass (B, {self.latent_channels}, h, w)")
         if not latents.is_floating_point():
-            raise ValueError(f"latents of {latents.dtype} cannot be decoded; pass floats, as encode gives them")
+            raise ValueError(f"latents of {latents.dtype} cannot be decoded; pass floats, as encode returns them")
         if self.network is None:
             return latents.float()
         return self._in_parts(self._decode, latents.float() / self.scale + self.shift, self.stride, 3)
@@ -119,12 +119,12 @@ class VAE(nn.Module):
         return self.network.decode(latents).sample  # type: ignore[operator]
 
     def _run(self, function, x: Tensor) -> Tensor:
-        # An outer autocast would choose its own precision: inside, the VAE's dtype decides.
+        # The VAE computes in its own dtype, whatever an outer autocast says.
         with torch.autocast(x.device.type, enabled=False):
             return function(x.to(self.dtype).contiguous(memory_format=torch.channels_last)).float()
 
     def _in_parts(self, function, x: Tensor, zoom: float, channels: int) -> Tensor:
-        """All at once where a gradient is wanted; else in chunks of a few pictures, and in tiles where they are large."""
+        """With a gradient all at once; without one a few images at a time, and large images in tiles."""
         height, width = (round(side * max(zoom, 1)) for side in x.shape[-2:])
         if torch.is_grad_enabled() and x.requires_grad:
             return self._run(function, x)
@@ -153,7 +153,7 @@ class VAE(nn.Module):
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"a VAE in {dtype} gives NaN or black pictures; legal are torch.bfloat16 and torch.float32")
+        raise ValueError(f"a VAE in {dtype} gives NaN or black images; choose torch.bfloat16 or torch.float32")
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
