@@ -105,17 +105,17 @@ def _parse_options(kind: Any, argv: Sequence[str], program: str, description: st
 
 def estimate(argv: Sequence[str]) -> int:
     """Estimate memory, hours, disk and network of a run: openvision3 estimate RECIPE [--gpus h100:8]"""
-    from openvision3.estimate.plan import estimate
-    from openvision3.estimate.planned import Options
-    from openvision3.estimate.show import show, to_json
-    from openvision3.train.recipes import IN_TURN
-
     program = "openvision3 estimate"
     about = "What a run takes and what would make it cheaper; nothing is loaded, nothing runs. Fields of the run can be set too, as for openvision3 train."
     if not argv or argv[0].startswith("-"):
         print(f"usage: {program} RECIPE [--gpus h100:8] [--explain] [--field value ...]\n\n{about}")
         print(f"\noptions: {program} RECIPE --help; recipes and fields: openvision3 train --help")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from openvision3.estimate.plan import estimate
+    from openvision3.estimate.planned import Options
+    from openvision3.estimate.show import show, to_json
+    from openvision3.train.recipes import IN_TURN
+
     options, rest = _parse_options(Options, argv[1:], f"{program} {argv[0]}", about)
     phases = [recipe.__name__ for recipe in IN_TURN.get(argv[0], [])] or [argv[0]]
     plans = [estimate(configure_run(name, rest, f"{program} {argv[0]}"), name, options) for name in phases]
