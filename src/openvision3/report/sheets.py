@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,23 +54,8 @@ def caption_sheet(rows: Sequence[tuple[Image.Image, str, str]], side: int = 180,
         sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
         top = y
         for caption, colour, most_lines in ((new or "(kept)", (20, 20, 20), 7), (old or "(no old caption)", (120, 120, 120), 3)):
-            for line in _wrap(caption, font, text_width, most_lines):
+            for line in textwrap.wrap(caption, 46, max_lines=most_lines, placeholder=" ..."):
                 pen.text((x + side + gap, top), line, fill=colour, font=font)
                 top += line_height
             top += line_height // 2
     return sheet
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most_lines: int) -> list[str]:
-    """At most `most_lines` lines that fit `width` in pixels; the last one ends in ... if there was more."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-            continue
-        while font.getlength(word) > width:
-            word = word[:-1]
-        lines.append(word)
-    lines = [line for line in lines if line]
-    return lines if len(lines) <= most_lines else [*lines[: most_lines - 1], lines[most_lines - 1] + " ..."]
