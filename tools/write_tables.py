@@ -28,9 +28,10 @@ def peers() -> str:
         kinds = ", ".join(kind for kind, functions in NEEDS.items() if set(functions) <= set(asset.can))
         files = ", ".join(f"`{file.name}`" for file in asset.files)
         code = f", in a checkout of github.com/{asset.model.code[0]}" if asset.model.code else ""
-        return [f"`{asset.name}`", kinds, f"{asset.model.size}", f"{asset.hub}: {files}{code}", asset.licence + ("; gated" if asset.gated else "")]
+        notes = "; ".join(filter(None, (asset.model.note, asset.note)))
+        return [f"`{asset.name}`", kinds, f"{asset.model.size}", f"{asset.hub}: {files}{code}", asset.licence + ("; gated" if asset.gated else ""), notes]
 
-    return markdown(("peer", "measured by", "px", "files, of huggingface.co/", "licence"), [row(asset) for asset in ASSETS.values() if asset.model])
+    return markdown(("peer", "measured by", "px", "files, of huggingface.co/", "licence", "note"), [row(asset) for asset in ASSETS.values() if asset.model])
 
 
 def assets() -> str:

@@ -139,7 +139,7 @@ def test_no_server_is_one_line(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(SourceError, match=r"/file: .*refused") as raised:
-        get(server, tmp_path / "file")
+        get(server, tmp_path / "new" / "file")
     assert "\n" not in str(raised.value) and os.listdir(tmp_path) == []
 
 

@@ -6,6 +6,7 @@ had. Ours is the part that stays after a kill: `hf_hub_download` and pooch's own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def locate_on_hub(hub: str, name: str, endpoint: str) -> Source:
     token = (get_token() if endpoint == TOKEN_ENDPOINT else None) or False
     url = hf_hub_url(hub, name, endpoint=endpoint)
     try:
-        metadata = get_hf_file_metadata(url, token=token, endpoint=endpoint, retry_on_errors=True)
+        metadata = get_hf_file_metadata(url, token=token, endpoint=endpoint)
     except Exception as error:
         shown = "the token of HF_TOKEN was shown" if token else "no token is set"
         raise _source_error(url, error, f" ({shown})") from error
@@ -74,6 +75,7 @@ def download(source: Source, target: Path, sha256: str = "") -> None:
     url = source.location or source.url
     check_url(url)
     _check_room(target, source.size or 0)
+    is_new = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("ERROR")
     lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
@@ -86,6 +88,9 @@ def download(source: Source, target: Path, sha256: str = "") -> None:
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder holds something
+            if is_new:
+                target.parent.rmdir()
 
 
 def check_url(url: str) -> None:
