@@ -133,7 +133,11 @@ def _openvision(name: str, hub: str, patch: int, *, latents: int = 0, sha256: st
     licence, needed_by, note = {
         "1": ("Apache-2.0 on the cards of its family", "comparing with OpenVision", "file names are those of its family, not looked up here"),
         "2": ("unknown; others call it Apache-2.0", "comparing with OpenVision 2", "its card was not seen"),
-        "3": ("see its model card; the VAE Apache-2.0", "the authors' released encoders (with flux-vae)", "with the VAE of flux-vae, in its own folder or in vae/"),
+        "3": (
+            "see its model card; the VAE Apache-2.0",
+            "the authors' released encoders (with flux-vae)",
+            "with the VAE of flux-vae, in its own folder or in vae/",
+        ),
     }[version]
     model = Model("openvision 3" if version == "3" else "openvision", _EMBEDS if version == "1" else ("features",), size, expects, released)
     return Asset(name, files, needed_by, licence, hub, note=note, model=model)
