@@ -19,7 +19,7 @@ from openvision3.data.captions import TextError
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, damage_seen, open_image
 from openvision3.data.names import NamedData, find
-from openvision3.data.shards.index import Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
+from openvision3.data.shards.index import IndexFile, Problem, ShardIndex, Stamp, fresh_index, index_path, is_remote, scan, stamp_of
 from openvision3.data.shards.remote import fetch, remote_stamp
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.shards.tars import Tars, Watch, plain
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass
 class Indexed:
-    """What `write_index` did with one shard; `error` where it could not."""
+    """What `write_index` did with one shard; `error` says why there is no index."""
 
     shard: str
     samples: int = 0
@@ -59,51 +59,47 @@ def write_indexes(names: Sequence[str], folder: str = "", again: bool = False, w
 
 
 def write_index(shard: str, folder: str = "", again: bool = False) -> Indexed:
-    """Write the index of a shard, unless there is one that fits; of a remote shard into `folder`, from a copy that is deleted."""
+    """Index a shard, unless its index fits (or `again`). A remote shard is copied for this, and its index is written into `folder`."""
     try:
-        now = remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
+        stamp = _stamp(shard)
         place = index_path(shard, folder)
-        head, _ = (None, "") if again else fresh_index(place, now)
+        head, _ = (None, "") if again else fresh_index(place, stamp)
+        index: ShardIndex | IndexFile
         if head is not None and head.count:
-            return Indexed(shard, head.count, now.size, False, _named(head.problems, shard))
-        with local_copy(shard, now) as path:
-            found = scan(path, now)
-        if not found.is_of_a_tar:
-            return Indexed(shard, error=_why_none(found))
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        found.save(place)
-        if not len(found):
-            return Indexed(shard, error=_why_none(found))
-        return Indexed(shard, len(found), now.size, True, _named(found.problems, shard))
-    except Exception as error:  # of one shard among thousands; remote places raise what they like
-        return Indexed(shard, error=_line(error))
-
-
-def _why_none(index: ShardIndex) -> str:
-    return "no usable sample: " + "; ".join(f"{problem['reason']}: {problem['detail']}" for problem in index.problems[:3])
-
-
-def _named(problems: list[Problem], shard: str) -> tuple[Problem, ...]:
-    return tuple({**p, "key": f"{shard} {p['key']}".rstrip()} for p in problems)
+            index = head
+        else:
+            with local_copy(shard, stamp) as path:
+                index = scan(path, stamp)
+            if index.is_of_a_tar:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                index.save(place)
+        if not index.count:
+            return Indexed(shard, error="no usable sample: " + "; ".join(f"{p['reason']}: {p['detail']}" for p in index.problems[:3]))
+        problems = tuple({**p, "key": f"{shard} {p['key']}".rstrip()} for p in index.problems)
+        return Indexed(shard, index.count, stamp.size, index is not head, problems)
+    except Exception as error:  # one shard must not stop thousands, and remote file systems raise errors of any type
+        return Indexed(shard, error=_on_one_line(error))
 
 
 @dataclass
 class Checked:
-    """What `check_shard` or `check_folder` saw: samples, how many of them can be trained on, and every problem."""
+    """What the check of a shard or folder gives: its samples, how many of them can be trained on, and every problem."""
 
     shard: str
     samples: int = 0
     usable: int = 0
     bytes: int = 0
-    problems: tuple[Problem, ...] = ()
-    captions: dict[int, int] = field(default_factory=dict)
-    """number of captions, where a sample has several: samples that have so many"""
+    problems: list[Problem] = field(default_factory=list)
+    captions: Counter[int] = field(default_factory=Counter)
+    """of samples with several captions: {number of captions: samples}"""
+
+    def add(self, reason: str, detail: str, key: str = "") -> None:
+        self.problems.append({"key": key or self.shard, "reason": reason, "detail": detail})
 
 
 @dataclass
 class CheckReport:
-    """What `check_data` saw."""
+    """What `check_data` gives."""
 
     shards: int
     folders: int
@@ -115,7 +111,7 @@ class CheckReport:
 
     @property
     def captions(self) -> Counter[int]:
-        return sum((Counter(checked.captions) for checked in self.checked), Counter())
+        return sum((checked.captions for checked in self.checked), Counter())
 
     def total(self, name: str) -> int:
         return sum(getattr(checked, name) for checked in self.checked)
@@ -129,83 +125,84 @@ def check_data(names: Sequence[str], caption_keys: tuple[str, ...] = (), decode:
     shards, folders, missing = (_distinct(data, kind) for kind in ("tars", "folders", "missing"))
     checked = _map_shards(functools.partial(check_shard, caption_keys=caption_keys, decode=decode), shards, workers, "checking")
     checked += [check_folder(folder, decode, track) for folder in folders]
-    checked += [Checked(path, problems=({"key": path, "reason": "missing", "detail": "no such shard"},)) for path in missing]
-    if unused := tuple(problem for part in data for problem in part.unused):
+    checked += [Checked(path, problems=[{"key": path, "reason": "missing", "detail": "no such shard"}]) for path in missing]
+    if unused := [problem for part in data for problem in part.unused]:
         checked.append(Checked("beside the shards", problems=unused))
     return CheckReport(len(shards) + len(missing), len(folders), checked)
 
 
 def check_shard(shard: str, caption_keys: tuple[str, ...] = (), decode: bool = False) -> Checked:
-    """Look at every sample of a shard: the tar whole, members paired, JSON readable, captions there, with `decode` pictures too."""
+    """Check a shard: its tar, and of each sample the members, the JSON, the captions, and with `decode` the image."""
+    checked = Checked(shard)
     label = Path(shard).name.removesuffix(".tar")
     try:
-        now = remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
-        with local_copy(shard, now) as path:
+        stamp = _stamp(shard)
+        with local_copy(shard, stamp) as path:
             index = scan(path)
-            problems = [{**p, "key": f"{label}/{p['key']}" if p["key"] else shard} for p in index.problems]
-            several: Counter[int] = Counter()
-            usable = 0
-            if len(index):
-                without = f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank"
-                usable = _usable(ShardSource(Tars([path], [label], indexes=[index]), caption_keys), without, decode, problems, several)
-        return Checked(shard, len(index), usable, now.size, tuple(problems), dict(several))
+            checked.problems = [{**p, "key": f"{label}/{p['key']}" if p["key"] else shard} for p in index.problems]
+            if index.count:
+                source = ShardSource(Tars([path], [label], indexes=[index]), caption_keys)
+                no_caption = f"none of {', '.join(caption_keys)}" if caption_keys else "the .txt member is missing or blank"
+                _check_samples(source, checked, no_caption, decode)
+        checked.samples, checked.bytes = index.count, stamp.size
+        return checked
     except FileNotFoundError:
-        return Checked(shard, problems=({"key": shard, "reason": "missing", "detail": "no such shard"},))
+        return Checked(shard, problems=[{"key": shard, "reason": "missing", "detail": "no such shard"}])
     except Exception as error:  # see write_index
         reason = error.reason if isinstance(error, ImageError) else "unreadable"
-        return Checked(shard, problems=({"key": shard, "reason": reason, "detail": _line(error)},))
+        return Checked(shard, problems=[{"key": shard, "reason": reason, "detail": _on_one_line(error)}])
 
 
 def check_folder(folder: str, decode: bool = False, watch: Watch = plain) -> Checked:
-    """Look at every image of a folder: captions there, with `decode` images too; and what lies there and is not read."""
+    """Check a folder of images: the captions of each, with `decode` the image, and the files that are not read."""
+    checked = Checked(folder)
     try:
         source = FolderSource(folder)
     except (ValueError, OSError) as error:
-        return Checked(folder, problems=({"key": folder, "reason": "no images", "detail": _line(error)},))
-    problems, several = list(source.problems), Counter[int]()
-    usable = _usable(source, "no text of that name, and no row in a table", decode, problems, several, watch)
-    size = sum(os.path.getsize(path) for path in source.files() if os.path.exists(path))
-    return Checked(folder, len(source), usable, size, tuple(problems), dict(several))
+        checked.add("no images", _on_one_line(error))
+        return checked
+    checked.problems = list(source.problems)
+    _check_samples(source, checked, "no text of that name, and no row in a table", decode, watch)
+    checked.samples, checked.bytes = len(source), sum(os.path.getsize(path) for path in source.files() if os.path.exists(path))
+    return checked
 
 
-def _usable(source: ShardSource | FolderSource, without: str, decode: bool, problems: list[Problem], several: Counter[int], watch: Watch = plain) -> int:
-    """How many samples have no flaw; flaws go to `problems`, `without` is the detail of one that has no caption."""
-    good = 0
+def _check_samples(source: ShardSource | FolderSource, checked: Checked, no_caption: str, decode: bool, watch: Watch = plain) -> None:
+    """Add the problems of all samples to `checked`, and count those without one; `no_caption` is the detail of a sample without a caption."""
     for sample in watch(range(len(source)), "checking"):
-        before = len(problems)
-
-        def note(reason: str, detail: str, key: str = source.key(sample)) -> None:
-            problems.append({"key": key, "reason": reason, "detail": detail})
-
+        before, key = len(checked.problems), source.key(sample)
         try:
             if isinstance(source, ShardSource) and source.broken_json(sample):
-                note("broken JSON", "empty, cut off or not an object")
+                checked.add("broken JSON", "empty, cut off or not an object", key)
             try:
                 captions = source.captions(sample)
-                several.update([len(captions)] if len(captions) > 1 else [])
+                if len(captions) > 1:
+                    checked.captions[len(captions)] += 1
+                if not captions and (label := source.value(sample)) is not None:
+                    checked.add("class but no caption", f"class {label:.60}: it serves zeroshot and probe, not training", key)
+                elif not captions:
+                    checked.add("no caption", no_caption, key)
             except TextError as error:
-                captions = None
-                note(error.reason, str(error))
-            if captions == () and (label := source.value(sample)) is not None:
-                note("class but no caption", f"class {label:.60}: it serves zeroshot and probe, not training")
-            elif captions == ():
-                note("no caption", without)
+                checked.add(error.reason, str(error), key)
             data = source.data(sample)
             if decode:
                 open_image(data)
                 if damage := damage_seen():
-                    note(**damage)
+                    checked.add(**damage, key=key)
             elif not (data.stat().st_size if isinstance(data, Path) else len(data)):
-                note("empty", "the picture holds 0 bytes")
+                checked.add("empty", "the image file holds 0 bytes", key)
         except (ImageError, OSError) as error:
-            note(error.reason if isinstance(error, ImageError) else "unreadable", str(error))
-        good += len(problems) == before
-    return good
+            checked.add(error.reason if isinstance(error, ImageError) else "unreadable", str(error), key)
+        checked.usable += len(checked.problems) == before
+
+
+def _stamp(shard: str) -> Stamp:
+    return remote_stamp(shard) if is_remote(shard) else stamp_of(os.stat(shard))
 
 
 @contextlib.contextmanager
 def local_copy(shard: str, stamp: Stamp) -> Iterator[str]:
-    """The shard itself, or a remote one fetched to a file that is deleted afterwards."""
+    """The path of the shard, or of a copy of a remote one, which is deleted afterwards."""
     if not is_remote(shard):
         yield shard
         return
@@ -214,7 +211,7 @@ def local_copy(shard: str, stamp: Stamp) -> Iterator[str]:
         yield file.name
 
 
-def _line(error: Exception) -> str:
+def _on_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
