@@ -179,8 +179,8 @@ def test_recaption_stores_no_replacement_characters(places):
         beside.write([{"kept": "x"}] * len(folder), {}, file)
         file.seek(0)
         rows = [json_object(line) for line in file]
-    assert [row["org_caption"] for row in rows] == [list(captions) for captions in beside.olds]
-    assert sum(not captions for captions in beside.olds) == len(NO_TEXT) == len(beside.problems)
+    assert [row["org_caption"] for row in rows] == [list(captions) for captions in beside.old]
+    assert sum(not captions for captions in beside.old) == len(NO_TEXT) == len(beside.problems)
 
 
 # -- several captions ------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_columns_of_recap_datacomp_stay_and_a_json_field_may_be_the_old_caption(
     told = {"url": "u", "caption": "alt text", "org_caption": "the alt text", "re_caption": "an older model's", "title": "A title"}
     shard = str(write_shard(tmp_path / "00000.tar", {"0.jpg": drawing(0), "0.txt": b"alt text", "0.json": json.dumps(told).encode()}))
     model = says(lambda picture, key: Answer("new"))
-    with pytest.raises(ValueError, match="has a re_caption already; name another with --field, or write over it with --replace"):
+    with pytest.raises(ValueError, match="has a re_caption; choose another name with --field, or overwrite it with --replace"):
         recaption([shard], tmp_path / "out", model)
     assert not (tmp_path / "out").exists()
     recaption([shard], tmp_path / "out", model, replace=True)
@@ -566,7 +566,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, model, other_mod
         ((tmp_path / "notes.txt", out, model), "neither a folder nor a .tar shard"),
         ((shard, out, "no-such/model"), "neither a folder nor in the local cache"),
         ((shard, out, str(tmp_path / "in")), "cannot be loaded"),
-        ((shard, out, other_model, "--prompt", "the cat"), "it has no chat template, so put its mark for the picture into --prompt: '<image> ...'"),
+        ((shard, out, other_model, "--prompt", "the cat"), "it has no chat template, so put its image token into --prompt: '<image> ...'"),
         ((shard, out, model, "--batch", "0"), "batch 0"),
         ((shard, out, model, "--top-p", "1.5"), "top_p 1.5"),
         ((shard, out, model, "--field", "org_caption"), "would overwrite the old caption"),

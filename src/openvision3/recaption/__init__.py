@@ -1,4 +1,4 @@
-"""New captions for a data set: the image-text model that is asked, the files that are read and written, and the work itself.
+"""New captions for a data set: the job, the image-to-text model, the files that are read and written, and the run.
 
 May import `data` and below.
 """

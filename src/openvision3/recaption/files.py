@@ -1,4 +1,4 @@
-"""What recaptioning reads and writes: a shard or folder, what it becomes, and the journal of the one that is half done."""
+"""What recaptioning reads and writes: a shard or folder, what it becomes, and the journal of an unfinished one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class CaptionShard:
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         """Read the headers and the JSON. Raises ValueError: captions would be overwritten."""
+        self.name = name
         self.size = os.path.getsize(self.path)
         tar = TarScan(self.path).read()
         self.members, self.is_missing_members = tar.members, tar.is_missing_members
@@ -46,36 +47,24 @@ class CaptionShard:
             reasons = [problem for stem, members in tar.samples.items() if (problem := unusable(stem, members))]
             self.problems += [reasons[0] | {"key": self.path}] if reasons else []
             self.problems += [] if self.problems else [{"key": self.path, "reason": "empty shard", "detail": "no members"}]
-        self.name = name
         self.values: list[dict | None] = []
+        """the JSON of each sample; None if it is broken"""
         with open(self.path, "rb") as file:
-            for stem, parts in self.samples:
-                text = self._data(file, parts["json"]) if "json" in parts else b"{}"
+            for stem, members in self.samples:
+                text = _read(file, members["json"]) if "json" in members else b"{}"
                 values = json_object(text)
                 if name in values and not replace:
-                    raise ValueError(f"{self.path}: {stem} has a {name} already; name another with --field, or write over it with --replace")
-                broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
-                self.values.append(None if broken else values)
-                if ORIGINAL not in values:
-                    try:
-                        old = self._old(file, values, parts, caption_key)
-                    except TextError as error:  # its bytes stay where they are; nothing is made up in their place
-                        self.problems.append({"key": f"{self.path} {stem}", "reason": error.reason, "detail": f"{error}; no {ORIGINAL} is written"})
-                    else:
-                        values |= {ORIGINAL: old[0] if len(old) == 1 else list(old)} if old else {}
-
-    def _old(self, file: BinaryIO, values: dict, parts: dict[str, Member], caption_key: str) -> Captions:
-        """The captions that a sample has. Raises TextError."""
-        if caption_key or "txt" not in parts:
-            return clean_captions([values.get(caption_key or "caption")])
-        if parts["txt"].size > MAX_BYTES:
-            raise too_large("the .txt member")
-        return text_captions(decode_text(self._data(file, parts["txt"]), "the .txt member"))
-
-    @staticmethod
-    def _data(file: BinaryIO, member: Member) -> bytes:
-        file.seek(member.offset)
-        return file.read(member.size)
+                    raise ValueError(f"{self.path}: {stem} has a {name}; choose another name with --field, or overwrite it with --replace")
+                is_broken = not values and text.split() not in ([b"{}"], [b"{", b"}"])
+                self.values.append(None if is_broken else values)
+                if ORIGINAL in values:
+                    continue
+                try:
+                    old = _read_old_captions(file, values, members, caption_key)
+                except TextError as error:  # the member itself is copied
+                    self.problems.append({"key": f"{self.path} {stem}", "reason": error.reason, "detail": f"{error}; no {ORIGINAL} is written"})
+                else:
+                    values |= {ORIGINAL: old[0] if len(old) == 1 else list(old)} if old else {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,11 +74,11 @@ class CaptionShard:
 
     def image(self, index: int) -> Image.Image:
         """Raises ImageError."""
+        stem, members = self.samples[index]
         if self.values[index] is None:
-            raise ImageError("broken JSON", f"{self.path}: the JSON of {self.key(index)} is no object, there is no place for a caption")
-        member = next(m for extension, m in self.samples[index][1].items() if is_image(extension))
-        with named(Path(self.path)), open(self.path, "rb") as file:
-            data = self._data(file, member)
+            raise ImageError("broken JSON", f"{self.path}: the JSON of {stem} is not an object and cannot hold a caption")
+        with naming(self.path), open(self.path, "rb") as file:
+            data = _read(file, next(member for extension, member in members.items() if is_image(extension)))
         return open_image(data)
 
     def read_captions(self, name: str) -> list[tuple[str, str]]:
@@ -122,15 +111,29 @@ class CaptionShard:
                     tar.addfile(_json_header(source, like, len(data)), io.BytesIO(data))
 
 
+def _read(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _read_old_captions(file: BinaryIO, values: dict, members: dict[str, Member], caption_key: str) -> Captions:
+    """The captions that a sample has. Raises TextError."""
+    if caption_key or "txt" not in members:
+        return clean_captions([values.get(caption_key or "caption")])
+    if members["txt"].size > MAX_BYTES:
+        raise too_large("the .txt member")
+    return text_captions(decode_text(_read(file, members["txt"]), "the .txt member"))
+
+
 def _copy(source: BinaryIO, tar: tarfile.TarFile, start: int, end: int) -> None:
     """Copy bytes of a tar as they are."""
     source.seek(start)
-    padding = -(end - start) % tarfile.BLOCKSIZE  # the last member of a shard that is cut off may lack its filling
+    padding = -(end - start) % tarfile.BLOCKSIZE  # the last member of a shard that is cut off may lack its padding
     tar.offset += end - start + padding  # type: ignore[attr-defined]
     while start < end:
         piece = source.read(min(1 << 20, end - start))
         if not piece:
-            raise OSError(errno.EIO, "it became shorter while it was read", source.name)
+            raise OSError(errno.EIO, "it has become shorter", source.name)
         tar.fileobj.write(piece)  # type: ignore[union-attr]
         start += len(piece)
     tar.fileobj.write(tarfile.NUL * padding)  # type: ignore[union-attr]
@@ -150,7 +153,7 @@ def _json_header(source: BinaryIO, like: Member, size: int) -> tarfile.TarInfo:
 
 
 class CaptionFolder:
-    """A plain folder of pictures; its new captions become one `captions.jsonl`, as `FolderSource` reads it."""
+    """A folder of images; its new captions become one `captions.jsonl`, which `FolderSource` reads."""
 
     is_missing_members = False
 
@@ -161,14 +164,15 @@ class CaptionFolder:
         self.problems: list[Problem] = []
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
+        """Read the old captions. Raises ValueError: a folder has no JSON field `caption_key`."""
         if caption_key:
             raise ValueError(f"--caption-key {caption_key} is for shards; the old captions of the folder {self.path} are its .txt files or table")
-        self.olds: list[list[str]] = []
+        self.old: list[list[str]] = []
         for index in range(len(self)):
             try:
-                self.olds.append(list(self.source.captions(index)))
+                self.old.append(list(self.source.captions(index)))
             except TextError as error:
-                self.olds.append([])
+                self.old.append([])
                 self.problems.append({"key": self.source.key(index), "reason": error.reason, "detail": f"{error}; no {ORIGINAL} is written"})
 
     def __len__(self) -> int:
@@ -178,6 +182,7 @@ class CaptionFolder:
         return self.source.names[index]
 
     def image(self, index: int) -> Image.Image:
+        """Raises ImageError."""
         return open_image(self.source.data(index))
 
     def read_captions(self, name: str) -> list[tuple[str, str]]:
@@ -186,14 +191,9 @@ class CaptionFolder:
         return [(" / ".join(clean_captions([row.get(ORIGINAL)])), "" if "kept" in row.get("by", {}) else str(row.get("caption"))) for row in rows]
 
     def write(self, results: Sequence[Result], by: dict[str, str], out: BinaryIO) -> None:
-        for index, result in enumerate(results):
-            old = self.olds[index]
-            row = {
-                "file": self.key(index),
-                "caption": result.get("caption", old),
-                ORIGINAL: old,
-                "by": by | ({"kept": result["kept"]} if "kept" in result else {}),
-            }
+        for index, (result, old) in enumerate(zip(results, self.old, strict=True)):
+            author = by | ({"kept": result["kept"]} if "kept" in result else {})
+            row = {"file": self.key(index), "caption": result.get("caption", old), ORIGINAL: old, "by": author}
             out.write(json.dumps(row).encode() + b"\n")
 
 
@@ -202,12 +202,16 @@ def journal_path(target: Path) -> Path:
 
 
 class Journal:
-    """What is finished of one shard: a line for each batch, on the disk before the next batch begins. Held by one process."""
+    """The finished results of one shard: a line for each batch, on the disk before the next batch begins. One process holds it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
 
     def __init__(self, target: Path, opening: dict[str, Any]):
         self.path = journal_path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing waits to be written when it is closed
+        self.file = open(self.path, "a+b", buffering=0)  # on a full disk nothing is left to write when the file is closed
         if not _lock(self.file):
             self.file.close()
             raise ValueError(f"another process is at work on {target}; let it finish, or share the shards with --shard-split RANK/WORLD")
@@ -223,7 +227,7 @@ class Journal:
         for line in lines:
             try:
                 self.results += json.loads(line if line.endswith(b"\n") else b"")
-            except ValueError:  # cut off by a kill, or a crash of the machine: it is done again
+            except ValueError:  # cut off by a kill or a crash of the machine: this batch is repeated
                 break
             length += len(line)
         self.file.truncate(length)
@@ -234,7 +238,7 @@ class Journal:
 
     def _write(self, value: Any) -> None:
         line = json.dumps(value).encode() + b"\n"
-        with named(self.path):
+        with naming(self.path):
             while line:
                 line = line[self.file.write(line) :]
             os.fsync(self.file.fileno())
@@ -246,6 +250,7 @@ class Journal:
 
 
 def _lock(file: FileIO) -> bool:
+    """Take the lock of an open file; False if another process has it."""
     if sys.platform == "win32":
         return True
     import fcntl
@@ -258,8 +263,8 @@ def _lock(file: FileIO) -> bool:
 
 
 @contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An error of the file system names the file, where the system does not name it."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file in an OSError that does not name one."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Any transformers model of pictures and words as one function: pictures in, one-line answers to a prompt out.
+"""Any image-to-text model of transformers as one function: images in, one-line answers to a prompt out.
 
-The answer to a picture is a function of the picture, the prompt and (seed, key): not of the pictures beside it in the batch.
-transformers is an extra, imported where a model is loaded.
+An answer depends on the image, the prompt and (seed, key), and not on the other images in the batch.
+transformers is an extra, imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ EXTRA = "transformers is not installed; pip install 'openvision3[transformers]'"
 
 @dataclass(frozen=True)
 class Wording:
-    """What decides an answer beside the model and the picture. Greedy, unless `top_p` or `temperature` is given."""
+    """What an answer depends on, except model and image. Decoding is greedy, unless `top_p` or `temperature` is given."""
 
     prompt: str = "Describe this picture in detail."
     max_new_tokens: int = 128
     top_p: float | None = None
-    """draw words from the smallest set with this probability"""
+    """sample from the smallest set of tokens with this probability"""
     temperature: float | None = None
-    """flattens (> 1) or sharpens (< 1) what is drawn from"""
+    """flattens (> 1) or sharpens (< 1) the distribution"""
     seed: int = 0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p:g} must be more than 0 and at most 1")
+            raise ValueError(f"top_p {self.top_p:g} must be greater than 0 and at most 1")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature:g} must be a number more than 0; leave it out for the likeliest words")
+            raise ValueError(f"temperature {self.temperature:g} must be a number greater than 0; leave it out for greedy decoding")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
 
     @property
-    def drawn(self) -> bool:
+    def is_sampled(self) -> bool:
         return self.top_p is not None or self.temperature is not None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says to a picture, on one line; `cut`: it was still talking at max_new_tokens."""
+    """The answer to an image, on one line; `cut`: it ends at max_new_tokens."""
 
     text: str
     cut: bool = False
@@ -65,20 +65,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Identity:
-    """Which weights: a folder is known by its name and what its files hold, a hub id by its commit."""
+    """Which weights: a folder is identified by its name and a hash of its files, a hub model by its commit."""
 
     name: str
     revision: str
 
 
 def identify(model: str, revision: str = "", download: bool = False) -> Identity:
-    """Raises ValueError: there is no such folder, and no such model in the local cache (unless `download`)."""
+    """Raises ValueError: there is no such folder, and no such model in the local cache (or on the hub, with `download`)."""
     with _loading(model, download) as transformers:
         if not Path(model).is_dir():
-            found = transformers.AutoConfig.from_pretrained(model, **_where(revision, download))
-            return Identity(model, found._commit_hash or revision or "unknown")
+            config = transformers.AutoConfig.from_pretrained(model, **_where(revision, download))
+            return Identity(model, config._commit_hash or revision or "unknown")
     if revision:
-        raise ValueError(f"revision {revision} is asked for, but {model} is a folder: it holds one revision only; leave --revision out")
+        raise ValueError(f"{model} is a folder, which holds one revision only; leave out --revision {revision}")
     whole = hashlib.sha256()
     for path in sorted(p for p in Path(model).iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja") and p.is_file()):
         whole.update(path.name.encode() + b"\0")
@@ -89,11 +89,11 @@ def identify(model: str, revision: str = "", download: bool = False) -> Identity
 class ImageTextModel:
     """An `AutoModelForImageTextToText` with its processor and a prompt.
 
-    The prompt goes through the processor's chat template where it has one, and as it stands otherwise. Penalties on repetition
-    that the model's own settings ask for are left out: they count padding, so that an answer would depend on its neighbours.
+    The prompt goes through the processor's chat template if it has one, and is used as it is otherwise. The penalties on repetition
+    in the model's own settings are left out: they count padding, so that an answer would depend on the other images in the batch.
 
     Raises:
-        ValueError: nothing to load, no model of this kind, or one that does not take a picture with this prompt.
+        ValueError: there is no such model, it is of another kind, or it does not take an image with this prompt.
     """
 
     def __init__(self, name: str, wording: Wording, *, revision: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False):
@@ -102,15 +102,15 @@ class ImageTextModel:
             self.processor: Any = transformers.AutoProcessor.from_pretrained(name, **_where(revision, download))
             loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True, **_where(revision, download))
         network, report = loaded
-        if report["missing_keys"]:  # transformers would go on with random numbers in their place
-            raise ValueError(f"{name} lacks {len(report['missing_keys'])} of the model's weights, first {min(report['missing_keys'])}; get it anew")
+        if report["missing_keys"]:  # transformers would use random numbers in their place
+            raise ValueError(f"{name} lacks {len(report['missing_keys'])} of the model's weights, such as {min(report['missing_keys'])}; download it again")
         self.model: Any = network.to(device).eval()
         self.words: Any = getattr(self.processor, "tokenizer", None)
         if self.words is None:
-            raise ValueError(f"{name} has no text tokenizer beside its weights; a model folder as save_pretrained of model and processor writes it is needed")
+            raise ValueError(f"{name} has no text tokenizer; name a folder that holds model and processor, as save_pretrained writes them")
         self.encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
         if not self.encoder_decoder:
-            self.words.padding_side = "left"  # what is written begins right behind the prompt
+            self.words.padding_side = "left"  # so that an answer follows its prompt directly
         if self.words.pad_token_id is None:
             self.words.pad_token = self.words.eos_token
         self.text = self._templated(wording.prompt)
@@ -126,7 +126,7 @@ class ImageTextModel:
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
     def _generation(self) -> Any:
-        """The model's own settings, as far as they say where an answer begins and ends; how words are chosen is ours."""
+        """The model's own settings for the start and end of an answer, with our decoding."""
         own = copy.deepcopy(self.model.generation_config)
         own.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=None, no_repeat_ngram_size=None)
         own.update(max_length=None, max_new_tokens=self.wording.max_new_tokens, min_length=None, min_new_tokens=None, pad_token_id=self.words.pad_token_id)
@@ -135,44 +135,44 @@ class ImageTextModel:
         return own
 
     def _try_out(self, name: str) -> None:
-        """A grey picture, before anything is written: a prompt that the model cannot take must not cost a night."""
+        """Try a grey image before anything is written, so that a prompt that the model cannot take costs no time."""
         grey = Image.new("RGB", (64, 48), (128, 128, 128))
         try:
             self._generate(self._prepare([grey]), ["grey"], max_new_tokens=1)
         except (ValueError, TypeError, IndexError, KeyError) as error:
-            mark = getattr(self.processor, "image_token", None)
-            hint = f"; it has no chat template, so put its mark for the picture into --prompt: '{mark} ...'" if mark and mark not in self.text else ""
-            raise ValueError(f"{name} does not take a picture with the prompt {self.wording.prompt!r}: {short(error)}{hint}") from error
+            token = getattr(self.processor, "image_token", None)
+            hint = f"; it has no chat template, so put its image token into --prompt: '{token} ...'" if token and token not in self.text else ""
+            raise ValueError(f"{name} does not take an image with the prompt {self.wording.prompt!r}: {short(error)}{hint}") from error
 
-    def _prepare(self, pictures: Sequence[Image.Image]) -> Any:
-        text = {"text": [self.text] * len(pictures)} if self.text else {}
-        # One list a picture: to some processors a flat list is several pictures of one text.
-        inputs = self.processor(images=[[picture] for picture in pictures], **text, padding=True, return_tensors="pt")
-        return inputs.to(self.device, self.dtype)  # the type for floating point alone
+    def _prepare(self, images: Sequence[Image.Image]) -> Any:
+        text = {"text": [self.text] * len(images)} if self.text else {}
+        # One list for each image: some processors take a flat list as several images of one text.
+        inputs = self.processor(images=[[image] for image in images], **text, padding=True, return_tensors="pt")
+        return inputs.to(self.device, self.dtype)  # the dtype applies to floating point only
 
     @torch.inference_mode()
     def _generate(self, inputs: Any, keys: Sequence[str], **changes: Any) -> Tensor:
-        """The ids that were written (B, T), without the prompt."""
-        draws = [_Draws(self.wording, keys)] if self.wording.drawn else []
+        """The generated ids (B, T), without the prompt."""
+        draws = [_Draws(self.wording, keys)] if self.wording.is_sampled else []
         ids = self.model.generate(**inputs, generation_config=self.generation, logits_processor=draws, **changes)
         if self.encoder_decoder:
-            return ids[:, 1:]  # the mark that starts the decoder, which may be the one that ends an answer
+            return ids[:, 1:]  # the token that starts the decoder, which may be the one that ends an answer
         prompt = inputs.get("input_ids")
         if prompt is not None and ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
             ids = ids[:, prompt.shape[1] :]
         return ids
 
-    def __call__(self, pictures: Sequence[Image.Image], keys: Sequence[str]) -> list[Answer | ImageError]:
-        """One answer a picture, in order; where the processor refuses one picture, the reason in its place."""
-        answers: list[Answer | ImageError | None] = [None] * len(pictures)
+    def __call__(self, images: Sequence[Image.Image], keys: Sequence[str]) -> list[Answer | ImageError]:
+        """One answer for each image, in order; for an image that the processor refuses, the reason."""
+        answers: list[Answer | ImageError | None] = [None] * len(images)
         try:
-            inputs = self._prepare(pictures)
-        except (ValueError, TypeError, ZeroDivisionError) as error:  # one of them, such as a line a thousand times as long as high: which?
-            answers = [self._refused(picture) for picture in pictures]
+            inputs = self._prepare(images)
+        except (ValueError, TypeError, ZeroDivisionError) as error:  # of one image, such as a line a thousand times as wide as high: find it
+            answers = [self._refused(image) for image in images]
             if not any(answers):
-                raise ValueError(f"the processor takes each of {len(pictures)} pictures but not all together: {short(error)}; try --batch 1") from error
+                raise ValueError(f"the processor takes each of {len(images)} images but not all together: {short(error)}; try --batch 1") from error
             taken = [i for i, answer in enumerate(answers) if answer is None]
-            inputs = self._prepare([pictures[i] for i in taken]) if taken else None
+            inputs = self._prepare([images[i] for i in taken]) if taken else None
         left = [i for i, answer in enumerate(answers) if answer is None]
         if left:
             for i, row in zip(left, self._generate(inputs, [keys[i] for i in left]).tolist(), strict=True):
@@ -181,42 +181,42 @@ class ImageTextModel:
                 answers[i] = Answer(clean(text, self.wording.prompt), cut=end is None and len(row) >= self.wording.max_new_tokens)
         return [answer for answer in answers if answer is not None]
 
-    def _refused(self, picture: Image.Image) -> ImageError | None:
+    def _refused(self, image: Image.Image) -> ImageError | None:
         try:
-            self._prepare([picture])
+            self._prepare([image])
         except (ValueError, TypeError, ZeroDivisionError) as error:
-            return ImageError("refused by the processor", f"{picture.width} x {picture.height} pixels: {short(error)}")
+            return ImageError("refused by the processor", f"{image.width} x {image.height} pixels: {short(error)}")
         return None
 
 
 class _Draws:
-    """Leaves one word a row, drawn from the row's own stream of numbers: greedy search then takes what was drawn.
+    """Leaves one token in each row, sampled with the row's own generator; greedy decoding then takes it.
 
-    transformers draws for the whole batch from one generator, so that a text would depend on its neighbours.
+    transformers samples the whole batch with one generator, so that a text would depend on the other rows.
     """
 
     def __init__(self, wording: Wording, keys: Sequence[str]):
         self.top_p = 1.0 if wording.top_p is None else wording.top_p
         self.temperature = 1.0 if wording.temperature is None else wording.temperature
-        self.streams = [torch.Generator().manual_seed(draw_seed("recaption", wording.seed, key)) for key in keys]
+        self.generators = [torch.Generator().manual_seed(draw_seed("recaption", wording.seed, key)) for key in keys]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         share, order = (scores.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        below = share.cumsum(-1) - share  # the likeliest word is always in
+        below = share.cumsum(-1) - share  # the likeliest token is always included
         share = share.where(below < self.top_p, 0.0)
-        point = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in self.streams]).to(scores.device)
+        point = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in self.generators]).to(scores.device)
         place = (share.cumsum(-1) <= (point * share.sum(-1))[:, None]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
 
 
 def clean(text: str, prompt: str = "") -> str:
-    """One line of visible characters, without half a one at the end, without the prompt that some models say first."""
+    """One line of visible characters, without half a character at the end, and without the prompt that some models repeat first."""
     text = "".join(c for c in text.encode("utf-8", "replace").decode() if c.isspace() or unicodedata.category(c) != "Cc")
     line = " ".join(text.split()).rstrip("\ufffd ")
-    asked = " ".join(re.sub(r"<[^<>\s]+>", " ", prompt).split())
-    # A prompt of one word, such as `a`, may as well be the beginning of the answer.
-    if " " in asked and line.lower().startswith(asked.lower()) and not line[len(asked) : len(asked) + 1].isalnum():
-        line = line[len(asked) :].lstrip(" :,.?!-").strip()
+    prompt_words = " ".join(re.sub(r"<[^<>\s]+>", " ", prompt).split())
+    # A prompt of one word, such as `a`, may be the beginning of the answer.
+    if " " in prompt_words and line.lower().startswith(prompt_words.lower()) and not line[len(prompt_words) : len(prompt_words) + 1].isalnum():
+        line = line[len(prompt_words) :].lstrip(" :,.?!-").strip()
     return line
 
 
@@ -226,7 +226,7 @@ def _where(revision: str, download: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _loading(name: str, download: bool) -> Iterator[Any]:
-    """transformers, quiet, with what goes wrong in it told in one line."""
+    """transformers without its progress bars and warnings; its errors become one line."""
     try:
         import transformers
     except ImportError as error:
@@ -238,10 +238,10 @@ def _loading(name: str, download: bool) -> Iterator[Any]:
     except ImportError as error:
         raise ValueError(f"{name} needs a package that is not installed: {short(error)}") from error
     except OSError as error:
-        local = "" if download or Path(name).is_dir() else "; it is neither a folder nor in the local cache: name a folder, or allow --download"
+        local = "" if download or Path(name).is_dir() else "; it is neither a folder nor in the local cache: name a folder, or add --download"
         raise ValueError(f"{name} cannot be loaded{local or ': ' + short(error)}") from error
     except (ValueError, KeyError, AttributeError) as error:
-        said = short(error)
+        reason = short(error)
         if "Unrecognized configuration class" in str(error):
-            said = "it is no model that turns pictures and words into words; legal is what AutoModelForImageTextToText of transformers reads"
-        raise ValueError(f"{name} cannot be loaded: {said}") from error
+            reason = "it is not an image-to-text model; choose one that AutoModelForImageTextToText of transformers reads"
+        raise ValueError(f"{name} cannot be loaded: {reason}") from error

@@ -42,7 +42,7 @@ Describe = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer | Im
 def settings_of(job: RecaptionJob, identity: Identity, precision: str) -> dict[str, Any]:
     """All that the captions depend on, except the images. The seed is left out when nothing is sampled."""
     wording = job.wording
-    sampling = {"top_p": wording.top_p, "temperature": wording.temperature, "seed": wording.seed} if wording.drawn else {}
+    sampling = {"top_p": wording.top_p, "temperature": wording.temperature, "seed": wording.seed} if wording.is_sampled else {}
     length = {"max_new_tokens": wording.max_new_tokens, "max_words": job.max_words}
     model = {"model": identity.name, "revision": identity.revision, "prompt": wording.prompt}
     return {**model, **length, **sampling, "precision": precision, "field": job.field, "caption_key": job.caption_key}

@@ -1,4 +1,4 @@
-"""The latent cache: its files, how it is written and how it is read in place of images.
+"""The latent cache: its settings and files, how it is written, and how it is read in place of images.
 
-May import `data` and the ground floor; the VAE is run by `train/encode_latents`.
+May import `data` and the ground floor; `train/encode_latents` runs the VAE.
 """

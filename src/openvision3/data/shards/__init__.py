@@ -1,4 +1,4 @@
-"""Shards, which are tars of samples: their index, members read by position, remote shards and the look at every sample.
+"""Shards, which are tars of samples: scanning and indexing them, reading members by position, fetching remote ones, checking them.
 
 May import `data` and the ground floor.
 """
