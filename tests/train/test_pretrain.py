@@ -339,19 +339,6 @@ def test_a_run_from_other_weights_keeps_the_record_of_their_training_when_it_goe
     assert f"started_from.steps: {before['steps']}" in (complete_checkpoints(new.out)[-1] / "README.md").read_text()
 
 
-def test_minutes_fix_the_steps_from_a_measured_rate_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "measure_steps", lambda training, config, compiled: (round(4 * config.minutes), 4 / 60))
-    config = small(tmp_path, "run", minutes=1.5)
-    config.optimizer.warmup_steps = 50
-    assert pretrain(config, "tiny").steps == 6
-    stored = load_config(PretrainConfig, tmp_path / "run" / "config.json")
-    assert (stored.steps, stored.optimizer.warmup_steps, stored.minutes) == (6, 1, 1.5)
-    assert "6 steps fill 1.5 minutes" in (tmp_path / "run" / "log.txt").read_text()
-    config.resume = True
-    for _ in range(2):
-        assert pretrain(config, "tiny").steps == 6
-
-
 def test_measuring_the_rate_leaves_the_model_and_the_batches_as_they_were(tmp_path, monkeypatch):
     measured = []
     measure_steps = run_module.measure_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -22,8 +21,7 @@ from openvision3.data.text import TextTokenizer
 from openvision3.hub import complete_checkpoints
 from openvision3.model import vae as vae_module
 from openvision3.settings import load_config
-from openvision3.train import held_out, identities
-from openvision3.train import pretrain as module
+from openvision3.train import identities
 from openvision3.train.config import PretrainConfig
 from openvision3.train.pretrain import pretrain
 
@@ -58,17 +56,6 @@ def test_a_crash_in_bf16_leaves_no_trace(tmp_path, monkeypatch):
         pretrain(broken, "tiny")
     assert [p.name for p in complete_checkpoints(broken.out)] == ["step-00000001"]
     assert go_on(broken).precision == "bf16"
-    assert_same_run(whole.out, broken.out)
-
-
-def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
-    whole, broken = small(tmp_path, "whole"), small(tmp_path, "broken")
-    pretrain(whole, "tiny")
-    with monkeypatch.context() as patched, pytest.raises(Crash):
-        crash_at(patched, 3)
-        pretrain(broken, "tiny")
-    assert metrics(broken.out)
-    go_on(broken)
     assert_same_run(whole.out, broken.out)
 
 
@@ -116,47 +103,6 @@ def test_unusable_samples_are_counted_and_listed_once_however_often_a_run_goes_o
     assert metrics(broken.out)[-2]["skipped_samples"] == 2
 
 
-def test_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
-    config = small(tmp_path, "run", log_every=1, save_every=2)
-    for step in (4, 6):
-        with monkeypatch.context() as patched, pytest.raises(Crash):
-            crash_at(patched, step)
-            pretrain(config, "tiny")
-        config.resume = True
-    go_on(config)
-    assert [row["step"] for row in metrics(config.out) if "train/loss" in row] == list(range(1, config.steps + 1))
-
-
-def test_which_checkpoint_is_the_best_outlives_the_process(tmp_path, monkeypatch):
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
-    monkeypatch.setattr(module, "quick_evaluation", lambda *values: {"loss": losses[int(values[-1].stem.removeprefix("step-"))]})
-    config = small(tmp_path, "run", steps=4, eval_every=1, save_every=1, keep=1, keep_best=1)
-    with monkeypatch.context() as patched, pytest.raises(Crash):
-        crash_at(patched, 4)
-        pretrain(config, "tiny")
-    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000003"]
-    go_on(config)
-    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000002", "step-00000004"]
-    assert {row["step"]: row["val/loss"] for row in metrics(config.out) if "val/loss" in row} == losses
-
-
-def test_a_loss_that_was_made_otherwise_is_not_compared_with(tmp_path, monkeypatch):
-    """As of a run that an older version began, whose checkpoints do not say how."""
-    losses = {1: 0.1, 2: 3.0, 3: 2.0, 4: 4.0}
-    monkeypatch.setattr(module, "quick_evaluation", lambda *values: {"loss": losses[int(values[-1].stem.removeprefix("step-"))]})
-    config = small(tmp_path, "run", steps=4, eval_every=1, save_every=1, keep=1, keep_best=1)
-    with monkeypatch.context() as patched, pytest.raises(Crash):
-        crash_at(patched, 2)
-        pretrain(config, "tiny")
-    (state,) = (tmp_path / "run" / "checkpoints").glob("*/run_state.json")
-    record = json.loads(state.read_text())
-    assert record.pop("val_measure") == held_out.MEASURE
-    state.write_text(json.dumps(record))
-    go_on(config)
-    assert [p.name for p in complete_checkpoints(config.out)] == ["step-00000003", "step-00000004"]
-    assert (tmp_path / "run" / "log.txt").read_text().count("val/loss was computed otherwise until now") == 1
-
-
 def test_what_another_batch_leaves_as_the_recipe_has_it_is_said_once(tmp_path):
     config = small(tmp_path, "run", batch=4, steps=1, eval_every=0)
     pretrain(config, "tiny")
@@ -165,14 +111,6 @@ def test_what_another_batch_leaves_as_the_recipe_has_it_is_said_once(tmp_path):
     assert (
         log.count("batch 4, while tiny has 8; these settings are still the recipe's, for its own batch: learning rate 0.003 (--optimizer.learning-rate)") == 1
     )
-
-
-def test_a_finished_run_that_goes_on_changes_nothing(tmp_path):
-    config = small(tmp_path, "run")
-    pretrain(config, "tiny")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]
-    assert go_on(config).steps == config.steps
-    assert ((tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(config.out)[-1])["/model/log_temperature"]) == before
 
 
 # -- data that lie elsewhere -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,16 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import assert_same_run, metrics
+from small_runs import Crash, assert_same_run, crash_at, metrics, saved_state
 from torch import Tensor, nn
 
 from openvision3.data.problems import Problems
 from openvision3.hub import complete_checkpoints
 from openvision3.settings import load_config
+from openvision3.train import run as run_module
 from openvision3.train.checkpoint import RunState
 from openvision3.train.loop import Training
 from openvision3.train.loop_config import LoopConfig
@@ -73,7 +76,7 @@ class Regression(Training):
 
 def config_of(steps: int = 12, **changes) -> LoopConfig:
     optimizer = OptimizerConfig(learning_rate=0.3, warmup_steps=2, weight_decay=0.0, clip=100.0)
-    return LoopConfig(optimizer, steps, batch=8, precision="fp32", log_every=2, eval_every=4, save_every=3, **changes)
+    return LoopConfig(optimizer, steps, **{"batch": 8, "precision": "fp32", "log_every": 2, "eval_every": 4, "save_every": 3, **changes})
 
 
 def test_a_second_trainable_trains_through_the_same_run(tmp_path):
@@ -95,6 +98,85 @@ def test_a_run_of_any_kind_refuses_another_setting_and_a_second_run_in_its_folde
         train_run(config_of(2), Regression, tmp_path / "run")
     with pytest.raises(ValueError, match=r"seed was 0 when .* cannot become 1"):
         train_run(config_of(2, seed=1, resume=True), Regression, tmp_path / "run")
+
+
+def crash(monkeypatch, step: int, config: LoopConfig, out: Path, build: type[Training] = Regression) -> None:
+    """A run that dies when `step` is done and before anything of it is written."""
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, step)
+        train_run(config, build, out)
+
+
+def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
+    train_run(config_of(6), Regression, tmp_path / "whole")
+    crash(monkeypatch, 3, config_of(6), tmp_path / "broken")
+    assert metrics(tmp_path / "broken") and not complete_checkpoints(tmp_path / "broken")
+    train_run(config_of(6, resume=True), Regression, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path, monkeypatch):
+    often = {"log_every": 1, "save_every": 2}
+    crash(monkeypatch, 4, config_of(7, **often), tmp_path / "run")
+    crash(monkeypatch, 6, config_of(7, **often, resume=True), tmp_path / "run")
+    train_run(config_of(7, **often, resume=True), Regression, tmp_path / "run")
+    assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == list(range(1, 8))
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path):
+    train_run(config_of(6), Regression, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(tmp_path / "run")[-1])["/model/line.weight"].tolist()
+    assert train_run(config_of(6, resume=True), Regression, tmp_path / "run").steps == 6
+    after = (tmp_path / "run" / "metrics.jsonl").read_bytes(), saved_state(complete_checkpoints(tmp_path / "run")[-1])["/model/line.weight"].tolist()
+    assert after == before
+
+
+def test_minutes_fix_the_steps_from_a_measured_rate_and_the_same_command_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "measure_steps", lambda training, config, compiled: (round(4 * config.minutes), 4 / 60))
+    config = config_of(100, minutes=1.5)
+    config.optimizer.warmup_steps = 50
+    assert train_run(config, Regression, tmp_path).steps == 6
+    stored = load_config(LoopConfig, tmp_path / "config.json")
+    assert (stored.steps, stored.optimizer.warmup_steps, stored.minutes) == (6, 1, 1.5)
+    assert "6 steps fill 1.5 minutes" in (tmp_path / "log.txt").read_text()
+    config.resume = True
+    for _ in range(2):
+        assert train_run(config, Regression, tmp_path).steps == 6
+
+
+class Judged(Regression):
+    """Its val/loss at each step is given, and computed in way 2."""
+
+    losses: ClassVar[dict[int, float]] = {}
+    val_measure = 2
+
+    def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
+        return {"loss": self.losses[step]}
+
+
+BEST = {"eval_every": 1, "save_every": 1, "keep": 1, "keep_best": 1}
+
+
+def test_which_checkpoint_is_the_best_outlives_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(Judged, "losses", {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0})
+    crash(monkeypatch, 4, config_of(4, **BEST), tmp_path, Judged)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    train_run(config_of(4, **BEST, resume=True), Judged, tmp_path)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert {row["step"]: row["val/loss"] for row in metrics(tmp_path) if "val/loss" in row} == Judged.losses
+
+
+def test_a_val_loss_that_was_computed_otherwise_is_not_compared(tmp_path, monkeypatch):
+    """As of a run that an older version began, whose checkpoints do not say how."""
+    monkeypatch.setattr(Judged, "losses", {1: 0.1, 2: 3.0, 3: 2.0, 4: 4.0})
+    crash(monkeypatch, 2, config_of(4, **BEST), tmp_path, Judged)
+    (state,) = (tmp_path / "checkpoints").glob("*/run_state.json")
+    record = json.loads(state.read_text())
+    assert record.pop("val_measure") == 2
+    state.write_text(json.dumps(record))
+    train_run(config_of(4, **BEST, resume=True), Judged, tmp_path)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "log.txt").read_text().count("val/loss was computed otherwise until now") == 1
 
 
 class Files(Regression):
