@@ -215,7 +215,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_old_paths_only_and_says_why(
     (Path(copied.out) / identities.FILE).unlink()
     same = copied.val
     copied.val = (str(shutil.copytree(same[0], tmp_path / "val")),)
-    with pytest.raises(ValueError, match=r"^val was .* and cannot become .*: an older version started it, which did not record what lay there"):
+    with pytest.raises(ValueError, match=r"^val was .* and cannot become .*: an older version started it, and did not record what lay there"):
         pretrain(copied, "tiny")
     copied.val = same
     assert pretrain(copied, "tiny").status == "finished"

@@ -1,4 +1,4 @@
-"""What a run reads is known by what it holds: a resumed run accepts the same under another path, and refuses something else under the old one."""
+"""The inputs of a run are identified by their content: a resumed run accepts the same content under another path, and refuses other content."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from openvision3.settings import flat, to_dict
 from openvision3.train.loop_config import LoopConfig
 
 FILE = "identities.json"
-"""in a run folder: {field of PLACES: digest of what lay there when the run was started}, and whatever else its kind of training needs to know again"""
+"""in a run folder: {field of PLACES: digest of what lay there when the run was started}, and what else its kind of training needs when resumed"""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A field of PLACES as it was when the run was started and as it is now; `same` says whether both hold the same."""
+    """A field of PLACES when the run was started and now; `same`: both have the same content."""
 
     field: str
     before: str
@@ -32,7 +32,7 @@ class Input:
 
 
 def recorded_identities(run: Path) -> dict[str, Any]:
-    """What the run folder has recorded; {} of a run of an older version, which recorded none.
+    """The identities that the run folder has recorded; {} for a run of an older version.
 
     Raises:
         ValueError: identities.json cannot be read.
@@ -46,9 +46,9 @@ def recorded_identities(run: Path) -> dict[str, Any]:
 
 
 def compare_inputs(before: LoopConfig, now: LoopConfig, recorded: dict[str, Any], identities: dict[str, Any]) -> list[Input]:
-    """The inputs of a run when it was started (`recorded`) beside those of now (`identities`); none for a run that recorded none.
+    """Compare the `recorded` inputs of a run with its present `identities`; [] if the run recorded none.
 
-    An empty digest stands for an input that was not read: under its old path it counts as the same.
+    An empty digest is that of an input that was not read: under its old path it counts as the same.
     """
     if not recorded:
         return []
@@ -62,7 +62,7 @@ def compare_inputs(before: LoopConfig, now: LoopConfig, recorded: dict[str, Any]
 
 
 def refuse_others(run: Path, inputs: list[Input]) -> None:
-    """Raises ValueError for the first of `inputs` that holds something else than when `run` was started; those that moved come first."""
+    """Raises ValueError for the first of `inputs` that holds something else than when `run` was started; moved ones come first."""
     for each in sorted(inputs, key=lambda each: not each.moved):
         option = f"--{each.field.replace('_', '-')}"
         if not each.same and each.moved:

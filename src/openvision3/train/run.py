@@ -11,7 +11,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -41,7 +41,7 @@ T = TypeVar("T", bound=Training)
 
 @dataclass
 class Start:
-    """What a build is told beside its config."""
+    """What a build gets beside its config."""
 
     out: Path
     ranks: Ranks = field(default_factory=Ranks)
@@ -51,21 +51,21 @@ class Start:
     why: str = ""
     """why this precision was chosen"""
     stopping: Callable[[], object] = bool
-    """whether a signal has asked the run to stop: a wait for data ends then"""
+    """true once a signal has asked the run to stop: a wait for data then ends"""
     before: LoopConfig | None = None
-    """of a resumed run, the config that it was started with"""
+    """the config that a resumed run was started with"""
     checkpoint: Path | None = None
-    """what a resumed run continues from; its trained weights and optimiser are loaded after the build, where the frozen weights are the build's to load"""
+    """what a resumed run continues from. The run loads trained weights and optimiser after the build; frozen weights are for the build to load"""
     identities: dict[str, Any] = field(default_factory=dict)
-    """what `check_inputs` was given: identities.json"""
+    """what `known` of `check_inputs` returned, to be written to identities.json"""
     moved: list[str] = field(default_factory=list)
-    """a line for each input that lies elsewhere now"""
+    """a line for each input that has another path now"""
 
     def check_inputs(self, config: LoopConfig, known: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Compare the inputs of a resumed run with those it was started with -> what was recorded of them then ({} for a new run).
+        """Compare the inputs of a resumed run with those it was started with; returns what was recorded then ({} for a new run).
 
-        A build calls it once its inputs are open. `known` gives {field of config.PLACES: digest of what lies there, "" for an input that is not read},
-        and may add other JSON values that the build needs to know again. Rank 0 alone calls it.
+        A build calls this once its inputs are open. `known` returns {field of config.PLACES: digest of what lies there, "" for an input that is not
+        read}, and any other JSON values that the build needs when it is resumed. Only rank 0 calls `known`.
 
         Raises:
             ValueError: an input holds something else than when the run was started.
@@ -81,6 +81,8 @@ class Start:
 
 
 Build = Callable[[C, Start], T]
+"""Opens the inputs and returns the `Training`; all ranks call it together. If it communicates between ranks, it wraps what may fail before that in
+`distributed.together()`."""
 
 
 @dataclass
@@ -96,16 +98,16 @@ class Outcome(Generic[T]):
 
 @dataclass
 class Setup(Generic[T]):
-    """A training on its devices, ready for a first step."""
+    """A training on its devices, ready for its first step."""
 
     training: T
     optimizers: Optimizers
     parallel: Parallel
     trained: int
-    """parameters that are trained"""
+    """number of trained parameters"""
     compiled: bool
     not_compiled: str
-    """why not, where compiling was wanted"""
+    """why not, if compiling was wanted"""
 
 
 def train_run(config: C, build: Build[C, T], out: Path, signals: Signals | None = None) -> Outcome[T]:
@@ -153,14 +155,14 @@ def train_run(config: C, build: Build[C, T], out: Path, signals: Signals | None 
 
 
 def _open(config: C, start: Start) -> tuple[C, RunState]:
-    """Look at the run folder, which nothing is written into yet -> (the config to go by, a copy, and where the run stands)."""
+    """Read the run folder, without writing -> (the settled config, a copy; the progress of the run)."""
     out, first = start.out, start.ranks.rank == 0
     with distributed.together():
         if first or not config.resume:
             RunFolder.check(out, config.resume)
     if config.resume:
         with distributed.together():
-            _refuse_unseen(out, out / "config.json")
+            _refuse_blind_ranks(out, out / "config.json")
     with distributed.together():
         check_trackers(config.track)
         start.before = before = load_config(type(config), out / "config.json") if config.resume else None
@@ -171,12 +173,12 @@ def _open(config: C, start: Start) -> tuple[C, RunState]:
     if name := distributed.from_first(checkpoint and checkpoint.name):
         start.checkpoint = out / "checkpoints" / name
         with distributed.together():
-            _refuse_unseen(out, start.checkpoint / "run_state.json")
+            _refuse_blind_ranks(out, start.checkpoint / "run_state.json")
     return config, distributed.from_first(state) or RunState()
 
 
 def settle_precision(config: LoopConfig, start: Start) -> None:
-    """Choose the precision on rank 0, for all ranks: they need not measure alike."""
+    """Rank 0 chooses the precision for all ranks, which might measure differently."""
     with distributed.together():
         chosen = choose_precision(config.precision, start.device) if start.ranks.rank == 0 else None
     start.precision, start.why = distributed.from_first(chosen)  # type: ignore[misc]
@@ -184,7 +186,7 @@ def settle_precision(config: LoopConfig, start: Start) -> None:
 
 
 def set_up(config: C, build: Build[C, T], start: Start) -> Setup[T]:
-    """Build the training, and bring its model onto the devices of all ranks.
+    """Build the training and distribute its model over the devices of all ranks.
 
     Raises:
         ValueError, FileNotFoundError: bad input, or ranks that have not opened the same.
@@ -229,13 +231,13 @@ def measure_steps(training: Training, config: LoopConfig, compiled: bool) -> tup
 
 
 def _introduce(run: RunFolder, config: LoopConfig, start: Start, setup: Setup) -> None:
-    """Say how the run goes; all ranks take part."""
+    """Print how the run is set up; all ranks take part."""
     ranks, batches = start.ranks, setup.training.batches
     run.say(f"device {start.device}, precision {start.precision} ({start.why}); {setup.trained / 1e6:.1f} M parameters to train")
-    if unseen := _not_seeing(run.path / "config.json"):
+    if blind := _blind_ranks(run.path / "config.json"):
         run.say(
-            f"{_processes(unseen)} of {ranks.world} {_verb(unseen)} not see {run.path}: it lies on a disk of process 0's machine; "
-            "training and saving work, but --resume and later commands need it where every process sees it: a shared disk, or copied to each machine"
+            f"{blind} not see {run.path}, which is on a disk of process 0's machine: training and saving work, but --resume and later commands need it "
+            "where every process sees it, on a shared disk or copied to each machine"
         )
     if setup.not_compiled:
         run.say(setup.not_compiled)
@@ -253,34 +255,23 @@ def _introduce(run: RunFolder, config: LoopConfig, start: Start, setup: Setup) -
             run.say(line)
 
 
-def _not_seeing(path: Path) -> list[int]:
-    """The ranks that do not see a file; every rank takes part."""
-    return [rank for rank, seen in enumerate(distributed.gather_objects(path.is_file())) if not seen]
+def _blind_ranks(path: Path) -> str:
+    """'process 1 does' or 'processes 1, 2 do': the ranks that do not see a file; '' if all see it. All ranks take part."""
+    blind = [str(rank) for rank, sees in enumerate(distributed.gather_objects(path.is_file())) if not sees]
+    return f"process{'es' if len(blind) > 1 else ''} {', '.join(blind)} do{'es' if len(blind) == 1 else ''}" if blind else ""
 
 
-def _processes(ranks: Sequence[int]) -> str:
-    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _verb(ranks: Sequence[int]) -> str:
-    return "does" if len(ranks) == 1 else "do"
-
-
-def _refuse_unseen(out: Path, path: Path) -> None:
-    """Raises ValueError where a rank does not see a file that a run continues from, for every rank reads it; every rank takes part."""
-    if unseen := _not_seeing(path):
+def _refuse_blind_ranks(out: Path, path: Path) -> None:
+    """Raises ValueError if a rank does not see a file that a run continues from, because all ranks read it. All ranks take part."""
+    if blind := _blind_ranks(path):
         raise ValueError(
-            f"{_processes(unseen)} {_verb(unseen)} not see {path}, and every process reads what a run goes on from: "
+            f"{blind} not see {path}, and every process reads what a run continues from: "
             f"put {out} on a disk that all machines share, or copy it to each, then --resume again"
         )
 
 
 def _agree(facts: dict[str, Any]) -> None:
-    """Check that every rank has opened the same: a machine that lacks a shard would see the samples in another order, and train on silently.
-
-    Raises:
-        ValueError: two ranks differ.
-    """
+    """Raises ValueError if two ranks have not opened the same: a machine without one of the shards would silently train in another order."""
     of_ranks = distributed.gather_objects(facts)
     for name, value in of_ranks[0].items():
         other = next((rank for rank, theirs in enumerate(of_ranks) if theirs[name] != value), None)
@@ -289,7 +280,7 @@ def _agree(facts: dict[str, Any]) -> None:
 
 
 def _resumed(before: C, config: C, out: Path) -> C:
-    """The config that the run was started with. Only FREE fields may be set anew, and PLACES where the run has recorded what lay there.
+    """The config that the run was started with. Only FREE fields may change, and PLACES if the run has recorded what lay there.
 
     Raises:
         ValueError: another field has another value now.
@@ -297,7 +288,7 @@ def _resumed(before: C, config: C, out: Path) -> C:
     places = config.PLACES if (out / identities.FILE).is_file() else ()
     measured = ("steps", "optimizer.warmup_steps") if before.minutes else ()  # the run itself set these
     for name, (value, asked) in changed_settings(before, config, (*places, *measured)).items():
-        why = ": an older version started it, which did not record what lay there (name the old path, or link it)" if name in config.PLACES else ""
+        why = ": an older version started it, and did not record what lay there (name the old path, or link it)" if name in config.PLACES else ""
         raise ValueError(f"{name} was {value!r} when {out} was started and cannot become {asked!r}{why}; start a new run with --init {out}")
     resumed = copy.deepcopy(before)
     for name in (*config.FREE, *places):
