@@ -49,20 +49,20 @@ def test_workers_that_are_killed_are_replaced_and_no_item_is_lost_or_made_twice(
     assert [int(item) for item in pool.make(range(16))] == [n**2 for n in range(16)]
     assert pool.deaths == 2
     said = capfd.readouterr().err
-    assert "a worker was killed by SIGKILL, most likely for want of memory: workers are started anew at the same batch (1 so far)" in said
-    assert "killed by SIGSEGV: workers are started anew at the same batch (2 so far)" in said
+    assert "a worker was killed by SIGKILL, most likely because memory ran out: workers are restarted at the same batch (1 so far)" in said
+    assert "killed by SIGSEGV: workers are restarted at the same batch (2 so far)" in said
     assert not multiprocessing.active_children()
 
 
 def test_workers_that_die_again_and_again_are_one_error(tmp_path):
     pool = Workers(Squares(tmp_path, {2: signal.SIGKILL}, always=True), 1)
-    with pytest.raises(WorkersFailed, match=r"killed by SIGKILL, most likely for want of memory, for the 4th time; take fewer --workers"):
+    with pytest.raises(WorkersFailed, match=r"killed by SIGKILL, most likely because memory ran out, for the 4th time; take fewer --workers"):
         list(pool.make(range(9)))
     assert pool.deaths == workers.DEATHS + 1
 
 
 def test_a_wait_for_a_worker_ends_after_a_signal_and_when_nothing_comes_for_long(monkeypatch):
-    monkeypatch.setattr(workers, "AFTER_A_SIGNAL", 0.0)
+    monkeypatch.setattr(workers, "STOP_AFTER", 0.0)
     asked: list[str] = []
     made = Workers(Hanging(), 1, stopping=lambda: asked).make(range(9))
     assert list(itertools.islice(made, 3)) == [0, 1, 2]
@@ -70,7 +70,7 @@ def test_a_wait_for_a_worker_ends_after_a_signal_and_when_nothing_comes_for_long
     with pytest.raises(WaitGivenUp):
         next(made)
     monkeypatch.setattr(workers, "PATIENCE", 0.0)
-    with pytest.raises(WorkersFailed, match="no batch for 0 minutes, though what reads the data lives"):
+    with pytest.raises(WorkersFailed, match="no batch for 0 minutes, though the workers are alive"):
         list(Workers(Hanging(), 1).make(range(9)))
     assert not multiprocessing.active_children()
 
@@ -86,7 +86,7 @@ class NoRoom:
 
 
 def test_a_batch_that_finds_no_shared_memory_is_one_error_and_not_a_wait():
-    with pytest.raises(WorkersFailed, match=r"could not hand over what it made: .* in /dev/shm; start the container with --shm-size"):
+    with pytest.raises(WorkersFailed, match=r"could not hand over an item: .* in /dev/shm; start the container with --shm-size"):
         list(Workers(NoRoom(), 1).make(range(3)))
 
 
@@ -120,7 +120,7 @@ def test_a_run_whose_workers_die_is_the_run_of_one_whose_did_not_and_is_saved_wh
     with monkeypatch.context() as patched, pytest.raises(NoBatch, match=r"^step 5: a worker was killed by SIGKILL.*step-00000004; continue with --resume$"):
         patched.setattr(batches.TrainingBatches, "__getitem__", dying)
         pretrain(broken, "tiny")
-    assert "started anew at the same batch (1 so far)" in capfd.readouterr().err
+    assert "restarted at the same batch (1 so far)" in capfd.readouterr().err
     assert [row.pop("lost_workers") for row in metrics(broken.out)] == [1, 1]
     assert [p.name for p in complete_checkpoints(broken.out)] == ["step-00000003", "step-00000004"]
     broken.resume, broken.workers = True, 0
@@ -131,7 +131,7 @@ def test_a_run_whose_workers_die_is_the_run_of_one_whose_did_not_and_is_saved_wh
 
 
 def test_a_run_that_waits_for_a_batch_gives_way_to_a_signal_and_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "AFTER_A_SIGNAL", 0.0)
+    monkeypatch.setattr(workers, "STOP_AFTER", 0.0)
     make, parent = batches.TrainingBatches.__getitem__, os.getpid()
 
     def hanging(self, number):

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_pipeline import SIZE, make_pipeline
 
 from openvision3 import distributed
-from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches
+from openvision3.data.batches import BatchPlan, Sample, TextShape, TrainingBatches, evaluation_batches
 from openvision3.data.names import open_source
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
@@ -52,7 +52,7 @@ def batches_of(pipeline: Pipeline, source: Source) -> TrainingBatches:
 def in_one_batch(pipeline: Pipeline, source: Source, count: int) -> dict[str, float]:
     batches = batches_of(pipeline, source)
     _, keys, images, texts = next(evaluation_batches(source, SIZE, count, Problems()))
-    batch, _ = batches.collate([(key, image, text[0], text[:CAPTIONS], []) for key, image, text in zip(keys, images, texts, strict=True)])
+    batch, _ = batches.collate([Sample(key, image, text[0], text[:CAPTIONS], []) for key, image, text in zip(keys, images, texts, strict=True)])
     loss, parts = pipeline.model.eval()(batch)
     return {name: value.item() for name, value in {"loss": loss, **parts}.items()}
 

@@ -367,7 +367,7 @@ def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
     done = subprocess.run([*start, *command(data, tmp_path / "run", "--batch", "7")], capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("openvision3:")]
-    assert lines == ["openvision3: batch 7 cannot be divided among 2 processes; legal are positive multiples of 2, such as 8"]
+    assert lines == ["openvision3: batch 7 cannot be divided among 2 processes; choose a positive multiple of 2, such as 8"]
     assert not (tmp_path / "run").exists()
 
 

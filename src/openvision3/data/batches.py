@@ -1,10 +1,10 @@
-"""A source -> batches, in an order and with random draws that are functions of (seed, epoch, sample) alone.
+"""Batches of a source, in an order and with random draws that depend on (seed, epoch, sample) only.
 
-Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`; the global batch of `step` holds
-positions step x batch to (step + 1) x batch, and rank r of W the r-th of W equal parts of it, cut into micro-batches. So a run goes
-on from its step number alone, with any number of workers and ranks. With lanes (see `order`) a batch's positions are dealt to its rows in turn:
-each lane has rows side by side, and the ranks of a machine the same few lanes in every step.
-A sample that cannot be used is replaced by another one of the epoch, and reported.
+Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`. The global batch of `step` holds
+positions step x batch to (step + 1) x batch; rank r of W has the r-th of W equal parts of it, cut into micro-batches. So a run can
+continue from its step number, with any number of workers and ranks. With lanes (see `order`), the positions of a batch are dealt to lanes in
+turn: the rows of a lane are neighbours, and the ranks of a machine have the same lanes in every step.
+A sample that cannot be used is replaced by another one of the epoch and reported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -36,15 +36,30 @@ if TYPE_CHECKING:
     from openvision3.data.latents.read import CachedView, LatentCache
 
 FAMILY = 16
+"""most samples of a family that `families` keeps side by side"""
 TRIES = 256
-"""Samples tried for one place in a batch: a run survives nine broken samples in ten, and stops with the reason where all are broken."""
+"""samples tried for one row: a run survives nine unusable samples in ten, and stops with the reason if all are unusable"""
 NEAR = 65_536
-"""Positions among which a replacement is sought at first."""
+"""a replacement is drawn from so many neighbouring positions at first"""
 
-Sample = tuple[str, "Tensor | CachedView", str, tuple[str, ...], list[Problem]]
-"""sample key, image as uint8 (or what a cache has in its place), caption to predict, texts to contrast, problems met on the way"""
-Made = tuple[dict[str, Tensor], list[Problem]]
-"""a batch and the problems met on the way"""
+
+class Sample(NamedTuple):
+    """One row of a batch."""
+
+    key: str
+    """its sample key"""
+    view: Tensor | CachedView
+    """the image as uint8 (3, size, size), or its cached latents"""
+    caption: str
+    """the caption to predict"""
+    texts: tuple[str, ...]
+    """the captions to contrast"""
+    problems: list[Problem]
+    """of the samples that were tried before it"""
+
+
+Collated = tuple[dict[str, Tensor], list[Problem]]
+"""a batch, and the problems of its samples"""
 
 
 @dataclass(frozen=True)
@@ -54,16 +69,16 @@ class TextShape:
     text_positions: int
     caption_positions: int
     captions: int = 1
-    """K, how many captions an image are contrasted"""
+    """K, the number of captions to contrast for each image"""
     sentences: bool = False
-    """the caption to predict is contrasted as one random sentence of it"""
+    """contrast one random sentence of the caption to predict, not all of it"""
     whole: bool = True
-    """with `sentences`, the whole of it fills in for other captions that a sample lacks; False: they are marked absent"""
+    """with `sentences`, the whole caption fills in for captions that a sample lacks; False: these are marked absent"""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What the batches of a run hold: equal plans give equal batches, however they are prepared."""
+    """What the batches of a run hold. Equal plans give equal batches, however they are prepared."""
 
     text: TextShape
     size: int
@@ -72,38 +87,38 @@ class BatchPlan:
     """rows on all ranks"""
     seed: int
     pixel_share: float = 1.0
-    """the share of rows that get the pixel loss: every 1/share-th row of the global batch, moved on by one a step"""
+    """the share of rows that get the pixel loss: every 1/share-th row of the global batch, shifted by one each step"""
     micro_batch: int = 0
-    """rows of a rank that are computed at a time (0: all)"""
+    """rows that a rank computes at a time (0: all)"""
     families: bool = False
-    """every other epoch keeps samples of one family side by side, so that the contrast has to tell them apart: at random, two skin tones of one
-    emoji hardly ever meet in a batch"""
+    """keep samples of a family side by side in every other epoch, so that the contrast has to distinguish them: in random order, two skin
+    tones of an emoji are rarely in the same batch"""
     lanes: int = 1
-    """parts of the batch that read remote shards of their own (`choose_lanes`)"""
+    """parts of the batch that each read their own remote shards (see `choose_lanes`)"""
 
 
 def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
-    """Raises ValueError where the batch cannot be divided among the processes, or a process's share into micro-batches."""
+    """Rows of each process. Raises ValueError if the batch cannot be divided among the processes, or their rows into micro-batches."""
     if batch < 1 or batch % world:
-        raise ValueError(f"batch {batch} cannot be divided among {world} processes; legal are positive multiples of {world}, such as {_next(batch, world)}")
+        raise ValueError(f"batch {batch} cannot be divided among {world} processes; choose a positive multiple of {world}, such as {_next(batch, world)}")
     local = batch // world
     if micro_batch < 0 or local % (micro_batch or local):
         raise ValueError(
-            f"micro_batch {micro_batch} does not divide the {local} pictures of a process (batch {batch} / {world}); "
-            f"legal are 0 and {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
+            f"micro_batch {micro_batch} does not divide the {local} images of a process (batch {batch} / {world}); "
+            f"choose one of 0, {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
         )
     return local
 
 
 class TrainingBatches:
-    """Endless micro-batches from `first_step` on, `pieces` of them a step; `problems` collects what was skipped, each sample once.
+    """Endless micro-batches, `pieces` of them a step; `problems` collects the samples that were skipped.
 
-    With a cache of `latents` these stand in the batch, and only images whose pixels are compared are opened.
-    Images are uint8 until `to_device`; `pinned` batches lie where a GPU fetches them from while the host goes on.
-    A wait for a batch ends soon after `stopping()` says that the run was asked to stop.
+    With a cache of `latents`, batches hold latents, and only images whose pixels are compared are opened.
+    Images stay uint8 until `to_device`. `pinned` puts batches into pinned memory, for asynchronous copies to a GPU.
+    A wait for a batch ends soon after `stopping()` becomes true.
 
     Raises:
-        ValueError: an empty source or a batch that cannot be divided so; while iterating, when 256 samples in a row cannot be used.
+        ValueError: an empty source, or a batch that cannot be divided; while iterating, 256 samples in a row that cannot be used.
     """
 
     def __init__(
@@ -145,11 +160,11 @@ class TrainingBatches:
         return self.place(position)[0]
 
     def place(self, position: int) -> tuple[int, int]:
-        """The sample at `position` of the run, and which time through its source that is: what its random view is drawn from."""
+        """The index of the sample at `position` of the run, and the round of its source, for which its random view is drawn."""
         return self._at(self._entry(position))
 
     def _entry(self, position: int) -> int:
-        """Which entry of the epochs stands at `position`: entry v is of lane v % lanes, and lane l has the l-th of `lanes` equal parts of each batch."""
+        """The entry of the epochs at `position`: entry v belongs to lane v % lanes, and lane l has the l-th of `lanes` equal parts of each batch."""
         step, row = divmod(position, self.batch)
         lane, number = divmod(row, self.batch // self.plan.lanes)
         return step * self.batch + number * self.plan.lanes + lane
@@ -162,12 +177,12 @@ class TrainingBatches:
                 order = self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.plan.seed, "order", epoch))))
             else:
                 order = self.source.order(self.plan.seed, epoch, self.plan.lanes)
-            kept = list(self._orders.items())[-1:]  # each lane of a batch goes from one epoch into the next
+            kept = list(self._orders.items())[-1:]  # a batch can reach into the next epoch
             self._orders = dict([*kept, (epoch, order)])
         return (int(order[within]), epoch) if isinstance(order, np.ndarray) else order.place(within)
 
     def _by_family(self, rng: np.random.Generator) -> np.ndarray:
-        """A shuffle that keeps families together, in pieces of at most FAMILY."""
+        """A shuffle that keeps families together, at most FAMILY samples each."""
         pieces = []
         for family in self._families:
             mixed = rng.permutation(family)
@@ -175,12 +190,12 @@ class TrainingBatches:
         return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
 
     def sample(self, position: int) -> Sample:
-        """The sample at `position` of the run, or where it cannot be used the first usable of those drawn instead."""
+        """The sample at `position` of the run; if it cannot be used, the first usable one of its replacements."""
         problems: list[Problem] = []
         entry = self._entry(position)
         for attempt in range(TRIES):
             index, epoch = self._at(self._instead(entry, attempt) if attempt else entry)
-            name = f"sample {index}"  # until the source, which may have lost its index, says its name
+            name = f"sample {index}"  # if its shard's index is lost, it has no key
             try:
                 name = self.source.key(index)
                 key = self.latents.key_of(self.source, index) if self.latents is not None else self.source.sample_key(index)
@@ -200,11 +215,11 @@ class TrainingBatches:
                 continue
             if damage := damage_seen():
                 problems.append({"key": name, **damage})
-            return key, view, captions[0], self._choose(captions, generator), problems
+            return Sample(key, view, captions[0], self._choose_texts(captions, generator), problems)
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
     def _instead(self, entry: int, attempt: int) -> int:
-        """Another entry of the same epoch: near by and of the same lane at first, where remote shards are at hand, then anywhere."""
+        """A replacement from the same epoch: at first one nearby in the same lane, whose remote shards are in the cache, then any."""
         count = len(self.source)
         epoch, within = divmod(entry, count)
         first, last, lanes = 0, count, 1
@@ -212,14 +227,14 @@ class TrainingBatches:
             first = within // NEAR * NEAR
             last, lanes = min(first + NEAR, count), self.plan.lanes
         drawn = first + draw_seed(self.plan.seed, "instead", entry, attempt) % (last - first)
-        drawn += (within - drawn) % lanes  # the next of the lane, or the one before
+        drawn += (within - drawn) % lanes  # the next entry of the lane, or the one before
         return epoch * count + (drawn if drawn < last else drawn - lanes)
 
-    def _choose(self, captions: Captions, generator: torch.Generator) -> tuple[str, ...]:
-        """What is contrasted: the first caption and K - 1 others, drawn where there are more.
+    def _choose_texts(self, captions: Captions, generator: torch.Generator) -> tuple[str, ...]:
+        """The texts to contrast: the first caption, and K - 1 others, drawn at random if there are more.
 
-        With `sentences` one random sentence stands for the first caption (paper: long synthetic captions), and with `whole` the
-        whole of it fills in for others that the sample lacks.
+        With `sentences`, one random sentence replaces the first caption (as the paper does for long synthetic captions), and with
+        `whole`, the whole caption fills in for others that the sample lacks.
         """
         first, others = captions[0], tuple(captions[1:])
         if len(others) >= self.shape.captions:
@@ -231,36 +246,37 @@ class TrainingBatches:
         part = parts[int(torch.randint(len(parts), (1,), generator=generator))]
         return (part, *others, *[first] * (self.shape.captions if self.shape.whole else 0))[: self.shape.captions]
 
-    def collate(self, rows: list[Sample]) -> Made:
+    def collate(self, rows: list[Sample]) -> Collated:
+        """Samples -> a batch, without the random draws of a step. Images stay uint8, a quarter of their size as floats."""
         count = self.shape.captions
-        texts = [(*contrasted, *[""] * (count - len(contrasted))) for _, _, _, contrasted, _ in rows]
-        flat = self.tokenizer.text_ids([t for row in texts for t in row], self.shape.text_positions)
-        """Samples -> a batch, without the draws of a step. Images stay as they are: uint8 is a quarter of what a model sees (`to_device`)."""
-        caption_ids = self.tokenizer.caption_ids([caption for _, _, caption, _, _ in rows], self.shape.caption_positions)
+        texts = [text for row in rows for text in (*row.texts, *[""] * (count - len(row.texts)))]
+        caption_ids = self.tokenizer.caption_ids([row.caption for row in rows], self.shape.caption_positions)
         batch = {
-            **self._pictures([view for _, view, *_ in rows]),
-            "text_ids": flat.unflatten(0, (len(rows), count)),
-            "text_present": torch.tensor([[k < len(contrasted) for k in range(count)] for _, _, _, contrasted, _ in rows]),
+            **self._stack([row.view for row in rows]),
+            "text_ids": self.tokenizer.text_ids(texts, self.shape.text_positions).unflatten(0, (len(rows), count)),
+            "text_present": torch.tensor([[k < len(row.texts) for k in range(count)] for row in rows]),
             "caption_ids": caption_ids,
             "word_positions": (caption_ids[:, 1:] != self.tokenizer.pad_id).flatten().nonzero()[:, 0],
-            "sample_key": torch.tensor([draw_seed(key) for key, *_ in rows]),
+            "sample_key": torch.tensor([draw_seed(row.key) for row in rows]),
         }
-        return batch, [problem for *_, problems in rows for problem in problems]
+        return batch, [problem for row in rows for problem in row.problems]
 
-    def _pictures(self, views: list[Tensor | CachedView]) -> dict[str, Tensor]:
+    def _stack(self, views: list[Tensor | CachedView]) -> dict[str, Tensor]:
         images = [view for view in views if isinstance(view, Tensor)]
         if images:
             return {"images": torch.stack(images)}
         cached = [view for view in views if not isinstance(view, Tensor)]
         compared = [view.image for view in cached if view.image is not None]
-        shown = torch.stack(compared) if compared else self._no_images()
-        return {"latents": torch.stack([view.latents for view in cached]), "pixel_images": shown}
+        return {
+            "latents": torch.stack([view.latents for view in cached]),
+            "pixel_images": torch.stack(compared) if compared else self._no_images(),
+        }
 
     def _no_images(self) -> Tensor:
         return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
-    def __getitem__(self, number: int) -> Made | Exception:
-        """Micro-batch `number` of this rank; an error is returned, so that it reaches the consumer in one line from a thread or a process alike."""
+    def __getitem__(self, number: int) -> Collated | Exception:
+        """Micro-batch `number` of this rank. An error is returned, not raised, so that threads and processes pass it on alike."""
         step, rows = self._place(number)
         try:
             return self.collate([self.sample(step * self.batch + row) for row in rows])
@@ -268,20 +284,20 @@ class TrainingBatches:
             return error
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"stopping": None, "_processes": None, "problems": Problems()}  # which a worker that is not forked neither needs nor gets
+        return self.__dict__ | {"stopping": None, "_processes": None, "problems": Problems()}  # not needed in workers, and cannot be pickled
 
     @property
     def lost_workers(self) -> int:
-        """Worker processes that died and were replaced."""
+        """the number of worker processes that died and were replaced"""
         return self._processes.deaths
 
     def check_room(self, processes: int = 1) -> None:
-        """Read a sample, and see that batches of such samples fit into the memory that workers of `processes` like this one share.
+        """Read a sample, and check that batches of that size fit into the shared memory, which `processes` like this one use.
 
         Raises:
-            ValueError: no sample can be used, or there is too little room.
+            ValueError: no sample can be used, or there is too little shared memory.
         """
-        batch, _ = self.collate([self.sample(self.rows.start)])  # of its own: the shard of another would be fetched for nothing
+        batch, _ = self.collate([self.sample(self.rows.start)])  # its own row: for another, a shard would be fetched in vain
         rows = len(self.rows) // self.pieces
         check_shared_memory(rows * sum(value.nbytes for value in batch.values()), self.workers, held=self.pieces, processes=processes)
 
@@ -292,7 +308,7 @@ class TrainingBatches:
         return step, self.rows[piece * count : (piece + 1) * count]
 
     def add_draws(self, batch: dict[str, Tensor], step: int, rows: range) -> dict[str, Tensor]:
-        """The random draws of the step: a noise seed for each row, and the rows whose pixels are compared."""
+        """Add the random draws of a step: a noise seed for each row, and the rows whose pixels are compared."""
         batch["draw_key"] = torch.tensor([draw_seed(self.plan.seed, step, row) for row in rows])
         if not self.plan.pixel_share:
             batch["pixel_images"] = self._no_images()
@@ -305,11 +321,11 @@ class TrainingBatches:
         return math.floor((row + step) * self.plan.pixel_share) > math.floor((row + step - 1) * self.plan.pixel_share)
 
     def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches of step `first_step`, `first_step` + 1, ... prepared ahead by worker processes, or by a thread."""
+        """The micro-batches from step `first_step` on, prepared ahead by worker processes, or by a thread."""
         first = first_step * self.pieces
-        made = self._processes.make(itertools.count(first)) if self.workers else self._from_thread(first)
-        with contextlib.closing(made):
-            for number, item in enumerate(made, first):
+        prepared = self._processes.make(itertools.count(first)) if self.workers else self._from_thread(first)
+        with contextlib.closing(prepared):
+            for number, item in enumerate(prepared, first):
                 if isinstance(item, Exception):
                     raise item
                 batch, problems = item
@@ -317,7 +333,7 @@ class TrainingBatches:
                 batch = self.add_draws(batch, *self._place(number))
                 yield _pin(batch) if self.pinned else batch
 
-    def _from_thread(self, first: int, ahead: int = 2) -> Generator[Made | Exception, None, None]:
+    def _from_thread(self, first: int, ahead: int = 2) -> Generator[Collated | Exception, None, None]:
         ready: queue.Queue = queue.Queue(ahead)
         stop = threading.Event()
 
@@ -332,8 +348,8 @@ class TrainingBatches:
             for number in itertools.count(first):
                 if stop.is_set():
                     return
-                made = self[number]
-                put((_pin(made[0]), made[1]) if self.pinned and not isinstance(made, Exception) else made)
+                item = self[number]
+                put((_pin(item[0]), item[1]) if self.pinned and not isinstance(item, Exception) else item)
 
         thread = threading.Thread(target=work, name="batches", daemon=True)
         thread.start()
@@ -342,15 +358,15 @@ class TrainingBatches:
                 yield wait(lambda seconds: ready.get(timeout=seconds), self.stopping)
         finally:
             stop.set()
-            thread.join(5)  # and no longer for a disk that gives nothing
+            thread.join(5)  # a disk that does not answer must not block the end
 
 
 def _pin(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.pin_memory() for name, value in batch.items()}  # what is pinned already stays
+    return {name: value.pin_memory() for name, value in batch.items()}  # does not copy what is pinned
 
 
 def to_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-    """A batch of `TrainingBatches` as a model takes it: on the device, and images, which travel as uint8, in [-1, 1]."""
+    """Move a batch of `TrainingBatches` to a device, and scale its images from uint8 to [-1, 1]."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return {name: to_tensor(value) if value.dtype == torch.uint8 else value for name, value in moved.items()}
 
@@ -360,7 +376,7 @@ def _next(batch: int, world: int) -> int:
 
 
 def fewer_than_a_batch(samples: int, batch: int) -> str:
-    """What a step looks like where the data hold fewer samples than a batch has rows: it is filled from further epochs."""
+    """A warning for data with fewer samples than a batch has rows: batches are filled from further epochs."""
     least, rest = divmod(batch, samples)
     times = f"{least} or {least + 1} times" if rest else f"{least} times"
     return f"{samples} samples are fewer than a batch of {batch}: every step shows each of them {times} and contrasts it with its copies; see --batch"

@@ -1,7 +1,7 @@
-"""Items prepared ahead by worker processes, in order: a worker that dies is replaced, and no wait is without end.
+"""Items prepared ahead by worker processes, in order. A worker that dies is replaced, and no wait is endless.
 
-Items are functions of their number alone, so what a dead worker held is made again and nothing differs. Processes come from the
-standard library's pool, which notices a death; torch's loader raises one from a signal handler, in the middle of a step.
+Each item depends on its number only, so the items of a dead worker are prepared again and nothing changes. Processes come from the
+standard library's pool, which reports a death to the caller; torch's DataLoader raises it in a signal handler, in the middle of a step.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ T = TypeVar("T", covariant=True)
 
 SHARED_MEMORY = Path("/dev/shm")
 AHEAD = 2
-"""items that each worker prepares before they are asked for"""
+"""items that each worker prepares ahead"""
 DEATHS = 3
-"""Workers may die this often within DEATHS_WITHIN items; the next death ends the run."""
+"""so many workers may die within DEATHS_WITHIN items; the next death ends the run"""
 DEATHS_WITHIN = 100
 PATIENCE = 15 * 60.0
-"""seconds that an item is waited for; less than the other processes of a run wait for this one"""
-TOLD_AFTER = 60.0
-"""seconds of waiting after which a line says so"""
-AFTER_A_SIGNAL = 5.0
-"""seconds that an item is still waited for once the run has been asked to stop"""
-LOOK = 0.2
-"""seconds between two looks at whether the wait is over"""
+"""longest wait for an item, in seconds; less than the other processes of a run wait for this one"""
+REPORT_AFTER = 60.0
+"""a wait of so many seconds is reported once"""
+STOP_AFTER = 5.0
+"""longest wait for an item, in seconds, after the run was asked to stop"""
+INTERVAL = 0.2
+"""seconds between two checks of a wait"""
 
 
 class WorkersFailed(RuntimeError):
-    """Workers died again and again, gave nothing, or could not hand over what they made."""
+    """Workers died repeatedly, gave nothing, or could not hand over an item."""
 
 
 class WaitGivenUp(RuntimeError):
-    """A signal asked the run to stop while it waited for an item."""
+    """The run was asked to stop while it waited for an item."""
 
 
 class Items(Protocol[T]):
@@ -57,11 +57,11 @@ class Items(Protocol[T]):
 
 
 _items: Any = None
-"""in a worker: what makes the items"""
+"""the items that a worker process prepares"""
 
 
 class Workers:
-    """`count` processes that make `items`; `deaths` counts those that had to be replaced."""
+    """`count` processes that prepare `items`; `deaths` counts those that had to be replaced."""
 
     def __init__(self, items: Items[T], count: int, stopping: Callable[[], object] = lambda: False):
         self.items, self.count, self.stopping = items, count, stopping
@@ -69,13 +69,13 @@ class Workers:
         self._died_at: deque[int] = deque(maxlen=DEATHS + 1)
 
     def make(self, numbers: Iterable[int]) -> Generator[T, None, None]:
-        """The items of these numbers, in their order.
+        """The items of these numbers, in order.
 
         Raises:
             WorkersFailed, WaitGivenUp.
         """
         left, pool, given, patience = iter(numbers), self._pool(), 0, 5.0
-        pending: deque[list[Any]] = deque()  # [number, what will hold its item]
+        pending: deque[list[Any]] = deque()  # [number, future of its item]
         processes: list[Any] = []
         try:
             while True:
@@ -88,7 +88,7 @@ class Workers:
                     processes = list((pool._processes or {}).values())
                     item = wait(lambda seconds: _result(pending[0][1], seconds), self.stopping)
                 except BrokenProcessPool:
-                    for process in processes:  # those that live, too: they would end when it suits them
+                    for process in processes:  # also those alive, which would end at any time
                         if process.is_alive():
                             with contextlib.suppress(ProcessLookupError):  # it ended just now
                                 os.kill(process.pid, signal.SIGALRM)
@@ -104,7 +104,7 @@ class Workers:
                 except (RuntimeError, OSError) as error:
                     if "shared memory" not in str(error) and "No space left" not in str(error):
                         raise
-                    raise WorkersFailed(f"a worker could not hand over what it made: {_no_room(_free())}") from error
+                    raise WorkersFailed(f"a worker could not hand over an item: {_no_room(_free())}") from error
                 pending.popleft()
                 given += 1
                 yield item
@@ -117,44 +117,44 @@ class Workers:
                     process.join(1)
 
     def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
-        # started as torch's loader starts its own: forked where that is the custom, so that nothing is copied
+        # the default start method, as in torch's DataLoader: a fork copies nothing
         return concurrent.futures.ProcessPoolExecutor(self.count, multiprocessing.get_context(), initializer=_begin, initargs=(self.items, os.getpid()))
 
     def _died(self, codes: list[int | None], given: int) -> None:
-        """Count a death after `given` items and tell it. Raises WorkersFailed where it is one too many."""
+        """Count and report a death after `given` items. Raises WorkersFailed if it is one too many."""
         first = next((code for code in codes if code not in (None, 0, -signal.SIGTERM, -signal.SIGALRM)), 0)
         how = f"killed by {signal.Signals(-first).name}" if first < 0 else f"lost (exit code {first})" if first else "lost"
-        died = f"a worker was {how}{', most likely for want of memory' if first == -signal.SIGKILL else ''}"
+        died = f"a worker was {how}{', most likely because memory ran out' if first == -signal.SIGKILL else ''}"
         self.deaths += 1
         self._died_at.append(given)
         if len(self._died_at) > DEATHS and given - self._died_at[0] < DEATHS_WITHIN:
             raise WorkersFailed(f"{died}, for the {self.deaths}th time; take fewer --workers or a smaller --micro-batch")
-        console().print(f"{died}: workers are started anew at the same batch ({self.deaths} so far)", markup=False, soft_wrap=True)
+        console().print(f"{died}: workers are restarted at the same batch ({self.deaths} so far)", markup=False, soft_wrap=True)
 
 
 def wait(get: Callable[[float], T], stopping: Callable[[], object]) -> T:
-    """What `get(seconds)` gives, which raises queue.Empty when it has nothing by then.
+    """The result of `get(seconds)`, which raises queue.Empty if it has none in that time.
 
     Raises:
-        WaitGivenUp: the run has been asked to stop meanwhile. WorkersFailed: nothing comes.
+        WaitGivenUp: the run was asked to stop meanwhile. WorkersFailed: no result in PATIENCE seconds.
     """
-    start = asked = time.monotonic()
-    told = False
+    start = running = time.monotonic()
+    reported = False
     while True:
         with contextlib.suppress(queue.Empty):
-            return get(LOOK)
+            return get(INTERVAL)
         now = time.monotonic()
         if not stopping():
-            asked = now
-        elif now - asked > AFTER_A_SIGNAL:
-            raise WaitGivenUp(f"asked to stop while waiting for a batch, {now - start:.0f} s by then")
+            running = now
+        elif now - running > STOP_AFTER:
+            raise WaitGivenUp(f"asked to stop after waiting {now - start:.0f} s for a batch")
         if now - start > PATIENCE:
             raise WorkersFailed(
-                f"no batch for {PATIENCE / 60:.0f} minutes, though what reads the data lives; look at the disk or the network that they come from"
+                f"no batch for {PATIENCE / 60:.0f} minutes, though the workers are alive; check the disk or the network that the data come from"
             )
-        if now - start > TOLD_AFTER and not told:
-            told = True
-            console().print(f"still waiting for a batch after {TOLD_AFTER:.0f} s", markup=False)
+        if now - start > REPORT_AFTER and not reported:
+            reported = True
+            console().print(f"still waiting for a batch after {REPORT_AFTER:.0f} s", markup=False)
 
 
 def _result(made: concurrent.futures.Future, seconds: float) -> Any:
@@ -169,7 +169,7 @@ def _is_whole(made: concurrent.futures.Future | None) -> bool:
 
 
 def _begin(items: Any, parent: int) -> None:
-    """The start of a worker: one thread, no end by signals to the whole group, and none without its parent."""
+    """Initialise a worker: one thread; it outlives signals to the process group, but not its parent."""
     global _items
     _items = items
     torch.set_num_threads(1)
@@ -188,18 +188,18 @@ def _make(number: int) -> Any:
 
 
 def outlive_signals(worker: int = 0) -> None:
-    """Signals to the whole process group reach workers too, but the run wants to save first: they go on for a while."""
+    """Let a worker survive signals to its process group for a while, since the run has to save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # then the alarm ends them, should nobody else have
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # the alarm ends it unless the run has
 
 
 def check_shared_memory(item: int, workers: int, held: int = 1, processes: int = 1) -> None:
-    """Whether what workers prepare ahead fits into shared memory, before they start: `item` bytes each, `held` more in use, in `processes` like this one.
+    """Check that the items prepared ahead fit into shared memory: `item` bytes each, `held` more in use, in each of `processes`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they do not.
     """
     free, need = _free(), item * (AHEAD * workers + held) * processes
     if workers and free is not None and need > free:
@@ -220,7 +220,7 @@ def _megabytes(count: int) -> str:
 
 
 def _free() -> int | None:
-    """Bytes of shared memory that are free; None where it cannot be asked."""
+    """Free bytes of shared memory; None if unknown."""
     try:
         disk = os.statvfs(SHARED_MEMORY)
     except OSError:

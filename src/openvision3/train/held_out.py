@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data import openmoji
-from openvision3.data.batches import TrainingBatches, evaluation_batches, to_device
+from openvision3.data.batches import Sample, TrainingBatches, evaluation_batches, to_device
 from openvision3.data.images import to_pil
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.openmoji import EmojiSource
@@ -104,7 +104,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
             vae_values.append(psnr(images, vae_hat))
             captioned = [i for i, t in enumerate(texts) if t]
             if captioned:
-                batch, _ = batches.collate([(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
+                batch, _ = batches.collate([Sample(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
                 held_out.add(to_device(batch, pipeline.device))
                 captions += [texts[i][0] for i in captioned]
         if not rows:
