@@ -38,11 +38,6 @@ def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = N
     return ValueError(" ".join([f"unknown {what} {name!r}.", *filter(None, hints)]))
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice most like `word`; empty when there is none."""
-    return next(iter(difflib.get_close_matches(word, [*choices], 1, cutoff=0.3)), "")
-
-
 def to_dict(config: Any) -> dict:
     """A config -> plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -177,7 +177,7 @@ def test_paths_and_words_that_are_not_utf8_are_one_line_or_work_and_never_a_trac
         (["train", "tiny", "--out", f"r{odd}"], r"'r\udcff' is not UTF-8, which TensorBoard needs of the name of a run folder; name another with --out"),
         (["info", f"m{odd}"], r"m\udcff/model.safetensors' is not UTF-8, which safetensors needs of a path; give the folder another name"),
         (["info", f"n{odd}"], "unknown model 'n"),
-        (["fetch", odd], "nothing to fetch is called '"),
+        (["fetch", odd], "unknown file to fetch '"),
         (["data", "check", f"n{odd}"], "no such data: n"),
         ([odd], r"unknown command '\udcff'. Run `openvision3 --help` for all commands"),
     ):

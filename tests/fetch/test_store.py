@@ -239,9 +239,9 @@ def test_an_odd_endpoint_is_refused(two, monkeypatch, capsys):
     "argv, words",
     [
         ([], "no name was given; name what to fetch, or all"),
-        (["flux-vea"], "Did you mean flux-vae?"),
-        (["../../etc"], "nothing to fetch is called '../../etc'. Choose one of all, flux-vae"),
-        (["/etc/passwd", "--check"], "nothing to fetch is called"),
+        (["flux-vea"], "Did you mean 'flux-vae'?"),
+        (["../../etc"], "unknown file to fetch '../../etc'. Choose one of all, flux-vae"),
+        (["/etc/passwd", "--check"], "unknown file to fetch"),
         (["--list", "--check"], "give one of them"),
     ],
 )
@@ -303,7 +303,7 @@ def test_find_gives_what_was_fetched(two, home):
     assert find("hub") == home / "hub/vae/config.json", "of one file, the file"
     with pytest.raises(ValueError, match=r"two has no file '\.\./x'; choose one of big\.pth, sub/small\.pth"):
         find("two", "../x")
-    with pytest.raises(ValueError, match="nothing to fetch is called 'none'"):
+    with pytest.raises(ValueError, match="unknown file to fetch 'none'"):
         find("none")
     (home / "two/big.pth").write_bytes(b"cut")
     with pytest.raises(ValueError, match="has 3 bytes, expected 1,048,576"):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from openvision3.settings import unknown
+
 HUB = "https://huggingface.co"
 UNKNOWN = "unknown"
 
@@ -311,10 +313,7 @@ ASSETS = {asset.name: asset for asset in _ALL}
 def find_asset(name: str) -> Asset:
     """The asset of this name. Raises ValueError with the names to choose from and the nearest one."""
     if name not in ASSETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, ASSETS, 1, cutoff=0.3)
-        raise ValueError(f"nothing to fetch is called {name!r}. {f'Did you mean {near[0]}? ' if near else ''}Choose one of all, {', '.join(ASSETS)}")
+        raise unknown("file to fetch", name, ["all", *ASSETS])
     return ASSETS[name]
 
 

@@ -44,7 +44,7 @@ from openvision3.hub import load_vae, vae_licence
 from openvision3.model.vae import VAE
 from openvision3.networks.open_clip import OpenClipText, OpenClipViT
 from openvision3.networks.perceptual import load_foreign_pickle
-from openvision3.settings import nearest
+from openvision3.settings import unknown
 
 PEERS = {name: asset for name, asset in ASSETS.items() if asset.model is not None}
 
@@ -71,11 +71,8 @@ def load_peer(name: str, folder: str = "", device: str = "cpu", precision: str =
     return LOADERS[asset.model.loader](Request(asset, find_folder(asset, folder), device, precision))
 
 
-def unknown_peer(name: str, legal: Collection[str]) -> ValueError:
-    close = nearest(name, legal)
-    return ValueError(
-        f"unknown peer {name!r}. {f'Did you mean {close}? ' if close else ''}Choose one of {', '.join(legal)}, or FILE.py:FUNCTION for a model of your own"
-    )
+def unknown_peer(name: str, names: Collection[str]) -> ValueError:
+    return unknown("peer", name, names, f"Choose one of {', '.join(names)}, or FILE.py:FUNCTION for a model of your own")
 
 
 # -- VAEs and RAE: diffusers ----------------------------------------------------------------------------------------
