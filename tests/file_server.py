@@ -66,10 +66,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"Content-Length": "0"})
         data = server.files[path]
         mark = f'"{hashlib.md5(data).hexdigest()}"'
-        start, found = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start, asked_range = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         headers = {"ETag": mark, "X-Repo-Commit": "0" * 40}
-        if found and server.ranges:
-            start = int(found[1])
+        if asked_range and server.ranges:
+            start = int(asked_range[1])
             if start >= len(data):
                 return self.answer(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(data)}"})
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

@@ -270,10 +270,10 @@ class RQVAESIGLIPTransformer:
     def from_pretrained(cls, path, torch_dtype):
         from safetensors.torch import load_file
 
-        found = cls()
-        found.rqvaesiglip = Tower().to(torch_dtype)
-        found.rqvaesiglip.load_state_dict(load_file(path + "/model.safetensors"))
-        return found
+        model = cls()
+        model.rqvaesiglip = Tower().to(torch_dtype)
+        model.rqvaesiglip.load_state_dict(load_file(path + "/model.safetensors"))
+        return model
 """
 """As in the real repository, a dataclass is the default of a field, which Python 3.11 refuses, and decoding fails in fp32."""
 

@@ -124,8 +124,8 @@ def test_a_hub_file_keeps_its_place_and_its_commit_is_recorded(two, home, server
 
 def test_other_bytes_than_the_published_ones_are_refused_and_dropped(two, home, server, capsys):
     server.files["/mirror"] = OTHER
-    told = refused(capsys, "two")
-    assert "/mirror: SHA256 hash" in told and f"expected {SHA256} but got {hashlib.sha256(OTHER).hexdigest()}" in told and "Expected: a page" in told
+    message = refused(capsys, "two")
+    assert "/mirror: SHA256 hash" in message and f"expected {SHA256} but got {hashlib.sha256(OTHER).hexdigest()}" in message and "Expected: a page" in message
     assert names(home) == []
 
 
@@ -134,10 +134,10 @@ def test_what_was_first_fetched_is_enforced_from_then_on(two, home, server, caps
     (home / "two/sub/small.pth").unlink()
     server.files["/small"] = b"other"
     capsys.readouterr()
-    told = refused(capsys, "two")
+    message = refused(capsys, "two")
     for data in (b"small", b"other"):
-        assert hashlib.sha256(data).hexdigest() in told
-    assert "as first fetched" in told and "remove" in told and not (home / "two/sub/small.pth").exists()
+        assert hashlib.sha256(data).hexdigest() in message
+    assert "as first fetched" in message and "remove" in message and not (home / "two/sub/small.pth").exists()
     server.files["/small"] = b"small"
     assert cli.main(["fetch", "two"]) == 0
 
@@ -152,8 +152,8 @@ def test_a_damaged_file_is_reported_and_never_replaced(two, home, capsys, bytes_
     out, err = capsys.readouterr()
     assert out == "two: damaged\n" and words in err
     assert cli.main(["fetch", "--check", "--json"]) == 2
-    [told] = json.loads(capsys.readouterr().out)
-    assert told["state"] == "damaged" and words in told["problems"][0]
+    [entry] = json.loads(capsys.readouterr().out)
+    assert entry["state"] == "damaged" and words in entry["problems"][0]
 
 
 def test_a_damaged_record_is_reported(two, home, capsys):
@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_fetched_is_reported_and_the_others_are_fetched(tw
     out, err = capsys.readouterr()
     assert "two -> " in out and "accept its licence" in err and "1 of 2 could not be fetched" in err
     assert cli.main(["fetch", "all", "--json"]) == 0
-    assert {told["name"]: told["state"] for told in json.loads(capsys.readouterr().out)} == {"two": "here", "hub": "here"}
+    assert {entry["name"]: entry["state"] for entry in json.loads(capsys.readouterr().out)} == {"two": "here", "hub": "here"}
 
 
 def test_another_folder_is_used_and_how_to_name_it_is_shown(two, home, tmp_path, capsys):
@@ -196,8 +196,8 @@ def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_requested(t
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkdtemp", no_folder)
-    told = refused(capsys, "two", "hub", "--to", "new/folder")
-    assert "nothing can be written into new/folder (" in told and "Read-only file system); name another folder with --to" in told and server.gets == []
+    message = refused(capsys, "two", "hub", "--to", "new/folder")
+    assert "nothing can be written into new/folder (" in message and "Read-only file system); name another folder with --to" in message and server.gets == []
 
 
 def test_names_may_be_separated_by_commas(two, home):
@@ -211,17 +211,17 @@ def test_names_may_be_separated_by_commas(two, home):
 def test_a_gated_asset_says_what_to_do(two, server, home, monkeypatch, capsys):
     monkeypatch.setattr(downloading, "TOKEN_ENDPOINT", server.url)
     server.statuses["/owner/repo/resolve/main/vae/config.json"] = [401, 403]
-    told = refused(capsys, "hub")
-    assert "HTTP 401" in told and "no token is set" in told and "accept its licence on https://huggingface.co/owner/repo, then set HF_TOKEN" in told
+    message = refused(capsys, "hub")
+    assert "HTTP 401" in message and "no token is set" in message and "accept its licence on https://huggingface.co/owner/repo, then set HF_TOKEN" in message
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
-    told = refused(capsys, "hub")
-    assert "HTTP 403" in told and "the token of HF_TOKEN was shown" in told and "hf_secret" not in told
+    message = refused(capsys, "hub")
+    assert "HTTP 403" in message and "the token of HF_TOKEN was shown" in message and "hf_secret" not in message
     assert not home.exists()
 
 
 def test_a_moved_file_is_reported(two, server, capsys):
     del server.files["/mirror"]
-    assert "HTTP 404" in (told := refused(capsys, "two")) and "it has moved" in told
+    assert "HTTP 404" in (message := refused(capsys, "two")) and "it has moved" in message
 
 
 def test_offline_nothing_is_requested(two, server, home, monkeypatch, capsys):
@@ -260,8 +260,8 @@ def test_the_list_names_everything_with_its_state(two, home, capsys):
     assert " here " in rows["two"] and "1.05 MB" in rows["two"] and " absent " in rows["hub"] and "unknown" in rows["hub"] and "MIT (gated)" in rows["hub"]
     (home / "two/sub/small.pth").unlink()
     assert cli.main(["fetch", "--list", "two", "--json"]) == 0
-    [told] = json.loads(capsys.readouterr().out)
-    assert told["state"] == "incomplete" and told["files"][0]["sha256"] == SHA256 and told["licence"] == "MIT"
+    [entry] = json.loads(capsys.readouterr().out)
+    assert entry["state"] == "incomplete" and entry["files"][0]["sha256"] == SHA256 and entry["licence"] == "MIT"
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 149, 150, 160, 250])

@@ -23,7 +23,7 @@ GOLDEN_SPATIAL = [1.18781, 0.23407, 0.0, 0.0, 2.72492, 1.79246, 0.0, 3.50903, 0.
 GOLDEN_LOGITS = [-1.10358, 1.08124, 2.48943, 0.73945, -2.09217]
 
 
-def pictures(count: int, height: int = 64, width: int = 80, seed: int = 0) -> torch.Tensor:
+def make_images(count: int, height: int = 64, width: int = 80, seed: int = 0) -> torch.Tensor:
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(-1, 1)
 
@@ -49,9 +49,9 @@ def golden_picture() -> torch.Tensor:
 
 def test_features_are_those_that_torch_fidelity_gave_for_the_same_weights(inception):
     """Recorded from torch-fidelity 0.4.0 on torch 2.13: pool_3, the 1 x 1 of Mixed_6d, and logits without bias."""
-    found = inception.features(to_tensor(golden_picture()))
-    assert found.pool.shape == (1, 2048) and found.spatial.shape == (1, 2023) and found.logits.shape == (1, 1008)
-    for seen, expected in ((found.pool, GOLDEN_POOL), (found.spatial, GOLDEN_SPATIAL), (found.logits, GOLDEN_LOGITS)):
+    result = inception.features(to_tensor(golden_picture()))
+    assert result.pool.shape == (1, 2048) and result.spatial.shape == (1, 2023) and result.logits.shape == (1, 1008)
+    for seen, expected in ((result.pool, GOLDEN_POOL), (result.spatial, GOLDEN_SPATIAL), (result.logits, GOLDEN_LOGITS)):
         assert seen[0, ::250].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
@@ -66,14 +66,14 @@ def test_inception_equals_torch_fidelitys_own_module(inception, tmp_path, size):
     pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         pool, logits = theirs(pixels)
-    found = inception.features(to_tensor(pixels))
-    torch.testing.assert_close(found.pool, pool, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.spatial, spatial[0].permute(0, 2, 3, 1)[..., :7].reshape(2, -1), rtol=1e-4, atol=1e-4)
+    result = inception.features(to_tensor(pixels))
+    torch.testing.assert_close(result.pool, pool, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.spatial, spatial[0].permute(0, 2, 3, 1)[..., :7].reshape(2, -1), rtol=1e-4, atol=1e-4)
 
 
 def imported_torch_fidelity():
-    """It imports torchvision, which beside a torch without its compiled operators has to be told of two of them."""
+    """torch-fidelity imports torchvision, two of whose operators must be declared beside a torch without them."""
     if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
     if "torchvision" not in sys.modules:
@@ -85,12 +85,12 @@ def imported_torch_fidelity():
 
 
 def test_inception_sees_images_as_uint8_and_one_by_one(inception):
-    images = to_tensor(to_uint8(pictures(2)))
-    found = inception(images)
-    assert torch.equal(found, inception(images + 0.4 / 127.5))
-    torch.testing.assert_close(torch.cat([inception(image[None]) for image in images]), found, rtol=1e-4, atol=1e-4)
+    images = to_tensor(to_uint8(make_images(2)))
+    result = inception(images)
+    assert torch.equal(result, inception(images + 0.4 / 127.5))
+    torch.testing.assert_close(torch.cat([inception(image[None]) for image in images]), result, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(inception(images), found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inception(images), result, rtol=1e-5, atol=1e-5)
 
 
 def test_inception_stays_frozen_in_evaluation(inception):
@@ -101,9 +101,11 @@ def test_inception_stays_frozen_in_evaluation(inception):
 def test_a_missing_inception_says_where_to_get_it_and_what_can_be_done_without(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         Inception(tmp_path / "nowhere.pth")
-    told = str(caught.value)
-    assert "nowhere.pth" in told and "weights-inception-2015-12-05-6726825d.pth" in told and "https://" in told and "KID on EfficientNet-Lite0" in told
-    assert "\n" not in told
+    message = str(caught.value)
+    assert (
+        "nowhere.pth" in message and "weights-inception-2015-12-05-6726825d.pth" in message and "https://" in message and "KID on EfficientNet-Lite0" in message
+    )
+    assert "\n" not in message
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="hub/checkpoints/weights-inception"):
         Inception()
@@ -147,32 +149,32 @@ def efficientnet() -> EfficientNetFeatures:
 
 
 def test_efficientnet_features_are_what_its_classifier_sees(efficientnet):
-    images = to_tensor(to_uint8(pictures(2, 224, 224)))
-    found = efficientnet(images)
-    assert found.shape == (2, efficientnet.width)
-    torch.testing.assert_close(efficientnet.network.classifier(found), efficientnet.network(images), rtol=1e-4, atol=1e-4)
+    images = to_tensor(to_uint8(make_images(2, 224, 224)))
+    result = efficientnet(images)
+    assert result.shape == (2, efficientnet.width)
+    torch.testing.assert_close(efficientnet.network.classifier(result), efficientnet.network(images), rtol=1e-4, atol=1e-4)
 
 
 def test_efficientnet_brings_other_sizes_to_its_own_as_pillow_does(efficientnet):
     noise = torch.randn(2, 3, 300, 260, generator=torch.Generator().manual_seed(1))
-    images = to_tensor(to_uint8(pictures(2, 300, 260) + 0.2 * noise))
+    images = to_tensor(to_uint8(make_images(2, 300, 260) + 0.2 * noise))
     resized = torch.stack([to_tensor(p.resize((224, 224), Image.Resampling.BICUBIC)) for p in to_pil(images)])
     ours, pillows = efficientnet(images), efficientnet(resized)
     assert (ours - pillows).norm() < 0.05 * pillows.norm()  # Pillow rounds to uint8 once more
 
 
 def test_the_kernel_distance_on_efficientnet_grows_with_what_jpeg_takes_away(efficientnet):
-    originals = pictures(8, 96, 96)
+    originals = make_images(8, 96, 96)
 
     def through_jpeg(quality: int) -> torch.Tensor:
-        found = []
+        result = []
         for picture in to_pil(originals):
             file = io.BytesIO()
             picture.save(file, "JPEG", quality=quality)
-            found.append(to_tensor(Image.open(file)))
-        return torch.stack(found)
+            result.append(to_tensor(Image.open(file)))
+        return torch.stack(result)
 
     true = efficientnet(originals)
-    found = [kernel_distance(true, efficientnet(through_jpeg(quality)), paired=True, subsets=2).value for quality in (95, 30, 5)]
-    assert 0 < found[0] < found[1] < found[2]
+    result = [kernel_distance(true, efficientnet(through_jpeg(quality)), paired=True, subsets=2).value for quality in (95, 30, 5)]
+    assert 0 < result[0] < result[1] < result[2]
     assert kernel_distance(true, true, paired=True, subsets=2).value == pytest.approx(0, abs=1e-12)

@@ -36,7 +36,7 @@ def lpips_written_out(folder, net, images, images_hat):
     return total.mean()
 
 
-def pictures(seed=0, rows=2, side=64):
+def make_images(seed=0, rows=2, side=64):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(rows, 3, 6, 6, generator=generator) * 2 - 1
     return F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(-1, 1)
@@ -45,7 +45,7 @@ def pictures(seed=0, rows=2, side=64):
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_lpips_equals_its_formula(files, net):
     distance = Lpips(net, files / f"{net}.pth", files / f"{net}_linear.pth")
-    a, b = pictures(0), pictures(1)
+    a, b = make_images(0), make_images(1)
     torch.testing.assert_close(distance(a, b), lpips_written_out(files, net, a, b), rtol=1e-4, atol=1e-5)
     assert distance(a, a).item() == 0
     assert not any(p.requires_grad for p in distance.parameters())
@@ -136,17 +136,17 @@ def efficientnet_written_out(images):
 
 @pytest.mark.parametrize("side", [64, 75])
 def test_folded_network_equals_one_with_batch_norms(distance, side):
-    images = pictures(0, side=side)
+    images = make_images(0, side=side)
     stages, scores = efficientnet_written_out(images)
-    found = distance.network.features(images)
-    assert len(found) == len(stages) == 7
-    for ours, theirs in zip(found, stages, strict=True):
+    result = distance.network.features(images)
+    assert len(result) == len(stages) == 7
+    for ours, theirs in zip(result, stages, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(distance.network(images), scores, rtol=1e-3, atol=1e-3)
 
 
 def test_distance_equals_its_formula(distance):
-    a, b = pictures(0), pictures(1)
+    a, b = make_images(0), make_images(1)
     parts = []
     for x, y in zip(efficientnet_written_out(a)[0][:5], efficientnet_written_out(b)[0][:5], strict=True):
         x, y = (f / f.pow(2).sum(1, keepdim=True).sqrt() for f in (x, y))
@@ -155,16 +155,16 @@ def test_distance_equals_its_formula(distance):
 
 
 def test_distance_is_zero_for_equal_images_and_grows_with_noise(distance):
-    images = pictures(0)
+    images = make_images(0)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
-    found = [distance(images, images + strength * noise).item() for strength in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)]
-    assert found[0] == 0
-    assert all(a < b for a, b in itertools.pairwise(found))
+    result = [distance(images, images + strength * noise).item() for strength in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)]
+    assert result[0] == 0
+    assert all(a < b for a, b in itertools.pairwise(result))
 
 
 def test_distance_is_frozen_and_passes_gradient_to_the_reconstruction(distance):
-    images_hat = pictures(1).requires_grad_()
-    distance(pictures(0), images_hat).backward()
+    images_hat = make_images(1).requires_grad_()
+    distance(make_images(0), images_hat).backward()
     assert images_hat.grad.abs().max() > 0
     assert all(p.grad is None and not p.requires_grad for p in distance.parameters())
 

@@ -66,13 +66,13 @@ def copied(built, tmp_path):
     return lambda name: Path(shutil.copytree(built(name)[0], tmp_path / name))
 
 
-def pictures(rows: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+def make_images(rows: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
     coarse = torch.rand(rows, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(coarse, (height, width), mode="bilinear")
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(found, expected.detach(), rtol=tolerance * 10, atol=tolerance)
+def close(result: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(result, expected.detach(), rtol=tolerance * 10, atol=tolerance)
 
 
 # -- each against its library ---------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize("name", VAES)
 def test_a_vae_reconstructs_as_diffusers_does_from_the_posterior_mean(built, name):
     folder, network = built(name)
-    peer, images = load_peer(name, str(folder)), pictures()
+    peer, images = load_peer(name, str(folder)), make_images()
     with torch.no_grad():
         latents = network.encode(images).latents if name.startswith("tae") else network.encode(images).latent_dist.mean
         expected = network.decode(latents).sample.clamp(-1, 1)
@@ -96,7 +96,7 @@ def test_a_vae_reconstructs_as_diffusers_does_from_the_posterior_mean(built, nam
 @pytest.mark.parametrize("name", ["rae-dinov2", "rae-mae"])
 def test_rae_reconstructs_as_diffusers_does_without_noise(built, name):
     folder, network = built(name)
-    peer, images = load_peer(name, str(folder)), pictures()
+    peer, images = load_peer(name, str(folder)), make_images()
     with torch.no_grad():
         latents = network.encode((images + 1) / 2).latent
         expected = network.decode(latents).sample * 2 - 1
@@ -117,14 +117,14 @@ def test_rae_siglip2_loads_or_says_in_one_line_which_versions_do_not_fit(tmp_pat
         for library in ("diffusers", "transformers"):
             assert f"{library} {importlib.metadata.version(library)}" in str(caught.value)
     else:
-        images = pictures()
+        images = make_images()
         with torch.no_grad():
             close(load_peer("rae-siglip2", str(tmp_path)).reconstruct(images), (network((images + 1) / 2).sample * 2 - 1).clamp(-1, 1))
 
 
 def test_clip_embeds_as_transformers_does(built):
     folder, model = built("clip-b16")
-    peer, images, texts = load_peer("clip-b16", str(folder)), pictures(), ["ab cd", "A", "d c b a d c b a d c b a"]
+    peer, images, texts = load_peer("clip-b16", str(folder)), make_images(), ["ab cd", "A", "d c b a d c b a d c b a"]
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
     words = tiny.clip_tokenizer()(texts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")
@@ -153,7 +153,7 @@ def test_clip_as_openai_published_it_ends_a_text_at_its_largest_id(copied):
 
 def test_siglip_embeds_as_transformers_does(built):
     folder, model = built("siglip-b16")
-    peer, images = load_peer("siglip-b16", str(folder)), pictures()
+    peer, images = load_peer("siglip-b16", str(folder)), make_images()
     ids = torch.tensor([[2, 4, 1, 1, 1, 1, 1, 1], [3, 0, 1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, 2, 1]])
     with torch.no_grad():
         output = model(input_ids=ids, pixel_values=images)  # mean and std of a half: pictures as they are
@@ -163,7 +163,7 @@ def test_siglip_embeds_as_transformers_does(built):
 
 def test_openvision_1_is_open_clips_towers_on_our_blocks(built):
     folder, model = built("openvision1-b16")
-    peer, images = load_peer("openvision1-b16", str(folder)), pictures()
+    peer, images = load_peer("openvision1-b16", str(folder)), make_images()
     pixels = ((images + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     red, hearts, blue, mark = 104, [105, 106], 107, 108
     ids = [[1, red, *hearts, 2, 0, 0, 0, 0, 0, 0, 101], [1, blue, mark, 2, 0, 0, 0, 0, 0, 0, 0, 101], [1, *[red] * 9, 2, 101]]
@@ -176,14 +176,14 @@ def test_openvision_1_is_open_clips_towers_on_our_blocks(built):
 
 
 def test_openvision_1_squashes_bilinearly_as_its_config_asks(built):
-    peer, images = load_peer("openvision1-b16", str(built("openvision1-b16")[0])), pictures(2, 48, 80)
+    peer, images = load_peer("openvision1-b16", str(built("openvision1-b16")[0])), make_images(2, 48, 80)
     squashed = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
     close(peer.features(images), peer.features(squashed))
 
 
 def test_openvision_2_has_no_text_tower_and_imagenets_mean(built):
     folder, model = built("openvision2-l14")
-    peer, images = load_peer("openvision2-l14", str(folder)), pictures(height=28, width=28)
+    peer, images = load_peer("openvision2-l14", str(folder)), make_images(height=28, width=28)
     pixels = ((images + 1) / 2 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
         close(peer.features(images), model(pixels)[1].mean(1))
@@ -205,7 +205,7 @@ def test_the_released_encoder_of_openvision_3_has_the_documented_keys():
 
 def test_openvision_3_reads_latents_that_are_the_mean_times_the_scale(built):
     folder, (model, vae) = built("openvision3-b2-256")
-    peer, images = load_peer("openvision3-b2-256", str(folder)), pictures(2, 256, 256)
+    peer, images = load_peer("openvision3-b2-256", str(folder)), make_images(2, 256, 256)
     with torch.no_grad():
         close(peer.features(images), model(vae.encode(images).latent_dist.mean * 0.3611)[1].mean(1), 1e-4)
     assert peer.size == 256 and "VAE sha256" in peer.note
@@ -213,7 +213,7 @@ def test_openvision_3_reads_latents_that_are_the_mean_times_the_scale(built):
 
 
 def test_a_checkout_is_called_by_its_authors_signature_and_leaves_no_module_behind(built):
-    images, before = pictures(2, 256, 256), {name: sys.modules.get(name) for name in ("models", "utils", "vila_u")}
+    images, before = make_images(2, 256, 256), {name: sys.modules.get(name) for name in ("models", "utils", "vila_u")}
     path = list(sys.path)
     folder, mix = built("unitok")
     peer = load_peer("unitok", str(folder))
@@ -249,7 +249,7 @@ def test_a_peer_is_what_its_row_says_and_does_not_see_its_neighbours(built, name
     assert (peer.name, peer.licence) == (name, PEERS[name].licence) and len(peer.sha256) == 64
     assert peer.fixed == (name not in VAES)
     for size in (peer.size, 48):
-        images = pictures(3, size, size)
+        images = make_images(3, size, size)
         if peer.reconstruct and peer.fixed and size != peer.size:
             with pytest.raises(ValueError, match=f"images of {peer.size}x{peer.size} only, not of 48x48; measure at --size {peer.size}"):
                 peer.reconstruct(images)
@@ -282,7 +282,7 @@ def test_texts_are_a_list_of_one_or_more(built):
 @pytest.mark.parametrize("name", ["flux-vae", "taesd"])
 @pytest.mark.parametrize("sides", [(30, 45), (7, 16), (64, 48)])
 def test_a_vae_takes_any_size_and_gives_it_back(built, name, sides):
-    peer, images = load_peer(name, str(built(name)[0])), pictures(2, *sides)
+    peer, images = load_peer(name, str(built(name)[0])), make_images(2, *sides)
     assert peer.reconstruct(images).shape == images.shape and peer.features(images).shape == (2, 16 * (16 if name == "flux-vae" else 4))
 
 
@@ -291,17 +291,17 @@ def test_bf16_is_near_fp32_and_named_in_the_row(built, name):
     folder = str(built(name)[0])
     exact, rough = load_peer(name, folder), load_peer(name, folder, precision="bf16")
     assert (exact.dtype, rough.dtype) == ("fp32", "bf16")
-    a, b = exact.features(pictures()), rough.features(pictures())
+    a, b = exact.features(make_images()), rough.features(make_images())
     assert 0 < (a - b).norm() / a.norm() < 0.1 and b.dtype == torch.float32
 
 
 def test_the_evaluators_measure_a_peer_as_they_measure_anything(built):
     vae, clip = (load_peer(name, str(built(name)[0])) for name in ("taesd", "clip-b16"))
-    images, texts = pictures(), ["ab cd", "a", "c d"]
+    images, texts = make_images(), ["ab cd", "a", "c d"]
     rows = [(range(len(images)), list(map(str, range(len(images)))), images)]
     assert 0 < values(evaluate_reconstruction(rows, vae.reconstruct).numbers)["psnr"] < 60
-    found = values(evaluate_retrieval(clip.embed_images(images), clip.embed_texts(texts), texts, range(len(texts))))
-    assert 0 <= found["image_to_text_r@1"] <= 1
+    result = values(evaluate_retrieval(clip.embed_images(images), clip.embed_texts(texts), texts, range(len(texts))))
+    assert 0 <= result["image_to_text_r@1"] <= 1
 
 
 # -- pixels ---------------------------------------------------------------------------------------------------------
@@ -312,8 +312,8 @@ def test_mid_grey_is_mid_grey_and_the_ends_are_the_ends():
         pixels = Pixels(8, [mean] * 3, [std] * 3)
         for value, unit in ((0.0, 0.5), (-1.0, 0.0), (1.0, 1.0)):
             for size in (8, 20):
-                found = pixels(torch.full((1, 3, size, size), value))
-                close(found, torch.full((1, 3, 8, 8), (unit - mean) / std))
+                result = pixels(torch.full((1, 3, size, size), value))
+                close(result, torch.full((1, 3, 8, 8), (unit - mean) / std))
 
 
 @pytest.mark.parametrize("name", ["clip-b16", "siglip-b16"])
@@ -321,11 +321,11 @@ def test_mid_grey_is_mid_grey_and_the_ends_are_the_ends():
 def test_pixels_are_those_of_transformers_own_processor_up_to_its_rounding(built, name, sides):
     processor = (tiny.CLIPImageProcessorPil if name == "clip-b16" else tiny.SiglipImageProcessorPil).from_pretrained(built(name)[0])
     # Smooth: where a bicubic overshoots 0 or 255, Pillow cuts it after each direction, we once.
-    picture = to_uint8(pictures(1, *sides) * 0.8)[0].permute(1, 2, 0).numpy()
+    picture = to_uint8(make_images(1, *sides) * 0.8)[0].permute(1, 2, 0).numpy()
     expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-    found = pixels_of(json.loads((built(name)[0] / "preprocessor_config.json").read_text()))(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
+    result = pixels_of(json.loads((built(name)[0] / "preprocessor_config.json").read_text()))(torch.tensor(picture).permute(2, 0, 1)[None] / 127.5 - 1)
     grey_level = 1 / 255 / min(processor.image_std)
-    assert found.shape == expected.shape and (found - expected).abs().max() < 1.1 * grey_level
+    assert result.shape == expected.shape and (result - expected).abs().max() < 1.1 * grey_level
 
 
 def test_an_old_preprocessor_config_is_read_and_an_odd_one_refused():
@@ -351,8 +351,8 @@ def assert_one_line(caught: pytest.ExceptionInfo) -> None:
 
 
 def test_unknown_names_and_precisions_are_refused(tmp_path):
-    for name, told in (("flux", "unknown peer 'flux'"), ("rae-clip", "rae-clip.* published numbers only"), ("omnitokenizer", "published numbers only")):
-        with pytest.raises(ValueError, match=f"{told}.*flux-vae.*vila-u"):
+    for name, message in (("flux", "unknown peer 'flux'"), ("rae-clip", "rae-clip.* published numbers only"), ("omnitokenizer", "published numbers only")):
+        with pytest.raises(ValueError, match=f"{message}.*flux-vae.*vila-u"):
             load_peer(name, str(tmp_path))
     with pytest.raises(ValueError, match=r"fp16.*Choose one of fp32, bf16"):
         load_peer("flux-vae", str(tmp_path), precision="fp16")
@@ -449,7 +449,7 @@ def test_the_hash_is_of_the_file_and_of_several_shards_of_their_hashes(built, tm
     peer = load_peer("clip-b16", str(tmp_path))
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     assert peer.sha256 == hashlib.sha256("".join(hashes).encode()).hexdigest() == weights_sha256(reversed(files))
-    close(peer.embed_images(pictures()), load_peer("clip-b16", str(folder)).embed_images(pictures()), 1e-6)
+    close(peer.embed_images(make_images()), load_peer("clip-b16", str(folder)).embed_images(make_images()), 1e-6)
     files[0].unlink()
     with pytest.raises((FileNotFoundError, ValueError)) as caught:
         load_peer("clip-b16", str(tmp_path))
@@ -460,7 +460,7 @@ def test_weights_in_torchs_own_format_are_read_without_unpickling_code(built, tm
     folder, model = built("clip-b16")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model.safetensors"))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    close(load_peer("clip-b16", str(tmp_path)).embed_images(pictures()), load_peer("clip-b16", str(folder)).embed_images(pictures()), 1e-6)
+    close(load_peer("clip-b16", str(tmp_path)).embed_images(make_images()), load_peer("clip-b16", str(folder)).embed_images(make_images()), 1e-6)
     torch.save({"anything": Functions}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError) as caught:
         load_peer("clip-b16", str(tmp_path))
@@ -478,7 +478,7 @@ def test_the_local_hub_cache_is_found_without_a_network(built, tmp_path, monkeyp
 
 def test_a_vae_is_found_in_the_sub_folder_that_flux_and_sd3_keep_it_in(tmp_path):
     tiny.save_vae(tmp_path / "vae", "flux-vae")
-    assert load_peer("flux-vae", str(tmp_path)).reconstruct(pictures()).shape == (3, 3, 32, 32)
+    assert load_peer("flux-vae", str(tmp_path)).reconstruct(make_images()).shape == (3, 3, 32, 32)
 
 
 def test_a_missing_library_says_what_to_install(built, monkeypatch):
@@ -518,8 +518,8 @@ def test_every_peer_has_a_loader_and_what_has_published_numbers_only_is_on_the_p
 
 def test_published_numbers_name_their_version_and_are_the_papers():
     def value(model: str, metric: str, protocol: str, version: str = "") -> float:
-        [found] = [each for each in rows(model) if each.metric == metric and protocol in each.protocol and version in each.version]
-        return found.value
+        [result] = [each for each in rows(model) if each.metric == metric and protocol in each.protocol and version in each.version]
+        return result.value
 
     assert value("flux-vae", "rFID", "ImageNet") == 0.176 and value("flux-vae", "rFID", "COCO") == 1.343
     assert value("openvision3-b2-256", "rFID", "COCO", "v2") == 1.601
