@@ -308,7 +308,7 @@ from openvision3.train import held_out
 distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
 read = FolderSource.data
 def data(self, index):
-    if self.label == "held" and index == 1 and os.environ["RANK"] == "1":
+    if self.labels == ["held"] and index == 1 and os.environ["RANK"] == "1":
         raise ImageError("unreadable", "Input/output error")
     return read(self, index)
 FolderSource.data = data

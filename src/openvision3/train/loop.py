@@ -41,7 +41,7 @@ class NotFinite(RuntimeError):
 
 
 class NoBatch(RuntimeError):
-    """The data, or the processes that read them, give no batch any more; what was trained is saved."""
+    """The data, or the processes that read them, give no more batches; what was trained is saved."""
 
 
 class Batches(Protocol):
@@ -58,30 +58,30 @@ class Training:
     """What is special to one kind of training: the trainable, its batches, its evaluation and its export. `train_run` does the rest."""
 
     model: nn.Module
-    """`forward(batch) -> (loss, parts)`; what has `requires_grad=False` is frozen. For micro-batches it needs `prepare(micro_batches)`, too"""
+    """`forward(batch) -> (loss, parts)`; parameters with `requires_grad=False` are frozen. For micro-batches it also needs `prepare(micro_batches)`"""
     batches: Batches
     facts: Mapping[str, Any] = {}
-    """{name: value} of what every rank must have opened alike"""
+    """{name: value} of what must be the same on every rank"""
     val_measure = 1
-    """how val/loss is made; a change makes earlier values incomparable"""
+    """how val/loss is computed: after a change, earlier values are not compared"""
 
     def begin(self, run: RunFolder) -> None:
-        """Write into the open run folder what belongs there once, and say what is trained on. Called before the first step, also of a resumed run."""
+        """Write what the run folder needs from this training, and say what it trains on. Called before the first step of a new or resumed run."""
 
     def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
-        """Numbers on held-out data, the same on all ranks; `loss` decides which checkpoint is the best. {}: there is no evaluation."""
+        """Numbers on held-out data, the same on all ranks; `loss` decides which checkpoint is the best. {}: no evaluation."""
         return {}
 
     def export(self, folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
-        """Create `folder` and write the plain model into it, from whole `weights`. Rank 0 calls it on a thread, while training goes on."""
+        """Create `folder` and write the plain model into it, from whole `weights`. Called on rank 0, in a thread, while training continues."""
         raise NotImplementedError
 
     def finish(self, state: RunState) -> None:
-        """The run has ended, finished or stopped, at `state`."""
+        """Called when the run has finished or stopped, at `state`."""
 
 
 def eager() -> contextlib.AbstractContextManager:
-    """Run compiled blocks uncompiled: what is called once is not worth compiling again for."""
+    """Run compiled blocks uncompiled: a single call with other shapes is not worth a compilation."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
@@ -95,13 +95,13 @@ def device_of(model: nn.Module) -> str:
 
 
 def fit(training: Training, optimizers: Optimizers, config: LoopConfig, state: RunState, run: RunFolder, signals: Signals | None = None) -> str:
-    """Train from `state` to `config.steps`, in the settled `config.precision`; returns `finished`, or `stopped` where a signal asked for it.
+    """Train from `state` to `config.steps` in `config.precision` (bf16 or fp32); returns `finished`, or `stopped` after a signal.
 
-    `signals` has watched since the run was set up.
+    `signals` has listened since the run was set up.
 
     Raises:
-        NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written. NoBatch: the data gave out.
-        OtherRankFailed: another rank could not go on.
+        NotFinite: the loss stayed non-finite. CheckpointError: the run folder could not be written. NoBatch: the data gave no more batches.
+        OtherRankFailed: another rank could not continue.
     """
     return _Loop(training, optimizers, config, state, run).go(signals)
 
@@ -317,16 +317,16 @@ class _Clock:
 def take_step(
     model: nn.Module, optimizers: Optimizers, fetched: list[dict[str, Tensor]], config: LoopConfig, flags: Mapping[str, bool] | None = None
 ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
-    """One optimiser step from this rank's micro-batches, which `fetched` gives away -> (they on the device, the numbers of the step, equal on all ranks).
+    """One optimiser step from this rank's micro-batches -> (the micro-batches on the device, the numbers of the step, the same on all ranks).
 
-    `flags` travel with the numbers and come back as the share of ranks that have set them. Where a number is not finite, weights and optimiser stay as
-    they are. The gradients stay until `zero_grad`, so that a bad one can be named.
+    `fetched` is emptied. `flags` are averaged with the numbers: the share of ranks that have set them. If a number is not finite, weights and optimiser
+    stay as they are. The gradients stay until `zero_grad`, so that a bad one can be named.
     """
     device = device_of(model)
     pieces, losses = backward(model, _pieces(fetched, device), len(fetched), device, config.precision)
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     norm = distributed.full(torch.nn.utils.get_total_norm(gradients))
-    raised = {name: norm.new_full((), flag) for name, flag in (flags or {}).items()}  # filled there: a copy to the device might wait
+    raised = {name: norm.new_full((), flag) for name, flag in (flags or {}).items()}  # filled on the device: a copy might make the host wait
     values = _numbers(losses | {"grad_norm": norm} | raised)
     if all(map(math.isfinite, values.values())):
         if values["grad_norm"] > config.optimizer.clip:
@@ -338,9 +338,9 @@ def take_step(
 def backward(
     model: nn.Module, pieces: Iterable[dict[str, Tensor]], count: int, device: str, precision: str
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """One step's gradient on every rank from `count` micro-batches -> (the micro-batches, this rank's share of the loss and its parts).
+    """Compute a step's gradient on every rank from `count` micro-batches -> (the micro-batches, this rank's share of the loss and its parts).
 
-    A model that is to take several has to have `prepare(micro_batches)`, which lets each know what it must of the others.
+    For several micro-batches the model needs `prepare(micro_batches)`, which tells each what it must know of the others.
     """
     if count > 1:
         with autocast(device, precision):
