@@ -174,7 +174,7 @@ def test_paths_and_words_that_are_not_utf8_are_one_line_or_work_and_never_a_trac
     assert json.loads(capsys.readouterr().out)[0]["file"] == f"o{odd}/{odd}.safetensors"
     for argv, expected in (
         (["classify", odd, "--labels", f"{odd} cat", "dog"], r"a label is not UTF-8 text: '\udcff cat' holds half a character at 0"),
-        (["train", "tiny", "--out", f"r{odd}"], r"'r\udcff' is not UTF-8, which TensorBoard needs of the name of a run folder; name another with --out"),
+        (["train", "tiny", "--out", f"r{odd}"], r"'r\udcff' is not UTF-8, and TensorBoard needs the name of a run folder to be; name another with --out"),
         (["info", f"m{odd}"], r"m\udcff/model.safetensors' is not UTF-8, which safetensors needs of a path; give the folder another name"),
         (["info", f"n{odd}"], "unknown model 'n"),
         (["fetch", odd], "unknown file to fetch '"),
