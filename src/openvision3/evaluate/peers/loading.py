@@ -110,12 +110,16 @@ def find_folder(asset: Asset, folder: str) -> Path:
 
 
 def what_is_needed(asset: Asset) -> str:
-    assert asset.model is not None
-    code = asset.model.code
-    files = ", ".join([*code[1:], *(file.name for file in asset.files)])
-    checkout = f", in a checkout of github.com/{code[0]}" if code else ""
-    how = f"openvision3 fetch {asset.name}, then name " + ("the checkout" if code else "their folder, if it is not the default one,")
-    return f"it needs {files} of huggingface.co/{asset.hub} ({asset.licence}){checkout}: {how} with --peer-folder {asset.name}=FOLDER"
+    """Which files a peer needs, from where, under which licence, and what to do."""
+    files = ", ".join(file.name for file in asset.files)
+    place, folder = "", "their folder, if it is not the default one,"
+    if asset.model is not None and asset.model.code:
+        repository, *modules = asset.model.code
+        place, folder = f", in a checkout of github.com/{repository} with {' and '.join(modules)}", "the checkout"
+    return (
+        f"it needs {files} of huggingface.co/{asset.hub} ({asset.licence}){place}: "
+        f"openvision3 fetch {asset.name}, then name {folder} with --peer-folder {asset.name}=FOLDER"
+    )
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
