@@ -3,7 +3,7 @@
     python benchmarks/data_speed.py 'data/{00000..00003}.tar'
 
 Each turn reads shuffled samples, decodes them, takes a random crop of 128 pixels (0.4 to 1 of the area) and stacks batches of
-64 pictures in [-1, 1]; captions are not read. Both run in this one process on one thread, in turns, and the order of the turns
+64 images in [-1, 1]; captions are not read. Both run in this one process on one thread, in turns, and the order of the turns
 changes. `webdataset` decodes with Pillow ("pil") and crops with Pillow's bicubic filter, as its users do without torchvision; the
 crop boxes come from the same function. With --same-resize it uses our resize too, so that what is left is reading and decoding.
 """
@@ -102,7 +102,7 @@ def main() -> None:
         names = list(kinds)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             rates[name].append(rate(kinds[name], turn, args.batch, args.batches))
-    print(f"images/s of processor time, {args.turns} turns of {args.batch * args.batches} pictures: median (least to most)")
+    print(f"images/s of processor time, {args.turns} turns of {args.batch * args.batches} images: median (least to most)")
     for name, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates["webdataset"], strict=True)]
         print(

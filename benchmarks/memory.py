@@ -37,7 +37,7 @@ class Options:
     pairs: int = 8192
     micro_batch: int = 64
     size: int = 128
-    """of the pictures of `contrast`"""
+    """side of the images of `contrast`"""
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     checkpointing: bool = False
@@ -69,8 +69,8 @@ def contrast(options: Options, device: str, precision: str) -> dict[str, float]:
     count = options.pairs // options.micro_batch
     batch = a_batch(config, VOCABULARY["mini"], options.micro_batch, options.size)
     before, start = peak(device), time.perf_counter()
-    found = ({name: value.to(device) for name, value in piece.items()} for piece in pieces(options, batch, count))
-    _, losses = backward(model, found, count, device, precision)
+    batches = ({name: value.to(device) for name, value in piece.items()} for piece in pieces(options, batch, count))
+    _, losses = backward(model, batches, count, device, precision)
     optimizers.step()
     return {"before": before, "peak": peak(device), "seconds": time.perf_counter() - start, "contrastive": losses["contrastive"].item()}
 
@@ -106,10 +106,10 @@ def main(options: Options) -> None:
     options.precision = precision
     print(f"{device}, {precision} ({why})", flush=True)
     if options.what in ("all", "contrast"):
-        found = measure(options, "contrast", options.size)
+        result = measure(options, "contrast", options.size)
         print(
-            f"{options.pairs:,} pairs at mini scale, micro-batches of {options.micro_batch}, {options.size} px: peak {found['peak'] / 1e9:.2f} GB "
-            f"({found['before'] / 1e9:.2f} before the step), {found['seconds']:.0f} s, contrastive loss {found['contrastive']:.3f}",
+            f"{options.pairs:,} pairs at mini scale, micro-batches of {options.micro_batch}, {options.size} px: peak {result['peak'] / 1e9:.2f} GB "
+            f"({result['before'] / 1e9:.2f} before the step), {result['seconds']:.0f} s, contrastive loss {result['contrastive']:.3f}",
             flush=True,
         )
     if options.what in ("all", "base"):

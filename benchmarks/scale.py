@@ -1,8 +1,8 @@
 """One process against several on this machine, one thread each: `python benchmarks/scale.py [--help]`.
 
-Real runs of `openvision3 train mini_low_res` under torchrun (gloo), in turn: with the batch of the whole run kept (strong), and with the
-rows of each process kept (weak). Efficiency is samples/s over those of one process, divided by the number of processes; where all share one
-memory bus, as here, that is lost time of the machine as well as of ours. The step seconds come from the runs' own metrics.jsonl.
+Alternating runs of `openvision3 train mini_low_res` under torchrun (gloo): the whole run keeps its batch (strong), or each process keeps its
+rows (weak). Efficiency is samples/s relative to one process, divided by the number of processes. If processes share one memory bus, it
+includes what they lose to each other. The step seconds come from the runs' own metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tyro
 class Options:
     processes: tuple[int, ...] = (2,)
     batch: int = 32
-    """of one process, and of the whole run in `strong`"""
+    """batch of one process, and of the whole run in `strong`"""
     steps: int = 10
     skip: int = 3
     """first steps of each run that are not counted"""
@@ -55,15 +55,15 @@ def main(options: Options) -> None:
         for parallel in options.parallel:
             ways.append((processes, options.batch, parallel, f"{processes} processes, {parallel}, strong"))
             ways.append((processes, options.batch * processes, parallel, f"{processes} processes, {parallel}, weak"))
-    found: dict[str, list[float]] = {name: [] for *_, name in ways}
+    rates_of: dict[str, list[float]] = {name: [] for *_, name in ways}
     for turn in range(options.runs):
         print(f"turn {turn + 1} of {options.runs}", flush=True)
         for processes, batch, parallel, name in ways:
-            found[name].append(rate(options, processes, batch, parallel))
+            rates_of[name].append(rate(options, processes, batch, parallel))
     for processes, batch, _, name in ways:
-        ratios = sorted(own / one for own, one in zip(found[name], found["one process"], strict=True))
+        ratios = sorted(own / one for own, one in zip(rates_of[name], rates_of["one process"], strict=True))
         ratio = statistics.median(ratios)
-        rates = f"{statistics.median(found[name]):7.2f} samples/s"
+        rates = f"{statistics.median(rates_of[name]):7.2f} samples/s"
         print(f"{name:34s} batch {batch:3d} {rates} {ratio:5.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})  efficiency {ratio / processes:4.0%}")
 
 

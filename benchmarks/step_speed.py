@@ -1,9 +1,9 @@
 """One training step against a plain composition of the same parts: `python benchmarks/step_speed.py [--help]`.
 
-`reference_step` is what a competent engineer writes first: diffusers' VAE called as it comes, every picture encoded and decoded in every
-step, one matrix of logits for each loss. It gives the same losses as ours. Ours is then run with its levers: the pixel loss on a share of
-the batch, latents from a cache. All of it in turn in one run, median of the ratios; beside each ratio stands its ceiling, the ratio of the
-operations that torch counts in both steps.
+`reference_step` is what a competent engineer writes first: diffusers' VAE without changes, every image encoded and decoded in every step, one
+matrix of logits for each loss. Its losses equal ours. Ours also runs with its levers: the pixel loss on a share of the batch, latents from a
+cache. All steps alternate in one run; the result is the median of the ratios, beside its ceiling: the ratio of the operations that torch
+counts in both steps.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.draws import draw_seed
+from openvision3.estimate.planned import FLUX
 from openvision3.hub import load_distance, load_vae
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import add_noise
@@ -39,15 +40,15 @@ VOCABULARY = {"base_low_res": 30_524, "mini": 2_474}
 @dataclass
 class Options:
     recipe: Literal["base_low_res", "mini"] = "mini"
-    """whose model; base_low_res takes a VAE of FLUX.1's shape with random weights, mini the embedded one"""
+    """recipe of the model; base_low_res has a VAE of FLUX.1's shape with random weights, mini the embedded one"""
     vae: Literal["", "flux", "embedded"] = ""
-    """another VAE than the recipe's"""
+    """a VAE other than the recipe's"""
     batch: int = 16
     size: int = 128
     runs: int = 5
-    """times that every step is measured, in turn with the others"""
+    """measurements of each step, alternating with the others"""
     shares: tuple[int, ...] = (1, 2, 4, 8)
-    """one over the share of the batch that gets the pixel loss"""
+    """the inverse of the share of the batch with a pixel loss"""
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     micro_batch: int = 0
@@ -56,18 +57,7 @@ class Options:
 
 def flux_shaped() -> diffusers.AutoencoderKL:
     """FLUX.1's autoencoder by its published config, with random weights."""
-    return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        sample_size=1024,
-    )
+    return diffusers.AutoencoderKL.from_config(FLUX | {"scaling_factor": 0.3611, "shift_factor": 0.1159})
 
 
 def a_model(config: PretrainConfig, vae: VAE, vocabulary: int, device: str) -> OpenVision3:
@@ -76,7 +66,7 @@ def a_model(config: PretrainConfig, vae: VAE, vocabulary: int, device: str) -> O
 
 
 def a_batch(config: PretrainConfig, vocabulary: int, batch: int, size: int) -> dict[str, Tensor]:
-    """Random pictures, and words to the lengths of the recipe: captions that fill three quarters of their positions."""
+    """Random images, and captions that fill three quarters of the recipe's positions."""
     generator = torch.Generator().manual_seed(0)
     text, caption = config.model.text_encoder.positions, config.model.captioner.positions
     text_ids = torch.randint(5, vocabulary, (batch, 2, text), generator=generator)
@@ -122,7 +112,7 @@ def reference_step(model: OpenVision3, batch: dict[str, Tensor]) -> Tensor:
 
 
 def levers(batch: dict[str, Tensor], latents: Tensor, share: int) -> dict[str, Tensor]:
-    """The batch as the cache and the share give it: latents for all, pictures for every share-th row."""
+    """The batch as the cache and the share give it: latents for all rows, images for every share-th row."""
     rows = torch.arange(0, len(latents), share, device=latents.device)
     return {name: value for name, value in batch.items() if name != "images"} | {
         "latents": latents,
@@ -138,7 +128,7 @@ def flops(step: Callable[[], object]) -> int:
 
 
 def main(options: Options) -> None:
-    """Measure and print one line for each way to make a step."""
+    """Measure, and print one line for each kind of step."""
     device = choose_device(options.device)
     precision, why = choose_precision(options.precision, device)
     config = RECIPES[options.recipe]()

@@ -1,4 +1,4 @@
-"""The embedded VAE at 128 px: images a second, and how they stand to TAESD's shape: `python benchmarks/vae_speed.py`.
+"""The embedded VAE at 128 px: images a second, compared with TAESD's shape: `python benchmarks/vae_speed.py`.
 
 Aim: at least 70 images/s decoded in bf16 on two cores with AMX. bf16 is left out where the processor only imitates it
 (then it is many times slower than fp32).
@@ -42,17 +42,17 @@ def main(batch: int = 32) -> None:
         if name == "bf16" and fastest == "fp32":
             print("bf16: not measured, this processor has no instructions for it")
             continue
-        found: dict[str, dict[str, float]] = {}
+        rates: dict[str, dict[str, float]] = {}
         for shape, vae in (("embedded", load_vae("embedded", dtype=dtype)), ("TAESD's shape", taesd_shape(dtype))):
             latents = vae.encode(images)
             wanted = latents.clone().requires_grad_()
-            found[shape] = {
+            rates[shape] = {
                 "encode": rate(lambda vae=vae: vae.encode(images), batch),
                 "decode": rate(lambda vae=vae, latents=latents: vae.decode(latents), batch),
                 "decode + gradient to latents": rate(lambda vae=vae, wanted=wanted: vae.decode(wanted).sum().backward(), batch),
             }
-        for part, value in found["embedded"].items():
-            other = found["TAESD's shape"][part]
+        for part, value in rates["embedded"].items():
+            other = rates["TAESD's shape"][part]
             print(f"{name} {part:30s} {value:7.1f} images/s   TAESD's shape {other:7.1f}   ratio {value / other:.2f}x")
 
 

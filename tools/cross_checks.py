@@ -1,4 +1,4 @@
-"""What stands under "Cross-checks" in docs/results.md: our metrics beside those of other packages, each on data that a seed makes or that are named.
+"""The section "Cross-checks" of docs/results.md: our metrics and those of other packages on the same data, made from a seed or named.
 
     python tools/cross_checks.py --data DATA/photos
 
@@ -43,7 +43,7 @@ WORDS = ["red", "heart", "cat", "face", "2", "a", "the", "on"]
 
 
 class Network(nn.Module):
-    """Our Inception as torchmetrics wants one: uint8 pictures in."""
+    """Our Inception with the interface of torchmetrics: uint8 images in."""
 
     def __init__(self, inception: Inception):
         super().__init__()
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
 
 class Given(nn.Module):
-    """Features that are at hand, for torchmetrics."""
+    """Precomputed features, for torchmetrics."""
 
     num_features = 12
 
@@ -63,7 +63,7 @@ class Given(nn.Module):
 
 
 def photographs(folder: Path, count: int) -> Tensor:
-    """The first so many pictures of the shards of a folder, centre squares of 256 px: (count, 3, 256, 256) in [-1, 1]."""
+    """The first images of the shards of a folder, centre squares of 256 px: (count, 3, 256, 256) in [-1, 1]."""
     source = open_source((str(folder / "train-*.tar"),))
     return torch.stack([to_tensor(source.image(i, 256)) for i in range(count)])
 
@@ -90,8 +90,8 @@ def rfid(images: Tensor) -> None:
             theirs.update(to_uint8(through_jpeg(part)), real=False)
         starts = range(0, len(images), 16)
         batches = ((range(i, i + len(part)), [str(i + j) for j in range(len(part))], part) for i, part in zip(starts, images.split(16), strict=True))
-        found = evaluate_reconstruction(batches, through_jpeg, extractors=[inception])
-    [ours] = [number.value for number in found.numbers if number.metric == "rfid"]
+        scores = evaluate_reconstruction(batches, through_jpeg, extractors=[inception])
+    [ours] = [number.value for number in scores.numbers if number.metric == "rfid"]
     print(f"rFID, random Inception, {len(images)} photographs through JPEG: {ours:.4f} against {float(theirs.compute()):.4f}", flush=True)
 
 
@@ -114,7 +114,7 @@ def on_given_features(seed: int) -> None:
     print(f"KID on given features: largest relative difference {worst[1]:.0e}")
 
 
-def on_pictures(images: Tensor) -> None:
+def on_images(images: Tensor) -> None:
     rebuilt = through_jpeg(images)
     pixels, pixels_hat = to_uint8(images).double(), to_uint8(rebuilt).double()
     theirs: Any = structural_similarity_index_measure(pixels_hat, pixels, data_range=255.0, gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction="none")
@@ -122,7 +122,7 @@ def on_pictures(images: Tensor) -> None:
 
 
 def captions(seed: int, sets: int) -> None:
-    """Largest difference of BLEU-1 to 4, ROUGE-L and CIDEr over sets of 1 to 8 pictures with 1 to 4 captions of up to 9 words."""
+    """Largest difference of BLEU-1 to 4, ROUGE-L and CIDEr over sets of 1 to 8 images with 1 to 4 captions of up to 9 words."""
     draw = random.Random(seed)
     scores = {"BLEU": (captioning.bleu, Bleu(4)), "ROUGE-L": (captioning.rouge_l, Rouge()), "CIDEr": (captioning.cider, Cider())}
     worst = dict.fromkeys(scores, 0.0)
@@ -140,8 +140,8 @@ def captions(seed: int, sets: int) -> None:
                 other = theirs.compute_score(
                     {i: [" ".join(each) for each in of] for i, of in enumerate(true)}, {i: [" ".join(one)] for i, one in enumerate(written)}
                 )[0]
-            found = ours(written, true)
-            pairs = zip(found, other, strict=True) if isinstance(found, list) else [(found, other)]
+            own = ours(written, true)
+            pairs = zip(own, other, strict=True) if isinstance(own, list) else [(own, other)]
             worst[name] = max(worst[name], *(abs(a - b) for a, b in pairs))
     print(f"captions, {sets} random sets, largest difference: {', '.join(f'{name} {value:.0e}' for name, value in worst.items())}")
 
@@ -169,7 +169,7 @@ def main(data: Path, seed: int = 0, sets: int = 500) -> None:
     images = photographs(data, 200)
     rfid(images[:48])
     on_given_features(seed)
-    on_pictures(images[:8])
+    on_images(images[:8])
     captions(seed, sets)
     kid_of_photographs(images, seed)
 

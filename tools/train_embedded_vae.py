@@ -124,7 +124,7 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 class TrainingPictures(torch.utils.data.Dataset):
-    """Endless random training pictures, each a function of (seed, position)."""
+    """Endless random training images, each a function of (seed, position)."""
 
     def __init__(self, source: Source, size: int, seed: int, synthetic: float, textures: int = 384):
         self.source, self.size, self.seed, self.synthetic = source, size, seed, synthetic
@@ -170,13 +170,13 @@ class TrainingPictures(torch.utils.data.Dataset):
 
 
 def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
-    """The `val` shards of pictures and photos in that folder, where there are any."""
+    """The `val` shards of the sets `pictures` and `photos` in that folder, if any."""
     found = {name: sorted(map(str, (folder / name).glob("val-*.tar"))) for name in ("pictures", "photos")} if folder else {}
     return {name: shards for name, shards in found.items() if shards}
 
 
 def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
-    """The evaluation pictures: 256 OpenMoji of the val side, and the `val` shards beside the training data if there are any."""
+    """The evaluation images: 256 OpenMoji of the val side, and the `val` shards beside the training data, if any."""
     emoji = openmoji.load_emoji().evaluation("val")
     sets = {"openmoji": torch.stack([to_tensor(openmoji.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
@@ -187,7 +187,7 @@ def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def mean_psnr(vae: Any, images: torch.Tensor, precision: str) -> float:
-    """Mean over pictures of the PSNR of uint8 reconstructions, dB."""
+    """Mean PSNR of uint8 reconstructions over images, in dB."""
     values = []
     for batch in images.split(64):
         with autocast(batch.device.type, precision):
@@ -262,7 +262,7 @@ def train(args: argparse.Namespace) -> None:
         step, seconds = state["step"], state["seconds"]
         print(f"going on from step {step}", flush=True)
 
-    print(f"{len(source)} training pictures; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(f"{len(source)} training images; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
     dataset = TrainingPictures(source, args.size, args.seed, args.synthetic)
     probe = torch.stack([dataset[i] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
