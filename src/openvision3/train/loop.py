@@ -8,6 +8,7 @@ the bad number is named; after a few such steps in a row the run ends with its l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import resource
 import sys
@@ -333,6 +334,16 @@ def take_step(
             torch._foreach_mul_(gradients, config.optimizer.clip / values["grad_norm"])
         optimizers.step()
     return pieces, values
+
+
+def first_steps(training: Training, model: nn.Module, optimizers: Optimizers, config: LoopConfig) -> Iterator[dict[str, float]]:
+    """Take the steps of a run from its first on, without logging or saving -> the numbers of each; `model` is the training's own or a copy."""
+    with contextlib.closing(training.batches.from_step(0)) as source:  # type: ignore[type-var]
+        for step in itertools.count():
+            optimizers.set_rate(rate_at(step, config.optimizer, config.steps))
+            _, values = take_step(model, optimizers, [next(source) for _ in range(training.batches.pieces)], config)
+            optimizers.zero_grad()
+            yield values
 
 
 def backward(

@@ -28,12 +28,15 @@ from openvision3.progress import console, duration, environment
 from openvision3.settings import load_config, to_dict
 from openvision3.train import identities
 from openvision3.train.checkpoint import RunState, load_checkpoint, read_state
-from openvision3.train.loop import Training, fit, take_step
+from openvision3.train.loop import Training, first_steps, fit
 from openvision3.train.loop_config import LoopConfig, changed_settings
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.run_folder import RunFolder, read_skipped
 from openvision3.train.signals import Signals
 from openvision3.train.trackers import check_trackers
+
+TIMED = 3
+"""steps that are timed to find out how many fill `config.minutes`"""
 
 C = TypeVar("C", bound=LoopConfig)
 T = TypeVar("T", bound=Training)
@@ -218,15 +221,13 @@ def measure_steps(training: Training, config: LoopConfig, compiled: bool) -> tup
     trial = copy.deepcopy(training.model).train()
     distributed.wrap_blocks(trial, config.checkpointing, compiled)
     optimizers = Optimizers(trial, config.optimizer, dtype_of(config.precision))
-    warm, timed = (3 if compiled else 1), 3
-    start = time.perf_counter()
-    with contextlib.closing(training.batches.from_step(0)) as source:  # type: ignore[type-var]
-        for step in range(warm + timed):
-            if step == warm:
-                start = time.perf_counter()
-            take_step(trial, optimizers, [next(source) for _ in range(training.batches.pieces)], config)
-            optimizers.zero_grad()
-        rate = timed / (time.perf_counter() - start)
+    with contextlib.closing(first_steps(training, trial, optimizers, config)) as steps:  # type: ignore[type-var]
+        for _ in range(3 if compiled else 1):  # warm up
+            next(steps)
+        start = time.perf_counter()
+        for _ in range(TIMED):
+            next(steps)
+        rate = TIMED / (time.perf_counter() - start)
     return max(1, round(config.minutes * 60 * rate)), rate
 
 

@@ -25,8 +25,7 @@ from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.train.config import PretrainConfig
-from openvision3.train.loop import Training, peak_memory, take_step
-from openvision3.train.optimizer import rate_at
+from openvision3.train.loop import Training, first_steps, peak_memory
 from openvision3.train.run import Setup, Start, set_up, settle_precision
 
 STEPS, WARM = 6, 3
@@ -81,19 +80,16 @@ def try_training(config: PretrainConfig) -> dict[str, Any]:
 
 def _steps(config: PretrainConfig, setup: Setup[Trial], device: str) -> dict[str, Any]:
     """The losses and gradient norms of all steps; after the warm-up also waits of the host, speed and memory."""
-    model, batches, optimizers = setup.training.model.train(), setup.training.batches, setup.optimizers
+    model = setup.training.model.train()
     losses, norms = [], []
     waits: Counter[str] = Counter()
     start = time.perf_counter()
-    with contextlib.closing(batches.from_step(0)) as source:  # type: ignore[type-var]
+    with contextlib.closing(first_steps(setup.training, model, setup.optimizers, config)) as steps:  # type: ignore[type-var]
         for step in range(STEPS):
             if step == WARM:
                 start = time.perf_counter()
-            optimizers.set_rate(rate_at(step, config.optimizer, max(config.steps, STEPS)))
-            fetched = [next(source) for _ in range(batches.pieces)]
             with waits_of_the_host(device if step >= WARM else "cpu") as seen:
-                _, values = take_step(model, optimizers, fetched, config)
-                optimizers.zero_grad()
+                values = next(steps)
             waits += seen
             losses.append(values["loss"])
             norms.append(values["grad_norm"])
@@ -101,7 +97,7 @@ def _steps(config: PretrainConfig, setup: Setup[Trial], device: str) -> dict[str
     return {
         "losses": losses,
         "gradient_norms": norms,
-        "samples_per_second": batches.batch * rate,
+        "samples_per_second": config.batch * rate,
         "peak_memory_gb": peak_memory(device) / 1e9,
         "waits_per_step": waits.total() / (STEPS - WARM) if device == "cuda" else None,
         "waits": dict(waits),
