@@ -78,12 +78,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow")
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """{name: version} of those that are installed."""
-    found = {}
+    """{name: version} of those packages that are installed."""
+    installed = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def environment() -> dict[str, Any]:
