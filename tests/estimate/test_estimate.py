@@ -221,14 +221,14 @@ def test_the_design_s_table_of_the_base_model_is_met():
     for side, expected in table.items():
         costs = run_of(size=side, tokenizer="", caption_keys=(), vocabulary=32_000).costs
         total = {name: (cost.forward + cost.backward) / 1e9 for name, cost in costs.items()}
-        found = (
+        totals = (
             total["VAE encode"],
             total["VAE decode"],
             total["encoder"] + total["latent decoder"],
             2 * total["text encoder"],
             total["captioner"] + total["vocabulary head"],
         )
-        assert found == pytest.approx(expected, rel=0.07)
+        assert totals == pytest.approx(expected, rel=0.07)
     high = base_high_res()
     high.batch = 8
     assert PlannedRun(high, Options(), Devices(DEVICES["h100"])).costs["perceptual"].saved == pytest.approx(120e6, rel=0.01)
@@ -247,22 +247,22 @@ def of(recipe=base_low_res, gpus: str = "h100", **fields):
 
 
 def test_hours_are_operations_over_what_the_devices_reach():
-    found = of(gpus="64xh100", utilisation=0.5, price_per_hour=2.0)
-    seconds = 625_000 * 8192 * found.sample_flops / (64 * 989.4e12 * 0.5)
-    assert found.hours == pytest.approx(seconds / 3600)
-    assert found.cost == pytest.approx(found.hours * 64 * 2.0)
-    assert sum(part.share for part in found.parts) == pytest.approx(1)
+    plan = of(gpus="64xh100", utilisation=0.5, price_per_hour=2.0)
+    seconds = 625_000 * 8192 * plan.sample_flops / (64 * 989.4e12 * 0.5)
+    assert plan.hours == pytest.approx(seconds / 3600)
+    assert plan.cost == pytest.approx(plan.hours * 64 * 2.0)
+    assert sum(part.share for part in plan.parts) == pytest.approx(1)
 
 
 def test_the_paper_s_run_takes_about_the_hours_that_its_recipe_states():
     """1,900 H200-hours at 400 TFLOP/s sustained."""
-    found = of(gpus="64xh200", utilisation=400 / 989.4)
-    assert found.hours * 64 == pytest.approx(1900, rel=0.05)
+    plan = of(gpus="64xh200", utilisation=400 / 989.4)
+    assert plan.hours * 64 == pytest.approx(1900, rel=0.05)
 
 
 def test_minutes_set_the_steps():
-    found = of(gpus="h100", minutes=5.0, batch=64)
-    assert found.steps * found.step_seconds == pytest.approx(300, rel=0.02) and found.hours == pytest.approx(5 / 60, rel=0.02)
+    plan = of(gpus="h100", minutes=5.0, batch=64)
+    assert plan.steps * plan.step_seconds == pytest.approx(300, rel=0.02) and plan.hours == pytest.approx(5 / 60, rel=0.02)
 
 
 def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter_spread_over_the_shards():
@@ -278,10 +278,10 @@ def test_weights_gradients_and_moments_are_sixteen_bytes_a_parameter_spread_over
 def test_parameters_are_those_of_the_real_model():
     config = tiny()
     model = OpenVision3(config.model, load_vae("embedded"), config.vocabulary)
-    found = estimate(config, "tiny", Options(), parse_devices("cpu"))
-    assert sum(found.parameters.values()) + 1 == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = estimate(config, "tiny", Options(), parse_devices("cpu"))
+    assert sum(plan.parameters.values()) + 1 == sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = sum(v.numel() for v in momentum(model, config))
-    assert found.memory["optimiser"] == pytest.approx(4 * moments, rel=0.001)
+    assert plan.memory["optimiser"] == pytest.approx(4 * moments, rel=0.001)
 
 
 def momentum(model, config):
@@ -296,39 +296,39 @@ def momentum(model, config):
 @settings(max_examples=8, deadline=None)
 @given(batch=st.sampled_from([8, 64, 96, 1024]), share=st.sampled_from([1.0, 0.5, 0.125]), device=st.sampled_from(["h100", "4090", "l40s"]))
 def test_the_largest_micro_batch_is_the_largest_that_fits(batch, share, device):
-    found = of(gpus=device, batch=batch, pixel_share=share)
+    plan = of(gpus=device, batch=batch, pixel_share=share)
     run = run_of(device, batch=batch, pixel_share=share)
-    room = found.devices.device.memory * (1 - RESERVE)
-    assert found.largest_micro_batch in [0, *divisors(batch)]
+    room = plan.devices.device.memory * (1 - RESERVE)
+    assert plan.largest_micro_batch in [0, *divisors(batch)]
     for micro in divisors(batch):
-        assert (sum(values(count_memory(run, micro)).values()) <= room) == (micro <= found.largest_micro_batch)
+        assert (sum(values(count_memory(run, micro)).values()) <= room) == (micro <= plan.largest_micro_batch)
 
 
 def test_an_all_reduce_sends_twice_the_gradients_but_for_the_own_part():
-    found = of(tiny, gpus="4xh100")
-    count = sum(found.parameters.values()) + 1
-    assert found.parallel == "replicate"
-    assert found.network["gradients within a machine"] == pytest.approx(2 * 4 * count * 3 / 4)
-    assert not any(name.endswith("between machines") for name in found.network)
+    plan = of(tiny, gpus="4xh100")
+    count = sum(plan.parameters.values()) + 1
+    assert plan.parallel == "replicate"
+    assert plan.network["gradients within a machine"] == pytest.approx(2 * 4 * count * 3 / 4)
+    assert not any(name.endswith("between machines") for name in plan.network)
 
 
 def test_hsdp_sends_only_gradients_and_embeddings_to_other_machines():
-    found = of(gpus="16xh100", batch=64)
-    count = sum(found.parameters.values()) + 1
-    assert found.network["gradients between machines"] == pytest.approx(2 * 4 * count / 8 / 2)
-    assert {name for name in found.network if name.endswith("between machines")} == {"gradients between machines", "embeddings between machines"}
+    plan = of(gpus="16xh100", batch=64)
+    count = sum(plan.parameters.values()) + 1
+    assert plan.network["gradients between machines"] == pytest.approx(2 * 4 * count / 8 / 2)
+    assert {name for name in plan.network if name.endswith("between machines")} == {"gradients between machines", "embeddings between machines"}
 
 
 def test_the_network_sets_the_pace_where_it_is_slower():
-    found = of(gpus="16xh100", batch=16, network=0.001)
-    assert found.network_seconds > found.compute_seconds and found.step_seconds == found.network_seconds
+    plan = of(gpus="16xh100", batch=16, network=0.001)
+    assert plan.network_seconds > plan.compute_seconds and plan.step_seconds == plan.network_seconds
 
 
 def test_what_is_unknown_stays_unknown():
-    found = of(gpus="16xl40s", batch=64)
-    assert found.network_seconds is None and found.hours is not None
-    assert any("the link between these devices is unknown" in line for line in found.assumptions)
-    assert found.disk["data"] is None and found.disk["latent cache"] is None
+    plan = of(gpus="16xl40s", batch=64)
+    assert plan.network_seconds is None and plan.hours is not None
+    assert any("the link between these devices is unknown" in line for line in plan.assumptions)
+    assert plan.disk["data"] is None and plan.disk["latent cache"] is None
 
 
 def test_disk_is_what_a_run_really_writes(tmp_path):
@@ -340,41 +340,41 @@ def test_disk_is_what_a_run_really_writes(tmp_path):
     run = pretrain(config).folder
     vocabulary = len(json.loads((run / "tokenizer.json").read_text())["model"]["vocab"])
     config.vocabulary, config.tokenizer = vocabulary, str(run / "tokenizer.json")
-    found = estimate(config, "tiny", Options(), parse_devices("cpu"))
+    plan = estimate(config, "tiny", Options(), parse_devices("cpu"))
     kept = sorted((run / "checkpoints").iterdir())
     written = sum(f.stat().st_size for f in kept[-1].rglob("*.distcp")) + (kept[-1] / "model.safetensors").stat().st_size
-    assert found.disk["one checkpoint"] == pytest.approx(written, rel=0.15)  # each of the many small tensors has a header
-    assert found.disk["data"] == sum(f.stat().st_size for f in (tmp_path / "train").iterdir())
+    assert plan.disk["one checkpoint"] == pytest.approx(written, rel=0.15)  # each of the many small tensors has a header
+    assert plan.disk["data"] == sum(f.stat().st_size for f in (tmp_path / "train").iterdir())
 
 
 def test_a_latent_cache_holds_two_bytes_a_number():
-    found = of(samples=1_000_000, crops=4)
-    assert found.disk["latent cache"] == 16 * 16 * 16 * 2 * 4 * 1_000_000
+    plan = of(samples=1_000_000, crops=4)
+    assert plan.disk["latent cache"] == 16 * 16 * 16 * 2 * 4 * 1_000_000
 
 
 def test_advice_states_what_a_run_changed_so_would_take():
-    found = of(gpus="8xh100", batch=1024, advise=True)
-    rows = {row["set"]: row for row in found.advice}
+    plan = of(gpus="8xh100", batch=1024, advise=True)
+    rows = {row["set"]: row for row in plan.advice}
     changed = of(gpus="8xh100", batch=1024, pixel_share=0.25)
     assert (rows["--pixel-share 0.25"]["hours"], rows["--pixel-share 0.25"]["memory"]) == (changed.hours, changed.memory_total)
     cached = of(gpus="8xh100", batch=1024, cached=True)
     assert rows["openvision3 data latents"]["sample_flops"] == cached.sample_flops
     levers = of(gpus="8xh100", batch=1024, cached=True, pixel_share=0.125)
-    assert found.sample_flops / levers.sample_flops == pytest.approx(2.69, rel=0.05)  # the design's ceiling
+    assert plan.sample_flops / levers.sample_flops == pytest.approx(2.69, rel=0.05)  # the design's ceiling
 
 
 def test_a_run_that_does_not_fit_is_told_what_would():
-    found = of(gpus="4090", batch=512, advise=True)
-    assert found.fits is False and 0 < found.largest_micro_batch < 512
-    pieces = next(row for row in found.advice if row["set"] == f"--micro-batch {found.largest_micro_batch}")
-    assert pieces["fits"] and pieces["sample_flops"] > found.sample_flops
+    plan = of(gpus="4090", batch=512, advise=True)
+    assert plan.fits is False and 0 < plan.largest_micro_batch < 512
+    pieces = next(row for row in plan.advice if row["set"] == f"--micro-batch {plan.largest_micro_batch}")
+    assert pieces["fits"] and pieces["sample_flops"] > plan.sample_flops
 
 
 def test_every_part_has_its_formula_with_numbers():
-    found = of(gpus="64xh100")
-    sections = {section for section, *_ in found.formulas}
-    assert sections >= {part.name for part in found.parts} | {"parameters", "memory", "time", "network", "disk"}
-    assert ("encoder", "12 x blocks.*.attention.qkv", flops(12 * 2 * 65 * 768 * 3 * 768)) in found.formulas
+    plan = of(gpus="64xh100")
+    sections = {section for section, *_ in plan.formulas}
+    assert sections >= {part.name for part in plan.parts} | {"parameters", "memory", "time", "network", "disk"}
+    assert ("encoder", "12 x blocks.*.attention.qkv", flops(12 * 2 * 65 * 768 * 3 * 768)) in plan.formulas
 
 
 def value_of(formula: str) -> float:
@@ -386,10 +386,10 @@ def value_of(formula: str) -> float:
 @pytest.mark.parametrize("recipe", [base_low_res, tiny])
 @pytest.mark.parametrize("gpus", ["h100", "8xh100", "16xh100"])
 def test_formulas_say_what_the_numbers_are(recipe, gpus):
-    found = of(recipe, gpus, batch=64)
-    formulas = {formula.rpartition(": ")[0]: formula for section, formula, _ in found.formulas if section in ("network", "memory")}
-    names = ("weights", "gradients", "gathered weights and gradients", "weights in bf16", "embeddings of all pairs", *found.network)
-    for name, value in (found.memory | found.network).items():
+    plan = of(recipe, gpus, batch=64)
+    formulas = {formula.rpartition(": ")[0]: formula for section, formula, _ in plan.formulas if section in ("network", "memory")}
+    names = ("weights", "gradients", "gathered weights and gradients", "weights in bf16", "embeddings of all pairs", *plan.network)
+    for name, value in (plan.memory | plan.network).items():
         if name in names:
             assert value_of(formulas[name]) == pytest.approx(value), formulas[name]
 
@@ -401,8 +401,8 @@ def test_formulas_say_what_the_numbers_are(recipe, gpus):
     ("text", "name", "count", "nodes"), [("h100", "h100", 1, 1), ("h100:8", "h100", 8, 1), ("64xH100", "h100", 64, 8), ("2 x a100-40gb", "a100-40gb", 2, 1)]
 )
 def test_devices_are_named_as_people_name_them(text, name, count, nodes):
-    found = parse_devices(text)
-    assert (found.device.name, found.count, found.nodes) == (name, count, nodes)
+    plan = parse_devices(text)
+    assert (plan.device.name, plan.count, plan.nodes) == (name, count, nodes)
 
 
 @pytest.mark.parametrize(
@@ -444,9 +444,9 @@ def test_explain_prints_the_formulas(capsys, monkeypatch):
 
 def test_json_is_one_value_with_all_numbers(capsys):
     assert cli.main(["estimate", "tiny", "--gpus", "h100", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["memory_total"] == pytest.approx(sum(found["memory"].values())) and found["devices"]["name"] == "h100"
-    assert {part["name"] for part in found["parts"]} >= {"VAE encode", "VAE decode", "captioner"}
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory_total"] == pytest.approx(sum(plan["memory"].values())) and plan["devices"]["name"] == "h100"
+    assert {part["name"] for part in plan["parts"]} >= {"VAE encode", "VAE decode", "captioner"}
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_a_plain_terminal_gets_no_colour(capsys):
 def test_bars_and_units():
     assert (bar(0.5, 4), bar(0.0, 4), bar(1.0, 4), bar(1 / 32, 4)) == ("██  ", "    ", "████", "▏   ")
     assert [flops(x) for x in (0, 999, 2.06e12, 3e18)] == ["0 FLOP", "999 FLOP", "2.06 TFLOP", "3000 PFLOP"]
-    assert [gigabytes(x) for x in (1e6, 2e9, 3e12)] == ["1.00 MB", "2.00 GB", "3.00 TB"]
+    assert [gigabytes(x) for x in (8192, 1e6, 2e9, 3e12)] == ["8.2 kB", "1.00 MB", "2.00 GB", "3.00 TB"]
     assert [hours(x) for x in (0.5, 30, 240)] == ["30.0 min", "30.0 h", "240 h (10.0 days)"]
 
 
@@ -530,5 +530,5 @@ def test_a_recipe_of_two_phases_is_estimated_phase_by_phase(capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_recipe_can_be_estimated(recipe):
-    found = of(recipe, gpus="8xh100")
-    assert found.hours > 0 and found.largest_micro_batch > 0
+    plan = of(recipe, gpus="8xh100")
+    assert plan.hours > 0 and plan.largest_micro_batch > 0

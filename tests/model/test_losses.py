@@ -184,14 +184,14 @@ def test_in_chunks_losses_and_gradients_are_the_same_and_the_logits_never_exist_
         def loss(features, weight, bias):
             return losses.caption_loss(features, weight, bias, targets, torch.tensor(100))
 
-    found = []
+    results = []
     for chunk in (2**24, 320):
         monkeypatch.setattr(losses, "CHUNK", chunk)
         values = [value.clone().requires_grad_() for value in inputs]
         with Largest() as largest:
             total = loss(*values)
             gradients = torch.autograd.grad(total, values)
-        found.append((total, *gradients))
-    for one, other in zip(*found, strict=True):
+        results.append((total, *gradients))
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     assert largest.numbers <= 1024 < (4096 if kind == "contrastive" else 5000)

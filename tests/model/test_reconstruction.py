@@ -53,8 +53,8 @@ def test_latents_are_those_of_torchs_layers_on_the_same_weights(gelu):
     for block in network.blocks:
         x = torchs_layer(block, gelu)(x)
     x = F.layer_norm(x, (64,), network.norm.weight, network.norm.bias, 1e-6) @ network.linear.weight.T + network.linear.bias
-    found = network(tokens(), (2, 3))
-    torch.testing.assert_close(F.pixel_unshuffle(found, 2).flatten(2).transpose(1, 2), x, rtol=1e-3, atol=1e-3)
+    latents_hat = network(tokens(), (2, 3))
+    torch.testing.assert_close(F.pixel_unshuffle(latents_hat, 2).flatten(2).transpose(1, 2), x, rtol=1e-3, atol=1e-3)
 
 
 def test_rows_and_columns_of_the_grid_are_not_mixed_up():

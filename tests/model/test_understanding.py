@@ -260,11 +260,11 @@ def test_a_beam_that_holds_every_caption_finds_the_best_one(penalty):
             for words in itertools.product([w for w in range(6) if w not in (BEGIN, END)], repeat=length):
                 end, counted = (END, length + 1) if length < 3 else (None, 3)
                 scores[words] = log_probability(network, row, words, end) / counted**penalty
-        found = tuple(network.write_beam(row[None], BEGIN, END, max_length=3, beams=200, length_penalty=penalty)[0])
-        assert scores[found] == pytest.approx(max(scores.values()), abs=1e-4)
+        best = tuple(network.write_beam(row[None], BEGIN, END, max_length=3, beams=200, length_penalty=penalty)[0])
+        assert scores[best] == pytest.approx(max(scores.values()), abs=1e-4)
         greedy = tuple(network.write(row[None], BEGIN, END, max_length=3)[0])
-        assert scores[found] >= scores[greedy] - 1e-4
-        better += scores[found] > scores[greedy] + 1e-3
+        assert scores[best] >= scores[greedy] - 1e-4
+        better += scores[best] > scores[greedy] + 1e-3
     assert better > 0  # and the search is worth something
 
 

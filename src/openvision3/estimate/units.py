@@ -15,6 +15,9 @@ def flops(value: float) -> str:
 
 
 def gigabytes(value: float) -> str:
+    """Bytes as kB, MB, GB or TB."""
+    if value < 1e5:
+        return f"{value / 1e3:.1f} kB"
     return f"{value / 1e12:.2f} TB" if value >= 1e12 else f"{value / 1e9:.2f} GB" if value >= 1e7 else f"{value / 1e6:.2f} MB"
 
 
