@@ -269,7 +269,7 @@ def test_a_folder_with_captions_jsonl_survives_broken_lines(tmp_path):
 def test_a_table_with_other_columns_is_an_error_that_names_them(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "captions.csv").write_text("picture,words\na.jpg,hello\n")
-    with pytest.raises(ValueError, match=r"columns file and caption; seen: picture, words"):
+    with pytest.raises(ValueError, match=r"columns file and caption; it has: picture, words"):
         FolderSource(tmp_path)
 
 

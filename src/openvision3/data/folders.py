@@ -168,7 +168,7 @@ def read_table(folder: Path, path: str) -> Table:
     Raises:
         ValueError: no row names a file.
     """
-    table, used, seen = Table(), 0, "nothing"
+    table, used, columns = Table(), 0, "nothing"
     place = folder / path
     with open(place, "rb") as file:
         encoding = encoding_of(file.read(4))
@@ -184,16 +184,16 @@ def read_table(folder: Path, path: str) -> Table:
                     table.captions.setdefault(named, []).append(row.get("caption") or row.get("text"))
                     used += 1
                 else:
-                    seen = ", ".join(map(str, row)) or "no JSON object"
-                    table.problems.append({"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"no file named; seen: {seen:.200}"})
+                    columns = ", ".join(map(str, row)) or "no JSON object"
+                    table.problems.append({"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"it names no file; its columns: {columns:.200}"})
         except csv.Error as error:
             raise ValueError(f"{place} is not a CSV file that can be read: {error}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{place} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
     if not used:
-        decode_text(seen.encode("utf-8", "surrogateescape"), str(place))
-        found = f"; it {holds(place)}" if not seen.isprintable() else ""
-        raise ValueError(f"{place} needs the columns file and caption; seen: {seen:.200}{found}")
+        decode_text(columns.encode("utf-8", "surrogateescape"), str(place))
+        contents = f"; it {holds(place)}" if not columns.isprintable() else ""
+        raise ValueError(f"{place} needs the columns file and caption; it has: {columns:.200}{contents}")
     return table
 
 

@@ -111,22 +111,22 @@ def read_labels(source: Source, key: str = "", names: Sequence[str] = (), *, lea
 
 def _number_classes(label_of: dict[int, str], names: Sequence[str]) -> tuple[Sequence[str], dict[str, int]]:
     """(class names, label -> number of its class). Raises ValueError if the labels do not fit the names."""
-    seen = sorted(set(label_of.values()))
+    labels = sorted(set(label_of.values()))
     if not names:
-        return seen, {value: i for i, value in enumerate(seen)}
+        return labels, {value: i for i, value in enumerate(labels)}
     twice = {name for name, times in Counter(names).items() if times > 1}
     listed = {name: i for i, name in enumerate(names)}
-    if any(value in listed for value in seen):
-        if twice & set(seen):
-            raise ValueError(f"{min(twice & set(seen))} is twice among the class names; label by numbers, or by WordNet ids in order")
+    if any(value in listed for value in labels):
+        if twice & set(labels):
+            raise ValueError(f"{min(twice & set(labels))} is twice among the class names; label by numbers, or by WordNet ids in order")
         return names, listed
-    if all(value.isdecimal() for value in seen):
-        if int(max(seen, key=int)) >= len(names):
-            raise ValueError(f"class number {max(seen, key=int)} has no name: the {len(names)} names are for 0 to {len(names) - 1}")
-        return names, {str(i): i for i in range(len(names))} | {value: int(value) for value in seen}
-    if all(re.fullmatch(r"n\d{8}", value) for value in seen) and len(seen) == len(names):
-        return names, {value: i for i, value in enumerate(seen)}
+    if all(value.isdecimal() for value in labels):
+        if int(max(labels, key=int)) >= len(names):
+            raise ValueError(f"class number {max(labels, key=int)} has no name: the {len(names)} names are for 0 to {len(names) - 1}")
+        return names, {str(i): i for i in range(len(names))} | {value: int(value) for value in labels}
+    if all(re.fullmatch(r"n\d{8}", value) for value in labels) and len(labels) == len(names):
+        return names, {value: i for i, value in enumerate(labels)}
     raise ValueError(
-        f"classes are called {', '.join(seen[:3])} ... ({len(seen)} of them) and none of them is among the {len(names)} names ({names[0]} ...); "
+        f"classes are called {', '.join(labels[:3])} ... ({len(labels)} of them) and none of them is among the {len(names)} names ({names[0]} ...); "
         "choose the names, line numbers from 0, or as many WordNet ids as names"
     )
