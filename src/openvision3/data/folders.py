@@ -185,7 +185,9 @@ def read_table(folder: Path, path: str) -> Table:
                     used += 1
                 else:
                     columns = ", ".join(map(str, row)) or "no JSON object"
-                    table.problems.append({"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"it names no file; its columns: {columns:.200}"})
+                    table.problems.append(
+                        {"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"it names no file; its columns: {columns:.200}"}
+                    )
         except csv.Error as error:
             raise ValueError(f"{place} is not a CSV file that can be read: {error}") from error
         except UnicodeDecodeError as error:
