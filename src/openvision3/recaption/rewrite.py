@@ -22,7 +22,8 @@ from PIL import Image
 
 from openvision3.data.captions import json_object
 from openvision3.data.images import ImageError
-from openvision3.data.names import expand
+from openvision3.data.names import find
+from openvision3.data.shards.index import is_remote
 from openvision3.device import choose_device, cores, dtype_of
 from openvision3.files import half_written, write_whole
 from openvision3.recaption.files import CaptionFolder, CaptionShard, Journal, Result, journal_path
@@ -31,9 +32,6 @@ from openvision3.recaption.job import RecaptionJob
 
 SETTINGS = "recaption.json"
 """In the output folder: all that its captions depend on."""
-
-BESIDE = (".parquet", "_stats.json", ".index")
-"""What lies beside shards, so that a glob may name it."""
 
 Describe = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Answer | ImageError]]
 """images and the names of their samples -> an answer to each, or why there is none; `ImageTextModel` is one"""
@@ -224,26 +222,12 @@ def _result(answer: Answer | ImageError, max_words: int) -> Result:
 def _list_shards(job: RecaptionJob) -> Iterator[CaptionShard | CaptionFolder]:
     """The shards and the folder that `job.data` names, in order, each with the file that it becomes."""
     out = Path(job.out)
-    choices = "choose a folder of images, or shards such as data/*.tar"
-    tars: list[str] = []
-    folders: list[str] = []
-    for name in job.data:
-        paths = expand(name)
-        if not paths:
-            raise ValueError(f"no such data: {name}; {choices}")
-        for path in paths:
-            if path.endswith(BESIDE) and len(paths) > 1:
-                continue
-            if Path(path).is_dir():
-                inside = sorted(str(p) for p in Path(path).glob("*.tar") if not p.name.startswith("."))
-                tars += inside
-                folders += [] if inside else [path]
-            elif path.endswith(".tar"):
-                tars.append(path)
-            else:
-                raise ValueError(f"{path} is neither a folder nor a .tar shard; {choices}")
+    if names := [name for name in job.data if name == "openmoji" or is_remote(name)]:
+        raise ValueError(f"{names[0]} cannot be captioned; choose a folder of images, or local shards such as data/*.tar")
+    data = [find(name) for name in job.data]
+    tars, folders = ([path for part in data for path in getattr(part, kind)] for kind in ("tars", "folders"))
     if not tars and not folders:
-        raise ValueError(f"no data named; {choices}")
+        raise ValueError("no data named; choose a folder of images, or shards such as data/*.tar")
     if len(folders) > 1:
         raise ValueError(f"{len(folders)} folders of images ({folders[0]}, {folders[1]}); name one at a time, its captions become one captions.jsonl")
     if out.exists() and not out.is_dir():

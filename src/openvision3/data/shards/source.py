@@ -17,8 +17,8 @@ class ShardSource(EncodedSource):
     """Webdataset shards by random access, through their indexes.
 
     `caption_keys` names JSON fields to take captions from, in order (Recap-DataComp: `re_caption`, `org_caption`); empty:
-    the `.txt` member. `only` keeps samples whose JSON has these values. A tar that is cut off gives what is whole in it,
-    and says so in `problems`.
+    the `.txt` member. `only` keeps samples whose JSON has these values. Of a tar that is cut off, the whole samples are read,
+    and `problems` says so.
 
     Raises:
         ValueError: no usable sample in any shard.
@@ -39,7 +39,7 @@ class ShardSource(EncodedSource):
         self.is_remote = self.tars.remote
         self.caption_keys = caption_keys
         self.kept: np.ndarray | None = None
-        """the samples that `only` leaves, where there is a rule"""
+        """the samples that `only` keeps; None: all"""
         if only:
             matching = (i for i in watch(range(len(self.tars)), "reading JSON") if self._matches(i, only))
             self.kept = np.fromiter(matching, dtype=np.int64)
@@ -48,7 +48,7 @@ class ShardSource(EncodedSource):
             why = next((f" ({problem['reason']}: {problem['detail']})" for problem in self.problems), "")
             raise ValueError(
                 f"no samples{wanted} in {len(self.tars.paths)} shard(s), first {self.tars.paths[0]}{why}; "
-                "a sample is a picture member NAME.jpg beside NAME.txt or NAME.json"
+                "a sample is an image member NAME.jpg beside NAME.txt or NAME.json"
             )
 
     @property
