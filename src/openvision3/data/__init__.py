@@ -1,4 +1,4 @@
-"""Images and words as batches: folders, tables, OpenMoji and shards as sources of samples, opened, cropped, ordered and collated.
+"""Images with captions as batches. OpenMoji, folders and shards are sources of samples; their images are decoded, cropped, ordered and collated.
 
-May import the ground floor only; it has not heard of models and runs.
+May import the ground floor only; it does not know models or runs.
 """
