@@ -20,7 +20,9 @@ from openvision3.data.text import TextTokenizer
 from openvision3.hub import load_distance
 from openvision3.model import transformer
 from openvision3.model.openvision3 import OpenVision3
-from openvision3.train import loop as train
+from openvision3.train import loop
+from openvision3.train.checkpoint import RunState
+from openvision3.train.loop_config import LoopConfig
 from openvision3.train.optimizer import OptimizerConfig, Optimizers
 from openvision3.train.recipes import small_model
 from openvision3.train.run_folder import RunFolder
@@ -88,7 +90,7 @@ def numbers(values: Tensor) -> Tensor:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The optimizer of a GPU is the fused one."""
-    monkeypatch.setattr(train, "Saver", Unsaved)
+    monkeypatch.setattr(loop, "Saver", Unsaved)
     monkeypatch.setattr(importlib.import_module("torch.optim.optimizer"), "_get_fused_kernels_supported_devices", lambda: [DEVICE])
     real = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, *, fused, **options: real(groups, fused=True, **options))
@@ -114,11 +116,11 @@ def test_a_training_step_waits_for_the_device_once_and_mixes_no_devices(as_on_a_
     run = RunFolder(tmp_path / "run")
     with fake_device(numbers) as device:
         optimizers = Optimizers(model, settings)
-        rows = Rows(device, kind, options.get("pieces", 1))
-        loop = train.Loop(STEPS, log_every=1, device=DEVICE)
-        status = train.fit(model, rows, optimizers, settings, loop, run, export=lambda *_: None)
+        training, state = loop.Training(), RunState()
+        training.model, training.batches = model, Rows(device, kind, options.get("pieces", 1))
+        status = loop.fit(training, optimizers, LoopConfig(settings, STEPS, precision="fp32", log_every=1, eval_every=0, save_every=0), state, run)
     run.close()
-    assert status == "finished" and loop.state.skipped_steps == 0
+    assert status == "finished" and state.skipped_steps == 0
     assert device.operations > STEPS * 500, "the step was not seen"
     assert not device.mixed
     assert dict(device.waits) == {LOG: STEPS}
