@@ -199,13 +199,13 @@ def fingerprint(
     check_writable(path.absolute().parent, "--out")
     options = DataOptions(only=read_rules(only), caption_keys=caption_keys, aliases=aliases, index=index, cache=cache, cache_gb=cache_gb)
     source = open_source(data, options, watch=track)
-    found = take_fingerprint(source, data, source.problems, track)
+    hashes = take_fingerprint(source, data, source.problems, track)
     problems = list(source.problems)
-    if not len(found.images):
+    if not len(hashes.images):
         raise ValueError(f"none of the {len(source)} samples can be used: {', '.join(f'{n} {why}' for why, n in count_reasons(problems).items())}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    counts = {"samples": found.samples, "images": len(found.images), "captions": len(found.captions), "families": len(found.families)}
+    hashes.save(path)
+    counts = {"samples": hashes.samples, "images": len(hashes.images), "captions": len(hashes.captions), "families": len(hashes.families)}
     if json:
         print(dumps({"file": str(path), **counts, "bytes": path.stat().st_size, "problems": count_reasons(problems)}, indent=2))
         return 0

@@ -57,7 +57,7 @@ def expand_remote(url: str) -> list[str]:
         return [url]
     system, path = filesystem(url if url.endswith(".tar") else url.rstrip("/") + "/*.tar")
     try:
-        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+        return sorted(system.unstrip_protocol(shard) for shard in system.glob(path))
     except Exception as error:  # each file system raises its own
         folder = re.split(r"[^/]*[*?\[]", url)[0].rstrip("/")
         raise ValueError(f"{url} cannot be listed: {error or type(error).__name__}; name the shards, such as {folder}/{{00000..00099}}.tar") from error

@@ -111,10 +111,10 @@ class ShardSource(EncodedSource):
             ImageError: as `Tars.read`. ValueError: the `.cls` members of a remote shard.
         """
         place = self._place(index)
-        found = self._json(place).get(name) if name else None
-        if isinstance(found, bool) or not isinstance(found, str | int | float):
-            found = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
-        return str(found).strip() or None
+        value = self._json(place).get(name) if name else None
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            value = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
+        return str(value).strip() or None
 
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         if not self.is_remote:

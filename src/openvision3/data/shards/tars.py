@@ -72,13 +72,13 @@ class Tars:
         if index and not Path(index).is_dir():
             raise ValueError(f"no folder of indexes at {index}; write it with: openvision3 data index SHARDS --index {index}")
         with ThreadPoolExecutor(16) as pool:  # on a network file system nearly all of this is waiting
-            opened = ((found, "") for found in indexes) if indexes else pool.map(lambda path: _open_index(path, index), paths)
-            for path, label, (found, why) in zip(paths, self.labels, watch(opened, "opening shards"), strict=True):
-                self._indexes.append(found)
+            opened = ((shard_index, "") for shard_index in indexes) if indexes else pool.map(lambda path: _open_index(path, index), paths)
+            for path, label, (shard_index, why) in zip(paths, self.labels, watch(opened, "opening shards"), strict=True):
+                self._indexes.append(shard_index)
                 if why:
                     self.problems.add({"key": path, "reason": "stale index", "detail": f"{why}; the shard was scanned"})
-                self.problems.extend({**p, "key": f"{label}/{p['key']}" if p["key"] else path} for p in found.problems)
-        self.starts: list[int] = [0, *itertools.accumulate(found.count for found in self._indexes)]
+                self.problems.extend({**p, "key": f"{label}/{p['key']}" if p["key"] else path} for p in shard_index.problems)
+        self.starts: list[int] = [0, *itertools.accumulate(shard_index.count for shard_index in self._indexes)]
         if self.remote:
             self.check_cache()
 
