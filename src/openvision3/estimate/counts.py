@@ -126,8 +126,9 @@ def count_parts(model: OpenVision3, shapes: Shapes, captions: int, batch: int) -
             network, settings, call = calls[name]
             key = (name, shapes, str(settings), width, vae.latent_channels, vae.stride)
             if key not in _counted:
+                fused = replace(shapes, on_cpu=False)  # diffusers leaves attention to torch on a CPU, too
                 with torch.set_grad_enabled(name != "VAE encode"):
-                    _counted[key] = count(network, call, shapes)
+                    _counted[key] = count(network, call, fused if name.startswith("VAE") else shapes)
             costs[name] = _counted[key]
     pairs = 2.0 * 2 * captions * config.encoder.embed_dim * batch  # both ways, with the rows of all devices
     return costs | {"contrast": Cost(pairs, 2 * pairs, modules={f"both ways: 2 x {2 * captions} x {config.encoder.embed_dim} x {batch}": (1, pairs)})}
