@@ -141,7 +141,7 @@ class Pretraining(Training):
             run.say(f"captions: {lost}")
         if self.about_cache:
             run.say(self.about_cache)
-        for name, dropped in samples_dropped(config.data).items():
+        for name, dropped in openmoji.load_emoji().dropped.items() if "openmoji" in config.data else ():
             run.say(f"openmoji: {dropped} emoji left out: {name}")
         if len(source) < config.batch:
             run.say(fewer_than_a_batch(len(source), config.batch))
@@ -356,10 +356,6 @@ def _lost_text(source: Source, tokenizer: TextTokenizer, shape: TextShape) -> st
             counts.add(tokenizer.count(source.captions(order.place(position)[0])[:1], shape.caption_positions - 2))
     hint = "; train a tokenizer on the captions with --tokenizer ''" if counts.unknown > counts.pieces / 20 else ""
     return f"{counts}{hint}" if str(counts) else ""
-
-
-def samples_dropped(data: Sequence[str]) -> dict[str, int]:
-    return openmoji.load_emoji().dropped if "openmoji" in data else {}
 
 
 def _started_from(config: PretrainConfig, checkpoint: Path | None) -> dict[str, Any]:
