@@ -1,4 +1,4 @@
-"""What a training of OpenVision 3 is told."""
+"""The settings of a training of OpenVision 3."""
 
 from __future__ import annotations
 

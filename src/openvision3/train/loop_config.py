@@ -1,4 +1,4 @@
-"""What any training is told, whatever it trains; and what of that is a setting."""
+"""The settings that every training has, and which of them must stay the same when a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from openvision3.train.optimizer import OptimizerConfig
 
 @dataclass
 class LoopConfig:
-    """What any training is told, whatever it trains. The same config and seed give the same losses.
+    """The settings that every training has. The same config and seed give the same losses.
 
-    A kind of training derives its own config from this one and extends FREE, PLACES and SETTLED, which are the one list of what is not a setting.
+    Each kind of training derives its config from this one and may extend FREE, PLACES and SETTLED: the one list of what may differ between a run and
+    the command that resumes it.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (
         *("workers", "log_every", "eval_every", "save_every", "keep", "keep_best", "track", "out", "resume"),
         *("micro_batch", "parallel", "checkpointing", "compile"),
     )
-    """fields that change no number: a resumed run may set them anew"""
+    """fields that change no number: they may be set anew when a run is resumed"""
     PLACES: ClassVar[tuple[str, ...]] = ()
-    """fields that say where an input lies: a resumed run may name another place, if it holds the same"""
+    """fields that name an input: another path may be given when a run is resumed, if it holds the same"""
     SETTLED: ClassVar[tuple[tuple[str, Any], ...]] = (("precision", "auto"),)
-    """values that a run replaces by what it has chosen"""
+    """(field, value) that a run replaces by its own choice"""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """the optimiser"""
@@ -41,7 +42,7 @@ class LoopConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto measures both for a moment and takes the faster"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu, cuda or cuda:N"""
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
     """each of several processes holds the whole model, a piece of it, or a piece within its machine; auto: by the model's size"""
     checkpointing: bool = False
