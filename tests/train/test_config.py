@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openvision3.model.encoder import SIZES
-from openvision3.settings import from_dict, load_config, nearest, save_config, to_dict
+from openvision3.settings import from_dict, load_config, save_config, to_dict, unknown
 from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import RECIPES
 
@@ -145,9 +145,9 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path):
         load_config(PretrainConfig, tmp_path / "config.json")
 
 
-def test_nearest_is_empty_where_nothing_is_like_it():
-    assert nearest("minni", RECIPES) == "mini"
-    assert nearest("qqqq", RECIPES) == ""
+def test_an_unknown_name_suggests_a_similar_one_or_none():
+    assert "Did you mean 'mini'?" in str(unknown("recipe", "minni", RECIPES))
+    assert "Did you mean" not in str(unknown("recipe", "qqqq", RECIPES))
 
 
 @pytest.mark.parametrize(
