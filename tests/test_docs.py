@@ -10,9 +10,8 @@ import pytest
 from openvision3.cli import data as cli_data
 from openvision3.cli import verbs
 from openvision3.cli.common import deferred, parse
-from openvision3.cli.evaluate import KINDS
+from openvision3.cli.evaluate import KINDS, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
-from openvision3.cli.results import TableOptions
 from openvision3.cli.train import configure_run
 from openvision3.estimate.planned import Options
 from openvision3.experiments.ablate import AblationOptions, base_config

@@ -31,7 +31,7 @@ from openvision3.data.images import from_uint8, to_tensor, to_uint8
 from openvision3.data.names import open_source
 from openvision3.evaluate.metrics import captioning
 from openvision3.evaluate.metrics.distances import Statistics, frechet_distance, kernel_distance
-from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, ssim
+from openvision3.evaluate.metrics.reconstruction import Networks, evaluate_reconstruction, ssim
 from openvision3.networks.inception import EfficientNetFeatures, Extractor, Inception
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -90,7 +90,7 @@ def rfid(images: Tensor) -> None:
             theirs.update(to_uint8(through_jpeg(part)), real=False)
         starts = range(0, len(images), 16)
         batches = ((range(i, i + len(part)), [str(i + j) for j in range(len(part))], part) for i, part in zip(starts, images.split(16), strict=True))
-        scores = evaluate_reconstruction(batches, through_jpeg, extractors=[inception])
+        scores = evaluate_reconstruction(batches, through_jpeg, Networks([inception]))
     [ours] = [number.value for number in scores.numbers if number.metric == "rfid"]
     print(f"rFID, random Inception, {len(images)} photographs through JPEG: {ours:.4f} against {float(theirs.compute()):.4f}", flush=True)
 

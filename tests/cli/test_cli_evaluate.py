@@ -24,12 +24,15 @@ from tiny_pipeline import make_pipeline, write_photo
 from openvision3 import cli
 from openvision3.cli import evaluate as cli_evaluate
 from openvision3.data.labelled import Labels
+from openvision3.evaluate import run
+from openvision3.evaluate.options import PROTOCOL_COUNTS
 from openvision3.evaluate.page import bar_groups, write_summary
 from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Functions, Number
-from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting, shown, split, table
+from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting
 from openvision3.evaluate.statistics import subset_numbers
 from openvision3.evaluate.suite import class_texts
+from openvision3.evaluate.tables import shown, split, table
 from openvision3.fetch.sources import ASSETS
 
 KINDS = ("circle", "square", "star")
@@ -261,7 +264,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
     (data / "star" / "9.png").write_bytes(b"not a picture")
     argv = ["evaluate", "retrieval", str(root / "model"), "--data", str(data), "--size", "32", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 0
-    assert "1 pictures skipped: 1 not an image" in capsys.readouterr().err
+    assert "1 images skipped: 1 not an image" in capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["count"] for row in found["rows"]} == {6} and found["skipped"][0]["key"].endswith("star/9.png")
 
@@ -276,7 +279,7 @@ def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, c
         (["reconstruction", "--peer", "ours, nothing,flux-vae"], "unknown peer 'nothing'"),
         (["captioning", "--peer", "flux-vae"], "flux-vae can be measured by reconstruction and probe only"),
         (["retrieval", "--protocol", "rfid-coco"], "is one of reconstruction"),
-        (["reconstruction", "--metrics", "fid"], "legal are psnr"),
+        (["reconstruction", "--metrics", "fid"], "Choose from psnr"),
         (["retrieval", "--peer-folder", "flux-vae=x"], "not among the peers"),
         (["retrieval", "--size", "40"], "multiple of 16"),
         (["retrieval", "no-such-model"], "unknown model"),
@@ -322,15 +325,20 @@ def peer_that(size: int, fixed: bool = True, **can) -> Functions:
 @pytest.mark.parametrize(("asked", "size"), [(("clip-b16", "openvision3-b2-256"), 256), (("clip-b16", "ours"), 64), (("vae", "clip-b16"), 64)])
 def test_the_size_of_images_does_not_depend_on_the_order_of_peers(root, monkeypatch, capsys, asked, size):
     monkeypatch.setattr("openvision3.evaluate.peers.table.load_peer", lambda name, *_: peer_that({"clip-b16": 224}.get(name, 256), embed_images=lambda x: x))
+
+    def side(names: tuple[str, ...], **more) -> int:
+        options = cli_evaluate.Options(str(root / "model"), peer=names, device="cpu", **more)
+        return load_subjects(options, names, cli_evaluate.open_model, False, print).size
+
     for names in (asked, asked[::-1]):
-        assert cli_evaluate._models(cli_evaluate.Options(str(root / "model"), peer=names, device="cpu"), names)[1] == size
+        assert side(names) == size
         assert (
-            f"images of {size} px (the " in (told := capsys.readouterr().err)
+            f"images of {size} px (the " in (told := capsys.readouterr().out)
             and "clip-b16" not in told
             and "of-224 224 px: they embed images of their own" in told
         )
-    assert cli_evaluate._models(cli_evaluate.Options(str(root / "model"), peer=asked, size=96, device="cpu"), asked)[1] == 96
-    assert "images of 96 px (--size)" in (told := capsys.readouterr().err) and "of-224 224 px" in told and "resized for them and not rebuilt" in told
+    assert side(asked, size=96) == 96
+    assert "images of 96 px (--size)" in (told := capsys.readouterr().out) and "of-224 224 px" in told and "resized for them and not rebuilt" in told
 
 
 def test_a_peer_of_one_size_rebuilds_no_other_and_embeds_images_of_its_own(root, monkeypatch, tmp_path, capsys):
@@ -391,7 +399,7 @@ def test_a_kill_loses_no_kind_that_was_measured(root, tmp_path, monkeypatch):
     def killed(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli_evaluate.MEASURE, "captioning", killed)
+    monkeypatch.setitem(run.MEASURES, "captioning", killed)
     with contextlib.suppress(KeyboardInterrupt):
         assert cli.main(["evaluate", "all", *arguments(root, "--out", str(tmp_path / "out"))])
     results = Results.load(tmp_path / "out")
@@ -415,7 +423,7 @@ def test_pictures_of_which_none_can_be_read_are_counted(root, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "0.png").write_bytes(b"no picture")
     assert cli.main(["evaluate", "reconstruction", str(root / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
-    assert "none of 1 pictures can be read: 1 not an image" in capsys.readouterr().err
+    assert "none of 1 images can be read: 1 not an image" in capsys.readouterr().err
 
 
 def test_what_only_has_published_numbers_stands_beside_what_is_measured(root, tmp_path, capsys):
@@ -430,7 +438,7 @@ def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_h
     data = labelled(tmp_path / "data", 2, 3)
     (data / "star" / "1.png").write_bytes(b"no picture")
     monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
-    monkeypatch.setitem(cli_evaluate.PROTOCOL_COUNTS, "rfid-coco", (6, "six pictures"))
+    monkeypatch.setitem(PROTOCOL_COUNTS, "rfid-coco", (6, "six pictures"))
     argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(data), "--protocol", "rfid-coco", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 2
     assert "over six pictures, 6 of them; measured on 5" in capsys.readouterr().err

@@ -14,14 +14,15 @@ import pytest
 from tiny_pipeline import pipeline, write_photo
 
 from openvision3 import cli
-from openvision3.cli import common, results, train
+from openvision3.cli import common, train
 from openvision3.cli import data as cli_data
 from openvision3.cli import evaluate as cli_evaluate
+from openvision3.cli.evaluate import print_tables
 from openvision3.cli.paths import check_apart, expand_home, expand_value
-from openvision3.cli.results import print_tables
 from openvision3.data.text import TextTokenizer
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import Row, Setting, split
+from openvision3.evaluate.results import Row, Setting
+from openvision3.evaluate.tables import split
 from openvision3.files import write_whole
 from openvision3.hub import ASSETS
 from openvision3.train.run_folder import RunFolder
@@ -48,7 +49,7 @@ def targets(monkeypatch) -> dict[str, Any]:
             return real(target, argv, program, **settings)
         raise Parsed
 
-    for module in (common, train, cli_data, cli_evaluate, results):
+    for module in (common, train, cli_data, cli_evaluate):
         monkeypatch.setattr(module, "parse", parse)
     inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
     for verb in cli.verbs():

@@ -13,9 +13,10 @@ from openvision3.data import openmoji
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take_fingerprint
 from openvision3.data.folders import FolderSource
 from openvision3.data.openmoji import EmojiSource
-from openvision3.evaluate.overlap import Known, Overlap, of_model
-from openvision3.evaluate.pictures import Pictures
-from openvision3.evaluate.results import Results, leading
+from openvision3.evaluate.image_set import ImageSet
+from openvision3.evaluate.overlap import Known, Overlap, recorded_training
+from openvision3.evaluate.results import Results
+from openvision3.evaluate.tables import leading
 
 
 def photos(folder, seeds, caption="photo {}"):
@@ -25,8 +26,8 @@ def photos(folder, seeds, caption="photo {}"):
     return folder
 
 
-def looked(source, *known: Fingerprint, kinds=()) -> tuple[Overlap, Pictures]:
-    pictures = Pictures(source, 128)
+def looked(source, *known: Fingerprint, kinds=()) -> tuple[Overlap, ImageSet]:
+    pictures = ImageSet(source, 128)
     for _ in pictures.batches("looking"):
         pass
     overlap = Overlap([Known("the model", each, kinds) for each in known])
@@ -146,11 +147,11 @@ def test_a_fingerprint_stands_for_the_data_in_the_model_folder_or_named(model, t
 def test_a_fingerprint_is_no_data_to_fit_a_probe_to(model, train, tmp_path, capsys):
     assert cli.main(["data", "fingerprint", str(train), "--out", str(tmp_path / FILE)]) == 0
     assert cli.main(["evaluate", "probe", str(model), "--data", str(train), "--train", str(tmp_path / FILE), "--out", str(tmp_path / "out")]) == 2
-    assert "training pictures with classes are needed; name them with --train" in capsys.readouterr().err
+    assert "training images with classes are needed; name them with --train" in capsys.readouterr().err
 
 
 def test_the_shipped_mini_and_its_vae_know_what_they_were_trained_on():
-    known, unknown = of_model(hub.find_folder("mini"), "mini", "embedded")
+    known, unknown = recorded_training("mini", hub.find_folder("mini"), [hub.EMBEDDED])
     assert unknown == [] and [each.of for each in known] == ["mini", "the VAE of mini"]
     test = openmoji.load_emoji().evaluation("test")
     source = EmojiSource(test)

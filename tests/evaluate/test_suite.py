@@ -11,9 +11,9 @@ import torch
 from openvision3.data import openmoji
 from openvision3.data.images import to_pil
 from openvision3.evaluate.metrics.reconstruction import psnr
-from openvision3.evaluate.openmoji import evaluate_openmoji, rebuilt_rows
 from openvision3.evaluate.protocol import Functions, values
 from openvision3.experiments import demo
+from openvision3.experiments.demo import evaluate_openmoji, rebuilt_rows
 
 
 def images(count: int = 2, height: int = 3, width: int = 4, seed: int = 0) -> torch.Tensor:

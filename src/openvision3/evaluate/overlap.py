@@ -1,7 +1,7 @@
 """Which samples of an evaluation the training has seen: equal captions, near-duplicate images, and for OpenMoji the same family.
 
     overlap = Overlap([Known("mini", fingerprint)])
-    overlap.look(pictures, indices)          # once their images have passed by
+    overlap.look(images, indices)          # once their images have passed by
     overlap.seen("retrieval", indices)       # -> those that training has seen
 
 What training data are known by is a fingerprint (`data/fingerprint.py`), recorded with the model or taken of data that are named with --train.
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.data.fingerprint import Fingerprint, recorded
-from openvision3.evaluate.pictures import Pictures
+from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.results import SEEN, UNSEEN
-from openvision3.hub import EMBEDDED
 
 FILE = "overlap.jsonl"
 """in the folder of an evaluation: a line a sample that training has seen"""
@@ -66,15 +65,15 @@ class Overlap:
     sightings: dict[int, list[Sighting]] = field(default_factory=dict)
     """by the index of the sample; of one that was looked up and not found, none"""
 
-    def look(self, pictures: Pictures, indices: Iterable[int]) -> None:
-        """Look these samples up, whose images `pictures` has described as they passed by."""
+    def look(self, images: ImageSet, indices: Iterable[int]) -> None:
+        """Look these samples up, whose images `images` has described as they passed by."""
         new = [index for index in indices if index not in self.sightings]
         if not new:
             return
-        source = pictures.source
+        source = images.source
         captions = {index: source.captions(index) for index in new}
         families = {index: source.family(index) for index in new}
-        described = pictures.descriptions(new)
+        described = images.descriptions(new)
         self.sightings |= {index: [] for index in new}
         for known in self.known:
             print_of = known.fingerprint
@@ -99,7 +98,7 @@ class Overlap:
         named = {f"{UNSEEN} ({what})": set(indices) - seen, f"{SEEN} ({what})": seen}
         return {name: part for name, part in named.items() if part}
 
-    def told(self, kind: str) -> str:
+    def compared_with(self, kind: str) -> str:
         """For the protocol: what was compared with."""
         parts = [f"{each.of} ({each.fingerprint.samples:,} samples)" for each in self.known if not each.kinds or kind in each.kinds]
         what = PARTS.get(kind, "image and family")
@@ -130,27 +129,18 @@ class Overlap:
         listed = f", listed in {where}" if any_of else ""
         return f"seen in training: {any_of:,} of {total:,} samples ({parts}{listed}){unknown}"
 
-    def lines(self, pictures: Pictures) -> list[dict[str, Any]]:
+    def lines(self, images: ImageSet) -> list[dict[str, Any]]:
         """One for each sample that was found: its key, and where and by what."""
         found = []
         for index, each in sorted(self.sightings.items()):
             for one in each:
                 told = {name: value for name, value in asdict(one).items() if name != "known"}
-                found.append({"key": pictures.source.key(index), "training_data_of": one.known.of, **told})
+                found.append({"key": images.source.key(index), "training_data_of": one.known.of, **told})
         return found
 
 
-def of_model(folder: Path, name: str, vae: str) -> tuple[list[Known], list[str]]:
-    """What is recorded of the training of a model and of its VAE (which is named `vae`), and which of the two are not."""
-    known, unknown = [], []
-    places = [folder / "vae", EMBEDDED if vae == "embedded" else Path(vae), Path(vae) / "vae"]
-    parts: Sequence[tuple[str, Fingerprint | None, tuple[str, ...]]] = (
-        (name, recorded(folder), ()),
-        (f"the VAE of {name}", next(filter(None, map(recorded, places)), None), ("reconstruction",)),
-    )
-    for who, found, kinds in parts:
-        if found is None:
-            unknown.append(who)
-        else:
-            known.append(Known(who, found, kinds))
-    return known, unknown
+def recorded_training(name: str, folder: Path, vae_folders: Sequence[Path]) -> tuple[list[Known], list[str]]:
+    """What is recorded of the training of a model, and of its VAE in the first of `vae_folders` that has a record; and which of the two have none."""
+    of_vae = next(filter(None, map(recorded, vae_folders)), None)
+    parts = ((name, recorded(folder), ()), (f"the VAE of {name}", of_vae, ("reconstruction",)))
+    return [Known(owner, record, kinds) for owner, record, kinds in parts if record], [owner for owner, record, _ in parts if not record]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,50 +14,34 @@ from openvision3.data.problems import count_reasons
 from openvision3.evaluate.metrics.captioning import words
 from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import (
-    SCORES,
-    Line,
-    NotRun,
-    Results,
-    Row,
-    Setting,
-    by_need,
-    how_to_read,
-    leading,
-    scores_by_sample,
-    shown,
-    split,
-    surely_best,
-    titles,
-)
+from openvision3.evaluate.results import SCORES, NotRun, Results, Row, Setting, scores_by_sample
+from openvision3.evaluate.run import Evaluation
 from openvision3.evaluate.statistics import spoken_p
+from openvision3.evaluate.tables import Line, by_need, cells, how_to_read, leading, split, titles
 from openvision3.files import write_whole
 from openvision3.report import html, plots, sheets
-
-if TYPE_CHECKING:
-    from openvision3.cli.evaluate import Evaluation
 
 FIRST, EXTREME = 12, 6
 """pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""
 AMPLIFIED = 4
 
 
-def write_report(out: Path, work: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
+def write_report(out: Path, evaluation: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
     """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
-    results = work.results
+    results = evaluation.results
     sections = [("Numbers", _numbers(tables, results.rows, results.not_run) + _left_out([results])), *_differences(tables)]
-    if scores := _per_picture(work):
+    if scores := _per_picture(evaluation):
         write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
         (out / SCORES).unlink(missing_ok=True)  # of an evaluation before
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
-        sections += section(work, {name: done for (which, name), done in work.measured.items() if which == kind})
+        sections += section(evaluation, {name: done for (which, name), done in evaluation.measured.items() if which == kind})
     sections += _published(results.rows)
     sections.append(("How it was measured", _protocols(results.rows)))
     skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
     sizes = list(dict.fromkeys(row.setting.resolution for row in results.rows))
-    seen = f"{len(work.pictures.chosen):,} pictures of {' and '.join(sizes)} px{skipped}"
-    lead = f"{', '.join(model.name for model in work.models)} on {', '.join(work.options.data)}: {seen}."
+    seen = f"{len(evaluation.images.chosen):,} pictures of {' and '.join(sizes)} px{skipped}"
+    lead = f"{', '.join(model.name for model in evaluation.models)} on {', '.join(evaluation.options.data)}: {seen}."
     footer = (results.command, f"{_machine(results.environment)}, {results.seconds:.0f} s")
     return html.write_page(out / "report.html", "Evaluation", lead, sections, footer)
 
@@ -68,27 +52,13 @@ def _machine(environment: dict[str, Any]) -> str:
 
 def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> Markup:
     """A table for each setting, a column a model; what was not run stands below and never in a table."""
-    lines_of_all = [line for _, lines in tables for line in lines]
-    made = html.note(told) if (told := how_to_read(lines_of_all)) else Markup()
+    content = html.note(how) if (how := how_to_read(line for _, lines in tables for line in lines)) else Markup()
     for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
-        models = list(dict.fromkeys(model for line in lines for model in line.values))
-        made += html.note(title)
-        columns = [column for model in models for column in published.beside(model, [line.metric for line in lines]).items()]
-        made += html.table(
-            ("", *models, *(heading for heading, _ in columns)),
-            [
-                (
-                    line.metric,
-                    *(shown(line.metric, line.values[m]) if m in line.values else "" for m in models),
-                    *(values.get(line.metric, "") for _, values in columns),
-                )
-                for line in lines
-            ],
-            {(y, 1 + models.index(best)) for y, line in enumerate(lines) if (best := surely_best(line))},
-        )
+        header, body, bold, _ = cells(lines)
+        content += html.note(title) + html.table(header, body, bold)
     if not_run:
-        made += html.note("Not run:") + html.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
-    return made
+        content += html.note("Not run:") + html.table(("", "needs"), [(", ".join(who), what) for what, who in by_need(not_run)])
+    return content
 
 
 def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, Markup]]:
@@ -141,19 +111,19 @@ def _published(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     return [("Published numbers, not measured here", note + html.table(header, listed))] if listed else []
 
 
-def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
+def _per_picture(evaluation: Evaluation) -> list[dict[str, Any]]:
     """A line a model and picture: its key, the hash of its pixels, all that it scored, and its captions."""
     rows = []
-    kinds = {model: kind for kind, model in work.measured}
-    models = {model.name: model for model in work.models}
-    for model, columns in work.scores().columns.items():
-        digests = work.pictures_of(models[model], kinds[model]).digests
+    kinds = {model: kind for kind, model in evaluation.measured}
+    models = {model.name: model for model in evaluation.models}
+    for model, columns in evaluation.scores().columns.items():
+        digests = evaluation.images_for(models[model], kinds[model]).digests
         captions: dict[int, dict[str, Any]] = next(
-            (done.shown["captions"] for (kind, name), done in work.measured.items() if (kind, name) == ("captioning", model)), {}
+            (done.shown["captions"] for (kind, name), done in evaluation.measured.items() if (kind, name) == ("captioning", model)), {}
         )
         for index, scores in sorted(scores_by_sample(columns).items()):
-            parts = [name for name, samples in work.parts.items() if index in samples]
-            known = {"model": model, "key": work.pictures.source.key(index), "image": digests[index][:16], "parts": parts}
+            parts = [name for name, samples in evaluation.parts.items() if index in samples]
+            known = {"model": model, "key": evaluation.images.source.key(index), "image": digests[index][:16], "parts": parts}
             rows.append(known | scores | captions.get(index, {}))
     return rows
 
@@ -161,32 +131,32 @@ def _per_picture(work: Evaluation) -> list[dict[str, Any]]:
 # -- reconstruction ------------------------------------------------------------------------------------------------
 
 
-def _rebuilt(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
+def _rebuilt(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     if not measured:
         return []
     curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
     heading = f"Rebuilding: PSNR of all pictures{', and against noise on the tokens' if curves else ''}"
-    drawn = _spread({name: done.shown["pictures"].psnr for name, done in measured.items()}, curves)
-    own = work.options.model if work.options.model in measured else next(iter(measured))  # whose worst and best are shown: ours, wherever it stands
-    found = measured[own].shown["pictures"]
+    drawn = _spread({name: done.shown["images"].psnr for name, done in measured.items()}, curves)
+    own = evaluation.options.model if evaluation.options.model in measured else next(iter(measured))  # whose worst and best are shown: ours, wherever it stands
+    found = measured[own].shown["images"]
     if (count := len(found.keys)) <= FIRST + 2 * EXTREME:
         places = {f"All pictures, from the worst of {own} to the best": found.worst(count)}
     else:
         places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
     columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
-    figures = [(f"{title}: original | {columns}", _figures(work, measured, which)) for title, which in places.items()]
+    figures = [(f"{title}: original | {columns}", _figures(evaluation, measured, which)) for title, which in places.items()]
     return [(heading, html.picture(drawn, heading)), *figures]
 
 
-def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
+def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
     """Original, and rebuilt beside its error for each model, for these places of the list of pictures."""
     import torch
 
-    first = next(iter(measured.values())).shown["pictures"]
-    images = torch.cat([batch.images for batch in work.pictures.subset([first.indices[i] for i in places]).batches("drawing")])
+    first = next(iter(measured.values())).shown["images"]
+    images = torch.cat([batch.images for batch in evaluation.images.subset([first.indices[i] for i in places]).batches("drawing")])
     rebuilt = {
-        model.name: torch.cat([model.reconstruct(part) for part in images.split(work.options.batch)])
-        for model in work.models
+        model.name: torch.cat([model.reconstruct(part) for part in images.split(evaluation.options.batch)])
+        for model in evaluation.models
         if model.name in measured and model.reconstruct
     }
     columns: list[Any] = [to_pil(images)]
@@ -194,7 +164,7 @@ def _figures(work: Evaluation, measured: dict[str, Any], places: Sequence[int]) 
         columns += [to_pil(images_hat.cpu()), [sheets.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
     figures = []
     for row, place in enumerate(places):
-        told = ", ".join(f"{name} {done.shown['pictures'].psnr[place]:.1f} dB" for name, done in measured.items())
+        told = ", ".join(f"{name} {done.shown['images'].psnr[place]:.1f} dB" for name, done in measured.items())
         figures.append(([html.picture(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {told}"))
     return html.figures(figures, wide=True)
 
@@ -211,14 +181,14 @@ def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[flo
 # -- words ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures_at(work: Evaluation, indices: Sequence[int]) -> list[Any]:
-    return [image for batch in work.pictures.subset(indices).batches("drawing") for image in list(to_pil(batch.images))]  # type: ignore[arg-type]
+def _pictures_at(evaluation: Evaluation, indices: Sequence[int]) -> list[Any]:
+    return [image for batch in evaluation.images.subset(indices).batches("drawing") for image in list(to_pil(batch.images))]  # type: ignore[arg-type]
 
 
-def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
+def _retrieved(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        images = _pictures_at(work, done.shown["indices"])
+        images = _pictures_at(evaluation, done.shown["indices"])
         cards = [
             (html.picture(image, answers[0][0]), [(text, "right" if right else "") for text, right in answers])
             for image, answers in zip(images, done.shown["answers"], strict=True)
@@ -227,10 +197,10 @@ def _retrieved(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Ma
     return sections
 
 
-def _captions(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
+def _captions(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        images = _pictures_at(work, [index for index, _, _ in done.shown["cards"]])
+        images = _pictures_at(evaluation, [index for index, _, _ in done.shown["cards"]])
         cards = [
             html.caption_card(image, caption, truth, words(caption) == words(truth))
             for image, (_, caption, truth) in zip(images, done.shown["cards"], strict=True)
@@ -239,7 +209,7 @@ def _captions(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Mar
     return sections
 
 
-def _classes(work: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
+def _classes(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
         table = html.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])

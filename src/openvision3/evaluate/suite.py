@@ -14,16 +14,17 @@ from torch import Tensor
 
 from openvision3.data.fingerprint import near_duplicates
 from openvision3.data.labelled import Labels, prompts
+from openvision3.evaluate.image_set import ImageSet, Rows, on_first
 from openvision3.evaluate.metrics.accuracy import Classification
 from openvision3.evaluate.metrics.captioning import evaluate_captions
 from openvision3.evaluate.metrics.probe import evaluate_knn, evaluate_linear_probe
-from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, metrics_of, noise_curve
+from openvision3.evaluate.metrics.reconstruction import Networks, evaluate_reconstruction, metrics_of, noise_curve
 from openvision3.evaluate.metrics.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
-from openvision3.evaluate.pictures import Pictures, Rows, on_first
+from openvision3.evaluate.options import Options
 from openvision3.evaluate.protocol import Functions, Number, number
 from openvision3.evaluate.statistics import Column, Columns
 from openvision3.fetch.store import check_published, find
-from openvision3.networks.inception import EfficientNetFeatures, Extractor, Inception
+from openvision3.networks.inception import EfficientNetFeatures, Inception
 from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 
 TEXTS_AT_ONCE = 256
@@ -98,131 +99,104 @@ def _with_text(numbers: list[Number], model: Functions, texts: Sequence[str]) ->
     return [replace(each, detail="; ".join(filter(None, (each.detail, told)))) for each in numbers], told
 
 
-def image_embeddings(model: Functions, pictures: Pictures) -> Rows:
+def image_embeddings(model: Functions, images: ImageSet) -> Rows:
     """Unit vectors (N, E) of all usable pictures."""
-    return pictures.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
-
-
-@dataclass
-class Networks:
-    """What pictures are compared by, beside their pixels; None where it was not asked for or is not here."""
-
-    extractors: list[Extractor] = field(default_factory=list)
-    distance: EfficientNetDistance | None = None
-    lpips: Lpips | None = None
-    missing: list[tuple[str, str]] = field(default_factory=list)
-    """(metric, what it needs)"""
+    return images.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
 
 
 OFFLINE = ("psnr", "ssim", "distance", "kid")
 """what needs no weights but those that come with the package"""
 
 
-def reconstruction_networks(
-    metrics: Sequence[str], inception: str = "", lpips_net: str = "alex", lpips_backbone: str = "", lpips_linear: str = "", device: str = "cpu"
-) -> Networks:
-    """The networks of `metrics`; of none: of all whose weights are here, the others in `missing`.
+def reconstruction_networks(options: Options) -> Networks:
+    """The networks of the metrics that `options` names, or of all whose weights are here; the other metrics are listed in `missing`.
 
     Raises:
-        FileNotFoundError: the weights of a metric that was asked for by name, with where to get them and what runs without.
+        FileNotFoundError: weights that were asked for are missing; says where to get them and what runs without.
         ValueError: weights that are here and are not the published ones.
     """
-    found = Networks()
+    networks, device = Networks(), options.device
+    lpips_files = options.lpips_backbone, options.lpips_linear
 
-    def want(metric: str, build: Callable[[], None], named: bool) -> None:
-        if metrics and metric not in metrics:
-            return
-        try:
-            build()
-        except FileNotFoundError as error:
-            if metrics or named:
-                raise FileNotFoundError(f"{error}; --metrics {' '.join(OFFLINE)} needs no such file") from error
-            found.missing.append((metric, str(error)))
+    def add_rfid() -> None:
+        networks.extractors.append(Inception(options.inception or find("inception-2015", needed_by="rFID")).to(device))
 
-    def rfid() -> None:
-        found.extractors.append(Inception(inception or find("inception-2015", needed_by="rFID")).to(device))
-
-    def lpips() -> None:
-        asset = f"lpips-{lpips_net}"
-        names = {"alex": ("alexnet-owt-7be5be79.pth", "alex.pth"), "vgg": ("vgg16-397923af.pth", "vgg.pth")}[lpips_net]
-        backbone, linear = (given or find(asset, name, needed_by="LPIPS") for given, name in zip((lpips_backbone, lpips_linear), names, strict=True))
-        for name, path in zip(names, (backbone, linear), strict=True):
-            if Path(path).is_file():  # Lpips says what is missing
+    def add_lpips() -> None:
+        asset = f"lpips-{options.lpips_net}"
+        names = {"alex": ("alexnet-owt-7be5be79.pth", "alex.pth"), "vgg": ("vgg16-397923af.pth", "vgg.pth")}[options.lpips_net]
+        paths = [path or find(asset, name, needed_by="LPIPS") for path, name in zip(lpips_files, names, strict=True)]
+        for name, path in zip(names, paths, strict=True):
+            if Path(path).is_file():  # Lpips reports a missing file
                 check_published(asset, name, Path(path))
-        found.lpips = Lpips(lpips_net, backbone, linear).to(device)
+        networks.lpips = Lpips(options.lpips_net, *paths).to(device)
 
-    def distance() -> None:
-        found.distance = EfficientNetDistance().to(device)
+    def add_distance() -> None:
+        networks.distance = EfficientNetDistance().to(device)
 
-    def kid() -> None:
-        found.extractors.append(EfficientNetFeatures().to(device))
+    def add_kid() -> None:
+        networks.extractors.append(EfficientNetFeatures().to(device))
 
-    want("distance", distance, False)
-    want("kid", kid, False)
-    want("lpips", lpips, bool(lpips_backbone or lpips_linear))
-    want("rfid", rfid, bool(inception))
-    return found
+    add: dict[str, Callable[[], None]] = {"distance": add_distance, "kid": add_kid, "lpips": add_lpips, "rfid": add_rfid}
+    named = {"lpips": any(lpips_files), "rfid": bool(options.inception)}
+    for metric in [metric for metric in add if not options.metrics or metric in options.metrics]:
+        try:
+            add[metric]()
+        except FileNotFoundError as error:
+            if options.metrics or named[metric]:
+                raise FileNotFoundError(f"{error}; --metrics {' '.join(OFFLINE)} needs no such file") from error
+            networks.missing.append((metric, str(error)))
+    return networks
 
 
-def reconstruction(
-    model: Functions,
-    pictures: Pictures,
-    networks: Networks,
-    sigmas: Sequence[float] = (),
-    seed: int = 0,
-    protocol: str = "",
-    metrics: Sequence[str] = (),
-) -> Measured:
-    """PSNR, SSIM and what the networks give, each picture's; then the error against noise on the tokens. `metrics` leaves out others; none: all.
+def reconstruction(model: Functions, images: ImageSet, networks: Networks, options: Options, protocol: str = "") -> Measured:
+    """PSNR, SSIM and the metrics of the networks for each image; then PSNR against noise on the tokens.
 
     Raises:
-        CannotRun: the model rebuilds no pictures.
+        CannotRun: the model rebuilds no images, or none of this size.
     """
     needs(model, "reconstruction")
-    if model.fixed and pictures.size != model.size:
-        raise CannotRun(f"images of {model.size} px, the only ones that {model.name} rebuilds, not of {pictures.size}: --size {model.size}")
-    rebuild: Callable[[Tensor], Tensor] = model.reconstruct  # type: ignore[assignment]
-    rows = ((batch.indices, batch.keys, batch.images) for batch in pictures.batches(f"{model.name}: rebuilding"))
-    told = {"extractors": networks.extractors, "distance": networks.distance, "lpips": networks.lpips, "pictures": protocol, "seed": seed}
-    done = evaluate_reconstruction(rows, rebuild, **told)  # type: ignore[arg-type]
-    pictures.share()
+    if model.fixed and images.size != model.size:
+        raise CannotRun(f"images of {model.size} px, the only ones that {model.name} rebuilds, not of {images.size}: --size {model.size}")
+
+    def is_wanted(metric: str) -> bool:
+        return not options.metrics or metric not in ("psnr", "ssim") or metric in options.metrics
+
+    rows = ((batch.indices, batch.keys, batch.images) for batch in images.batches(f"{model.name}: rebuilding"))
+    done = evaluate_reconstruction(rows, model.reconstruct, networks, protocol, options.seed)  # type: ignore[arg-type]
+    images.share()
+    columns = {name: column for name, column in done.columns.items() if is_wanted(name)}
+    numbers = [each for each in done.numbers if is_wanted(each.metric)]
     curve: list[tuple[float, float, int]] = []
-    columns = {name: column for name, column in done.columns.items() if not metrics or name not in ("psnr", "ssim") or name in metrics}
-    strengths = [sigma for sigma in sigmas if sigma and (not metrics or "psnr" in metrics)]  # without noise it is what was just measured
+    strengths = [sigma for sigma in options.sigmas if sigma and is_wanted("psnr")]  # without noise it is what was just measured
     if model.reconstruct_noisy is not None and strengths:
-        noisy = model.reconstruct_noisy
-        again = ((batch.indices, [f"{seed} {key}" for key in batch.keys], batch.images) for batch in pictures.batches(f"{model.name}: rebuilding from noise"))
-        curve, scores = noise_curve(again, noisy, strengths)
+        batches = images.batches(f"{model.name}: rebuilding from noise")
+        rows = ((batch.indices, [f"{options.seed} {key}" for key in batch.keys], batch.images) for batch in batches)
+        curve, scores = noise_curve(rows, model.reconstruct_noisy, strengths)
         columns |= scores
-    numbers = [each for each in done.numbers if not metrics or each.metric not in ("psnr", "ssim") or each.metric in metrics]
     for sigma, value, count in curve:
         numbers.append(number(f"psnr, sigma {sigma:g}", value, count, f"as psnr, N(0, I) x {sigma:g} added to the tokens, drawn from seed and key"))
-    if curve and 0 in sigmas:
+    if curve and 0 in options.sigmas:
         curve = sorted([(0.0, sum(done.psnr) / len(done.psnr), len(done.psnr)), *curve])
     missing = list(networks.missing)
     if len(done.indices) < 2:
         missing += [(metric, "two pictures or more") for each in networks.extractors for metric in metrics_of(each)]
-    return Measured(numbers, missing, done.indices, shown={"pictures": done, "curve": curve}, columns=columns)
+    return Measured(numbers, missing, done.indices, shown={"images": done, "curve": curve}, columns=columns)
 
 
-def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None, shown: int = 12, shared: bool = True) -> Measured:
-    """R@k both ways; every caption of a picture is a candidate. Pictures without a caption are left out and counted.
+def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: int = 12) -> Measured:
+    """R@k both ways, given the embeddings of the images; every caption of an image is a candidate. Images without a caption are left out and counted.
 
-    `shared`: equal captions are right for each other's pictures, as `evaluate_retrieval` has it.
+    `shared`: equal captions are right for each other's images, as in `evaluate_retrieval`.
 
     Raises:
-        CannotRun: no captions, or a model that embeds no texts.
+        CannotRun: no captions.
     """
-    needs(model, "retrieval")
-    found = image_embeddings(model, pictures) if embedded is None else embedded
-    captioned = [row for row, captions in enumerate(found.captions) if captions]
+    captioned = [row for row, captions in enumerate(embedded.captions) if captions]
     if not captioned:
-        raise CannotRun("none of the pictures has a caption; name JSON fields of the shards with --caption-keys, or put x.txt beside x.jpg")
-    texts = [text for row in captioned for text in found.captions[row]]
-    owners = [place for place, row in enumerate(captioned) for _ in found.captions[row]]
-    images = found.values[captioned]
-
-    used = [found.indices[row] for row in captioned]
+        raise CannotRun("none of the images has a caption; name JSON fields of the shards with --caption-keys, or put x.txt beside x.jpg")
+    texts = [text for row in captioned for text in embedded.captions[row]]
+    owners = [place for place, row in enumerate(captioned) for _ in embedded.captions[row]]
+    images, used = embedded.values[captioned], [embedded.indices[row] for row in captioned]
 
     def compute() -> tuple[list[Number], list[list[int]], Columns, list[tuple[str, str]]]:
         words = _embed_texts(model, texts)
@@ -234,13 +208,13 @@ def retrieval(model: Functions, pictures: Pictures, embedded: Rows | None = None
 
     numbers, nearest, columns, missing = on_first(compute)
     numbers, lost = _with_text(numbers, model, texts)
-    answers = [[(texts[j], texts[j] in found.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
+    answers = [[(texts[j], texts[j] in embedded.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
     return Measured(
         numbers,
         missing,
         used,
         captions=_hash(texts),
-        left_out=_without("a caption", len(found.indices) - len(captioned)),
+        left_out=_without("a caption", len(embedded.indices) - len(captioned)),
         text=lost,
         shown={"indices": used[:shown], "answers": answers},
         columns=columns,
@@ -252,11 +226,11 @@ def _of_samples(columns: Columns, used: Sequence[int], prefix: str = "") -> Colu
     return {f"{prefix}{name}": Column([used[place] for place in column.samples], column.values) for name, column in columns.items()}
 
 
-def captioning(model: Functions, pictures: Pictures, tokenizer: str = "auto", shown: int = 24) -> Measured:
+def captioning(model: Functions, images: ImageSet, tokenizer: str = "auto", shown: int = 24) -> Measured:
     """Written captions against all those of each picture. Raises CannotRun: no captions to compare with, or a model that writes none."""
     needs(model, "captioning")
     write: Callable[[Tensor], list[str]] = model.caption  # type: ignore[assignment]
-    found = pictures.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
+    found = images.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
     captioned = {index: row for index, row in found.items() if row[2]}
     if not captioned:
         raise CannotRun("none of the pictures has a caption to compare with")
@@ -282,7 +256,7 @@ def _without(what: str, count: int) -> dict[str, int]:
     return {f"without {what}": count} if count else {}
 
 
-def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: Rows | None = None) -> Measured:
+def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: Rows | None = None) -> Measured:
     """The nearest class embedding, each made of the texts of that class; `how` says what these are.
 
     Raises:
@@ -290,7 +264,7 @@ def zeroshot(model: Functions, pictures: Pictures, labels: Labels, texts_of: Seq
     """
     needs(model, "zeroshot")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
-    found = image_embeddings(model, pictures.subset(labels.indices)) if embedded is None else embedded
+    found = image_embeddings(model, images.subset(labels.indices)) if embedded is None else embedded
     rows = [row for row, index in enumerate(found.indices) if index in class_of]
     if not rows:
         raise CannotRun("no usable picture has a class")
@@ -333,21 +307,29 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) 
     return [prompts(name) for name in labels.names], f"the mean text embedding of its name in CLIP's 80 templates{remark}"
 
 
-def features(model: Functions, pictures: Pictures, labels: Labels, what: str) -> tuple[Tensor, list[int], list[int]]:
-    """(features (n, F), classes, indices) of the usable pictures with a class. Raises CannotRun."""
+@dataclass
+class LabelledSet:
+    """Images, and the classes of some of them."""
+
+    images: ImageSet
+    labels: Labels
+
+    def features(self, model: Functions, what: str) -> tuple[Tensor, list[int], list[int]]:
+        """(features (n, F), classes, indices) of the usable images with a class. Raises CannotRun."""
+        class_of = dict(zip(self.labels.indices, self.labels.classes, strict=True))
+        rows = self.images.subset(self.labels.indices).collect_rows(f"{model.name}: features of {what} images", model.features)  # type: ignore[arg-type]
+        if not rows.indices:
+            raise CannotRun(f"no usable {what} image has a class")
+        return rows.values, [class_of[index] for index in rows.indices], rows.indices
+
+
+def probe(model: Functions, train: LabelledSet, test: LabelledSet, k: int = 20, device: str = "cpu") -> Measured:
+    """k-NN and a logistic regression on frozen features: fitted on `train`, measured on the images of `test` that are not in it. Raises CannotRun."""
     needs(model, "probe")
-    class_of = dict(zip(labels.indices, labels.classes, strict=True))
-    found = pictures.subset(labels.indices).collect_rows(f"{model.name}: features of {what} pictures", model.features)  # type: ignore[arg-type]
-    if not found.indices:
-        raise CannotRun(f"no usable {what} picture has a class")
-    return found.values, [class_of[index] for index in found.indices], found.indices
-
-
-def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pictures, labels: Labels, k: int = 20, device: str = "cpu") -> Measured:
-    """k-NN and a logistic regression on frozen features: fitted on the one set, measured on those of the other that are not in it. Raises CannotRun."""
-    known, known_classes, trained_on = features(model, train, train_labels, "training")
-    seen, classes, used = features(model, pictures, labels, "test")
-    twice = {row for row, *_ in near_duplicates(pictures.descriptions(used), train.descriptions(trained_on))}
+    labels = test.labels
+    known, known_classes, trained_on = train.features(model, "training")
+    seen, classes, used = test.features(model, "test")
+    twice = {row for row, *_ in near_duplicates(test.images.descriptions(used), train.images.descriptions(trained_on))}
     apart = [row for row in range(len(used)) if row not in twice]
     both = len(twice)
     if not apart:
@@ -373,8 +355,8 @@ def probe(model: Functions, train: Pictures, train_labels: Labels, pictures: Pic
         return numbers, missing, columns
 
     numbers, missing, columns = on_first(compute)
-    told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.digest(trained_on)[:16]}"
-    left_out = labels.left_out | {f"training: {why}": count for why, count in train_labels.left_out.items()}
+    told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.images.digest(trained_on)[:16]}"
+    left_out = labels.left_out | {f"training: {why}": count for why, count in train.labels.left_out.items()}
     if both:
         left_out["that are training images too, or near-duplicates of some"] = both
     return Measured(numbers, missing, used, labels=told, left_out=left_out, columns=columns)

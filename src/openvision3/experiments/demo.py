@@ -7,14 +7,22 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from openvision3.data import openmoji
+from openvision3.data.images import to_pil
 from openvision3.evaluate import protocol
+from openvision3.evaluate.image_set import ImageSet
+from openvision3.evaluate.metrics.accuracy import ClassRow
 from openvision3.evaluate.metrics.captioning import words
-from openvision3.evaluate.openmoji import Findings, evaluate_openmoji, rebuilt_rows
+from openvision3.evaluate.options import Options
 from openvision3.evaluate.peers.table import vae_functions
+from openvision3.evaluate.protocol import Functions, Number
+from openvision3.evaluate.run import measure, prepare
+from openvision3.evaluate.subjects import Subject
 from openvision3.experiments.curves import Curves
 from openvision3.progress import console, duration
 from openvision3.report import html, plots, sheets
@@ -63,6 +71,57 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
     )
     print(f"report: {page.resolve()}\nyour turn: {_program()} caption PICTURE --model {outcome.folder}")
     return 0
+
+
+@dataclass
+class Findings:
+    """The numbers of each evaluation, and the groups, emoji and captions behind them for the page."""
+
+    results: dict[str, list[Number]]
+    groups: list[ClassRow]
+    without_group: int
+    """emoji that zero-shot classification leaves out"""
+    emoji: tuple[openmoji.Emoji, ...]
+    written: list[str]
+    psnr: list[float]
+    vae_psnr: list[float]
+
+
+def evaluate_openmoji(model: Functions, vae: Functions, size: int = 128, count: int = 256) -> Findings:
+    """Reconstruction beside its VAE, retrieval, captions and zero-shot groups on the first `count` emoji of the test side, as `openvision3 evaluate` does.
+
+    Captions are compared by the simple tokeniser, so that the numbers are the same on every machine.
+    """
+    kinds = ("reconstruction", "retrieval", "captioning", "zeroshot")
+    options = Options(count=count, size=size, metrics=("psnr", "ssim"), sigmas=(), tokenizer="simple", device="cpu")
+    evaluation = prepare(kinds, options, lambda options: Subject(model, vae))
+    for kind in kinds:
+        measure(evaluation, kind)
+    failures = [each.needs for each in evaluation.results.not_run if (each.metric, each.model) in [(kind, model.name) for kind in kinds]]
+    if failures:
+        raise ValueError("; ".join(failures))
+    own, retrieval, captions, zeroshot = (evaluation.measured[kind, model.name] for kind in kinds)
+    through_vae = evaluation.measured["reconstruction", vae.name]
+    results = {"reconstruction": own, "vae_reconstruction": through_vae, "retrieval": retrieval, "captions": captions, "zeroshot": zeroshot}
+    return Findings(
+        {name: measured.numbers for name, measured in results.items()},
+        zeroshot.shown["classes"],
+        sum(zeroshot.left_out.values()),
+        openmoji.load_emoji().evaluation("test", count),
+        [caption["written"] for caption in captions.shown["captions"].values()],
+        own.shown["images"].psnr,
+        through_vae.shown["images"].psnr,
+    )
+
+
+def rebuilt_rows(count: int, model: Functions, vae: Functions, size: int = 128) -> list[tuple[Image.Image, ...]]:
+    """(original, through the VAE alone, rebuilt from tokens) for the first emoji of the test side."""
+    assert model.reconstruct is not None and vae.reconstruct is not None
+    rows = []
+    for batch in ImageSet(openmoji.EmojiSource(openmoji.load_emoji().evaluation("test", count)), size).batches("drawing"):
+        columns = (batch.images, vae.reconstruct(batch.images), model.reconstruct(batch.images))
+        rows += list(zip(*(to_pil(column) for column in columns), strict=True))
+    return rows
 
 
 def as_json(findings: Findings) -> dict[str, list[dict]]:

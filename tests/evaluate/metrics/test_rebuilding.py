@@ -20,8 +20,9 @@ from openvision3 import distributed
 from openvision3.data.images import to_tensor, to_uint8
 from openvision3.evaluate.metrics import reconstruction
 from openvision3.evaluate.metrics.distances import Statistics, frechet_distance, kernel_distance
-from openvision3.evaluate.metrics.reconstruction import evaluate_reconstruction, noise_curve, psnr, ssim
-from openvision3.evaluate.protocol import values
+from openvision3.evaluate.metrics.reconstruction import Networks, evaluate_reconstruction, noise_curve, psnr, ssim
+from openvision3.evaluate.protocol import Number, values
+from openvision3.evaluate.statistics import Column
 from openvision3.networks.inception import EfficientNetFeatures, Inception
 from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 
@@ -124,15 +125,15 @@ def test_distances_of_single_pictures_have_the_batch_as_their_mean(files):
 # -- a set ----------------------------------------------------------------------------------------------------------
 
 
-def small(batches, reconstruct=darker, **more):
-    return evaluate_reconstruction(batches, reconstruct, extractors=[Random(), RandomInception()], **more)
+def small(batches, reconstruct=darker, distance=None, lpips=None, **more):
+    return evaluate_reconstruction(batches, reconstruct, Networks([Random(), RandomInception()], distance, lpips), **more)
 
 
 def assert_same(one, other):
     assert one.indices == other.indices and one.keys == other.keys
-    for name in ("psnr", "ssim", "distance", "lpips"):
-        a, b = getattr(one, name), getattr(other, name)
-        assert (a is None) == (b is None) and (a is None or a == pytest.approx(b, abs=1e-3 if name == "psnr" else 1e-4)), name
+    assert one.columns.keys() == other.columns.keys() >= {"psnr", "ssim"}
+    for name in one.columns.keys() - {each for each in one.columns if each.startswith("KID")}:
+        assert one.columns[name].values == pytest.approx(other.columns[name].values, abs=1e-3 if name == "psnr" else 1e-4), name
     assert [n.metric for n in one.numbers] == [n.metric for n in other.numbers]
     for a, b in zip(one.numbers, other.numbers, strict=True):
         assert a.value == pytest.approx(b.value, abs=1e-3 if a.metric == "psnr" else 1e-4), a.metric
@@ -148,11 +149,12 @@ def test_neither_batches_nor_their_order_change_a_number(order, sizes):
 
 def test_every_number_is_what_its_name_says():
     images = pictures(9)
-    found = small(rows(images, (2, 3)), pictures="test pictures, whole")
+    found = small(rows(images, (2, 3)), protocol="test pictures, whole")
     numbers = values(found.numbers)
     assert list(numbers) == ["psnr", "ssim", "KID on random projections features", "rfid", "KID on Inception-2015 features"]
     assert found.psnr == pytest.approx(psnr(images, darker(images)).tolist()) and numbers["psnr"] == pytest.approx(sum(found.psnr) / 9)
-    assert found.ssim == pytest.approx(ssim(images, darker(images)).tolist()) and numbers["ssim"] == pytest.approx(sum(found.ssim) / 9)
+    of_ssim = found.columns["ssim"].values
+    assert of_ssim == pytest.approx(ssim(images, darker(images)).tolist()) and numbers["ssim"] == pytest.approx(sum(of_ssim) / 9)
     true, rebuilt = RandomInception()(images), RandomInception()(darker(images))
     assert numbers["rfid"] == pytest.approx(frechet_distance(Statistics.of(true), Statistics.of(rebuilt)), rel=1e-4)
     assert numbers["KID on Inception-2015 features"] == pytest.approx(kernel_distance(true, rebuilt, paired=True).value, rel=1e-4)
@@ -168,7 +170,9 @@ def test_pictures_that_come_back_as_they_went_lose_nothing(files):
     images = to_tensor(to_uint8(pictures(3, 64)))
     lpips = Lpips("alex", files / "alex.pth", files / "alex_linear.pth")
     found = small(rows(images), lambda x: x + 0.4 / 127.5, distance=EfficientNetDistance(), lpips=lpips)
-    assert found.psnr == pytest.approx([100] * 3) and found.ssim == pytest.approx([1] * 3, abs=1e-6) and found.distance == found.lpips == [0] * 3
+    of = {name: column.values for name, column in found.columns.items()}
+    assert of["psnr"] == pytest.approx([100] * 3) and of["ssim"] == pytest.approx([1] * 3, abs=1e-6)
+    assert of["EfficientNet-Lite0 feature distance"] == of["lpips"] == [0] * 3
     numbers = values(found.numbers)
     assert numbers["EfficientNet-Lite0 feature distance"] == numbers["lpips"] == 0
     assert numbers["rfid"] == pytest.approx(0, abs=1e-6) and numbers["KID on Inception-2015 features"] == pytest.approx(0, abs=1e-9)
@@ -267,10 +271,15 @@ def measure(folder, part: slice, size: int):
     order = list(range(7))[part]
     lpips = Lpips("alex", f"{folder}/alex.pth", f"{folder}/alex_linear.pth")
     extractors = [EfficientNetFeatures(), RandomInception()]
-    found = evaluate_reconstruction(rows(images, (size,), order), darker, extractors=extractors, distance=EfficientNetDistance(), lpips=lpips)
+    found = evaluate_reconstruction(rows(images, (size,), order), darker, Networks(extractors, EfficientNetDistance(), lpips))
     curve, scores = noise_curve(rows(images, (size,), order), noisy, (0.0, 0.3))
     columns = {name: vars(column) for name, column in (found.columns | scores).items()}
     return vars(found) | {"numbers": [vars(n) for n in found.numbers], "columns": columns}, curve
+
+
+def from_dicts(values: dict) -> reconstruction.Reconstruction:
+    numbers, columns = [Number(**each) for each in values["numbers"]], {name: Column(**each) for name, each in values["columns"].items()}
+    return reconstruction.Reconstruction(values["indices"], values["keys"], numbers, columns)
 
 
 def start(script: str, *arguments: str) -> list[subprocess.CompletedProcess]:
@@ -307,7 +316,7 @@ def test_two_processes_with_unlike_shares_find_what_one_finds(files, split):
     assert found[0] == found[1]
     both, curve = found[0]
     assert both["indices"] == list(range(7)) and both["keys"] == [f"key {i}" for i in range(7)]
-    assert_same(*(reconstruction.Reconstruction(**{**each, "numbers": [reconstruction.Number(**n) for n in each["numbers"]]}) for each in (both, alone)))
+    assert_same(*map(from_dicts, (both, alone)))
     assert both["columns"].keys() == alone["columns"].keys() >= {"psnr", "psnr, sigma 0.3", "KID on Inception-2015 features"}
     for name, column in both["columns"].items():
         assert column["samples"] == list(range(7)) and column["values"] == pytest.approx(alone["columns"][name]["values"], rel=1e-3, abs=1e-3), name

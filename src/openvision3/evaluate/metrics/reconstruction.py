@@ -85,23 +85,34 @@ def _check(images: Tensor, images_hat: Tensor) -> None:
 
 
 @dataclass
+class Networks:
+    """What images are compared by, beside their pixels."""
+
+    extractors: list[Extractor] = field(default_factory=list)
+    """KID on the features of each, and rFID on those of Inception"""
+    distance: EfficientNetDistance | None = None
+    lpips: Lpips | None = None
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    """(metric, what it needs) for networks that are not here"""
+
+
+@dataclass
 class Reconstruction:
-    """What was measured, picture by picture in the order of their places, and over all of them."""
+    """The scores of each image, in the order of their places, and the numbers over all of them."""
 
     indices: list[int]
     keys: list[str]
-    psnr: list[float]
-    """dB"""
-    ssim: list[float]
-    distance: list[float] | None
-    """EfficientNet-Lite0 feature distance"""
-    lpips: list[float] | None
     numbers: list[Number]
     columns: Columns
-    """what each picture scored, by metric; of KID its share of the estimate"""
+    """the scores of each image by metric; of KID its share of the estimate"""
+
+    @property
+    def psnr(self) -> list[float]:
+        """dB"""
+        return self.columns["psnr"].values
 
     def worst(self, count: int = 8) -> list[int]:
-        """Positions in these lists of the pictures with the lowest PSNR, the worst first."""
+        """Positions in these lists of the images with the lowest PSNR, the worst first."""
         return sorted(range(len(self.psnr)), key=lambda i: (self.psnr[i], i))[:count]
 
     def best(self, count: int = 8) -> list[int]:
@@ -110,33 +121,26 @@ class Reconstruction:
 
 
 def evaluate_reconstruction(
-    batches: Iterable[Rows],
-    reconstruct: Callable[[Tensor], Tensor],
-    *,
-    extractors: Sequence[Extractor] = (),
-    distance: EfficientNetDistance | None = None,
-    lpips: Lpips | None = None,
-    pictures: str = "",
-    seed: int = 0,
+    batches: Iterable[Rows], reconstruct: Callable[[Tensor], Tensor], networks: Networks | None = None, protocol: str = "", seed: int = 0
 ) -> Reconstruction:
-    """Measure the pictures that this rank brings, together with those of all others. Every rank has to call it.
+    """Measure the images of all ranks; each rank brings its own. Every rank has to call it.
 
-    PSNR and SSIM always; `distance` and `lpips` where they are given; KID on each extractor's features, and rFID where one of them
-    is Inception, both of two pictures or more; `seed` is that of KID's subsets. A metric whose weights are missing says so when its
-    network is built. `pictures` goes into every protocol: which set, how cropped. `reconstruct` must do without other ranks, of which
-    some may have fewer pictures: a sharded model stands within `distributed.whole`.
+    PSNR and SSIM always, the rest by `networks`; rFID and KID need two images or more. `protocol` goes into every number: which set, how cropped.
+    `seed` is that of KID's subsets. `reconstruct` must not wait for other ranks, because some may have fewer images: a sharded model is called
+    within `distributed.whole`.
 
     Raises:
-        ValueError: no pictures, a place that comes twice, or pictures that cannot be measured.
+        ValueError: no images, a place that comes twice, or images that cannot be measured.
         OtherRankFailed: another rank has failed, and says why.
     """
-    rows = _Rows(distance, lpips)
-    sets = [_Set(extractor) for extractor in extractors]
+    networks = networks or Networks()
+    rows = _Rows(networks)
+    sets = [_Set(extractor) for extractor in networks.extractors]
     with distributed.together(), torch.no_grad():
         for indices, keys, images in batches:
             places = [int(i) for i in indices]
             if not len(places) == len(keys) == len(images):
-                raise ValueError(f"a batch has {len(places)} places, {len(keys)} keys and {len(images)} pictures; there must be as many of each")
+                raise ValueError(f"a batch has {len(places)} places, {len(keys)} keys and {len(images)} images; there must be as many of each")
             images_hat = reconstruct(images).to(images.device)
             if not (finite := images_hat.isfinite().flatten(1).all(1)).all():
                 raise ValueError(f"the reconstruction of {keys[int(finite.int().argmin())]} is not finite: compute in fp32 or bf16, not fp16")
@@ -144,72 +148,64 @@ def evaluate_reconstruction(
             for each in sets:
                 each.add(places, images, images_hat)
     indices, keys, table, sizes = rows.over_ranks()
-    where = ", ".join(part for part in (pictures, _sizes(sizes), "both sides rounded to uint8") if part)
-    columns = dict(zip(rows.names, table.T.tolist(), strict=True))
-
-    def over_pictures(metric: str, name: str, what: str, network: str = "", sha256: str = "") -> Number:
-        values = table[:, rows.names.index(name)]
+    where = ", ".join(part for part in (protocol, _sizes(sizes), "both sides rounded to uint8") if part)
+    numbers = []
+    for place, (metric, (what, network, sha256)) in enumerate(rows.metrics.items()):
+        values = table[:, place]
         how = f"{what} of each picture, mean over pictures (spread: standard deviation over pictures); {where}"
-        return number(metric, values.mean().item(), len(values), how, network=network, network_sha256=sha256, spread=values.std(correction=0).item())
-
-    numbers = [
-        over_pictures("psnr", "psnr", "PSNR in dB over all colours, 100 for equal pictures,"),
-        over_pictures("ssim", "ssim", "SSIM (Gaussian window 11, sigma 1.5, mirrored edges, range 1, mean over colours)"),
-    ]
-    if distance is not None:
-        what = f"channel-normalised squared difference of the first {distance.stages} stages, at the pictures' own size,"
-        numbers.append(over_pictures(distance.name, "distance", what, "EfficientNet-Lite0", EFFICIENTNET_SHA256))
-    if lpips is not None:
-        numbers.append(over_pictures("lpips", "lpips", f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256()))
-    named = {"psnr": "psnr", "ssim": "ssim", "lpips": "lpips"} | ({"distance": distance.name} if distance is not None else {})
-    scored = {named[name]: Column(indices, values) for name, values in columns.items()}
-    for each in sets:
-        found, shares = each.numbers(indices, where, seed) if len(indices) > 1 else ([], {})
-        numbers += found
-        scored |= shares
-    return Reconstruction(indices, keys, columns["psnr"], columns["ssim"], columns.get("distance"), columns.get("lpips"), numbers, scored)
+        spread = values.std(correction=0).item()
+        numbers.append(number(metric, values.mean().item(), len(values), how, network=network, network_sha256=sha256, spread=spread))
+    columns = {metric: Column(indices, values) for metric, values in zip(rows.metrics, table.T.tolist(), strict=True)}
+    for each in sets if len(indices) > 1 else ():
+        set_numbers, shares = each.numbers(indices, where, seed)
+        numbers += set_numbers
+        columns |= shares
+    return Reconstruction(indices, keys, numbers, columns)
 
 
-@dataclass
 class _Rows:
-    """What each picture scores."""
+    """The scores of each image."""
 
-    distance: EfficientNetDistance | None
-    lpips: Lpips | None
-    places: list[int] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-
-    @property
-    def names(self) -> list[str]:
-        given = {"distance": self.distance, "lpips": self.lpips}
-        return ["psnr", "ssim", *(name for name, network in given.items() if network is not None)]
+    def __init__(self, networks: Networks):
+        self.networks = [network for network in (networks.distance, networks.lpips) if network is not None]
+        self.metrics = {
+            "psnr": ("PSNR in dB over all colours, 100 for equal pictures,", "", ""),
+            "ssim": ("SSIM (Gaussian window 11, sigma 1.5, mirrored edges, range 1, mean over colours)", "", ""),
+        }
+        """{metric: (how it is computed, its network, sha256 of the network)}, a column of the scores each"""
+        if (distance := networks.distance) is not None:
+            what = f"channel-normalised squared difference of the first {distance.stages} stages, at the pictures' own size,"
+            self.metrics[distance.name] = (what, "EfficientNet-Lite0", EFFICIENTNET_SHA256)
+        if (lpips := networks.lpips) is not None:
+            self.metrics["lpips"] = (f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256())
+        self.places: list[int] = []
+        self.keys: list[str] = []
+        self.scores: list[Tensor] = []
+        self.sizes: set[tuple[int, int]] = set()
 
     def add(self, places: Sequence[int], keys: Sequence[str], images: Tensor, images_hat: Tensor) -> None:
-        found = [psnr(images, images_hat), ssim(images, images_hat)]
-        for network in (self.distance, self.lpips):
-            if network is not None:
-                device = next(network.parameters()).device
-                found.append(network.per_image(*(to_tensor(to_uint8(side)).to(device) for side in (images, images_hat))))
+        scores = [psnr(images, images_hat), ssim(images, images_hat)]
+        for network in self.networks:
+            device = next(network.parameters()).device
+            scores.append(network.per_image(*(to_tensor(to_uint8(side)).to(device) for side in (images, images_hat))))
         self.places += places
         self.keys += keys
-        self.scores.append(torch.stack([column.double().cpu() for column in found], 1))
+        self.scores.append(torch.stack([column.double().cpu() for column in scores], 1))
         self.sizes.add((images.shape[2], images.shape[3]))
 
     def over_ranks(self) -> tuple[list[int], list[str], Tensor, set[tuple[int, int]]]:
-        """Places in order, keys, scores (N, names) and sizes of all ranks' pictures."""
+        """Places in order, keys, scores (N, metrics) and sizes of all ranks' images."""
         places = distributed.gather_rows(torch.tensor(self.places, dtype=torch.long))
         keys = [key for part in distributed.gather_objects(self.keys) for key in part]
-        scores = distributed.gather_rows(torch.cat([torch.zeros(0, len(self.names), dtype=torch.float64), *self.scores]))
+        scores = distributed.gather_rows(torch.cat([torch.zeros(0, len(self.metrics), dtype=torch.float64), *self.scores]))
         sizes = set().union(*distributed.gather_objects(self.sizes))
         if not len(places):
-            raise ValueError("no pictures to evaluate on")
+            raise ValueError("no images to evaluate on")
         order = places.argsort(stable=True)
         places = places[order]
         twice = places[1:][places[1:] == places[:-1]]
         if len(twice):
-            raise ValueError(f"picture {int(twice[0])} came twice ({len(twice)} did): each belongs to one batch of one rank")
+            raise ValueError(f"image {int(twice[0])} came twice ({len(twice)} did): each belongs to one batch of one rank")
         return places.tolist(), [keys[i] for i in order.tolist()], scores[order], sizes
 
 
@@ -314,7 +310,7 @@ def noise_curve(
             here += [int(i) for i in indices]
     places = distributed.gather_rows(torch.tensor(here, dtype=torch.long))
     if not len(places):
-        raise ValueError("no pictures to evaluate on")
+        raise ValueError("no images to evaluate on")
     order = places.argsort()
     table = distributed.gather_rows(torch.cat(scores))[order]
     columns = {f"psnr, sigma {sigma:g}": Column(places[order].tolist(), table[:, i].tolist()) for i, sigma in enumerate(sigmas)}

@@ -20,9 +20,10 @@ from openvision3.data.sources import Source
 
 T = TypeVar("T")
 Watch = Callable[[Any, str, int], Any]
+"""Shows progress: (items, what they are, how many) -> the items."""
 
 
-def _plain(items: Any, what: str, total: int) -> Any:
+def without_progress(items: Any, what: str, total: int) -> Any:
     return items
 
 
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
 
 
 @dataclass
-class Pictures:
+class ImageSet:
     """Some pictures of a source, all of one size. Each is seen by one rank, once; what cannot be read is listed in `problems`."""
 
     source: Source
@@ -54,8 +55,7 @@ class Pictures:
     batch: int = 32
     indices: Sequence[int] | None = None
     """which of the source; None: all"""
-    watch: Watch = _plain
-    """shows progress: (batches, what, how many)"""
+    watch: Watch = without_progress
     problems: Problems = field(default_factory=Problems)
     digests: dict[int, str] = field(default_factory=dict)
     """sha256 of the view of each picture that was seen, by its index"""
@@ -71,13 +71,13 @@ class Pictures:
     def chosen(self) -> Sequence[int]:
         return range(len(self.source)) if self.indices is None else self.indices
 
-    def subset(self, indices: Sequence[int]) -> Pictures:
+    def subset(self, indices: Sequence[int]) -> ImageSet:
         """These pictures of the same source."""
-        return Pictures(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests, self.described)
+        return ImageSet(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests, self.described)
 
-    def resized(self, size: int) -> Pictures:
+    def resized(self, size: int) -> ImageSet:
         """The same pictures at another size."""
-        return Pictures(self.source, size, self.batch, self.indices, self.watch, self.problems)
+        return ImageSet(self.source, size, self.batch, self.indices, self.watch, self.problems)
 
     def batches(self, what: str) -> Iterator[Batch]:
         """This rank's pictures, a run of neighbours."""

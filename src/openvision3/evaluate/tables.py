@@ -1,0 +1,182 @@
+"""Rows of several models -> tables in which only comparable numbers stand side by side, and how a value is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from openvision3.evaluate.peers import published
+from openvision3.evaluate.protocol import Number
+from openvision3.evaluate.results import UNSEEN, NotRun, Row, Scores, Setting
+from openvision3.evaluate.statistics import Difference, best_first, differences
+
+
+@dataclass
+class Line:
+    """One line of a table: a metric by one protocol, and what each model has in it."""
+
+    metric: str
+    how: str
+    values: dict[str, Number]
+    differences: list[Difference] = field(default_factory=list)
+    """of its models on the same samples, where their scores are at hand"""
+
+
+def table(rows: Iterable[Row]) -> list[Line]:
+    """Rows of several models -> a line a metric. Numbers that may not be compared are refused.
+
+    Raises:
+        ValueError: two unlike protocols of one metric, or two numbers of one model by the same one.
+    """
+    lines: dict[str, Line] = {}
+    first: dict[str, Row] = {}
+    for row in rows:
+        before = first.setdefault(row.metric, row)
+        if before.protocol != row.protocol:
+            raise ValueError(f"{row.metric} of {row.model} and of {before.model} cannot stand in one table: {_unlike(before, row)}; compare them apart")
+        line = lines.setdefault(row.metric, Line(row.metric, row.number.how, {}))
+        if row.model in line.values and line.values[row.model] != row.number:
+            raise ValueError(f"{row.metric} of {row.model} is there twice: {line.values[row.model].value:g} and {row.number.value:g}")
+        line.values[row.model] = row.number
+    return list(lines.values())
+
+
+def _unlike(a: Row, b: Row) -> str:
+    one, other = a.to_json(), b.to_json()
+    apart = [
+        name
+        for name in one
+        if one[name] != other[name]
+        and name not in ("model", "model_sha256", "licence", "note", "value", "spread", "detail", "library", "data", "low", "high", "interval")
+    ]
+    return ", ".join(f"{name} {one[name]!r} and {other[name]!r}" for name in apart)
+
+
+def named(setting: Setting, lines: Iterable[Line]) -> str:
+    """The data, and which part of them the numbers are over."""
+    part = next((number.part for line in lines for number in line.values.values()), "")
+    return f"{setting.data}, {part}" if part else setting.data
+
+
+def leading(rows: Iterable[Row]) -> list[Row]:
+    """Without the numbers over seen samples and over all where there is one over those that training has not seen: what a figure shows."""
+    rows = list(rows)
+    apart = {(row.model, row.metric, row.setting.data) for row in rows if row.number.part.startswith(UNSEEN)}
+    return [row for row in rows if row.number.part.startswith(UNSEEN) or (row.model, row.metric, row.setting.data) not in apart]
+
+
+def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
+    """Rows of any protocols -> as many tables as are needed for each to hold like numbers only."""
+    piles: list[tuple[Setting, list[Row]]] = []
+    for row in rows:
+        for setting, pile in piles:
+            if replace(setting, data=row.setting.data, overlap=row.setting.overlap) == row.setting and all(
+                other.protocol == row.protocol and other.model != row.model for other in pile if other.metric == row.metric
+            ):
+                pile.append(row)
+                break
+        else:
+            piles.append((row.setting, [row]))
+    return [(setting, table(pile)) for setting, pile in piles]
+
+
+def by_need(not_run: Iterable[NotRun]) -> list[tuple[str, list[str]]]:
+    """[(what is needed, ["metric of model", ...])]: each once, however many evaluations say so."""
+    found: dict[str, dict[str, None]] = {}
+    for each in not_run:
+        found.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None
+    return [(what, list(who)) for what, who in found.items()]
+
+
+PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
+"""Metrics that are shares of 1, shown as %."""
+
+
+def surely_best(line: Line) -> str:
+    """The model that a paired test tells from the second best of the line; "" where there is none."""
+    ranking = best_first(line.metric, {model: number.value for model, number in line.values.items()})
+    apart = {frozenset((each.a, each.b)) for each in line.differences if each.differs}
+    return ranking[0] if len(ranking) > 1 and frozenset(ranking[:2]) in apart else ""
+
+
+def titles(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Iterable[Row]) -> list[str]:
+    """What stands above each table: set, size, precision, how many; of models whose name stands for several weights the sha256 of those in this table."""
+    hashes: dict[tuple[str, Number], set[str]] = {}
+    by_name: dict[str, set[str]] = {}
+    for row in rows:
+        hashes.setdefault((row.model, row.number), set()).add(row.model_sha256)
+        by_name.setdefault(row.model, set()).add(row.model_sha256)
+    made = []
+    for setting, lines in tables:
+        counts = sorted({number.count for line in lines for number in line.values.values()})
+        which: dict[str, None] = {}
+        for line in lines:
+            for model, number in line.values.items():
+                if len(by_name.get(model, ())) > 1:
+                    which |= {f"{model} sha256 {each[:12] or 'none'}": None for each in sorted(hashes[model, number])}
+        head = f"{named(setting, lines)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{count:,}' for count in counts)}"
+        made.append("; ".join([head, *which]))
+    return made
+
+
+def how_to_read(lines: Iterable[Line]) -> str:
+    """What brackets and bold figures of tables mean; "" where there are none."""
+    lines = list(lines)
+    brackets = any(number.low is not None for line in lines for number in line.values.values())
+    several = any(len(line.values) > 1 for line in lines)
+    bold = "Bold: the best, where it differs from the second best with p < .05, paired over the same samples." if several else ""
+    return " ".join(part for part in ("[95 % interval over samples]." if brackets else "", bold) if part)
+
+
+def with_differences(tables: Sequence[tuple[Setting, list[Line]]], evaluations: Sequence[tuple[Sequence[Row], Scores]]) -> list[Difference]:
+    """Puts the paired differences into each line of the tables, and returns them all. `evaluations` are the rows and the scores of each.
+
+    Raises:
+        ValueError: numbers of one protocol over unlike samples.
+    """
+    places: dict[tuple[str, Number], Scores] = {(row.model, row.number): scores for rows, scores in evaluations for row in rows}
+    for _, lines in tables:
+        for line in lines:
+            own = {model: places[model, number] for model, number in line.values.items() if (model, number) in places}
+            parts = {name: samples for scores in own.values() for name, samples in scores.parts.items()}
+            columns = {model: scores.columns[model] for model, scores in own.items() if model in scores.columns}
+            line.differences = differences(line.metric, line.values, columns, parts)
+    return [each for _, lines in tables for line in lines for each in line.differences]
+
+
+def shown(metric: str, number: Number) -> str:
+    """A value with its unit and the interval over samples: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0]; without one, KID with its error: 0.0195 ± 0.0015."""
+    if any(part in metric for part in PERCENT):
+        return f"{100 * number.value:.1f} %" + _interval(number, 1, 100)
+    unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
+        metric.split(",")[0].split(" ")[0], ("", 4)
+    )
+    error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # others spread over pictures
+    return f"{number.value:.{digits}f}{unit}{_interval(number, digits) or error}"
+
+
+def _interval(number: Number, digits: int, factor: int = 1) -> str:
+    return f" [{factor * number.low:.{digits}f}, {factor * number.high:.{digits}f}]" if number.low is not None and number.high is not None else ""
+
+
+Table = tuple[Setting, list[Line]]
+
+
+def cells(lines: Sequence[Line], only_published: Sequence[str] = ()) -> tuple[list[str], list[list[str]], set[tuple[int, int]], int]:
+    """(header, rows, (row, column) of the bold cells, columns of measured models) of one table.
+
+    A line a metric and a column a model, then what was published of these models and of `only_published`, in columns of their own.
+    """
+    models = list(dict.fromkeys(model for line in lines for model in line.values))
+    metrics = [line.metric for line in lines]
+    columns = [column for model in (*models, *only_published) for column in published.beside(model, metrics).items()]
+    rows = [
+        [
+            line.metric,
+            *(shown(line.metric, line.values[model]) if model in line.values else "" for model in models),
+            *(values.get(line.metric, "") for _, values in columns),
+        ]
+        for line in lines
+    ]
+    bold = {(y, 1 + models.index(best)) for y, line in enumerate(lines) if (best := surely_best(line))}
+    return ["", *models, *(heading for heading, _ in columns)], rows, bold, len(models)
