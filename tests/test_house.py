@@ -84,7 +84,6 @@ def test_the_model_sees_tensors_only():
             assert {target.split(".")[0] for target in targets} <= {*ground, ""}, module
 
 
-@pytest.mark.xfail(strict=True, reason="evaluate.page still imports the command line")
 def test_no_module_imports_itself_by_way_of_others():
     done: set[str] = set()
     path: list[str] = []

@@ -31,6 +31,7 @@ from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Functions, Number
 from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting
 from openvision3.evaluate.statistics import subset_numbers
+from openvision3.evaluate.subjects import load_subjects
 from openvision3.evaluate.suite import class_texts
 from openvision3.evaluate.tables import shown, split, table
 from openvision3.fetch.sources import ASSETS
@@ -249,7 +250,7 @@ def test_lpips_is_measured_where_its_two_published_files_are_and_only_there(root
     paths = files / "alex.pth", files / "alex_linear.pth"
     more = ("--metrics", "psnr", "lpips", "--lpips-backbone", str(paths[0]), "--lpips-linear", str(paths[1]), "--out", str(tmp_path / "out"))
     assert cli.main(["evaluate", "reconstruction", *arguments(root, *more)]) == 2
-    assert "would not be what its name says" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "would not be those of the published file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     asset = ASSETS["lpips-alex"]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     published_files = tuple(replace(file, sha256=mark) for file, mark in zip(asset.files, hashes, strict=True))

@@ -88,7 +88,7 @@ def test_an_emoji_is_seen_where_its_family_is():
 def test_what_a_vae_has_seen_counts_for_rebuilding_alone(train):
     overlap, _ = looked(FolderSource(train), take_fingerprint(FolderSource(train), ()), kinds=("reconstruction",))
     assert overlap.seen("reconstruction", range(8)) == set(range(8)) and overlap.seen("retrieval", range(8)) == set()
-    assert overlap.told("retrieval") == "not known; name the training data with --train"
+    assert overlap.compared_with("retrieval") == "not known; name the training data with --train"
 
 
 @pytest.fixture(scope="module")

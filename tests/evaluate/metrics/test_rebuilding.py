@@ -203,15 +203,15 @@ def test_places_may_have_holes_but_nothing_comes_twice():
     images = pictures(4)
     found = evaluate_reconstruction([([9, 2], ["nine", "two"], images[:2]), ([5], ["five"], images[2:3])], darker)
     assert found.indices == [2, 5, 9] and found.keys == ["two", "five", "nine"]
-    with pytest.raises(ValueError, match="picture 2 came twice"):
+    with pytest.raises(ValueError, match="image 2 came twice"):
         evaluate_reconstruction([([1, 2], ["a", "b"], images[:2]), ([2], ["b"], images[1:2])], darker)
 
 
 def test_what_cannot_be_measured_is_one_line():
     images = pictures(2)
     for batches, reconstruct, told in (
-        ([], darker, "no pictures"),
-        ([([0], ["a", "b"], images)], darker, "1 places, 2 keys and 2 pictures"),
+        ([], darker, "no images"),
+        ([([0], ["a", "b"], images)], darker, "1 places, 2 keys and 2 images"),
         ([([0, 1], ["a", "b"], images)], lambda x: x[:, :, :5], "cannot be compared"),
         ([([0, 1], ["a", "b"], images)], lambda x: torch.stack([x[0], x[1] * torch.nan]), "reconstruction of b is not finite"),
     ):
@@ -248,7 +248,7 @@ def test_the_curve_over_noise_refuses_nonsense():
     for sigmas in ((), (-1.0,), (math.nan,), (math.inf,)):
         with pytest.raises(ValueError, match="legal are one or more finite numbers"):
             noise_curve(rows(pictures(1)), noisy, sigmas)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         noise_curve([], noisy, (0.1,))
 
 
