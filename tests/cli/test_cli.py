@@ -74,7 +74,7 @@ def test_a_value_in_an_error_is_whole_however_narrow_the_terminal(monkeypatch, c
         (["train", "tiny", "--optimizer.learning-rate", "a'b"], '--optimizer.learning-rate must be a number, not "a\'b". See'),
         (["classify", "a.png", "--lables", long], "unknown option '--lables'. Did you mean '--labels'? See `openvision3 classify --help`"),
         (["info", "mini", long], f"'{long}' is one argument too many. See `openvision3 info --help`"),
-        (["evaluate", "reconstruction", "--metrics", long], f"metric {long} is unknown; legal are "),
+        (["evaluate", "reconstruction", "--metrics", long], f"unknown metric '{long}'. Choose from psnr, "),
     ):
         assert cli.main(argv) == 2
         assert f"openvision3: {expected}" in capsys.readouterr().err
@@ -211,7 +211,10 @@ REFUSED = {
     "output behind a broken link": (["encode", "more", "--out", "broken"], "broken is a link to nowhere, which does not exist; name another folder with --out"),
     "grid into a file": (["ablate", "tau", "--recipe", "tiny", "--out", "more/notes.txt"], "notes.txt is a file; name a folder with --out"),
     "model without a name": (["caption", "more", "--model="], "the name of a model is empty. Choose one of mini, "),
-    "check of a folder that is not there": (["fetch", "--check", "--to", "nowhere"], "nowhere is not a folder, so nothing in it can be checked"),
+    "check of a folder that is not there": (
+        ["fetch", "--check", "--to", "nowhere"],
+        "nowhere is not a folder; give --to the folder that the files were fetched into",
+    ),
     "labels forgotten": (["classify", "more"], "--labels is missing. See `openvision3 classify --help`"),
     "unknown recipe": (["train", "tyni"], r"unknown recipe 'tyni'\. Did you mean 'tiny'\? Choose one of mini, "),
     "unknown field": (["train", "tiny", "--batsh", "4"], r"'--batsh'\. Did you mean '--batch'\?"),

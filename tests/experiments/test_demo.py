@@ -42,13 +42,13 @@ def test_the_demo_ends_in_a_page_with_all_that_it_promises(tmp_path):
     assert found.returncode == 0, found.stderr
     out = tmp_path / "demo"
     assert found.stdout.splitlines()[0] == f"report: {out / 'report.html'}"
-    assert found.stdout.splitlines()[1] == f"your turn: {sys.executable} -m openvision3 caption PICTURE --model demo/run"
+    assert found.stdout.splitlines()[1] == f"try it: {sys.executable} -m openvision3 caption IMAGE --model demo/run"
     assert "steps/s" in found.stderr and re.search(r"step \d+/\d+ .*loss", found.stderr), "progress is shown as it trains"
 
     page = (out / "report.html").read_text(encoding="utf-8")
     for heading in ("Numbers", "Curves", "Original | VAE alone | rebuilt from tokens", "Captions", "Zero-shot by emoji group", "How this was measured"):
         assert f"<h2>{heading}" in page
-    assert "picture to name, R@1" in page and "name to picture, R@5" in page
+    assert "image to name, R@1" in page and "name to image, R@5" in page
     assert page.count("<figure>") == 24 and page.count('class="card"') == 32
     assert not re.search(r"https?:", page)
 

@@ -238,7 +238,7 @@ def test_an_odd_endpoint_is_refused(two, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "no name was given; name what to fetch, or all"),
+        ([], "no names given; choose from `openvision3 fetch --list`, or fetch all"),
         (["flux-vea"], "Did you mean 'flux-vae'?"),
         (["../../etc"], "unknown file to fetch '../../etc'. Choose one of all, flux-vae"),
         (["/etc/passwd", "--check"], "unknown file to fetch"),

@@ -37,8 +37,8 @@ def page(tmp_path_factory) -> str:
     curve = plots.draw([plots.Lines("loss", {"": plots.Line([0, 10, 20], [5.0, 4.0, 3.0])})], [""])
     sections = [
         ("Numbers & more", html.numbers([("PSNR <b>", "21.5 dB")])),
-        ("Curves", html.picture(curve, NASTY)),
-        ("Rows", html.figures([([html.picture(photo(20, 20, seed)) for seed in range(3)], NASTY)])),
+        ("Curves", html.embed_image(curve, NASTY)),
+        ("Rows", html.figures([([html.embed_image(photo(20, 20, seed)) for seed in range(3)], NASTY)])),
         (
             "Cards",
             html.cards([html.caption_card(photo(20, 20), *rest) for rest in (("Red heart", "red: heart", True), (NASTY, "cat", False), ("", "dog", False))]),
@@ -55,7 +55,7 @@ def test_the_page_needs_no_other_file(page):
     assert not re.search(r"https?:|url\(|@import", page)
 
 
-def test_every_picture_in_the_page_is_a_whole_png(page):
+def test_every_image_in_the_page_is_a_whole_png(page):
     for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page):
         image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
         image.load()
@@ -82,7 +82,7 @@ def test_a_right_caption_is_marked_and_an_empty_one_named(page):
     assert "(nothing)" in page
 
 
-def test_a_picture_in_the_page_is_the_picture():
+def test_an_embedded_image_keeps_its_pixels():
     image = photo(17, 13)
-    [data] = re.findall(r'base64,([^"]+)"', html.picture(image))
+    [data] = re.findall(r'base64,([^"]+)"', html.embed_image(image))
     assert Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").tobytes() == image.tobytes()

@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from openvision3.data.shards.check import Checked
     from openvision3.recaption.rewrite import Tally
 
-Shards = Positional[Annotated[tuple[PathName, ...], arg(metavar="SHARDS ...", help="shards, folders of them, globs, braces and URLs: data/{00000..00009}.tar")]]
-Data = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="shards, folders and globs, braces as in data/{00000..00009}.tar")]]
-Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="openmoji, folders of images, shards such as data/{00000..00009}.tar")]]
+Shards = Positional[
+    Annotated[tuple[PathName, ...], arg(metavar="SHARDS ...", help="shards, folders of shards, globs and URLs, such as data/{00000..00009}.tar")]
+]
+Data = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="shards, folders and globs, such as data/{00000..00009}.tar")]]
+Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="DATA ...", help="openmoji, folders of images, or shards such as data/{00000..00009}.tar")]]
 
 
 def index(shards: Shards, index: PathName = "", again: bool = False, workers: int = 0, json: Json = False) -> int:
     """Index each shard, so that opening thousands of them is fast.
 
     Args:
-        index: the folder for the index files, for shards that are remote or read-only; none: beside each shard.
-        again: write also the indexes that still fit their shards.
-        workers: processes; 0: one for each core.
+        index: the folder for the index files, for shards that are remote or read-only. Not set: beside each shard
+        again: also rewrite the indexes that still fit their shards
+        workers: number of processes; 0: one per core
     """
     from openvision3.data.shards.check import write_indexes
 
@@ -57,12 +59,12 @@ def index(shards: Shards, index: PathName = "", again: bool = False, workers: in
 
 
 def check(data: Data, caption_keys: tuple[str, ...] = (), decode: bool = False, workers: int = 0, json: Json = False) -> int:
-    """Check every sample of shards and folders, and count those that cannot be trained on or are not read (exit code 2 if there are any).
+    """Check every sample of shards and folders, and count those that cannot be used for training (exit code 2 if there are any).
 
     Args:
-        caption_keys: JSON fields that hold captions; none: the .txt member.
-        decode: decode every image too.
-        workers: processes; 0: one for each core.
+        caption_keys: JSON fields that hold captions. Not set: the .txt member
+        decode: also decode every image
+        workers: number of processes; 0: one per core
     """
     from openvision3.data.problems import count_reasons
     from openvision3.data.shards.check import check_data
@@ -173,18 +175,18 @@ def fingerprint(
     cache_gb: float = 100.0,
     json: Json = False,
 ) -> int:
-    """Write hashes of images and captions (118 bytes an image), by which evaluate --train FILE knows what a model has seen.
+    """Write hashes of images and captions (118 bytes an image), so that evaluate --train FILE can tell what a model has seen.
 
     In a model folder, fingerprint.safetensors describes what the model was trained on. It holds no image and no caption.
 
     Args:
-        out: the file.
-        only: keep samples of shards whose JSON has these values, as in source=clipart.
-        caption_keys: JSON fields of shards that hold captions; none: the .txt member.
-        aliases: openmoji: the other names of an emoji are captions too.
-        index: the folder of index files that data index has written; none: beside each shard.
-        cache: the folder for copies of remote shards.
-        cache_gb: the largest size of that folder, in GB.
+        out: the file to write
+        only: keep only shard samples whose JSON has these values, as in source=clipart
+        caption_keys: JSON fields of shards that hold captions. Not set: the .txt member
+        aliases: openmoji: count the other names of an emoji as captions too
+        index: the folder of index files that data index has written. Not set: beside each shard
+        cache: the folder for copies of remote shards
+        cache_gb: size limit of that folder, in GB
     """
     from openvision3.data.fingerprint import take_fingerprint
     from openvision3.data.names import DataOptions, open_source

@@ -36,7 +36,7 @@ class Options(Settings):
 
 @dataclass
 class TableOptions:
-    """Which results, and where the page goes."""
+    """Put the results of several evaluations on one page."""
 
     results: Positional[Annotated[tuple[PathName, ...], arg(metavar="RESULTS ...", help="folders of openvision3 evaluate, or their results.json")]] = ()
     out: PathName = "evaluations.html"

@@ -23,11 +23,11 @@ def run(names: Sequence[str], to: str, list_all: bool, check: bool, as_json: boo
         raise ValueError("--list and --check exclude each other; give one of them")
     names = [name for argument in names for name in argument.split(",") if name]
     if not names and not list_all and not check:
-        raise ValueError("no name was given; name what to fetch, or all: openvision3 fetch --list shows what there is")
+        raise ValueError("no names given; choose from `openvision3 fetch --list`, or fetch all")
     folder = Path(to) if to else store.default_folder()
     assets = list(ASSETS.values()) if not names or "all" in names else [find_asset(name) for name in dict.fromkeys(names)]
     if check and to and not folder.is_dir():
-        raise ValueError(f"{to} is not a folder, so nothing in it can be checked; name the folder that --to was when it was fetched")
+        raise ValueError(f"{to} is not a folder; give --to the folder that the files were fetched into")
     if list_all:
         return _list(assets, folder, as_json)
     return _check(assets, folder, as_json, bool(names)) if check else _fetch(assets, folder, as_json)

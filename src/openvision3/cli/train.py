@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 STOPPED = 75
 """Exit code of a run that saved and stopped at a signal. The same command with --resume continues it."""
 
-Runs = Positional[Annotated[tuple[PathName, ...], arg(metavar="RUN ...", help="run folders; several are drawn into the same panels")]]
+Runs = Positional[Annotated[tuple[PathName, ...], arg(metavar="RUN ...", help="run folders; several runs share the panels")]]
 
 
 def demo(minutes: float = 5.0, out: PathName = "demo", seed: int = 0) -> int:
     """Train the small model on OpenMoji for a few minutes and write a report.
 
     Args:
-        minutes: time to train.
-        out: the folder of the report; an earlier demo in it is replaced.
-        seed: seed of every random draw.
+        minutes: training time
+        out: the folder for the report; an earlier demo in it is replaced
+        seed: seed of every random draw
     """
     from openvision3.experiments.demo import run_demo
 
@@ -106,7 +106,7 @@ def _parse_options(kind: Any, argv: Sequence[str], program: str, description: st
 def estimate(argv: Sequence[str]) -> int:
     """Estimate memory, hours, disk and network of a run: openvision3 estimate RECIPE [--gpus h100:8]"""
     program = "openvision3 estimate"
-    about = "What a run takes and what would make it cheaper; nothing is loaded, nothing runs. Fields of the run can be set too, as for openvision3 train."
+    about = "Estimate what a run takes and what would make it cheaper, without loading or training anything. Set fields of the run as for openvision3 train."
     if not argv or argv[0].startswith("-"):
         print(f"usage: {program} RECIPE [--gpus h100:8] [--explain] [--field value ...]\n\n{about}")
         print(f"\noptions: {program} RECIPE --help; recipes and fields: openvision3 train --help")
@@ -148,10 +148,10 @@ def ablate(argv: Sequence[str]) -> int:
 
 
 def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> int:
-    """Put several runs on one page: final scores, curves, settings that differ, samples.
+    """Compare runs on one page: final scores, curves, settings that differ, samples.
 
     Args:
-        out: the page; its numbers and curves are written beside it as .json and .png.
+        out: the page; its numbers and curves are written beside it as .json and .png
     """
     from openvision3.experiments.compare import format_tables, list_values, read_groups, write_comparison
 
@@ -167,10 +167,10 @@ def watch(runs: Runs, once: bool = False, png: PathName = "", metrics: tuple[str
     """Draw the curves of runs in the terminal while they train.
 
     Args:
-        once: draw once and exit (the default when the output is not a terminal).
-        png: draw into this file instead, one panel per metric.
-        metrics: the metrics to draw, such as --metrics 'train/*' val/psnr. Not set: losses, val/..., rate, norm, samples/s, wait, memory.
-        every: seconds between two drawings.
+        once: draw once and exit (the default when the output is not a terminal)
+        png: draw into this PNG file instead, one panel per metric
+        metrics: the metrics to draw, such as --metrics 'train/*' val/psnr. Not set: losses, val/..., rate, norm, samples/s, wait, memory
+        every: seconds between updates
     """
     from openvision3.experiments import watch as watching
 
@@ -194,12 +194,12 @@ def doctor(
     """Check this machine: versions, speed, what is missing. With --train, take a few training steps.
 
     Args:
-        train: take a few steps; report losses, waits for the GPU, memory, speed and, with several processes, the collectives. Exit code 1: one is wrong.
-        recipe: the recipe of --train.
-        batch: images per step of --train, over all devices. Not set: the recipe's.
-        micro_batch: images that a device computes at once in --train; 0: its whole share of the batch.
-        precision: precision of --train.
-        compile: compile the blocks in --train.
+        train: take a few steps and report losses, waits for the GPU, memory, speed and, with several processes, collectives (exit code 1 if one is wrong)
+        recipe: the recipe of --train
+        batch: images per step of --train, over all devices. Not set: the recipe's
+        micro_batch: images that a device computes at once in --train; 0: its whole share
+        precision: precision of --train
+        compile: compile the blocks in --train
     """
     if train:
         return _try_training(recipe, batch, {"micro_batch": micro_batch, "device": device, "precision": precision, "compile": compile}, json)

@@ -20,7 +20,7 @@ Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="IMAGE ...", hel
 
 Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 
-VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="the VAE, if the model folder does not hold it and its own name is not found")]
+VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="folder of the VAE, for a model whose own VAE is not found")]
 
 
 def reconstruct(
@@ -36,9 +36,9 @@ def reconstruct(
     """Rebuild images from their tokens and print how close they come.
 
     Args:
-        out: the folder for the PNG files.
-        size: long side in pixels. Not set: the training size; 0: the image's own.
-        beside: write original, VAE alone and rebuilt side by side.
+        out: the folder for the PNG files
+        size: long side in pixels; 0: the image's own. Not set: the training size
+        beside: write original, VAE alone and rebuilt side by side
     """
     from openvision3.data.crops import pad
     from openvision3.data.images import to_pil
@@ -88,11 +88,11 @@ def caption(
     """Write a caption for each image.
 
     Args:
-        beams: width of the beam search; 1 is greedy.
-        top_p: sample from the smallest set of word pieces with this probability.
-        temperature: of sampling with --top-p.
-        max_length: longest caption, in word pieces.
-        seed: of sampling.
+        beams: width of the beam search; 1: greedy decoding
+        top_p: sample from the smallest set of word pieces with this probability. Not set: no sampling
+        temperature: sampling temperature, with --top-p
+        max_length: longest caption, in word pieces. Not set: the longest that the model can write
+        seed: seed of the sampling, with --top-p
     """
     from openvision3.pipeline import load
 
@@ -113,8 +113,8 @@ def classify(
     """Choose among labels for each image, with probabilities.
 
     Args:
-        labels: the texts to choose among, such as --labels "a cat" "a dog".
-        top: how many labels to print.
+        labels: the texts to choose among, such as --labels "a cat" "a dog"
+        top: number of labels to print
     """
     from openvision3.data.captions import checked_text
     from openvision3.pipeline import load
@@ -131,7 +131,7 @@ def classify(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ranking = pipeline.classify(path, labels)[:top]
-        for warning in caught if path == paths[0] else ():  # of the labels, so the same for every image
+        for warning in caught if path == paths[0] else ():  # it is about the labels, so it is the same for every image
             print(f"openvision3: {warning.message}", file=sys.stderr)
         return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking]}
 
@@ -150,8 +150,8 @@ def encode(
     """Write the tokens and the embedding of each image as a .safetensors file.
 
     Args:
-        out: the folder for the files; each holds tokens (N, D), embedding (E,) and the image's height and width.
-        size: long side in pixels. Not set: the training size; 0: the image's own.
+        out: the folder for the files; each holds tokens (N, D), embedding (E,) and the image's height and width
+        size: long side in pixels; 0: the image's own. Not set: the training size
     """
     import torch
     from safetensors.torch import save
@@ -179,7 +179,7 @@ def encode(
 
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
-    """Print what a model holds: parts, sizes, VAE, licence, training."""
+    """Describe a model: parts, sizes, VAE, licence, training."""
     from openvision3.hub import find_folder, load_model
     from openvision3.settings import flat, to_dict
 
@@ -230,9 +230,9 @@ def fetch(
     """Download weights, tokenizers and statistics of others, each with source, licence and hash.
 
     Args:
-        to: the folder that gets a sub-folder for each. Not set: ~/.cache/openvision3, where commands look for it.
-        list: list all files with source, licence, size, and whether they are here.
-        check: compare the files that are here with their hashes. Without names: all of them.
+        to: the folder that gets a sub-folder for each. Not set: ~/.cache/openvision3, where all commands look
+        list: list all files with source, licence and size, and whether they are here
+        check: compare the files that are here with their hashes; without names: all of them
     """
     from openvision3.cli import fetch as fetching
 

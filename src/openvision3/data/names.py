@@ -31,19 +31,19 @@ class DataOptions:
     side: openmoji.Side = "train"
     """the side of OpenMoji; folders and shards are read whole"""
     caption_keys: tuple[str, ...] = ()
-    """JSON fields of shards that hold captions; none: the `.txt` member"""
+    """JSON fields of shards that hold captions. Not set: the `.txt` member"""
     only: dict[str, str] | None = None
     """JSON fields and the values that samples of shards must have there"""
     aliases: bool = False
     """on the training side of OpenMoji, all names of an emoji are captions"""
     weights: tuple[float, ...] = ()
-    """the share of each name in an epoch; none: every sample once"""
+    """the share of each name in an epoch. Not set: every sample once"""
     area: tuple[float, float] = (0.4, 1.0)
     """the share of an image that a training view shows, from and to"""
     crop: str = "square"
     """one of crops.CROPS: the evaluation view"""
     index: str = ""
-    """the folder of the shards' indexes; none: beside each shard"""
+    """the folder of the shards' indexes. Not set: beside each shard"""
     cache: str = ""
     cache_gb: float = 0.0
     """the folder that remote shards are kept in, and its largest size"""

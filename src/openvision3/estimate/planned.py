@@ -29,29 +29,29 @@ class Options:
     """Options of `estimate` in addition to the fields of the run."""
 
     gpus: str = ""
-    """such as h100:8 or 64xh100; none: this machine's device"""
+    """the devices, such as h100:8 or 64xh100. Not set: this machine's device"""
     utilisation: float = 0.40
     """share of the peak speed that the run reaches; a run's log shows its samples/s"""
     price_per_hour: float = 0.0
-    """price of one device"""
+    """price of one device per hour"""
     per_node: int = 8
-    """devices in one machine"""
+    """devices per machine"""
     network: float = 0.0
-    """GB/s to other machines, one device's share, one way; none: as in the maker's own machine"""
+    """GB/s to other machines, per device and direction; 0: as in the maker's own machine"""
     text_length: int = 0
-    """word pieces of a caption to contrast; none: all positions of the model"""
+    """word pieces of a caption to contrast; 0: all positions of the model"""
     caption_length: int = 0
-    """word pieces of a caption to predict; none: all positions of the model"""
+    """word pieces of a caption to predict; 0: all positions of the model"""
     samples: int = 0
-    """samples in the data, for the size of a latent cache"""
+    """samples in the data, to compute the size of a latent cache"""
     crops: int = 1
-    """crops of an image in the latent cache"""
+    """crops per image in the latent cache"""
     cached: bool = False
-    """read latents from a cache: images are neither decoded nor encoded"""
+    """assume that latents are read from a cache, so that images are neither decoded nor encoded"""
     json: bool = False
-    """print one JSON value, for scripts"""
+    """one JSON value on stdout, for scripts"""
     explain: bool = False
-    """print what each number is made of"""
+    """print how each number is computed"""
 
     def __post_init__(self):
         if not 0 < self.utilisation <= 1:

@@ -145,7 +145,7 @@ def _rebuilt(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str
         places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
     columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
     figures = [(f"{title}: original | {columns}", _figures(evaluation, measured, which)) for title, which in places.items()]
-    return [(heading, html.picture(drawn, heading)), *figures]
+    return [(heading, html.embed_image(drawn, heading)), *figures]
 
 
 def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
@@ -165,7 +165,7 @@ def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[
     figures = []
     for row, place in enumerate(places):
         told = ", ".join(f"{name} {done.shown['images'].psnr[place]:.1f} dB" for name, done in measured.items())
-        figures.append(([html.picture(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {told}"))
+        figures.append(([html.embed_image(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {told}"))
     return html.figures(figures, wide=True)
 
 
@@ -190,7 +190,7 @@ def _retrieved(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[s
     for name, done in measured.items():
         images = _pictures_at(evaluation, done.shown["indices"])
         cards = [
-            (html.picture(image, answers[0][0]), [(text, "right" if right else "") for text, right in answers])
+            (html.embed_image(image, answers[0][0]), [(text, "right" if right else "") for text, right in answers])
             for image, answers in zip(images, done.shown["answers"], strict=True)
         ]
         sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", html.cards(cards)))
@@ -231,7 +231,7 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
     sections = [
         (
             "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            html.picture(drawn, "rebuilding, drawing and understanding of each model") + note,
+            html.embed_image(drawn, "rebuilding, drawing and understanding of each model") + note,
         ),
         ("Numbers", _numbers(tables, rows, not_run) + _left_out(results)),
         *_differences(tables),

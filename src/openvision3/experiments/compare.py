@@ -287,11 +287,11 @@ def write_comparison(
         left_out = [title_and_factor(name)[0] for name in METRICS if name not in metrics and any(group.values(name) for group in members)]
         if left_out:
             numbers += html.note(f"Left out, because it means something else in each row: {', '.join(left_out)}.")
-    sheets = [([html.picture(image, group.label)], group.label) for group in groups if (image := read_last_sheet(group.runs[0])) is not None]
+    sheets = [([html.embed_image(image, group.label)], group.label) for group in groups if (image := read_last_sheet(group.runs[0])) is not None]
     all_sections = [
         *sections,
         ("Numbers", numbers),
-        ("Curves", html.picture(drawn, "curves of all runs")),
+        ("Curves", html.embed_image(drawn, "curves of all runs")),
         ("Original | VAE | rebuilt, the first images of the set, first seed", html.figures(sheets) if sheets else html.note("no sheets")),
         ("What differs", html.table(("field", *(group.label for group in groups)), list_changed_fields(groups))),
         ("Runs", html.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])),

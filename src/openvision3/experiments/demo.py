@@ -69,7 +69,7 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         f"{100 * r['zeroshot']['zeroshot_top_1']:.0f}%, captions F1 {100 * r['captions']['token_f1']:.0f}%",
         markup=False,
     )
-    print(f"report: {page.resolve()}\nyour turn: {_program()} caption PICTURE --model {outcome.folder}")
+    print(f"report: {page.resolve()}\ntry it: {_program()} caption IMAGE --model {outcome.folder}")
     return 0
 
 
@@ -167,10 +167,10 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
     top = [
         ("PSNR rebuilt", f"{r['reconstruction']['psnr']:.2f} dB"),
         ("PSNR of its VAE", f"{r['vae_reconstruction']['psnr']:.2f} dB"),
-        ("picture to name, R@1", percent("retrieval", "image_to_text_r@1")),
-        ("picture to name, R@5", percent("retrieval", "image_to_text_r@5")),
-        ("name to picture, R@1", percent("retrieval", "text_to_image_r@1")),
-        ("name to picture, R@5", percent("retrieval", "text_to_image_r@5")),
+        ("image to name, R@1", percent("retrieval", "image_to_text_r@1")),
+        ("image to name, R@5", percent("retrieval", "image_to_text_r@5")),
+        ("name to image, R@1", percent("retrieval", "text_to_image_r@1")),
+        ("name to image, R@5", percent("retrieval", "text_to_image_r@5")),
         ("R@1 by chance", f"{100 / len(findings.emoji):.1f}%"),
         ("zero-shot, 9 groups", percent("zeroshot", "zeroshot_top_1")),
         ("always the largest group", percent("zeroshot", "zeroshot_largest_class_share")),
@@ -182,7 +182,10 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
     shown = zip(rows, findings.emoji, findings.psnr, findings.vae_psnr, strict=False)
     columns = ("original", "VAE alone", "rebuilt")
     rebuilt = [
-        ([html.picture(image, f"{name}: {e.name}") for image, name in zip(images, columns, strict=True)], f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB")
+        (
+            [html.embed_image(image, f"{name}: {e.name}") for image, name in zip(images, columns, strict=True)],
+            f"{e.name}: VAE {vae:.1f} dB, rebuilt {own:.1f} dB",
+        )
         for images, e, own, vae in shown
     ]
     drawn = [openmoji.draw(e.character, 128) for e in findings.emoji[:SHOWN_CAPTIONS]]
@@ -195,7 +198,7 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
     zero_note = html.note(f"{findings.without_group} emoji without a group are left out; the largest group holds {largest}.")
     sections = [
         ("Numbers", html.numbers(top)),
-        ("Curves", html.picture(_curves(first, last), "training curves")),
+        ("Curves", html.embed_image(_curves(first, last), "training curves")),
         ("Original | VAE alone | rebuilt from tokens", html.figures(rebuilt)),
         ("Captions (above: written, below: true name)", html.cards(cards)),
         ("Zero-shot by emoji group", html.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),

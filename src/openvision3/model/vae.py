@@ -31,7 +31,7 @@ class VAEConfig:
     name: PathName = "embedded"
     """embedded, a folder in diffusers' layout, a hub id, or pixels (no VAE)"""
     shift: bool | None = None
-    """subtract the VAE's shift_factor; by default off for AutoencoderKL, as in the paper's code, and on for AutoencoderTiny"""
+    """subtract the VAE's shift_factor. Not set: off for AutoencoderKL, as in the paper's code, and on for AutoencoderTiny"""
 
 
 class VAE(nn.Module):

@@ -31,17 +31,17 @@ class RecaptionJob:
     field: str = "re_caption"
     """the JSON field of the new caption; the old caption is kept in org_caption"""
     caption_key: str = ""
-    """the JSON field of the old caption (default: the .txt member, else the field caption)"""
+    """the JSON field of the old caption. Not set: the .txt member, else the field caption"""
     batch: int = 8
-    """images in a batch"""
+    """images per batch"""
     max_new_tokens: int = 128
     """longest caption in tokens of the model"""
     max_words: int = 0
     """longest caption in words; 0: no limit"""
     top_p: float | None = None
-    """sample from the smallest set of tokens with this probability (default: greedy decoding)"""
+    """sample from the smallest set of tokens with this probability. Not set: greedy decoding"""
     temperature: float | None = None
-    """sampling temperature (default: greedy decoding, or 1 with --top-p)"""
+    """sampling temperature. Not set: greedy decoding, or 1 with --top-p"""
     seed: int = 0
     """seed of the sampling"""
     device: str = "auto"
@@ -49,13 +49,13 @@ class RecaptionJob:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 elsewhere"""
     shard_split: str = ""
-    """the share of this process, such as 0/4 for the first of four (default: RANK and WORLD_SIZE of the environment)"""
+    """the share of this process, such as 0/4 for the first of four. Not set: RANK and WORLD_SIZE of the environment"""
     revision: str = ""
-    """branch, tag or commit of a hub model"""
+    """branch, tag or commit of a hub model. Not set: its main branch"""
     download: bool = False
     """download the hub model if it is not in the local cache"""
     replace: bool = False
-    """replace a field of this name that exists"""
+    """overwrite a field of this name if there is one"""
     sheet: PathName = ""
     """a PNG file for a sample of the images with their old and new captions"""
 

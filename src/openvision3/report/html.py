@@ -32,8 +32,8 @@ def _part(name: str, *values: Any) -> Markup:
     return getattr(_templates().get_template("parts.html").module, name)(*values)
 
 
-def picture(image: Image.Image | bytes, alt: str = "") -> Markup:
-    """An image, or the bytes of a PNG, embedded in the page."""
+def embed_image(image: Image.Image | bytes, alt: str = "") -> Markup:
+    """An image, or the bytes of a PNG, as an <img> that holds its data."""
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
@@ -56,17 +56,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], bold: Collection
 
 
 def cards(items: Sequence[tuple[Markup, Sequence[tuple[str, str]]]]) -> Markup:
-    """A small picture beside lines of (text, style); the style is "right" for a correct answer, "true" for the truth, or "" for neither."""
+    """A small image beside lines of (text, style); the style is "right" for a correct answer, "true" for the truth, or "" for neither."""
     return _part("cards", items)
 
 
 def caption_card(image: Image.Image, caption: str, truth: str, is_right: bool) -> tuple[Markup, Sequence[tuple[str, str]]]:
-    """A card of a caption above the true one; a right caption is marked."""
-    return picture(image, truth), [(caption or "(nothing)", "right" if is_right else ""), (truth, "true")]
+    """A card with the caption above the true one; a correct caption is marked."""
+    return embed_image(image, truth), [(caption or "(nothing)", "right" if is_right else ""), (truth, "true")]
 
 
 def figures(items: Sequence[tuple[Sequence[Markup], str]], *, wide: bool = False) -> Markup:
-    """(pictures side by side, caption below them) for each figure."""
+    """(images side by side, caption below them) for each figure."""
     return _part("figures", items, wide)
 
 

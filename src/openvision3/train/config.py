@@ -17,39 +17,39 @@ class _ModelAndData:
     """What is trained, and on what: apart from `PretrainConfig` only so that these fields come first, in --help and in config.json."""
 
     data: tuple[PathName, ...] = ("openmoji",)
-    """openmoji, folders of images, shards such as data/{00000..00009}.tar or s3://...; several are mixed"""
+    """openmoji, folders of images, or shards such as data/{00000..00009}.tar or s3://...; several names are mixed"""
     weights: tuple[float, ...] = ()
-    """shares of the names in `data` in an epoch, such as 3 1; none: every sample once"""
+    """relative share of each name of `data` in an epoch, such as 3 1. Not set: every sample once"""
     index: PathName = ""
-    """the folder where `data index` has put the indexes of shards; none: beside each shard"""
+    """the folder of index files that data index has written. Not set: beside each shard"""
     cache: PathName = ""
-    """the folder that remote shards are fetched into"""
+    """the folder for copies of remote shards"""
     cache_gb: float = 100.0
-    """largest size of that folder, in GB"""
+    """size limit of that folder, in GB"""
     val: tuple[PathName, ...] = ("openmoji",)
-    """the held-out images, evaluated during training and never trained on; openmoji is its val side, whose families are in no other"""
+    """held-out images, evaluated during training and never trained on; openmoji: its val side, which shares no family with the others"""
     only: tuple[str, ...] = ()
-    """keep shard samples whose JSON has these values, as in source=clipart"""
+    """keep only shard samples whose JSON has these values, as in source=clipart"""
     caption_keys: tuple[str, ...] = ()
-    """JSON fields of shards that hold captions, the first is the one to predict; none: the .txt member"""
+    """JSON fields of shards that hold captions; the first is the one to predict. Not set: the .txt member"""
     captions: int = 1
-    """captions of an image to contrast, each as a set of its own"""
+    """captions per image in the contrastive loss, which is the mean over that many sets of one caption per image"""
     sentences: bool = False
-    """contrast one random sentence of the caption to predict in its place; the whole caption joins where `captions` wants more"""
+    """contrast one random sentence of the caption to predict instead of the whole; with `captions` above 1 the whole caption is contrasted too"""
     aliases: bool = False
-    """openmoji: other names of an emoji are captions to contrast too (with captions 2)"""
+    """openmoji: contrast the other names of an emoji too (with captions 2)"""
     families: bool = False
-    """every other epoch puts samples of one family (skin tones and genders of an emoji) into the same batches"""
+    """in every other epoch, put samples of one family (skin tones and genders of an emoji) into the same batches"""
     size: int = 128
     """side of the training images in pixels, a multiple of 16"""
     crop_area: tuple[float, float] = (0.4, 1.0)
-    """share of an image that a random crop covers"""
+    """smallest and largest share of an image that a random crop covers"""
     latents: PathName = ""
-    """a folder of openvision3 data latents: read latents there, and open only images whose pixels are compared (pixel_share 0: none, data may be empty)"""
+    """a latent cache written by data latents; only images whose pixels are compared are then decoded (none with pixel_share 0, where data may be empty)"""
     tokenizer: PathName = ""
-    """a tokenizer.json; none: that of --init, or a WordPiece trained on the captions"""
+    """a tokenizer.json. Not set: that of --init, or a WordPiece trained on the captions"""
     vocabulary: int = 4096
-    """largest vocabulary of a trained WordPiece"""
+    """size limit of the vocabulary of a trained WordPiece"""
     model: ModelConfig = field(default_factory=ModelConfig)
     """the model"""
 
@@ -63,11 +63,11 @@ class PretrainConfig(LoopConfig, _ModelAndData):
     SETTLED: ClassVar[tuple[tuple[str, Any], ...]] = (*LoopConfig.SETTLED, ("lanes", 0))
 
     lanes: int = 0
-    """parts of the batch that read remote shards of their own, so that up to so many machines fetch each shard once; 0: the most up to 16 that divide it"""
+    """parts of the batch with remote shards of their own: up to that many machines fetch each shard once; 0: the most up to 16 that divide the batch"""
     pixel_share: float = 0.25
     """share of the batch that is decoded to pixels: 1, 1/2, 1/4 ... or 0"""
     fingerprint: int = 20_000
-    """write a fingerprint of up to this many training samples into the model, by which evaluate knows what it has seen; 0: never"""
+    """save hashes of up to this many training samples with the model, so that evaluate can tell which samples it has seen; 0: none"""
 
     def __post_init__(self):
         super().__post_init__()

@@ -34,21 +34,21 @@ class LoopConfig:
     steps: int = 1000
     """optimiser steps of the whole run"""
     minutes: float = 0.0
-    """train for about this long: `steps` follows from a measured rate; 0: train `steps` steps"""
+    """train for about this long: `steps` is computed from the measured rate; 0: train for `steps` steps"""
     batch: int = 64
-    """images of a step, over all devices: each is contrasted with all others"""
+    """images per step over all devices; each is contrasted with all others"""
     micro_batch: int = 0
-    """images that a device computes at a time, with the same numbers as the whole batch and one more forward of the two encoders; 0: its whole share"""
+    """images that a device computes at once, with the results of the whole batch, for one more forward pass of both encoders; 0: its whole share"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto measures both for a moment and takes the faster"""
+    """auto: whichever of the two is measured to be faster"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """where to compute: auto, cpu, cuda or cuda:N (cuda:1 is the second GPU)"""
     parallel: Literal["auto", "replicate", "fsdp", "hsdp"] = "auto"
-    """each of several processes holds the whole model, a piece of it, or a piece within its machine; auto: by the model's size"""
+    """what each process holds: the whole model (replicate), a piece of it (fsdp), or a piece of its machine's copy (hsdp); auto: by the model's size"""
     checkpointing: bool = False
-    """recompute the activations of blocks in the backward pass: less memory, a third more work"""
+    """recompute the activations of blocks in the backward pass, which takes less memory and a third more work"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile each block; auto: on a GPU"""
+    """apply torch.compile to each block; auto: on a GPU only"""
     seed: int = 0
     """seed of the weights, the order of samples and every random draw"""
     workers: int = 0
@@ -60,15 +60,15 @@ class LoopConfig:
     save_every: int = 250
     """steps between checkpoints; 0: only at the end"""
     keep: int = 2
-    """how many of the newest checkpoints are kept"""
+    """newest checkpoints to keep"""
     keep_best: int = 1
-    """how many checkpoints of lowest val/loss are kept besides, where evaluation and saving fall on the same steps"""
+    """checkpoints with the lowest val/loss to keep in addition; only steps that are both evaluated and saved count"""
     track: tuple[str, ...] = ()
-    """wandb, trackio or both, beside metrics.jsonl and tensorboard"""
+    """wandb, trackio or both, in addition to metrics.jsonl and tensorboard"""
     out: PathName = ""
-    """the run folder; none: runs/RECIPE"""
+    """the run folder. Not set: runs/RECIPE"""
     init: PathName = ""
-    """start from the weights of a shipped model, a model folder or a run (with a new optimiser)"""
+    """start from the weights of a shipped model, a model folder or a run, with a new optimiser. Not set: random weights"""
     resume: bool = False
     """continue from the last checkpoint in the run folder"""
 

@@ -26,39 +26,39 @@ class LatentJob:
     out: PathName = "latents"
     """the folder of the cache"""
     vae: PathName = "embedded"
-    """embedded, a folder in the layout of diffusers, or a hub id; the VAE to train with"""
+    """the VAE to train with: embedded, a folder in diffusers' layout, or a hub id"""
     shift: bool | None = None
-    """as --model.vae.shift of the run"""
+    """as --model.vae.shift of the training run"""
     size: int = 128
-    """side of the crops in pixels, as in the run"""
+    """side of the crops in pixels, as --size of the training run"""
     crops: int = 4
-    """random crops of each image; training takes them in turn"""
+    """random crops per image; training takes them in turn"""
     crop_area: tuple[float, float] = (0.4, 1.0)
-    """share of an image that a crop covers"""
+    """smallest and largest share of an image that a random crop covers"""
     seed: int = 0
     """seed of the crops"""
     batch: int = 32
-    """images that are encoded at a time"""
+    """images to encode at once"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the VAE; auto measures both and takes the faster one"""
+    """precision of the VAE; auto: whichever of the two is measured to be faster"""
     device: str = "auto"
     """where to compute"""
     workers: int = 0
     """processes that decode images; 0: this process decodes them"""
     only: tuple[str, ...] = ()
-    """keep samples of shards whose JSON has these values, as in source=clipart"""
+    """keep only shard samples whose JSON has these values, as in source=clipart"""
     caption_keys: tuple[str, ...] = ()
-    """JSON fields of shards that hold captions; none: the .txt member"""
+    """JSON fields of shards that hold captions. Not set: the .txt member"""
     aliases: bool = False
     """openmoji: keep the other names of an emoji too"""
     part_samples: int = PART
-    """samples in a file; take 16384 for hundreds of millions of samples"""
+    """samples per file; use 16384 for hundreds of millions of samples"""
     index: PathName = ""
-    """the folder of index files that data index has written; none: beside each shard"""
+    """the folder of index files that data index has written. Not set: beside each shard"""
     cache: PathName = ""
     """the folder for copies of remote shards"""
     cache_gb: float = 100.0
-    """the largest size of that folder, in GB"""
+    """size limit of that folder, in GB"""
     engine: Literal["local", "ray"] = "local"
     """local: this process (with torchrun or srun: its share); ray: a Ray cluster"""
     actors: int = 0
