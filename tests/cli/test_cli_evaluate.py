@@ -442,7 +442,7 @@ def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_h
     monkeypatch.setitem(PROTOCOL_COUNTS, "rfid-coco", (6, "six pictures"))
     argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(data), "--protocol", "rfid-coco", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 2
-    assert "over six pictures, 6 of them; measured on 5" in capsys.readouterr().err
+    assert "needs six pictures, 6 of them; measured on 5" in capsys.readouterr().err
     [row] = [row for row in Results.load(tmp_path / "out").rows if row.metric == "psnr" and not row.model.startswith("VAE")]
     assert "NOT protocol rfid-coco" in row.number.how
 
@@ -453,7 +453,7 @@ def test_a_published_protocol_must_hold(root, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
     argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(root / "data"), "--protocol", "rfid-val50k", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 2
-    assert "50,000 of them; seen 9" in capsys.readouterr().err
+    assert "50,000 of them; --data has 9" in capsys.readouterr().err
 
 
 def settings(folder: Path, metric: str) -> dict:

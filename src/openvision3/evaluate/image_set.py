@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: this rank's share of them in batches, and results of all ranks back in one order."""
+"""The images of an evaluation: this rank's share of them in batches, and results of all ranks back in one order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openvision3.data.sources import Source
 
 T = TypeVar("T")
 Watch = Callable[[Any, str, int], Any]
-"""Shows progress: (items, what they are, how many) -> the items."""
+"""Shows progress: (items, label, number of items) -> the items."""
 
 
 def without_progress(items: Any, what: str, total: int) -> Any:
@@ -28,7 +28,7 @@ def without_progress(items: Any, what: str, total: int) -> Any:
 
 
 class Batch(NamedTuple):
-    """Usable pictures in the evaluation view, and where they stand in the source."""
+    """Readable images in the evaluation view, and their indices in the source."""
 
     indices: list[int]
     keys: list[str]
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What was computed of each usable picture of all ranks, in the order of the pictures."""
+    """The values computed from each readable image of all ranks, in the order of the images."""
 
     indices: list[int]
     captions: list[tuple[str, ...]]
@@ -48,19 +48,19 @@ class Rows(NamedTuple):
 
 @dataclass
 class ImageSet:
-    """Some pictures of a source, all of one size. Each is seen by one rank, once; what cannot be read is listed in `problems`."""
+    """Some images of a source, all of one size. One rank reads each image, once; unreadable images are listed in `problems`."""
 
     source: Source
     size: int
     batch: int = 32
     indices: Sequence[int] | None = None
-    """which of the source; None: all"""
+    """indices in the source; None: all"""
     watch: Watch = without_progress
     problems: Problems = field(default_factory=Problems)
     digests: dict[int, str] = field(default_factory=dict)
-    """sha256 of the view of each picture that was seen, by its index"""
+    """sha256 of the view of each image read so far, by index"""
     described: dict[int, bytes] = field(default_factory=dict)
-    """what a near-duplicate of it is recognised by, see data/fingerprint.py"""
+    """descriptor of each image for finding near-duplicates, by index; see data/fingerprint.py"""
 
     def __post_init__(self):
         if self.batch < 1:
@@ -72,63 +72,63 @@ class ImageSet:
         return range(len(self.source)) if self.indices is None else self.indices
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """These pictures of the same source."""
+        """These images of the same source."""
         return ImageSet(self.source, self.size, self.batch, indices, self.watch, self.problems, self.digests, self.described)
 
     def resized(self, size: int) -> ImageSet:
-        """The same pictures at another size."""
+        """The same images at another size."""
         return ImageSet(self.source, size, self.batch, self.indices, self.watch, self.problems)
 
     def batches(self, what: str) -> Iterator[Batch]:
-        """This rank's pictures, a run of neighbours."""
+        """This rank's contiguous share of the images, in batches."""
         chosen, world, rank = self.chosen, distributed.world(), distributed.rank()
         mine = chosen[len(chosen) * rank // world : len(chosen) * (rank + 1) // world] if world > 1 else chosen
         rows = evaluation_batches(self.source, self.size, self.batch, self.problems, mine)
         for row in self.watch(rows, f"{what}, {self.batch} at a time", -(-len(mine) // self.batch)):
             batch = Batch(*row)
             new = [row for row, index in enumerate(batch.indices) if index not in self.digests]
-            for row, marks in zip(new, describe(batch.images[new]), strict=True):
+            for row, descriptor in zip(new, describe(batch.images[new]), strict=True):
                 self.digests[batch.indices[row]] = sha256(to_uint8(batch.images[row]).numpy().tobytes()).hexdigest()
-                self.described[batch.indices[row]] = marks.numpy().tobytes()
+                self.described[batch.indices[row]] = descriptor.numpy().tobytes()
             yield batch
 
     def collect(self, what: str, function: Callable[[Batch], Sequence[T]]) -> dict[int, T]:
-        """What `function` says of each usable picture, by its index, in the order of the pictures, on every rank.
+        """Apply `function` to each batch. Returns the result of each readable image by its index, in order, on every rank.
 
         Raises:
-            OtherRankFailed: another rank has failed, and says why.
+            OtherRankFailed: another rank failed; it reports the cause.
         """
-        found: list[tuple[int, T]] = []
+        results_here: list[tuple[int, T]] = []
         with distributed.together():
             for batch in self.batches(what):
-                said = function(batch)
-                if len(said) != len(batch.indices):
-                    raise ValueError(f"{what}: {len(said)} results for {len(batch.indices)} pictures")
-                found += zip(batch.indices, said, strict=True)
-        everywhere = distributed.gather_objects(found)
+                results = function(batch)
+                if len(results) != len(batch.indices):
+                    raise ValueError(f"{what}: {len(results)} results for {len(batch.indices)} images")
+                results_here += zip(batch.indices, results, strict=True)
+        results_by_rank = distributed.gather_objects(results_here)
         self.share()
-        return dict(sorted((pair for part in everywhere for pair in part), key=lambda pair: pair[0]))
+        return dict(sorted((pair for part in results_by_rank for pair in part), key=lambda pair: pair[0]))
 
     def collect_rows(self, what: str, function: Callable[[Tensor], Tensor]) -> Rows:
-        """As `collect`, for a function of images that gives a row of numbers each. Raises OtherRankFailed."""
+        """Like `collect`, for a function that returns one row of numbers per image. Raises OtherRankFailed."""
         parts: list[Tensor] = []
-        seen: list[tuple[int, tuple[str, ...]]] = []
+        captioned: list[tuple[int, tuple[str, ...]]] = []
         with distributed.together(), torch.no_grad():
             for batch in self.batches(what):
                 parts.append(function(batch.images).float().cpu())
-                seen += zip(batch.indices, batch.captions, strict=True)
+                captioned += zip(batch.indices, batch.captions, strict=True)
                 if len(parts[-1]) != len(batch.indices):
-                    raise ValueError(f"{what}: {len(parts[-1])} results for {len(batch.indices)} pictures")
+                    raise ValueError(f"{what}: {len(parts[-1])} results for {len(batch.indices)} images")
         widths = [tuple(part.shape[1:]) for part in parts[:1]]
-        shape = next((width for found in distributed.gather_objects(widths) for width in found), ())
+        shape = next((width for widths_of_rank in distributed.gather_objects(widths) for width in widths_of_rank), ())
         values = distributed.gather_rows(torch.cat([torch.zeros(0, *shape), *parts]))
-        everywhere = [pair for part in distributed.gather_objects(seen) for pair in part]
+        captioned_images = [pair for part in distributed.gather_objects(captioned) for pair in part]
         self.share()
-        order = sorted(range(len(everywhere)), key=lambda i: everywhere[i][0])
-        return Rows([everywhere[i][0] for i in order], [everywhere[i][1] for i in order], values[order])
+        order = sorted(range(len(captioned_images)), key=lambda i: captioned_images[i][0])
+        return Rows([captioned_images[i][0] for i in order], [captioned_images[i][1] for i in order], values[order])
 
     def share(self) -> None:
-        """All ranks know what any of them has seen, and what it could not read."""
+        """Give every rank the problems, digests and descriptors of all ranks."""
         parts = distributed.gather_objects((self.problems, self.digests, self.described))
         for problems, digests, described in parts:
             self.problems.extend(problems)
@@ -136,19 +136,19 @@ class ImageSet:
             self.described.update(described)
 
     def descriptions(self, indices: Sequence[int]) -> Tensor:
-        """What near-duplicates of these pictures are recognised by: (n, bytes) uint8."""
+        """Descriptors of these images for finding near-duplicates: (n, bytes) uint8."""
         rows = [torch.frombuffer(bytearray(self.described[index]), dtype=torch.uint8) for index in indices]
         return torch.stack(rows) if rows else torch.zeros(0, WIDTH, dtype=torch.uint8)
 
     def digest(self, indices: Sequence[int]) -> str:
-        """sha256 over the views of these pictures: the same for the same pictures, whatever they are called and wherever they lie."""
+        """sha256 over the views of these images. It does not depend on their names or paths."""
         return sha256("\n".join(self.digests[index] for index in sorted(indices)).encode()).hexdigest()
 
 
 def on_first(compute: Callable[[], T]) -> T:
-    """Rank 0 computes, all get the answer, or fail together."""
-    made: list[T] = []
+    """Compute on rank 0 and return the result on every rank; all ranks fail together."""
+    results: list[T] = []
     with distributed.together():
         if distributed.rank() == 0 or distributed.world() == 1:
-            made.append(compute())
-    return distributed.from_first(made)[0]
+            results.append(compute())
+    return distributed.from_first(results)[0]

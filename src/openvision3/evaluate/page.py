@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers first, then the pictures, curves and answers behind them, then how it was measured."""
+"""The page of an evaluation: numbers first, then the images, curves and answers behind them, then how it was measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AMPLIFIED = 4
 
 
 def write_report(out: Path, evaluation: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
-    """report.html in `out`, and pictures.jsonl (what each picture scored) where pictures have scores. Returns the page."""
+    """report.html in `out`, and pictures.jsonl (what each image scored) where images have scores. Returns the page."""
     results = evaluation.results
     sections = [("Numbers", _numbers(tables, results.rows, results.not_run) + _left_out([results])), *_differences(tables)]
     if scores := _per_picture(evaluation):
@@ -112,7 +112,7 @@ def _published(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
 
 
 def _per_picture(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A line a model and picture: its key, the hash of its pixels, all that it scored, and its captions."""
+    """A line a model and image: its key, the hash of its pixels, all that it scored, and its captions."""
     rows = []
     kinds = {model: kind for kind, model in evaluation.measured}
     models = {model.name: model for model in evaluation.models}
@@ -149,7 +149,7 @@ def _rebuilt(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str
 
 
 def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
-    """Original, and rebuilt beside its error for each model, for these places of the list of pictures."""
+    """Original, and rebuilt beside its error for each model, for these places of the list of images."""
     import torch
 
     first = next(iter(measured.values())).shown["images"]
@@ -170,7 +170,7 @@ def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[
 
 
 def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
-    """How PSNR spreads over the pictures, and how it falls with the noise, where there are curves. PNG."""
+    """How PSNR spreads over the images, and how it falls with the noise, where there are curves. PNG."""
     panels: list[plots.Panel] = [plots.Histogram("pictures, over the PSNR of each, dB", values)]
     if curves:
         lines = {name: plots.Line(*zip(*points, strict=True)) for name, points in curves.items()}

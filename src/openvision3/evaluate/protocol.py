@@ -1,4 +1,4 @@
-"""What an evaluator asks of a model, and what it answers: numbers that carry how they were measured."""
+"""The interface between evaluators and models: `Functions` of a model go in, `Number`s with their protocol come out."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ from openvision3.progress import LIBRARIES, versions
 
 @dataclass(frozen=True)
 class Number:
-    """One measured value. Two of them may be compared only where metric, count, how and network are equal."""
+    """One measured value. Two numbers can be compared only if metric, count, how and network are equal."""
 
     metric: str
     value: float
     count: int
-    """pictures (or captions) it is over"""
+    """images (or captions) it was computed from"""
     how: str
     """the protocol in words: what was computed from what, and how it was averaged"""
     library: str = ""
     """what computed it, with its version"""
     network: str = ""
-    """the network whose features it is made of, if any"""
+    """the network whose features it is computed from, if any"""
     network_sha256: str = ""
-    """of that network's weights"""
+    """sha256 of that network's weights"""
     spread: float | None = None
-    """standard deviation of the value over what `how` says, where it was measured"""
+    """standard deviation of the value over what `how` names; None if it was not measured"""
     detail: str = ""
-    """what else came out, such as a setting that was chosen on training pictures: it may differ between models that are compared"""
+    """further results, such as a setting chosen on training images; it may differ between compared models"""
     low: float | None = None
     high: float | None = None
-    """ends of the interval over samples, where there is one"""
+    """ends of the interval over samples, if it has one"""
     interval: str = ""
-    """which interval: its level and how it was made"""
+    """level and method of the interval"""
     part: str = ""
-    """which of the samples it is over, such as "unseen samples"; "" for all"""
+    """the samples it was computed from, such as "unseen samples"; "" for all"""
 
 
 def number(metric: str, value: float, count: int, how: str, *packages: str, network: str = "", network_sha256: str = "", spread: float | None = None) -> Number:
-    """A Number computed by this package on torch, and by further `packages` where they are named."""
+    """A Number computed by this package on torch and by the named `packages`."""
     return Number(metric, float(value), count, how, library(*packages), network, network_sha256, spread)
 
 
 @functools.cache
 def library(*packages: str) -> str:
-    """openvision3, what its numbers may depend on as far as it is installed, and these packages, each with its version."""
+    """The versions of openvision3, of the installed libraries that its numbers may depend on, and of these packages."""
     return ", ".join([f"openvision3 {__version__}", *(f"{name} {version}" for name, version in versions(*LIBRARIES, *packages).items())])
 
 
 def values(numbers: Iterable[Number]) -> dict[str, float]:
-    """{metric: value}, for who needs no more than that."""
-    return {each.metric: each.value for each in numbers}
+    """{metric: value} of these numbers."""
+    return {number.metric: number.value for number in numbers}
 
 
 @dataclass
 class Functions:
-    """A model as functions of images (B, 3, H, W) in [-1, 1], or of texts; what it cannot do is None."""
+    """A model as functions of images (B, 3, H, W) in [-1, 1] or of texts. A function that the model lacks is None."""
 
     name: str
     size: int
-    """side of the pictures it was trained for, in pixels"""
+    """side of the images that the model was trained on, in pixels"""
     dtype: str = "fp32"
-    """what it computes in"""
+    """precision of its computation"""
     sha256: str = ""
-    """of its weights"""
+    """sha256 of its weights"""
     licence: str = "unknown"
     reconstruct: Callable[[Tensor], Tensor] | None = None
     """images -> images"""
@@ -79,11 +79,11 @@ class Functions:
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
     """texts -> unit vectors (B, E)"""
     count_text: Callable[[Sequence[str]], TextCount] | None = None
-    """texts -> how much of them it does not know, or cuts off"""
+    """texts -> how many words the tokenizer does not know and how many texts it truncates"""
     caption: Callable[[Tensor], list[str]] | None = None
     features: Callable[[Tensor], Tensor] | None = None
-    """images -> what a probe sees (B, F): pooled frozen tokens"""
+    """images -> the features of a probe (B, F): pooled frozen tokens"""
     note: str = ""
-    """what has to be known of its rows, such as that it never ran on real weights"""
+    """a remark for all its rows, such as that it has never run on real weights"""
     fixed: bool = False
-    """it takes squares of `size` only: others are resized to it to be embedded, and are not rebuilt"""
+    """the model takes squares of `size` only: other images are resized to be embedded, and are not reconstructed"""

@@ -1,4 +1,4 @@
-"""What one evaluation measured, as files: results.json (rows of numbers with their settings) and pictures.jsonl (the scores of each sample)."""
+"""The files of one evaluation: results.json (rows of numbers with their settings) and pictures.jsonl (the scores of each sample)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openvision3.files import write_whole
 
 FORMAT = 1
 UNSEEN, SEEN = "unseen in training", "seen in training"
-"""how the names of these parts begin"""
+"""prefixes of the names of these parts"""
 FILE = "results.json"
 
 
@@ -24,27 +24,27 @@ class Setting:
     """What the numbers of one evaluation have in common."""
 
     data: str
-    """the names of the set, as they were given"""
+    """the names of the data, as on the command line"""
     data_sha256: str
-    """over its pictures as they were evaluated"""
+    """sha256 over its images as they were evaluated"""
     resolution: str
     """such as 128x128"""
     crop: str
-    """how a picture became that large"""
+    """how images were cropped and resized"""
     dtype: str
     seed: int
     guidance: str = "none"
     labels: str = "none"
-    """where the classes come from, and hashes of what stands for them"""
+    """source of the classes, and hashes of the texts or images that represent them"""
     captions: str = "none"
-    """where the captions come from, and a hash of them"""
+    """source of the captions, and a hash of them"""
     overlap: str = "not looked for"
-    """what the samples were compared with, to tell those that training has seen from the others"""
+    """the training data that the samples were compared with"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one model, whole: all that has to be known to repeat it or to compare it."""
+    """One number of one model, with everything needed to repeat it or to compare it."""
 
     model: str
     model_sha256: str
@@ -52,7 +52,7 @@ class Row:
     setting: Setting
     note: str = ""
     licence: str = "unknown"
-    """of the model's weights"""
+    """licence of the model's weights"""
 
     @property
     def metric(self) -> str:
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def protocol(self) -> tuple:
-        """Equal for numbers that may be compared: not the model, the value, the versions of libraries, and the path that leads to the pictures."""
+        """Key of comparable numbers: every field except model, value, library versions and names of the data."""
         n = self.number
         return (
             n.metric,
@@ -83,9 +83,9 @@ class Row:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Row:
-        """Raises KeyError, TypeError for a row that lacks a field, or has one of another type."""
+        """Raises KeyError, TypeError for a row that lacks a field or has a field of another type."""
         own = {name: values[name] for name in ("model", "model_sha256", "note", "licence")}
-        values = {"low": None, "high": None, "interval": "", "part": "", "overlap": "not looked for", **values}  # earlier versions knew no intervals
+        values = {"low": None, "high": None, "interval": "", "part": "", "overlap": "not looked for", **values}  # earlier versions wrote no intervals
         parts = [{name: values[name] for name in kind.__dataclass_fields__} for kind in (Number, Setting)]
         maybe = (int, float, type(None))
         numbers = {"value": (int, float), "count": (int,), "seed": (int,), "spread": maybe, "low": maybe, "high": maybe}
@@ -106,24 +106,24 @@ class NotRun:
 
 @dataclass
 class Results:
-    """What one command measured."""
+    """The results of one command."""
 
     rows: list[Row] = field(default_factory=list)
     not_run: list[NotRun] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """pictures that could not be read: {key, reason, detail}"""
+    """images that could not be read: {key, reason, detail}"""
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    """pictures that a metric leaves out: {model, of, reason, count}"""
+    """images that a metric leaves out: {model, of, reason, count}"""
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     differences: list[Difference] = field(default_factory=list)
-    """of two models on the same samples"""
+    """paired differences of two models on the same samples"""
     overlap: str = ""
-    """how many samples training has seen, in words"""
+    """one line about how many samples training has seen"""
 
     def save(self, folder: Path) -> Path:
-        """Write results.json into `folder`, whole or not at all. Raises OSError."""
+        """Write results.json into `folder` atomically. Raises OSError."""
         path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
         values = {
@@ -132,8 +132,8 @@ class Results:
             "seconds": round(self.seconds, 1),
             "environment": self.environment,
             "rows": [row.to_json() for row in self.rows],
-            "differences": [asdict(each) for each in self.differences],
-            "not_run": [asdict(each) for each in self.not_run],
+            "differences": [asdict(one) for one in self.differences],
+            "not_run": [asdict(entry) for entry in self.not_run],
             "skipped": self.skipped,
             "left_out": self.left_out,
             "overlap": self.overlap,
@@ -143,7 +143,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """A results.json, or the folder that holds one. Raises FileNotFoundError, ValueError."""
+        """Load a results.json, or the one in a folder. Raises FileNotFoundError, ValueError."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
@@ -155,8 +155,8 @@ class Results:
             if values["format"] != FORMAT:
                 raise ValueError(f"it has format {values['format']}, this version reads format {FORMAT}; evaluate anew")
             rows = [Row.from_json(row) for row in values["rows"]]
-            not_run = [NotRun(**each) for each in values["not_run"]]
-            apart = [Difference(**each) for each in values.get("differences", [])]
+            not_run = [NotRun(**entry) for entry in values["not_run"]]
+            differences = [Difference(**one) for one in values.get("differences", [])]
             return cls(
                 rows,
                 not_run,
@@ -165,7 +165,7 @@ class Results:
                 values["command"],
                 values["environment"],
                 values["seconds"],
-                apart,
+                differences,
                 values.get("overlap", ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -173,64 +173,64 @@ class Results:
                 json.JSONDecodeError: f"it {holds(path)}",
                 UnicodeDecodeError: f"it {holds(path)}",
                 KeyError: f"it has no field {error}",
-                TypeError: f"its fields do not fit: {error}",
+                TypeError: f"its fields have other types: {error}",
             }
             raise ValueError(f"{path} is not a results.json of `openvision3 evaluate`: {seen.get(type(error), error)}") from error
 
 
 @dataclass
 class Scores:
-    """What each sample scored, of one evaluation or of several on the same samples: what stands in pictures.jsonl."""
+    """The scores of each sample, from one evaluation or several on the same samples: the content of pictures.jsonl."""
 
     columns: dict[str, Columns] = field(default_factory=dict)
-    """by model; a sample is named by the hash of its pixels and how often these came before"""
+    """columns by model. A sample is identified by the hash of its pixels and the number of earlier samples with the same pixels"""
     parts: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
-    """the samples of each part that numbers are over, such as the unseen ones"""
+    """the samples of each part, such as the unseen samples"""
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
-        """Those of the pictures.jsonl in `folder`; none where there is no such file. Raises ValueError for one that is damaged."""
-        found = cls()
+        """Load pictures.jsonl of `folder`; without this file the scores are empty. Raises ValueError for a damaged file."""
+        scores = cls()
         path = folder / SCORES
         if not path.is_file():
-            return found
+            return scores
         seen: Counter[tuple[str, str]] = Counter()
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
-                if "image" not in row:  # of an earlier version
+                if "image" not in row:  # written by an earlier version
                     continue
                 sample = (row["image"], seen[row["model"], row["image"]])
                 seen[row["model"], row["image"]] += 1
                 for part in row["parts"]:
-                    found.parts.setdefault(part, set()).add(sample)
+                    scores.parts.setdefault(part, set()).add(sample)
                 for name in row.keys() - set(NOT_SCORES):
                     value = row[name]
-                    column = found.columns.setdefault(row["model"], {}).setdefault(name, Column([], []))
+                    column = scores.columns.setdefault(row["model"], {}).setdefault(name, Column([], []))
                     values = value if name in ROWS_OF_CAPTIONS else [value]
                     column.samples.extend([sample] * len(values))
                     column.values.extend(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no file of scores: {type(error).__name__} {error}; remove it, or evaluate again") from error
-        return found
+            raise ValueError(f"{path} is not a file of scores: {type(error).__name__} {error}; remove it or evaluate again") from error
+        return scores
 
 
 SCORES = "pictures.jsonl"
 NOT_SCORES = ("model", "key", "image", "parts", "written", "true")
-"""what else stands in a line"""
+"""fields of a line that are not scores"""
 ROWS_OF_CAPTIONS = ("text_to_image_rank",)
-"""columns with a row a caption: a list for each sample"""
+"""columns with one row per caption: a list for each sample"""
 
 
 def scores_by_sample(columns: Columns) -> dict[Any, dict[str, Any]]:
-    """{sample: {column: what it scored}}, as it stands in pictures.jsonl; numbers to seven digits."""
-    found: dict[Any, dict[str, Any]] = {}
+    """{sample: {column: score}}, as written to pictures.jsonl; numbers are rounded to seven digits."""
+    scores: dict[Any, dict[str, Any]] = {}
     for name, column in columns.items():
         for sample, value in zip(column.samples, column.values, strict=True):
-            own = found.setdefault(sample, {})
+            scores_of_sample = scores.setdefault(sample, {})
             rounded = float(f"{value:.7g}") if isinstance(value, float) else value
             if name in ROWS_OF_CAPTIONS:
-                own.setdefault(name, []).append(rounded)
+                scores_of_sample.setdefault(name, []).append(rounded)
             else:
-                own[name] = rounded
-    return found
+                scores_of_sample[name] = rounded
+    return scores

@@ -1,4 +1,4 @@
-"""One evaluation: load the models, measure every kind on the same images, and save what was found.
+"""One evaluation: load the models, measure every kind on the same images, and save the results.
 
     with distributed.started(device):
         evaluation = evaluate(("reconstruction", "probe"), options, open_model)
@@ -48,23 +48,23 @@ class Evaluation:
     images: ImageSet
     results: Results
     networks: suite.Networks
-    """what reconstructions are compared by"""
+    """networks that compare reconstructions with their originals"""
     say: Say
     embeddings: dict[str, Rows] = field(default_factory=dict)
     """image embeddings by model, computed once for all kinds that use them"""
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
-    """by (kind, model)"""
+    """results by (kind, model)"""
     resized: dict[int, ImageSet] = field(default_factory=dict)
-    """the same images at the sizes of models that take no other"""
+    """the same images at the sizes of models that take one size only"""
     overlap: Overlap | None = None
-    """what training has seen of the samples; on rank 0 only"""
+    """which samples training has seen; on rank 0 only"""
     parts: dict[str, set[int]] = field(default_factory=dict)
-    """indices of the samples of each part that has rows of its own"""
+    """indices of the samples of each part with rows of its own"""
     broken: str = ""
     """why a published protocol does not hold"""
 
     def images_for(self, model: Functions, kind: str) -> ImageSet:
-        """The images at this model's own size if it takes no other and none was named. Reconstruction compares all models at one size."""
+        """The images at this model's own size if it takes one size only and --size is not given. Reconstruction compares all models at one size."""
         if not model.fixed or self.options.size or kind == "reconstruction" or model.size == self.images.size:
             return self.images
         return self.resized.setdefault(model.size, self.images.resized(model.size))
@@ -97,10 +97,10 @@ def evaluate(
     say: Say = silent,
     watch: Watch = without_progress,
 ) -> Evaluation:
-    """Measure these kinds one after the other. After each, results.json is written, so that a kill loses one kind and not all.
+    """Measure these kinds one after the other. results.json is written after each, so that an interruption loses one kind at most.
 
     Raises:
-        ValueError, FileNotFoundError: an input that is missing or wrong, before anything is measured; or nothing could be measured.
+        ValueError, FileNotFoundError: an input is missing or wrong (raised before anything is measured), or nothing could be measured.
     """
     start = time.perf_counter()
     with distributed.together():
@@ -129,7 +129,7 @@ def prepare(
     say: Say = silent,
     watch: Watch = without_progress,
 ) -> Evaluation:
-    """Open everything that can fail for want of a file, before anything is measured."""
+    """Open every model, network and data set, so that a missing file is reported before anything is measured."""
     if options.precision == "fp32":  # cuDNN would use TF32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     networks = suite.Networks()
@@ -147,18 +147,18 @@ def prepare(
     if options.protocol:
         count, which = PROTOCOL_COUNTS[options.protocol]
         if len(images.chosen) != count:
-            raise ValueError(f"protocol {options.protocol} is over {which}, {count:,} of them; seen {len(images.chosen):,}")
+            raise ValueError(f"protocol {options.protocol} needs {which}, {count:,} of them; --data has {len(images.chosen):,}")
     results = Results(not_run=not_run, command=command, environment=environment())
     seen = _known_training(options, kinds, subjects, images) if distributed.rank() == 0 else None
     return Evaluation(options, subjects.models, images, results, networks, say, overlap=seen)
 
 
 def _known_training(options: Options, kinds: Sequence[str], subjects: Subjects, images: ImageSet) -> Overlap:
-    """What is known of the training data: recorded with MODEL and its VAE if they are measured, and named with --train."""
+    """The known training data: those recorded with MODEL and its VAE if these are measured, and those named with --train."""
     known, unknown = list(subjects.known), list(subjects.unknown)
     files, names = options.training_data()
     of_data = [Fingerprint.load(file) for file in files]
-    if names and tuple(kinds) != ("probe",):  # a probe compares with them itself
+    if names and tuple(kinds) != ("probe",):  # a probe removes near-duplicates of them itself
         source = open_source(names, options.data_options())
         images.problems.extend(source.problems)
         of_data.append(take_fingerprint(source, names, images.problems, lambda items, what: images.watch(items, what, len(source))))
@@ -169,15 +169,15 @@ def _known_training(options: Options, kinds: Sequence[str], subjects: Subjects, 
 
 
 def _why_nothing(evaluation: Evaluation) -> str:
-    """Why there is not one number."""
+    """The reason why no number was measured."""
     images = evaluation.images
     if images.problems and not any(set(images.chosen) & set(view.digests) for view in (images, *evaluation.resized.values())):
         return f"none of {len(images.chosen)} images can be read: {reasons_in_words(images.problems)}; `openvision3 data check` names them"
-    return "; ".join(dict.fromkeys(each.needs for each in evaluation.results.not_run)) or "nothing could be measured"
+    return "; ".join(dict.fromkeys(entry.needs for entry in evaluation.results.not_run)) or "nothing could be measured"
 
 
 def _check_protocol(evaluation: Evaluation) -> None:
-    """If unreadable images have broken a published protocol, say so in `broken` and in its rows."""
+    """If images of a published protocol are unreadable, state in `broken` and in its rows that it does not hold."""
     name, results = evaluation.options.protocol, evaluation.results
     count, which = PROTOCOL_COUNTS.get(name, (0, ""))
     counts = sorted({row.number.count for row in results.rows if row.metric in ("psnr", "ssim", "rfid")} - {count})
@@ -186,27 +186,27 @@ def _check_protocol(evaluation: Evaluation) -> None:
     held, broken = f"protocol {name}", f"NOT protocol {name}, of which pictures are missing"
     results.rows = [replace(row, number=replace(row.number, how=row.number.how.replace(held, broken))) for row in results.rows]
     measured_on = ", ".join(f"{n:,}" for n in counts)
-    evaluation.broken = f"protocol {name} is over {which}, {count:,} of them; measured on {measured_on}: the rows say that it does not hold"
+    evaluation.broken = f"protocol {name} needs {which}, {count:,} of them; measured on {measured_on}: the rows state that the protocol does not hold"
 
 
 # -- each kind -----------------------------------------------------------------------------------------------------
 
 
 def measure(evaluation: Evaluation, kind: str) -> None:
-    """Measure every model in one kind. What cannot be measured is listed in `not_run` with what it needs; the others are still measured."""
+    """Measure every model in one kind. A model that cannot be measured is listed in `not_run` with what it needs; the others are still measured."""
     results = evaluation.results
     lacking = ""
     try:
         measure_model = MEASURES[kind](evaluation)
     except (ValueError, OSError) as error:  # data without classes, or without training images
         lacking = str(error)
-    lacking = next(filter(None, distributed.gather_objects(lacking)), "")  # what one rank lacks, none has
+    lacking = next(filter(None, distributed.gather_objects(lacking)), "")  # if one rank lacks data, none measures
     for model in evaluation.models:
         try:
             if lacking:
                 raise suite.CannotRun(lacking)
             done = measure_model(model)
-            done.numbers = on_first(lambda measured=done: [with_interval(each, measured.columns) for each in measured.numbers])  # type: ignore[misc]
+            done.numbers = on_first(lambda measured=done: [with_interval(number, measured.columns) for number in measured.numbers])  # type: ignore[misc]
         except (ValueError, distributed.OtherRankFailed) as error:
             results.not_run.append(NotRun(model.name, kind, str(error)))
             continue
@@ -220,7 +220,7 @@ def measure(evaluation: Evaluation, kind: str) -> None:
 
 
 def _rows(evaluation: Evaluation, model: Functions, kind: str, done: Measured) -> list[Row]:
-    """Numbers -> rows with the setting they were measured in: over samples unseen in training, over seen ones, and over all."""
+    """Numbers -> rows with their setting: over samples unseen in training, over seen samples, and over all."""
     options, images, known = evaluation.options, evaluation.images_for(model, kind), evaluation.overlap
     drawn = "emoji drawn at this size, white, 0.77 of the side"
     crop = "; ".join(([drawn] if "openmoji" in options.data else []) + ([CROPS[options.crop]] if set(options.data) - {"openmoji"} else []))
@@ -248,7 +248,7 @@ def _rows(evaluation: Evaluation, model: Functions, kind: str, done: Measured) -
                 of_part = replace(setting, data_sha256=images.digest(sorted(samples)))
                 numbers.append((subset_numbers(done.numbers, done.columns, samples, part), of_part))
     only_part = next(iter(parts)) if len(parts) == 1 else ""
-    numbers.append(([replace(each, part=only_part) for each in done.numbers], setting))
+    numbers.append(([replace(number, part=only_part) for number in done.numbers], setting))
     return [Row(model.name, model.sha256, number, of, model.note, model.licence) for group, of in numbers for number in group]
 
 
@@ -316,7 +316,7 @@ MEASURES: dict[str, Callable[[Evaluation], Measure]] = {
 
 
 def _labels(evaluation: Evaluation, like: Labels | None) -> Labels:
-    """The classes of the chosen images, numbered as those of the training set if there is one."""
+    """The classes of the chosen images, numbered as in the training set if there is one."""
     options, images = evaluation.options, evaluation.images
     labels = read_labels(images.source, options.label_key, () if like else _class_names(options), least=0, like=like)
     chosen = set(images.chosen)
@@ -325,7 +325,7 @@ def _labels(evaluation: Evaluation, like: Labels | None) -> Labels:
 
 
 def _training(options: Options, least: int) -> tuple[Any, Labels]:
-    """The labelled training data. Raises ValueError if none are named, or they have no classes."""
+    """The labelled training data. Raises ValueError if none are named or they have no classes."""
     names = options.training_data()[1] or (("openmoji",) if options.data == ("openmoji",) else ())
     if not names:
         raise ValueError("training images with classes are needed; name them with --train")

@@ -1,6 +1,6 @@
-"""The models of one evaluation by name: which of them can be measured, and all of them loaded at one image size.
+"""Choose and load the models of one evaluation, and choose the size of its images.
 
-MODEL itself is opened by a function of the caller, because this package has not heard of any model; peers are loaded by `peers`.
+MODEL itself is opened by a function of the caller, because this package knows no model; `peers` loads the peers.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def silent(line: str) -> None:
 
 @dataclass
 class Subject:
-    """MODEL as its caller opened it."""
+    """MODEL, opened by the caller."""
 
     functions: Functions
     vae: Functions | None = None
-    """its VAE alone; None for a model whose VAE has no network"""
+    """its VAE alone; None if this VAE has no network"""
     known: Sequence[Known] = ()
     """the recorded training data of MODEL and its VAE"""
     unknown: Sequence[str] = ()
-    """which of the two have no such record"""
+    """which of the two have no record"""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Subjects:
 
 
 def choose_subjects(options: Options, kinds: Sequence[str]) -> tuple[list[str], list[NotRun]]:
-    """(names of the models to load, those that can do nothing of these kinds). Raises ValueError: an unknown name, or none is left."""
+    """(names of the models to load, models that can be measured in none of these kinds). Raises ValueError: an unknown name, or no model is left."""
     names = options.peer or (("ours", "vae") if "reconstruction" in kinds else ("ours",))
     names = tuple(dict.fromkeys((*names, *(("vae",) if "probe" in kinds and "ours" in names else ()))))
     known_names = ["ours", "vae", *table.PEERS, *published.ONLY]
@@ -66,7 +66,7 @@ def choose_subjects(options: Options, kinds: Sequence[str]) -> tuple[list[str], 
         else:
             usable.append(name)
     if not usable:
-        raise ValueError("; ".join(each.needs for each in not_run) + "; name a --peer that can be measured here, such as ours")
+        raise ValueError("; ".join(entry.needs for entry in not_run) + "; name a --peer that can be measured here, such as ours")
     return usable, not_run
 
 
@@ -76,8 +76,8 @@ def load_subjects(options: Options, names: Sequence[str], open_model: Callable[[
     The side is --size, else that of MODEL, else the largest of the peers; if images are to be rebuilt, of the peers that rebuild.
 
     Raises:
-        ValueError: a --peer-folder of no peer, a model without a VAE to measure, a peer that cannot be loaded.
-        FileNotFoundError: weights that are not here.
+        ValueError: a --peer-folder whose peer is not measured, a model without a VAE, a peer that cannot be loaded.
+        FileNotFoundError: missing weights.
     """
     folders = dict(pair.split("=", 1) for pair in options.peer_folder)
     unused = sorted(folders.keys() - {*names, *options.peer})
@@ -111,7 +111,7 @@ def load_subjects(options: Options, names: Sequence[str], open_model: Callable[[
 
 
 def _sizes_in_words(models: Sequence[Functions], size: int, reason: str, is_named: bool) -> str:
-    """One line on the side of the images, and on models that take one size only."""
+    """One line about the size of the images and about models that take one size only."""
     others = [f"{model.name} {model.size} px" for model in models if model.fixed and model.size != size]
     fate = "images are resized for them and not rebuilt" if is_named else "they embed images of their own size, and rebuild none"
     return f"images of {size} px ({reason})" + (f"; one size only: {', '.join(others)}: {fate}" if others else "")

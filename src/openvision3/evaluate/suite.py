@@ -1,4 +1,4 @@
-"""What `openvision3 evaluate` measures, for any model that is given as functions: the passes over the pictures, and what each of them gives."""
+"""What `openvision3 evaluate` measures, for any model that is given as functions: the passes over the images, and what each of them gives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS_AT_ONCE = 256
 
 
 class CannotRun(ValueError):
-    """A model or a set of pictures lacks what a metric needs; says what."""
+    """A model or a set of images lacks what a metric needs; says what."""
 
 
 @dataclass
@@ -42,15 +42,15 @@ class Measured:
     missing: list[tuple[str, str]] = field(default_factory=list)
     """(metric, what it needs)"""
     used: list[int] = field(default_factory=list)
-    """indices of the pictures that were used"""
+    """indices of the images that were used"""
     labels: str = "none"
     """where the classes come from, with hashes of what stands for them"""
     captions: str = "none"
     """sha256 of the captions that were compared with"""
     left_out: dict[str, int] = field(default_factory=dict)
+    """{reason: number of images left out}"""
     text: str = ""
-    """what the model makes nothing of in the texts, in words"""
-    """why pictures were left out: how many"""
+    """one line about unknown words and truncated texts"""
     shown: dict[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=dict)
     """what each sample scored, by its index in the source: what intervals, paired tests and numbers of a subset are made of"""
@@ -100,7 +100,7 @@ def _with_text(numbers: list[Number], model: Functions, texts: Sequence[str]) ->
 
 
 def image_embeddings(model: Functions, images: ImageSet) -> Rows:
-    """Unit vectors (N, E) of all usable pictures."""
+    """Unit vectors (N, E) of all usable images."""
     return images.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
 
 
@@ -227,7 +227,7 @@ def _of_samples(columns: Columns, used: Sequence[int], prefix: str = "") -> Colu
 
 
 def captioning(model: Functions, images: ImageSet, tokenizer: str = "auto", shown: int = 24) -> Measured:
-    """Written captions against all those of each picture. Raises CannotRun: no captions to compare with, or a model that writes none."""
+    """Written captions against all those of each image. Raises CannotRun: no captions to compare with, or a model that writes none."""
     needs(model, "captioning")
     write: Callable[[Tensor], list[str]] = model.caption  # type: ignore[assignment]
     found = images.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
@@ -260,7 +260,7 @@ def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Seque
     """The nearest class embedding, each made of the texts of that class; `how` says what these are.
 
     Raises:
-        CannotRun: a model without texts, or no usable picture with a class.
+        CannotRun: a model without texts, or no usable image with a class.
     """
     needs(model, "zeroshot")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
@@ -283,10 +283,10 @@ def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Seque
 
 
 def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
-    """(texts of each class, what they are). `kind` is templates, names, or captions: those of the training pictures of a class.
+    """(texts of each class, what they are). `kind` is templates, names, or captions: those of the training images of a class.
 
     Raises:
-        CannotRun: captions without training pictures, or classes of which only numbers are known.
+        CannotRun: captions without training images, or classes of which only numbers are known.
     """
     if kind == "captions":
         if training is None:
@@ -350,7 +350,7 @@ def probe(model: Functions, train: LabelledSet, test: LabelledSet, k: int = 20, 
             try:
                 numbers += _named(test(scores), name)
                 columns |= _of_samples(scores, used, f"{name}_")
-            except ValueError as error:  # such as fewer training pictures than neighbours: the other can do with them
+            except ValueError as error:  # such as fewer training images than neighbours: the other can do with them
                 missing.append((name, str(error)))
         return numbers, missing, columns
 

@@ -1,4 +1,4 @@
-"""Rows of several models -> tables in which only comparable numbers stand side by side, and how a value is written."""
+"""Rows of several models -> tables in which only comparable numbers stand side by side, and the formatting of values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from openvision3.evaluate.statistics import Difference, best_first, differences
 
 @dataclass
 class Line:
-    """One line of a table: a metric by one protocol, and what each model has in it."""
+    """One line of a table: a metric by one protocol, with the number of each model."""
 
     metric: str
     how: str
     values: dict[str, Number]
     differences: list[Difference] = field(default_factory=list)
-    """of its models on the same samples, where their scores are at hand"""
+    """paired differences between its models, if the scores of the samples are known"""
 
 
 def table(rows: Iterable[Row]) -> list[Line]:
-    """Rows of several models -> a line a metric. Numbers that may not be compared are refused.
+    """Rows of several models -> one line per metric. Numbers that cannot be compared are refused.
 
     Raises:
-        ValueError: two unlike protocols of one metric, or two numbers of one model by the same one.
+        ValueError: two protocols of one metric, or two numbers of one model by the same protocol.
     """
     lines: dict[str, Line] = {}
     first: dict[str, Row] = {}
@@ -53,20 +53,20 @@ def _unlike(a: Row, b: Row) -> str:
 
 
 def named(setting: Setting, lines: Iterable[Line]) -> str:
-    """The data, and which part of them the numbers are over."""
+    """The name of the data, and the part of them that the numbers were computed from."""
     part = next((number.part for line in lines for number in line.values.values()), "")
     return f"{setting.data}, {part}" if part else setting.data
 
 
 def leading(rows: Iterable[Row]) -> list[Row]:
-    """Without the numbers over seen samples and over all where there is one over those that training has not seen: what a figure shows."""
+    """The rows that a figure shows: numbers over unseen samples where they exist, else numbers over all."""
     rows = list(rows)
     apart = {(row.model, row.metric, row.setting.data) for row in rows if row.number.part.startswith(UNSEEN)}
     return [row for row in rows if row.number.part.startswith(UNSEEN) or (row.model, row.metric, row.setting.data) not in apart]
 
 
 def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
-    """Rows of any protocols -> as many tables as are needed for each to hold like numbers only."""
+    """Rows of any protocols -> the fewest tables that each hold comparable numbers only."""
     piles: list[tuple[Setting, list[Row]]] = []
     for row in rows:
         for setting, pile in piles:
@@ -81,46 +81,46 @@ def split(rows: Sequence[Row]) -> list[tuple[Setting, list[Line]]]:
 
 
 def by_need(not_run: Iterable[NotRun]) -> list[tuple[str, list[str]]]:
-    """[(what is needed, ["metric of model", ...])]: each once, however many evaluations say so."""
-    found: dict[str, dict[str, None]] = {}
-    for each in not_run:
-        found.setdefault(each.needs, {})[f"{each.metric} of {each.model}"] = None
-    return [(what, list(who)) for what, who in found.items()]
+    """[(what is needed, ["metric of model", ...])], without duplicates."""
+    names: dict[str, dict[str, None]] = {}
+    for entry in not_run:
+        names.setdefault(entry.needs, {})[f"{entry.metric} of {entry.model}"] = None
+    return [(what, list(who)) for what, who in names.items()]
 
 
 PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
-"""Metrics that are shares of 1, shown as %."""
+"""Metrics that are shares of 1 and are shown in %."""
 
 
 def surely_best(line: Line) -> str:
-    """The model that a paired test tells from the second best of the line; "" where there is none."""
+    """The best model of the line, if a paired test finds it different from the second best; otherwise ""."""
     ranking = best_first(line.metric, {model: number.value for model, number in line.values.items()})
-    apart = {frozenset((each.a, each.b)) for each in line.differences if each.differs}
+    apart = {frozenset((one.a, one.b)) for one in line.differences if one.differs}
     return ranking[0] if len(ranking) > 1 and frozenset(ranking[:2]) in apart else ""
 
 
 def titles(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Iterable[Row]) -> list[str]:
-    """What stands above each table: set, size, precision, how many; of models whose name stands for several weights the sha256 of those in this table."""
+    """The title of each table: data, size, precision, N. If one name stands for several weights, the sha256 of those in this table is added."""
     hashes: dict[tuple[str, Number], set[str]] = {}
     by_name: dict[str, set[str]] = {}
     for row in rows:
         hashes.setdefault((row.model, row.number), set()).add(row.model_sha256)
         by_name.setdefault(row.model, set()).add(row.model_sha256)
-    made = []
+    table_titles = []
     for setting, lines in tables:
         counts = sorted({number.count for line in lines for number in line.values.values()})
         which: dict[str, None] = {}
         for line in lines:
             for model, number in line.values.items():
                 if len(by_name.get(model, ())) > 1:
-                    which |= {f"{model} sha256 {each[:12] or 'none'}": None for each in sorted(hashes[model, number])}
+                    which |= {f"{model} sha256 {sha256[:12] or 'none'}": None for sha256 in sorted(hashes[model, number])}
         head = f"{named(setting, lines)}, {setting.resolution}, {setting.dtype}, N = {', '.join(f'{count:,}' for count in counts)}"
-        made.append("; ".join([head, *which]))
-    return made
+        table_titles.append("; ".join([head, *which]))
+    return table_titles
 
 
 def how_to_read(lines: Iterable[Line]) -> str:
-    """What brackets and bold figures of tables mean; "" where there are none."""
+    """The meaning of brackets and bold numbers in these tables; "" if there are none."""
     lines = list(lines)
     brackets = any(number.low is not None for line in lines for number in line.values.values())
     several = any(len(line.values) > 1 for line in lines)
@@ -129,10 +129,10 @@ def how_to_read(lines: Iterable[Line]) -> str:
 
 
 def with_differences(tables: Sequence[tuple[Setting, list[Line]]], evaluations: Sequence[tuple[Sequence[Row], Scores]]) -> list[Difference]:
-    """Puts the paired differences into each line of the tables, and returns them all. `evaluations` are the rows and the scores of each.
+    """Put the paired differences into each line of the tables and return them all. `evaluations` holds (rows, scores) of each evaluation.
 
     Raises:
-        ValueError: numbers of one protocol over unlike samples.
+        ValueError: numbers of one protocol over different samples.
     """
     places: dict[tuple[str, Number], Scores] = {(row.model, row.number): scores for rows, scores in evaluations for row in rows}
     for _, lines in tables:
@@ -141,17 +141,17 @@ def with_differences(tables: Sequence[tuple[Setting, list[Line]]], evaluations: 
             parts = {name: samples for scores in own.values() for name, samples in scores.parts.items()}
             columns = {model: scores.columns[model] for model, scores in own.items() if model in scores.columns}
             line.differences = differences(line.metric, line.values, columns, parts)
-    return [each for _, lines in tables for line in lines for each in line.differences]
+    return [one for _, lines in tables for line in lines for one in line.differences]
 
 
 def shown(metric: str, number: Number) -> str:
-    """A value with its unit and the interval over samples: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0]; without one, KID with its error: 0.0195 ± 0.0015."""
+    """A value with its unit and interval: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0]. KID without an interval is shown with its spread: 0.0195 ± 0.0015."""
     if any(part in metric for part in PERCENT):
         return f"{100 * number.value:.1f} %" + _interval(number, 1, 100)
     unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
         metric.split(",")[0].split(" ")[0], ("", 4)
     )
-    error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # others spread over pictures
+    error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # the spread of other metrics is over images
     return f"{number.value:.{digits}f}{unit}{_interval(number, digits) or error}"
 
 
@@ -165,7 +165,7 @@ Table = tuple[Setting, list[Line]]
 def cells(lines: Sequence[Line], only_published: Sequence[str] = ()) -> tuple[list[str], list[list[str]], set[tuple[int, int]], int]:
     """(header, rows, (row, column) of the bold cells, columns of measured models) of one table.
 
-    A line a metric and a column a model, then what was published of these models and of `only_published`, in columns of their own.
+    One line per metric and one column per model. Published numbers of these models and of `only_published` follow in columns of their own.
     """
     models = list(dict.fromkeys(model for line in lines for model in line.values))
     metrics = [line.metric for line in lines]

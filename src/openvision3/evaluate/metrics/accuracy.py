@@ -1,4 +1,4 @@
-"""What scores of classes come to: accuracy over pictures and over classes, and what guessing alone would give."""
+"""What scores of classes come to: accuracy over images and over classes, and what guessing alone would give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well pictures are described: written captions against the references of each picture.
+"""How well images are described: written captions against the references of each image.
 
 BLEU (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr (CIDEr-D of Vedantam et al. 2015) as COCO's caption evaluation
 computes them (Chen et al. 2015, package pycocoevalcap), written anew on lists of words: they need no Java. Two tokenisers
@@ -57,14 +57,14 @@ def evaluate_captions(
     missing: list[str] | None = None,
     columns: Columns | None = None,
 ) -> list[Number]:
-    """One written caption a picture against all references of that picture -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
+    """One written caption an image against all references of that image -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
 
     `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. What cannot be computed is left
-    out of the numbers, and said in a line that is added to `missing`; scores of each picture are added to `columns`. exact_match and
+    out of the numbers, and said in a line that is added to `missing`; scores of each image are added to `columns`. exact_match and
     token_f1 always see the simple words.
 
     Raises:
-        ValueError: unlike counts, none, a picture without references, or a tokeniser that cannot be had.
+        ValueError: unlike counts, none, an image without references, or a tokeniser that cannot be had.
     """
     if not written or len(written) != len(references):
         raise ValueError(f"captions must be compared picture by picture; seen {len(written)} written and references of {len(references)}")
@@ -180,7 +180,7 @@ def bleu(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> lis
 
 
 def bleu_sums(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[list[int]]:
-    """For each picture what BLEU sums up: right and guessed n-grams for n = 1 to 4, own words, words to reach."""
+    """For each image what BLEU sums up: right and guessed n-grams for n = 1 to 4, own words, words to reach."""
     found = []
     for own, of in zip(written, references, strict=True):
         most: Counter[tuple[str, ...]] = Counter()
@@ -195,7 +195,7 @@ def bleu_sums(written: Sequence[Words], references: Sequence[Sequence[Words]]) -
 
 
 def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean over pictures of F_beta from the longest common subsequence, its precision and its recall each of the best reference.
+    """Mean over images of F_beta from the longest common subsequence, its precision and its recall each of the best reference.
 
     A caption without words counts as one empty word, as at COCO.
     """
@@ -203,7 +203,7 @@ def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
 
 def rouge_l_scores(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """Of each picture."""
+    """Of each image."""
     found = []
     for own, of in zip(written, references, strict=True):
         own = own or [""]
@@ -225,9 +225,9 @@ def _common_subsequence(first: Words, second: Words) -> int:
 
 
 def cider(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """CIDEr-D: ten times the mean over pictures, references and n of clipped cosines of tf-idf vectors, with a penalty on length.
+    """CIDEr-D: ten times the mean over images, references and n of clipped cosines of tf-idf vectors, with a penalty on length.
 
-    A document is a picture: df counts the pictures of whose references one has the n-gram. Lengths are counted in bigrams, as
+    A document is an image: df counts the images of whose references one has the n-gram. Lengths are counted in bigrams, as
     pycocoevalcap does, which differs from words for captions of none and one alone.
     """
     return sum(cider_scores(written, references)) / len(written)
@@ -237,12 +237,12 @@ FEW_DOCUMENTS = 1_000
 
 
 def cider_warning(count: int) -> str:
-    """What has to stand beside a CIDEr of few pictures; nothing for many: n-grams are weighed by their frequency in this set alone."""
+    """What has to stand beside a CIDEr of few images; nothing for many: n-grams are weighed by their frequency in this set alone."""
     return f"; document frequencies of {count} pictures: compare with no other set" if count < FEW_DOCUMENTS else ""
 
 
 def cider_scores(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """Of each picture, times ten."""
+    """Of each image, times ten."""
     frequency: Counter[tuple[str, ...]] = Counter()
     for of in references:
         frequency.update({gram for reference in of for gram in ngrams(reference)})

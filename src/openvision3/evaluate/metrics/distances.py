@@ -119,10 +119,10 @@ class Statistics:
 
 
 def read_pictures(path: str | Path, batch: int = 64) -> Iterator[Tensor]:
-    """The pictures of an ADM file (`arr_0`, uint8 NHWC) -> images (B, 3, H, W) in [-1, 1], without reading it whole.
+    """The images of an ADM file (`arr_0`, uint8 NHWC) -> images (B, 3, H, W) in [-1, 1], without reading it whole.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not one of pictures.
+        FileNotFoundError, ValueError: no such file, or not one of images.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file of pictures: {path}")
@@ -151,10 +151,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID where the features are Inception's pool_3, sFID where its spatial ones.
 
     With R R^T = S1 the eigenvalues of S1 S2 are those of the symmetric R^T S2 R. R keeps the directions in which S1 is more
-    than rounding, so that a covariance of fewer pictures than dimensions, which is legal, adds no noise.
+    than rounding, so that a covariance of fewer images than dimensions, which is legal, adds no noise.
 
     Raises:
-        ValueError: statistics of unlike width, or of fewer than two pictures.
+        ValueError: statistics of unlike width, or of fewer than two images.
     """
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of width {len(a.mean)} and {len(b.mean)} cannot be compared; both sides need one network")
@@ -170,7 +170,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_warning(count: int, width: int) -> str:
-    """What has to stand beside a Frechet distance of few pictures; nothing for many."""
+    """What has to stand beside a Frechet distance of few images; nothing for many."""
     return f"; {count} pictures for features of width {width}: mostly bias, compare with nothing" if count <= width else ""
 
 
@@ -193,7 +193,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 100
     """KID of features (N, D) and (M, D) with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401).
 
     Subsets are drawn without repeats from each side, `size` of it or half a side where that is fewer. With `paired`, row i of
-    both belongs to one picture (an original and what was made of it): then a picture is not compared with its own copy
+    both belongs to one image (an original and what was made of it): then an image is not compared with its own copy
     (the U-statistic for as many x as y beside lemma 6 of Gretton et al. 2012), without which the estimate for copies would be biased, and equal sets have 0.
 
     Raises:
@@ -259,7 +259,7 @@ def _squared_discrepancy(x: Tensor, y: Tensor, paired: bool, chunk: int = 256) -
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and (M, D), as ADM's evaluator has it.
 
-    Precision is the share of fakes that lie in the ball of some real picture up to its k-th nearest other real one; recall the
+    Precision is the share of fakes that lie in the ball of some real image up to its k-th nearest other real one; recall the
     share of reals within the balls of fakes. Distances are taken chunk by chunk about the mean of the reals, in the dtype and on
     the device of `real`.
 
@@ -302,7 +302,7 @@ def _radii(features: Tensor, k: int, chunk: int) -> Tensor:
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """IS (Salimans et al. 2016) of logits (N, classes): mean and standard deviation over `splits` parts in the order given.
 
-    ADM's evaluator has parts of 5,000 pictures, which is 10 of 50,000. Pictures sorted by class have to be shuffled first.
+    ADM's evaluator has parts of 5,000 images, which is 10 of 50,000. Images sorted by class have to be shuffled first.
     """
     if splits < 1 or len(logits) < splits:
         raise ValueError(f"{len(logits)} pictures cannot be split into {splits} parts; every part needs at least one")

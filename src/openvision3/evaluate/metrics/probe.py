@@ -29,7 +29,7 @@ MOST = 2000
 AT_ONCE = 100
 """iterations of one history"""
 HELD_OUT = 5
-"""one in so many training pictures of each class chooses L2"""
+"""one in so many training images of each class chooses L2"""
 
 
 def evaluate_knn(
@@ -93,7 +93,7 @@ def evaluate_linear_probe(
     ones the smaller cross entropy. Then all of `train` is fitted with it.
 
     Raises:
-        ValueError: unlike counts, labels without a class, features that are no numbers, no class of two pictures to hold one out.
+        ValueError: unlike counts, labels without a class, features that are no numbers, no class of two images to hold one out.
     """
     check_labels(train, train_labels, classes, "linear probe, training set")
     check_labels(test, test_labels, classes, "linear probe, test set")
@@ -131,7 +131,7 @@ def evaluate_linear_probe(
 
 
 def held_out(labels: Sequence[int]) -> Tensor:
-    """Labels of n pictures -> (n,) bool: of each class one in HELD_OUT, at least one where there are two, in the order of a hash of the row."""
+    """Labels of n images -> (n,) bool: of each class one in HELD_OUT, at least one where there are two, in the order of a hash of the row."""
     by_class: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         by_class.setdefault(label, []).append(row)

@@ -1,6 +1,6 @@
-"""How well pictures are rebuilt, given `reconstruct(images)`: PSNR, SSIM, feature distances, LPIPS, rFID and KID.
+"""How well images are rebuilt, given `reconstruct(images)`: PSNR, SSIM, feature distances, LPIPS, rFID and KID.
 
-All of it is measured on pictures rounded to uint8, each picture by itself and, for rFID and KID, the set of them. Every rank
+All of it is measured on images rounded to uint8, each image by itself and, for rFID and KID, the set of them. Every rank
 brings its own rows and all get the same answer, which depends neither on how many ranks there are nor on the batch size.
 """
 
@@ -22,7 +22,7 @@ from openvision3.networks.inception import Extractor, Inception
 from openvision3.networks.perceptual import EFFICIENTNET_SHA256, EfficientNetDistance, Lpips
 
 Rows = tuple[Sequence[int], Sequence[str], Tensor]
-"""(place of each picture in the whole set, its key, images (B, 3, H, W) in [-1, 1])"""
+"""(place of each image in the whole set, its key, images (B, 3, H, W) in [-1, 1])"""
 
 KID_PICTURES = 10_000
 
@@ -30,7 +30,7 @@ WINDOW, SIGMA = 11, 1.5
 """Of SSIM's Gaussian, in pixels."""
 
 
-# -- one pair of pictures -------------------------------------------------------------------------------------------
+# -- one pair of images -------------------------------------------------------------------------------------------
 
 
 def psnr(images: Tensor, images_hat: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
     """(B, 3, H, W) twice in [-1, 1] -> SSIM of each pair, both rounded to uint8 first.
 
     Wang et al. 2004, equation 13, with K1 = 0.01, K2 = 0.03 and range 1: a Gaussian window of 11 pixels and sigma 1.5 about every
-    pixel, the picture mirrored at its edges, on each colour by itself; mean over pixels and colours. As torchmetrics has it;
+    pixel, the image mirrored at its edges, on each colour by itself; mean over pixels and colours. As torchmetrics has it;
     scikit-image leaves out windows that reach beyond an edge.
 
     Raises:
@@ -66,7 +66,7 @@ def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
 
 
 def _windows(length: int, device: torch.device) -> Tensor:
-    """(length, length): row i weighs the pixels of the window about pixel i; beyond an edge lies the mirror of the picture."""
+    """(length, length): row i weighs the pixels of the window about pixel i; beyond an edge lies the mirror of the image."""
     offsets = torch.arange(WINDOW) - WINDOW // 2
     weights = torch.exp(-offsets.double().square() / (2 * SIGMA**2))
     places = (torch.arange(length)[:, None] + offsets).abs()
@@ -81,7 +81,7 @@ def _check(images: Tensor, images_hat: Tensor) -> None:
         raise ValueError(f"pictures of {tuple(images.shape)} and {tuple(images_hat.shape)} cannot be compared; they must be of one shape")
 
 
-# -- a set of pictures, on any number of ranks ----------------------------------------------------------------------
+# -- a set of images, on any number of ranks ----------------------------------------------------------------------
 
 
 @dataclass
@@ -248,7 +248,7 @@ class _Set:
         self.kept = [torch.cat([torch.zeros(0, 2, self.extractor.width), *self.kept])[wanted]]
 
     def numbers(self, indices: list[int], where: str, seed: int) -> tuple[list[Number], Columns]:
-        """Given the places of all ranks' pictures: the numbers, and what each picture adds to KID. Rank 0 computes, all get the answer."""
+        """Given the places of all ranks' images: the numbers, and what each image adds to KID. Rank 0 computes, all get the answer."""
         extractor = self.extractor
         drawn = sorted(pair for part in distributed.gather_objects(self.places) for pair in part)
         self._forget_beyond(drawn[:KID_PICTURES][-1])
@@ -291,13 +291,13 @@ def _sizes(sizes: set[tuple[int, int]]) -> str:
 def noise_curve(
     batches: Iterable[Rows], reconstruct_noisy: Callable[[Tensor, Sequence[float], Sequence[str]], Iterable[Tensor]], sigmas: Sequence[float]
 ) -> tuple[list[tuple[float, float, int]], Columns]:
-    """(sigma, mean PSNR in dB, pictures) for each strength of the noise on the tokens, over the pictures of all ranks; and the PSNR of each picture.
+    """(sigma, mean PSNR in dB, images) for each strength of the noise on the tokens, over the images of all ranks; and the PSNR of each image.
 
     `reconstruct_noisy(images, sigmas, keys)` gives the images rebuilt at each sigma, and draws a row's noise from its key, so that no batch and no rank
     shows in the curve.
 
     Raises:
-        ValueError: no pictures, or no sigma, or one that is negative or not finite.
+        ValueError: no images, or no sigma, or one that is negative or not finite.
     """
     if not sigmas or not all(0 <= sigma < float("inf") for sigma in sigmas):
         raise ValueError(f"sigmas {list(sigmas)} cannot be measured; legal are one or more finite numbers from 0 on")

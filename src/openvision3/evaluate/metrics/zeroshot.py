@@ -1,7 +1,7 @@
-"""How well pictures are told apart by words: retrieval and classification, given embeddings of unit length.
+"""How well images are told apart by words: retrieval and classification, given embeddings of unit length.
 
 Protocol of CLIP (Radford et al. 2021, section 3.1) for classes, and of Karpathy and Fei-Fei (2015) for retrieval, where one
-picture has several captions.
+image has several captions.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def evaluate_retrieval(
     columns: Columns | None = None,
     missing: list[tuple[str, str]] | None = None,
 ) -> list[Number]:
-    """(N, E) pictures, (M, E) texts, text j of picture owners[j] -> image_to_text_r@k and text_to_image_r@k, and the median rank each way.
+    """(N, E) images, (M, E) texts, text j of image owners[j] -> image_to_text_r@k and text_to_image_r@k, and the median rank each way.
 
-    A string that several pictures have is right for all of them; with `shared` False, as in CLIP_benchmark, only the texts that a picture was given
+    A string that several images have is right for all of them; with `shared` False, as in CLIP_benchmark, only the texts that an image was given
     itself are right, though others read the same. Of several right ones the best placed counts. Its rank is one more than the number of wrong
-    candidates that are as similar or more (within EQUAL). The ranks are added to `columns`, by the place of the picture.
+    candidates that are as similar or more (within EQUAL). The ranks are added to `columns`, by the place of the image.
 
     R@k is measured where a model could miss: with fewer than k wrong candidates for each query any model has 100 %, which is added to `missing`.
 
     Raises:
-        ValueError: unlike counts, none, owners out of range, a picture without a text, or embeddings that are no numbers.
+        ValueError: unlike counts, none, owners out of range, an image without a text, or embeddings that are no numbers.
     """
     pictures, count = len(image_embedding), len(texts)
     if not count or len(text_embedding) != count or len(owners) != count:
@@ -56,19 +56,19 @@ def evaluate_retrieval(
             raise ValueError(f"some {what} embeddings hold NaN or infinite numbers; look at the model in fp32")
     image, text = image_embedding.float(), text_embedding.float().to(image_embedding.device)
     unlike = len(dict.fromkeys(texts))
-    names: Sequence[Hashable] = texts if shared else list(zip(texts, owners, strict=True))  # equal texts of two pictures are then two
+    names: Sequence[Hashable] = texts if shared else list(zip(texts, owners, strict=True))  # equal texts of two images are then two
     numbered = {name: i for i, name in enumerate(dict.fromkeys(names))}
     string, owner = torch.tensor([numbered[name] for name in names], device=image.device), torch.tensor(owners, device=image.device)
 
     def texts_of(start: int, stop: int) -> Tensor:
-        """Which texts are right for pictures start to stop: (stop - start, M)."""
+        """Which texts are right for images start to stop: (stop - start, M)."""
         own = (owner >= start) & (owner < stop)
         has = torch.zeros(stop - start, len(numbered), dtype=torch.bool, device=image.device)
         has[owner[own] - start, string[own]] = True
         return has[:, string]
 
     def pictures_of(start: int, stop: int) -> Tensor:
-        """Which pictures are right for texts start to stop: (stop - start, N)."""
+        """Which images are right for texts start to stop: (stop - start, N)."""
         asked, row = string[start:stop].unique(return_inverse=True)
         same = torch.isin(string, asked)
         has = torch.zeros(len(asked), pictures, dtype=torch.bool, device=image.device)
@@ -125,12 +125,12 @@ def evaluate_classification(
     prompts: str = "the mean text embedding of its prompts",
     columns: Columns | None = None,
 ) -> Classification:
-    """(N, E) pictures of class labels[i] against (C, E) class embeddings -> accuracy of the nearest class, and that of each class.
+    """(N, E) images of class labels[i] against (C, E) class embeddings -> accuracy of the nearest class, and that of each class.
 
     `prompts` says what a class embedding was made of; ranks are added to `columns`. Of equally near classes (within EQUAL) the first named is taken.
 
     Raises:
-        ValueError: no pictures, unlike counts, or embeddings that are no numbers.
+        ValueError: no images, unlike counts, or embeddings that are no numbers.
     """
     if len(names) != len(classes):
         raise ValueError(f"classification needs a name for each class; seen {len(classes)} classes, {len(names)} names")
