@@ -38,9 +38,9 @@ class LossConfig:
     lambda_perceptual: float = 0.0
     """weight of the perceptual distance within reconstruction (high_res: 0.5)"""
     tau: float = 0.8
-    """the strength of the noise on an image's tokens is drawn from Uniform[0, tau]"""
+    """largest noise on the tokens; the strength for an image is drawn from Uniform[0, tau]"""
     encoder_learns_from: Literal["both", "understanding", "reconstruction", "nothing"] = "both"
-    """the branch whose gradient reaches the encoder; the other branch trains on detached tokens; with nothing the encoder is frozen"""
+    """the branch whose gradient reaches the encoder; the other branch trains on detached tokens; nothing: the encoder is frozen"""
     perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
     """feature distance of the perceptual term; LPIPS needs the two files below"""
     lpips_backbone: PathName = ""

@@ -31,9 +31,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's epsilon"""
     weight_decay: float = 0.2
-    """applies to matrices only, not to biases, norms, embeddings, positions and the temperature"""
+    """weight decay of matrices; biases, norms, embeddings, positions and the temperature have none"""
     clip: float = 1.0
-    """largest norm of the whole gradient; a longer one is scaled down"""
+    """largest norm of the whole gradient; a larger gradient is scaled down to it"""
 
     def __post_init__(self):
         check_choices(self)

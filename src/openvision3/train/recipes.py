@@ -75,7 +75,7 @@ def folder() -> PretrainConfig:
 
 
 def mini_low_res() -> PretrainConfig:
-    """The first phase of the mini model, at 64 px: a quarter of the tokens, and of the work of the VAE.
+    """The first phase of the mini model, at 64 px: a quarter of the tokens and of the VAE's work.
 
     openvision3 train mini_low_res --data openmoji SHARDS --only source=clipart
     Two CPU cores without AMX, about 40 minutes; expected on the val emoji: 22 dB at 64 px (docs/training.md draws both phases).
@@ -182,7 +182,7 @@ def base_low_res() -> PretrainConfig:
 
 
 def base_high_res() -> PretrainConfig:
-    """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released one) from its weights.
+    """The paper's fine-tuning: base_low_res at 256 px (--size 224 is the other released size) from its weights.
 
     torchrun ... -m openvision3 train base_high_res --init runs/base_low_res --data ... (as base_low_res) [--size 224]
     400 epochs: about 760 H100-hours (12 on 64) in --micro-batch 32, which 80 GB hold. Needs the two LPIPS files, or
