@@ -22,6 +22,7 @@ from typing import Any
 import diffusers
 import torch
 import tyro
+from PIL import Image
 from safetensors.torch import load_file
 
 SAME = ("--precision", "fp32", "--device", "cpu", "--compile", "off", "--seed", "0", "--log-every", "1", "--workers", "0")
@@ -113,6 +114,18 @@ def measure(checkout: Path, place: Path, inputs: Path) -> dict[str, dict[str, An
     return numbers
 
 
+def write_inputs(checkout: Path, inputs: Path) -> None:
+    """A VAE of FLUX.1's shape with random weights, a tokenizer and four held-out images."""
+    inputs.mkdir(parents=True)
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(**FLUX).save_pretrained(inputs / "vae")  # type: ignore[attr-defined]
+    shutil.copyfile(checkout / "src/openvision3/assets/mini/tokenizer.json", inputs / "words.json")
+    (inputs / "held_out").mkdir()
+    for number in range(4):
+        Image.new("RGB", (256, 256), (60 * number, 200 - 50 * number, 90)).save(inputs / "held_out" / f"{number}.png")
+        (inputs / "held_out" / f"{number}.txt").write_text(f"colour {number}")
+
+
 def compare(what: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     unlike = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     print(f"{what}: {len(before)} values, {len(unlike)} differ")
@@ -127,22 +140,19 @@ def main(before: Path, after: Path, /, out: Path = Path("same_numbers")) -> int:
     Args:
         before: one checkout
         after: the other
-        out: a new folder for runs and results
+        out: a folder for runs and results; what BEFORE gave is kept there and not run again
     """
     inputs = out / "inputs"
-    inputs.mkdir(parents=True)
-    torch.manual_seed(0)
-    diffusers.AutoencoderKL(**FLUX).save_pretrained(inputs / "vae")  # type: ignore[attr-defined]
-    shutil.copyfile(before / "src/openvision3/assets/mini/tokenizer.json", inputs / "words.json")
-    (inputs / "held_out").mkdir()
-    from PIL import Image
-
-    for number in range(4):
-        Image.new("RGB", (256, 256), (60 * number, 200 - 50 * number, 90)).save(inputs / "held_out" / f"{number}.png")
-        (inputs / "held_out" / f"{number}.txt").write_text(f"colour {number}")
-    numbers = [measure(checkout, out / name, inputs) for checkout, name in ((before, "before"), (after, "after"))]
+    if not inputs.is_dir():
+        write_inputs(before, inputs)
+    kept = out / "before" / "numbers.json"
+    first = json.loads(kept.read_text()) if kept.is_file() else measure(before, out / "before", inputs)
+    kept.write_text(json.dumps(first))
+    shutil.rmtree(out / "after", ignore_errors=True)
+    numbers = [first, measure(after, out / "after", inputs)]
     same = [compare(what, numbers[0][what], numbers[1][what]) for what in numbers[0]]
     same.append(compare("resumed against whole", numbers[1]["whole"], numbers[1]["resumed"]))
+    shutil.rmtree(out / "handed_over", ignore_errors=True)
     shutil.copytree(out / "before" / "whole", out / "handed_over")
     back_to_the_middle(out / "handed_over")
     openvision3(after, "train", "tiny", *SAME, "--steps", 6, "--save-every", 3, "--eval-every", 3, "--resume", "--out", out / "handed_over")

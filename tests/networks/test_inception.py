@@ -178,3 +178,11 @@ def test_the_kernel_distance_on_efficientnet_grows_with_what_jpeg_takes_away(eff
     result = [kernel_distance(true, efficientnet(through_jpeg(quality)), paired=True, subsets=2).value for quality in (95, 30, 5)]
     assert 0 < result[0] < result[1] < result[2]
     assert kernel_distance(true, true, paired=True, subsets=2).value == pytest.approx(0, abs=1e-12)
+
+
+def test_how_images_are_prepared_is_told_in_the_words_of_saved_results():
+    """These texts are part of a row's protocol: with other words, new numbers would not stand beside old ones."""
+    assert EfficientNetFeatures.preparation == (
+        "uint8, resized to 224x224 by bicubic interpolation with antialias, clamped to the range of pixels and not rounded again"
+    )
+    assert Inception.preparation == "uint8, resized to 299x299 as TensorFlow 1 does (bilinear, without half-pixel centres, no antialias)"

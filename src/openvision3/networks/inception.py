@@ -248,7 +248,7 @@ class EfficientNetFeatures(nn.Module):
     name = "EfficientNet-Lite0"
     width = 1280
     side = 224
-    preparation = f"uint8, resized to {side}x{side} by bicubic interpolation with antialias, clamped to the range of pixels, not rounded again"
+    preparation = f"uint8, resized to {side}x{side} by bicubic interpolation with antialias, clamped to the range of pixels and not rounded again"
     sha256 = EFFICIENTNET_SHA256
 
     def __init__(self, path: str | Path | None = None):
