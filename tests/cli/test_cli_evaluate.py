@@ -101,8 +101,8 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
     page = (everything / "report.html").read_text()
     for heading in (
         "Numbers",
-        "Rebuilding: PSNR of all pictures, and against noise on the tokens",
-        "All pictures, from the worst",
+        "Reconstruction: PSNR of all images, and against noise on the tokens",
+        "All images, from the worst",
         "the nearest captions",
         "captions of the first",
         "zero-shot by class",
@@ -121,7 +121,7 @@ def scores(page: str, model: str) -> list[float]:
 def test_few_pictures_are_each_shown_once_from_the_worst_to_the_best(everything, root):
     page = (everything / "report.html").read_text()
     found = scores(page, str(root / "model"))
-    assert len(found) == 9 and found == sorted(found) and "The first pictures" not in page and "The best" not in page
+    assert len(found) == 9 and found == sorted(found) and "The first images" not in page and "The best" not in page
 
 
 def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_noise_without_a_curve(root, tmp_path, monkeypatch):
@@ -129,9 +129,9 @@ def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_nois
     monkeypatch.setattr("openvision3.evaluate.page.EXTREME", 2)
     out = measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--metrics", "psnr", "--sigmas", "0")
     page, found = (out / "report.html").read_text(), sorted(json.loads(line)["psnr"] for line in (out / "pictures.jsonl").read_text().splitlines()[:9])
-    assert all(heading in page for heading in ("The first pictures", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
+    assert all(heading in page for heading in ("The first images", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
     assert scores(page, str(root / "model"))[3:] == pytest.approx([*found[:2], *found[:-3:-1]], abs=0.06)
-    assert "Rebuilding: PSNR of all pictures" in page and "against noise" not in page
+    assert "Reconstruction: PSNR of all images" in page and "against noise" not in page
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""Which samples of an evaluation the training has seen: equal captions, near-duplicate images, and for OpenMoji the same family.
+"""Find the samples of an evaluation that training has seen: equal captions, near-duplicate images, and for OpenMoji the same family.
 
     overlap = Overlap([Known("mini", fingerprint)])
-    overlap.look(images, indices)          # once their images have passed by
-    overlap.seen("retrieval", indices)       # -> those that training has seen
+    overlap.look(images, indices)          # once their images have been read
+    overlap.seen("retrieval", indices)       # -> the samples that training has seen
 
-What training data are known by is a fingerprint (`data/fingerprint.py`), recorded with the model or taken of data that are named with --train.
+Training data are represented by a fingerprint (`data/fingerprint.py`), recorded with the model or computed from the data of --train.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.results import SEEN, UNSEEN
 
 FILE = "overlap.jsonl"
-"""in the folder of an evaluation: a line a sample that training has seen"""
+"""file in the folder of an evaluation, with one line per sample seen in training"""
 BY_CAPTION = ("retrieval", "captioning")
-"""kinds of evaluation in which a caption that training has seen gives an answer away"""
+"""kinds of evaluation in which a caption seen in training reveals the answer"""
 PARTS = {"reconstruction": "image and family, by the model or its VAE", "retrieval": "caption, image and family", "captioning": "caption, image and family"}
-"""by what a sample counts as seen, where it is more than its image and family"""
+"""criteria by which a sample counts as seen, for kinds with more than image and family"""
 NOT_KNOWN = "not known; name the training data with --train"
 
 
 @dataclass(frozen=True)
 class Known:
-    """Training data that are known."""
+    """Known training data."""
 
     of: str
-    """who was trained on them"""
+    """the model or VAE that was trained on them"""
     fingerprint: Fingerprint
     kinds: tuple[str, ...] = ()
-    """of evaluation that they matter for; none: all"""
+    """kinds of evaluation that they matter for; empty: all"""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Sighting:
 
     known: Known
     captions: tuple[str, ...] = ()
-    """those that stand in the training data, but for case, punctuation and blanks"""
+    """captions that also occur in the training data, ignoring case, punctuation and spaces"""
     near: str | None = None
-    """the key of the training image that is nearest to being the same one; "" where no key is known, None where there is no such image"""
+    """key of the nearest near-duplicate among the training images; "" if its key is unknown, None if there is no near-duplicate"""
     apart: int = 0
-    """how much the most unlike cell of the two differs, of 255"""
+    """largest difference between two cells of the images, of 255"""
     family: str = ""
 
     def counts(self, kind: str) -> bool:
@@ -57,16 +57,16 @@ class Sighting:
 
 @dataclass
 class Overlap:
-    """What is known of the training data, and what of the evaluated samples was found in them."""
+    """The known training data, and the evaluated samples that occur in them."""
 
     known: list[Known] = field(default_factory=list)
     unknown: tuple[str, ...] = ()
-    """what else was trained on data that nothing is known of"""
+    """models whose training data are not known"""
     sightings: dict[int, list[Sighting]] = field(default_factory=dict)
-    """by the index of the sample; of one that was looked up and not found, none"""
+    """by index of the sample; an empty list for a sample that was looked up and is not in the training data"""
 
     def look(self, images: ImageSet, indices: Iterable[int]) -> None:
-        """Look these samples up, whose images `images` has described as they passed by."""
+        """Look up these samples in the training data. `images` must have read them, because it holds their descriptors."""
         new = [index for index in indices if index not in self.sightings]
         if not new:
             return
@@ -86,12 +86,12 @@ class Overlap:
                     self.sightings[index].append(Sighting(known, equal, near, apart, family))
 
     def seen(self, kind: str, indices: Iterable[int]) -> set[int]:
-        """Those of these samples that count as seen in an evaluation of this kind."""
-        return {index for index in indices if any(each.counts(kind) for each in self.sightings.get(index, ()))}
+        """The subset of these samples that counts as seen in this kind of evaluation."""
+        return {index for index in indices if any(sighting.counts(kind) for sighting in self.sightings.get(index, ()))}
 
     def parts(self, kind: str, indices: Sequence[int]) -> dict[str, set[int]]:
-        """The samples by the names of the parts that are there, the unseen first: none where no training data are known that matter for this kind."""
-        if not any(not each.kinds or kind in each.kinds for each in self.known):
+        """The samples of each part that is not empty, the unseen part first. Empty if no known training data matter for this kind."""
+        if not any(not known.kinds or kind in known.kinds for known in self.known):
             return {}
         seen = self.seen(kind, indices)
         what = PARTS.get(kind, "image and family")
@@ -99,26 +99,26 @@ class Overlap:
         return {name: part for name, part in named.items() if part}
 
     def compared_with(self, kind: str) -> str:
-        """For the protocol: what was compared with."""
-        parts = [f"{each.of} ({each.fingerprint.samples:,} samples)" for each in self.known if not each.kinds or kind in each.kinds]
+        """For the protocol: the training data that the samples were compared with."""
+        parts = [f"{data.of} ({data.fingerprint.samples:,} samples)" for data in self.known if not data.kinds or kind in data.kinds]
         what = PARTS.get(kind, "image and family")
         known = f"{what} compared with the training data of {', '.join(parts)}" if parts else NOT_KNOWN
         return known + (f"; of {' and '.join(self.unknown)} not known" if parts and self.unknown else "")
 
     def counts(self) -> dict[str, int]:
-        """How many of the samples that were looked up have an equal caption, a near-duplicate image, a family in common with training; and how many any."""
-        found = list(self.sightings.values())
+        """Numbers of samples looked up, with an equal caption, a near-duplicate image or a family in common with training, and with any of these."""
+        sightings = list(self.sightings.values())
         has = {
-            "samples": lambda each: True,
-            "equal captions": lambda each: any(one.captions for one in each),
-            "near-duplicate images": lambda each: any(one.near is not None for one in each),
-            "families in common": lambda each: any(one.family for one in each),
+            "samples": lambda of_sample: True,
+            "equal captions": lambda of_sample: any(one.captions for one in of_sample),
+            "near-duplicate images": lambda of_sample: any(one.near is not None for one in of_sample),
+            "families in common": lambda of_sample: any(one.family for one in of_sample),
             "any of these": bool,
         }
-        return {name: sum(map(test, found)) for name, test in has.items()}
+        return {name: sum(map(test, sightings)) for name, test in has.items()}
 
     def in_words(self, where: str) -> str:
-        """The one line that a person reads."""
+        """A one-line summary."""
         if not self.known:
             return f"overlap with the training data is {NOT_KNOWN}"
         unknown = f"; the training data of {' and '.join(self.unknown)} are not known: name them with --train" if self.unknown else ""
@@ -130,17 +130,17 @@ class Overlap:
         return f"seen in training: {any_of:,} of {total:,} samples ({parts}{listed}){unknown}"
 
     def lines(self, images: ImageSet) -> list[dict[str, Any]]:
-        """One for each sample that was found: its key, and where and by what."""
-        found = []
-        for index, each in sorted(self.sightings.items()):
-            for one in each:
-                told = {name: value for name, value in asdict(one).items() if name != "known"}
-                found.append({"key": images.source.key(index), "training_data_of": one.known.of, **told})
-        return found
+        """One line for each sighting: the key of the sample, where it was seen, and why it counts as seen."""
+        lines = []
+        for index, sightings in sorted(self.sightings.items()):
+            for one in sightings:
+                reasons = {name: value for name, value in asdict(one).items() if name != "known"}
+                lines.append({"key": images.source.key(index), "training_data_of": one.known.of, **reasons})
+        return lines
 
 
 def recorded_training(name: str, folder: Path, vae_folders: Sequence[Path]) -> tuple[list[Known], list[str]]:
-    """What is recorded of the training of a model, and of its VAE in the first of `vae_folders` that has a record; and which of the two have none."""
+    """(recorded training data of a model and of its VAE, names of those without a record). The VAE's are read from the first of `vae_folders` with a record."""
     of_vae = next(filter(None, map(recorded, vae_folders)), None)
     parts = ((name, recorded(folder), ()), (f"the VAE of {name}", of_vae, ("reconstruction",)))
     return [Known(owner, record, kinds) for owner, record, kinds in parts if record], [owner for owner, record, _ in parts if not record]

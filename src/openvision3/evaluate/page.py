@@ -1,4 +1,4 @@
-"""The page of an evaluation: numbers first, then the images, curves and answers behind them, then how it was measured."""
+"""The page of an evaluation: numbers, then images, curves and answers, then protocols."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from openvision3.files import write_whole
 from openvision3.report import html, plots, sheets
 
 FIRST, EXTREME = 12, 6
-"""pictures that a page shows: the first ones, and the best and the worst; all of them if they are no more than that"""
+"""A page shows so many first images, and so many best and worst; small sets are shown whole."""
 AMPLIFIED = 4
 
 
 def write_report(out: Path, evaluation: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
-    """report.html in `out`, and pictures.jsonl (what each image scored) where images have scores. Returns the page."""
+    """Write report.html into `out`, and pictures.jsonl (the scores of each image) if images have scores. Returns the path of the page."""
     results = evaluation.results
     sections = [("Numbers", _numbers(tables, results.rows, results.not_run) + _left_out([results])), *_differences(tables)]
     if scores := _per_picture(evaluation):
         write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
-        (out / SCORES).unlink(missing_ok=True)  # of an evaluation before
+        (out / SCORES).unlink(missing_ok=True)  # written by an earlier evaluation
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(evaluation, {name: done for (which, name), done in evaluation.measured.items() if which == kind})
     sections += _published(results.rows)
     sections.append(("How it was measured", _protocols(results.rows)))
-    skipped = f"; {len(results.skipped)} pictures skipped" if results.skipped else ""
+    skipped = f"; {len(results.skipped)} images skipped" if results.skipped else ""
     sizes = list(dict.fromkeys(row.setting.resolution for row in results.rows))
-    seen = f"{len(evaluation.images.chosen):,} pictures of {' and '.join(sizes)} px{skipped}"
+    seen = f"{len(evaluation.images.chosen):,} images of {' and '.join(sizes)} px{skipped}"
     lead = f"{', '.join(model.name for model in evaluation.models)} on {', '.join(evaluation.options.data)}: {seen}."
     footer = (results.command, f"{_machine(results.environment)}, {results.seconds:.0f} s")
     return html.write_page(out / "report.html", "Evaluation", lead, sections, footer)
@@ -51,7 +51,7 @@ def _machine(environment: dict[str, Any]) -> str:
 
 
 def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> Markup:
-    """A table for each setting, a column a model; what was not run stands below and never in a table."""
+    """One table per setting with one column per model. Metrics that were not run are listed below."""
     content = html.note(how) if (how := how_to_read(line for _, lines in tables for line in lines)) else Markup()
     for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
         header, body, bold, _ = cells(lines)
@@ -62,7 +62,7 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Ro
 
 
 def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, Markup]]:
-    """What two models differ in on the same samples, with interval and test; a section of its own, if any."""
+    """A section with the paired differences of models, their intervals and tests; none without differences."""
     rows = [
         (one.metric, f"{one.a} - {one.b}", f"{one.difference:.4g} [{one.low:.4g}, {one.high:.4g}]", spoken_p(one.p), one.test, one.count, one.part or "all")
         for _, lines in tables
@@ -75,13 +75,13 @@ def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple
 
 
 def _left_out(results: Sequence[Results]) -> Markup:
-    """Pictures that could not be read, and those that a metric leaves out; of several evaluations with the number of each."""
+    """Images that could not be read and images that a metric leaves out; for several evaluations, with the number of the evaluation."""
     rows: list[tuple[Any, ...]] = []
     for number, one in enumerate(results, start=1):
         rows += [(number, each["of"], each["model"], each["reason"], each["count"]) for each in one.left_out]
         rows += [(number, "all", "", reason, count) for reason, count in count_reasons(one.skipped).items()]
     several = len(results) > 1
-    header = ("evaluation", "of", "model", "reason", "pictures")
+    header = ("evaluation", "of", "model", "reason", "images")
     table = html.table(header if several else header[1:], rows if several else [row[1:] for row in rows])
     return html.note("Left out:") + table if rows else Markup()
 
@@ -100,19 +100,19 @@ def _protocols(rows: Sequence[Row]) -> Markup:
     who = [(name, row.model_sha256 or "none", row.licence, row.note) for name, row in models.items()]
     head = html.table(("metric", "N", "protocol", "network", "interval", "setting", "library"), table)
     data = {(row.setting.data, row.setting.data_sha256) for row in rows}
-    sets = html.table(("pictures", "sha256 over them"), sorted(data))
+    sets = html.table(("images", "sha256 over them"), sorted(data))
     return head + html.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
 def _published(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """The paper's numbers by the names of these metrics, if any, in a section of their own: their protocols are not those of the numbers above."""
+    """A section with the paper's numbers for these metrics, if any. Their protocols differ from those of the numbers above."""
     header, listed = published.compact({row.metric for row in rows})
-    note = html.note(f"From the paper ({published.SOURCE}), not to be compared with numbers of other sets, sizes or networks.")
+    note = html.note(f"From the paper ({published.SOURCE}), not comparable with numbers of other sets, sizes or networks.")
     return [("Published numbers, not measured here", note + html.table(header, listed))] if listed else []
 
 
 def _per_picture(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A line a model and image: its key, the hash of its pixels, all that it scored, and its captions."""
+    """One line per model and image: key, hash of the pixels, scores and captions."""
     rows = []
     kinds = {model: kind for kind, model in evaluation.measured}
     models = {model.name: model for model in evaluation.models}
@@ -135,21 +135,21 @@ def _rebuilt(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str
     if not measured:
         return []
     curves = {name: [(sigma, value) for sigma, value, _ in done.shown["curve"]] for name, done in measured.items() if done.shown["curve"]}
-    heading = f"Rebuilding: PSNR of all pictures{', and against noise on the tokens' if curves else ''}"
+    heading = f"Reconstruction: PSNR of all images{', and against noise on the tokens' if curves else ''}"
     drawn = _spread({name: done.shown["images"].psnr for name, done in measured.items()}, curves)
-    own = evaluation.options.model if evaluation.options.model in measured else next(iter(measured))  # whose worst and best are shown: ours, wherever it stands
-    found = measured[own].shown["images"]
-    if (count := len(found.keys)) <= FIRST + 2 * EXTREME:
-        places = {f"All pictures, from the worst of {own} to the best": found.worst(count)}
+    own = evaluation.options.model if evaluation.options.model in measured else next(iter(measured))  # the model whose worst and best images are shown
+    scored = measured[own].shown["images"]
+    if (count := len(scored.keys)) <= FIRST + 2 * EXTREME:
+        places = {f"All images, from the worst of {own} to the best": scored.worst(count)}
     else:
-        places = {"The first pictures": list(range(FIRST)), f"The worst of {own}": found.worst(EXTREME), f"The best of {own}": found.best(EXTREME)}
+        places = {"The first images": list(range(FIRST)), f"The worst of {own}": scored.worst(EXTREME), f"The best of {own}": scored.best(EXTREME)}
     columns = " | ".join(f"{name}, error x{AMPLIFIED}" for name in measured)
     figures = [(f"{title}: original | {columns}", _figures(evaluation, measured, which)) for title, which in places.items()]
     return [(heading, html.embed_image(drawn, heading)), *figures]
 
 
 def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[int]) -> Markup:
-    """Original, and rebuilt beside its error for each model, for these places of the list of images."""
+    """The originals at these positions, and for each model the reconstruction and its error."""
     import torch
 
     first = next(iter(measured.values())).shown["images"]
@@ -164,14 +164,14 @@ def _figures(evaluation: Evaluation, measured: dict[str, Any], places: Sequence[
         columns += [to_pil(images_hat.cpu()), [sheets.heat((a - b).abs().mean(0) / 2 * AMPLIFIED) for a, b in zip(images, images_hat.cpu(), strict=True)]]
     figures = []
     for row, place in enumerate(places):
-        told = ", ".join(f"{name} {done.shown['images'].psnr[place]:.1f} dB" for name, done in measured.items())
-        figures.append(([html.embed_image(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {told}"))
+        caption = ", ".join(f"{name} {done.shown['images'].psnr[place]:.1f} dB" for name, done in measured.items())
+        figures.append(([html.embed_image(column[row], first.keys[place]) for column in columns], f"{first.keys[place]}: {caption}"))
     return html.figures(figures, wide=True)
 
 
 def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[float, float]]]) -> bytes:
-    """How PSNR spreads over the images, and how it falls with the noise, where there are curves. PNG."""
-    panels: list[plots.Panel] = [plots.Histogram("pictures, over the PSNR of each, dB", values)]
+    """Histogram of PSNR over the images and, if there are curves, PSNR against noise. PNG."""
+    panels: list[plots.Panel] = [plots.Histogram("images, over the PSNR of each, dB", values)]
     if curves:
         lines = {name: plots.Line(*zip(*points, strict=True)) for name, points in curves.items()}
         panels.append(plots.Lines("mean PSNR, dB, over sigma of the noise on the tokens", lines, x_label="sigma", points=True))
@@ -181,38 +181,38 @@ def _spread(values: dict[str, Sequence[float]], curves: dict[str, list[tuple[flo
 # -- words ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures_at(evaluation: Evaluation, indices: Sequence[int]) -> list[Any]:
+def _images_at(evaluation: Evaluation, indices: Sequence[int]) -> list[Any]:
     return [image for batch in evaluation.images.subset(indices).batches("drawing") for image in list(to_pil(batch.images))]  # type: ignore[arg-type]
 
 
 def _retrieved(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        images = _pictures_at(evaluation, done.shown["indices"])
+        images = _images_at(evaluation, done.shown["indices"])
         cards = [
             (html.embed_image(image, answers[0][0]), [(text, "right" if right else "") for text, right in answers])
             for image, answers in zip(images, done.shown["answers"], strict=True)
         ]
-        sections.append((f"{name}: the nearest captions of the first pictures, right ones marked", html.cards(cards)))
+        sections.append((f"{name}: the nearest captions of the first images, correct ones highlighted", html.cards(cards)))
     return sections
 
 
 def _captions(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        images = _pictures_at(evaluation, [index for index, _, _ in done.shown["cards"]])
+        images = _images_at(evaluation, [index for index, _, _ in done.shown["cards"]])
         cards = [
             html.caption_card(image, caption, truth, words(caption) == words(truth))
             for image, (_, caption, truth) in zip(images, done.shown["cards"], strict=True)
         ]
-        sections.append((f"{name}: captions of the first pictures (above: written, below: true)", html.cards(cards)))
+        sections.append((f"{name}: captions of the first images (above: written, below: true)", html.cards(cards)))
     return sections
 
 
 def _classes(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str, Markup]]:
     sections = []
     for name, done in measured.items():
-        table = html.table(("class", "pictures", "named rightly"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
+        table = html.table(("class", "images", "accuracy"), [(row.name, row.count, f"{100 * row.accuracy:.1f} %") for row in done.shown["classes"]])
         sections.append((f"{name}: zero-shot by class", table))
     return sections
 
@@ -221,17 +221,17 @@ def _classes(evaluation: Evaluation, measured: dict[str, Any]) -> list[tuple[str
 
 
 def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], not_run: Sequence[NotRun], results: Sequence[Results]) -> Path:
-    """One page of several results, beginning with the paper's first figure for all that was measured, which stands beside it as .png."""
-    results = [each for i, each in enumerate(results) if each not in results[:i]]
-    rows = [row for each in results for row in each.rows]
+    """Write one page of several results, which begins with the paper's first figure for all measured models. The figure is also written as .png."""
+    results = [one for i, one in enumerate(results) if one not in results[:i]]
+    rows = [row for one in results for row in one.rows]
     drawn = figure_one(rows)
-    note = html.note("Bars of one protocol stand side by side; groups of one name and unlike protocols are numbered in the order of the list below.")
-    commands = [(i, each.command, _machine(each.environment), f"{each.seconds:.0f}") for i, each in enumerate(results, start=1)]
+    note = html.note("Bars of one protocol stand side by side; groups with the same label and different protocols are numbered in the order of the list below.")
+    commands = [(i, one.command, _machine(one.environment), f"{one.seconds:.0f}") for i, one in enumerate(results, start=1)]
     write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
-            "Rebuilding, drawing, understanding: the paper's first figure for what was measured",
-            html.embed_image(drawn, "rebuilding, drawing and understanding of each model") + note,
+            "Reconstruction, generation, understanding: the paper's first figure for the measured models",
+            html.embed_image(drawn, "reconstruction, generation and understanding of each model") + note,
         ),
         ("Numbers", _numbers(tables, rows, not_run) + _left_out(results)),
         *_differences(tables),
@@ -243,21 +243,21 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
 
 
 PANELS = (
-    ("rebuilding: rFID, lower is better", "rfid", 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
-    ("rebuilding: KID, EfficientNet-Lite0, lower is better", "KID on EfficientNet-Lite0 features", 1.0, "not run"),
-    ("drawing: gFID, lower is better", "gfid", 1.0, "not run: needs a trained RAE\nand Inception's weights"),
-    ("understanding: R@1, picture to text, %", "image_to_text_r@1", 100.0, "not run"),
+    ("reconstruction: rFID, lower is better", "rfid", 1.0, "not run: needs Inception's weights\n(openvision3 fetch inception-2015)"),
+    ("reconstruction: KID, EfficientNet-Lite0, lower is better", "KID on EfficientNet-Lite0 features", 1.0, "not run"),
+    ("generation: gFID, lower is better", "gfid", 1.0, "not run: needs a trained RAE\nand Inception's weights"),
+    ("understanding: R@1, image to text, %", "image_to_text_r@1", 100.0, "not run"),
 )
 
 
 def figure_one(rows: Sequence[Row]) -> bytes:
-    """A panel for rFID, KID, gFID and understanding, a bar for each model and protocol; a panel without numbers says what it needs. PNG."""
+    """Panels for rFID, KID, gFID and understanding, with one bar per model and protocol. A panel without numbers says what it needs. PNG."""
     groups = [bar_groups([row for row in leading(rows) if row.metric == metric]) for _, metric, _, _ in PANELS]
     panels = [
-        plots.Bars(title, [(label, {model: _bar(number, factor) for model, number in numbers.items()}) for label, numbers in found], otherwise)
-        for (title, _, factor, otherwise), found in zip(PANELS, groups, strict=True)
+        plots.Bars(title, [(label, {model: _bar(number, factor) for model, number in numbers.items()}) for label, numbers in group], otherwise)
+        for (title, _, factor, otherwise), group in zip(PANELS, groups, strict=True)
     ]
-    models = dict.fromkeys(model for found in groups for _, numbers in found for model in numbers)
+    models = dict.fromkeys(model for group in groups for _, numbers in group for model in numbers)
     return plots.draw(panels, list(models), width=3.7, height=3.4)
 
 
@@ -266,10 +266,10 @@ def _bar(number: Number, factor: float) -> plots.Bar:
 
 
 def bar_groups(rows: Sequence[Row]) -> list[tuple[str, dict[str, Number]]]:
-    """Rows of one metric -> (label, numbers by model): like stands beside like alone, as in the tables, and no two groups have one label."""
-    found = [(_where(setting, line), line.values) for setting, [line] in split(list(dict.fromkeys(rows)))]
-    labels = [label for label, _ in found]
-    return [(f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label, numbers) for i, (label, numbers) in enumerate(found)]
+    """Rows of one metric -> (label, numbers by model). A group holds comparable numbers only, as in the tables; labels are unique."""
+    groups = [(_where(setting, line), line.values) for setting, [line] in split(list(dict.fromkeys(rows)))]
+    labels = [label for label, _ in groups]
+    return [(f"{label} ({labels[: i + 1].count(label)})" if labels.count(label) > 1 else label, numbers) for i, (label, numbers) in enumerate(groups)]
 
 
 def _where(setting: Setting, line: Line) -> str:

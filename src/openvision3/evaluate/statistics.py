@@ -1,13 +1,13 @@
-"""What a number is worth: scores of single samples, intervals over samples, and tests of a difference over equal samples or equal seeds.
+"""Scores of single samples, confidence intervals over samples, and paired tests over samples or seeds.
 
-    columns["psnr"] = Column(indices, scores)                      # an evaluator adds what each sample scored
+    columns["psnr"] = Column(indices, scores)                      # an evaluator adds the score of each sample
     with_interval(number, columns)                                 # 95 % interval of a metric over samples
     subset_numbers(numbers, columns, unseen, "unseen samples")     # the same metrics over some of the samples
     difference("psnr", "a", "b", columns_a, columns_b)             # paired over the samples of both
     over_seeds(values_a, values_b)                                 # paired over seeds
 
-Every metric that is a function of sums, means or ranks of single samples has all of this. A Frechet distance has not (resampled sets
-are further apart than the sets), nor has METEOR (one number from Java for the whole set).
+All metrics that are functions of sums, means or ranks of single samples support this. A Frechet distance does not (resampled sets
+are further apart than the sets), nor does METEOR (Java returns one number for the whole set).
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from torch import Tensor
 from openvision3.evaluate.protocol import Number
 
 RESAMPLES, FEWER, MANY = 10_000, 2_000, 2_000
-"""bootstrap samples of an interval; of more than MANY samples FEWER, for these then take seconds"""
+"""bootstrap resamples of an interval; FEWER for more than MANY samples, because they take seconds"""
 FLIPS = 9_999
-"""random flips of signs of a paired test"""
+"""random sign flips of a paired test"""
 EXACT = 13
-"""with at most so many samples all flips are tried"""
+"""up to this number of samples, all flips are tried"""
 AT_ONCE = 2**24
 """numbers in memory at a time: 128 MB"""
 SEED = 0
 LEVEL = 0.05
-"""below this p two numbers are said to differ; intervals hold 1 - LEVEL"""
+"""two numbers differ if p is below this; intervals cover 1 - LEVEL"""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What rows of an evaluation scored: a row is a sample, or one of the captions of a sample."""
+    """Scores of an evaluation by row: a row is a sample, or one of the captions of a sample."""
 
     samples: list[Any]
     """(n,) the sample that each row belongs to: its index in the source, or its key"""
     values: list[Any]
-    """(n,) numbers, or lists of numbers: ranks with the number of the class, the sums that make BLEU"""
+    """(n,) numbers, or lists of numbers: (rank, class number), or the sums for BLEU"""
 
     def of(self, samples: Collection[Hashable]) -> Column:
         """The rows of these samples alone."""
@@ -54,7 +54,7 @@ class Column:
 
 
 Columns = dict[str, Column]
-"""{name: column}: several metrics may be read from one column, as R@1 and the median rank from ranks."""
+"""{name: column}: several metrics may share a column, such as R@1 and the median rank."""
 
 
 # -- metrics as functions of columns --------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ Columns = dict[str, Column]
 
 @dataclass(frozen=True)
 class Definition:
-    """How a metric is made of a column."""
+    """How a metric is computed from a column."""
 
     column: str
     kind: str
@@ -70,12 +70,12 @@ class Definition:
     k: int = 0
 
     def row_values(self, values: Tensor) -> Tensor:
-        """(n,) or (n, D) -> (n,): what the mean of a mean or a share is over."""
+        """(n,) or (n, D) -> (n,): the values whose mean is the metric, for a mean or a share."""
         return (values if values.ndim == 1 else values[:, 0]) <= self.k if self.kind == "share" else values
 
 
 def definition(metric: str) -> Definition | None:
-    """None for a metric that cannot be made of scores of single samples."""
+    """The definition of a metric; None if it cannot be computed from scores of single samples."""
     if metric in ("rfid", "meteor") or metric.endswith("largest_class_share"):
         return None
     for pattern, kind in ((r"(.*)_r@(\d+)", "share"), (r"(.*_|)top_(\d+)", "share"), (r"bleu_(\d)", "bleu")):
@@ -90,7 +90,7 @@ def definition(metric: str) -> Definition | None:
 
 
 def bleu_of_sums(sums: Tensor, order: int) -> Tensor:
-    """(..., 10) right and guessed n-grams for n = 1 to 4, own words, words to reach -> BLEU-`order` (...). The small numbers are COCO's."""
+    """(..., 10) matched and written n-grams for n = 1 to 4, written words, reference words -> BLEU-`order` (...). The small constants are COCO's."""
     ratio = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
     penalty = torch.where(ratio < 1, torch.exp(1 - 1 / ratio), torch.ones_like(ratio))
     precisions = (sums[..., :4] + 1e-15) / (sums[..., 4:8] + 1e-9)
@@ -98,7 +98,7 @@ def bleu_of_sums(sums: Tensor, order: int) -> Tensor:
 
 
 def _estimates(what: Definition, values: Tensor, weights: Tensor) -> Tensor:
-    """Values (n,) or (n, D) of rows, weights (B, n) of these rows -> the metric by each line of weights (B,)."""
+    """Values (n,) or (n, D) of rows, weights (B, n) of these rows -> the metric for each row of weights (B,)."""
     if what.kind in ("mean", "share"):
         return weights @ what.row_values(values).double() / weights.sum(1)
     if what.kind == "bleu":
@@ -110,9 +110,9 @@ def _estimates(what: Definition, values: Tensor, weights: Tensor) -> Tensor:
         right.index_add_(1, classes, weights * (values[:, 0] <= 1))
         return (right / counts.clamp_min(1)).sum(1) / (counts > 0).sum(1)
     order = values.argsort(stable=True)
-    heard, ordered = weights[:, order].cumsum(1), values[order].double()
-    half = heard[:, -1:] / 2
-    low, high = (torch.searchsorted(heard, half, right=right)[:, 0].clamp_max(len(values) - 1) for right in (False, True))
+    cumulative, ordered = weights[:, order].cumsum(1), values[order].double()
+    half = cumulative[:, -1:] / 2
+    low, high = (torch.searchsorted(cumulative, half, right=right)[:, 0].clamp_max(len(values) - 1) for right in (False, True))
     return (ordered[low] + ordered[high]) / 2
 
 
@@ -125,19 +125,19 @@ def _value(what: Definition, column: Column) -> float:
 
 
 def _rows_by_sample(column: Column) -> tuple[list[Any], Tensor]:
-    """The samples, each once, and for each row the place of its sample among them (n,)."""
+    """The distinct samples, and for each row the position of its sample among them (n,)."""
     places = {sample: place for place, sample in enumerate(dict.fromkeys(column.samples))}
     return list(places), torch.tensor([places[sample] for sample in column.samples])
 
 
 def resamples(count: int) -> int:
-    """How many bootstrap samples are drawn of so many samples."""
+    """The number of bootstrap resamples for `count` samples."""
     return RESAMPLES if count <= MANY else FEWER
 
 
 @functools.lru_cache(maxsize=2)
 def _resampled(count: int, part: int, parts: int) -> Tensor:
-    """(B, count): how often each sample was drawn; the same for every model and metric, so that differences are paired."""
+    """(B, count): how often each sample was drawn. The same for every model and metric, so that differences are paired."""
     generator = torch.Generator().manual_seed(SEED + part)
     size = resamples(count) * (part + 1) // parts - resamples(count) * part // parts
     drawn = torch.randint(count, (size, count), generator=generator)
@@ -145,13 +145,13 @@ def _resampled(count: int, part: int, parts: int) -> Tensor:
 
 
 def _bootstrap(columns: Sequence[Column], what: Definition) -> Tensor:
-    """(columns, resamples): the metric of each column over samples drawn with repeats, with all of their rows. Columns share their samples, in order."""
+    """(columns, resamples): the metric of each column over samples drawn with replacement. All columns have the same samples in the same order."""
     samples, place = _rows_by_sample(columns[0])
     values = [torch.tensor(column.values, dtype=torch.float64) for column in columns]
     width = max(len(place), (int(values[0][:, 1].max()) + 1) if what.kind == "class mean" else 0)
     parts = min(resamples(len(samples)), -(-resamples(len(samples)) * width // AT_ONCE))
-    found = [[_estimates(what, each, _resampled(len(samples), part, parts)[:, place]) for part in range(parts)] for each in values]
-    return torch.stack([torch.cat(each) for each in found])
+    estimates = [[_estimates(what, scores, _resampled(len(samples), part, parts)[:, place]) for part in range(parts)] for scores in values]
+    return torch.stack([torch.cat(chunks) for chunks in estimates])
 
 
 def _bounds(estimates: Tensor) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def _bounds(estimates: Tensor) -> tuple[float, float]:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count` (Wilson 1927): unlike a bootstrap's it has a width where none or all are right."""
+    """95 % interval of a share of `count` (Wilson 1927): unlike a bootstrap interval, it has a width even if the share is 0 or 1."""
     z = statistics.NormalDist().inv_cdf(1 - LEVEL / 2)
     middle, scale = share + z * z / (2 * count), 1 + z * z / count
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -172,11 +172,11 @@ FIXED = {
     "cider": "; document frequencies of the whole set held fixed",
     "KID": "; of jackknife pseudo-values, whose mean is the unbiased estimate",
 }
-"""What resampling leaves as it is, by the beginning of the metric's name."""
+"""Remarks on the resampling of some metrics, by prefix of the metric's name."""
 
 
 def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
-    """The number with its 95 % interval over samples, where its samples are known and there are two or more; otherwise as it is."""
+    """The number with its 95 % interval over samples; unchanged if there are no scores of at least two samples."""
     what = definition(number.metric)
     column = columns.get(what.column) if what else None
     if what is None or column is None or len(set(column.samples)) < 2:
@@ -193,12 +193,12 @@ def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
 
 
 def subset_numbers(numbers: Sequence[Number], columns: Mapping[str, Column], samples: Collection[Hashable], what: str) -> list[Number]:
-    """The numbers over these samples alone, with intervals; `what` names them in the protocol, such as "unseen samples".
+    """The numbers over these samples alone, with intervals. `what` names the samples in the protocol, such as "unseen samples".
 
-    Retrieval: these images (and captions) ask, and all of the evaluation are candidates. CIDEr keeps the document frequencies of the whole set. A metric
-    of sets, such as rFID or KID, has no such number and is left out, and so is one of which none of the samples has a score.
+    In retrieval, these images and captions are the queries and all samples remain candidates. CIDEr keeps the document frequencies of the whole set.
+    Metrics of whole sets, such as rFID and KID, are left out, and so are metrics without a score for any of these samples.
     """
-    found, chosen = [], set(samples)
+    subset, chosen = [], set(samples)
     for each in numbers:
         made_of = definition(each.metric)
         if made_of is None or made_of.column not in columns or each.metric.startswith("KID"):
@@ -209,8 +209,8 @@ def subset_numbers(numbers: Sequence[Number], columns: Mapping[str, Column], sam
         how = f"{each.how}; over {len(set(part.samples)):,} of {len(set(columns[made_of.column].samples)):,} samples: {what}"
         spread = statistics.pstdev(part.values) if each.spread is not None else None
         value = replace(each, value=_value(made_of, part), count=len(part.values), how=how, spread=spread, low=None, high=None, interval="", part=what)
-        found.append(with_interval(value, {made_of.column: part}))
-    return found
+        subset.append(with_interval(value, {made_of.column: part}))
+    return subset
 
 
 # -- differences over equal samples ---------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def subset_numbers(numbers: Sequence[Number], columns: Mapping[str, Column], sam
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of model `a` minus that of model `b`, on the same samples."""
+    """A metric of model `a` minus that of model `b`, on the same samples."""
 
     metric: str
     a: str
@@ -228,12 +228,12 @@ class Difference:
     high: float
     """95 % interval, paired bootstrap over samples"""
     p: float
-    """two-sided, of no difference; not corrected for the number of comparisons"""
+    """two-sided p of no difference; not corrected for the number of comparisons"""
     test: str
     count: int
-    """samples"""
+    """number of samples"""
     part: str = ""
-    """which of them, as of the numbers"""
+    """the part of the samples, as in the numbers"""
 
     @property
     def differs(self) -> bool:
@@ -241,12 +241,12 @@ class Difference:
 
 
 def difference(metric: str, a: str, b: str, columns_a: Mapping[str, Column], columns_b: Mapping[str, Column]) -> Difference | None:
-    """The paired difference of a metric; None where it has no scores of single samples, or fewer than two.
+    """The paired difference of a metric; None without scores of at least two samples.
 
-    0 or 1 for each sample: exact McNemar test. Means: signs of the differences of samples flipped. Medians and BLEU: paired bootstrap.
+    Scores of 0 or 1: exact McNemar test. Means: sign-flip test. Medians and BLEU: paired bootstrap.
 
     Raises:
-        ValueError: the two were measured on unlike samples.
+        ValueError: the two were measured on different samples.
     """
     what = definition(metric)
     if what is None or what.column not in columns_a or what.column not in columns_b:
@@ -272,7 +272,7 @@ def _in_order_of(column: Column, like: Column, which: str) -> Column:
     except (KeyError, StopIteration):
         values = []
     if len(values) != len(column.values):
-        raise ValueError(f"{which} are over unlike samples: a paired test needs equal ones")
+        raise ValueError(f"{which} are over unlike samples: a paired test needs the same samples")
     return Column(list(like.samples), values)
 
 
@@ -280,7 +280,7 @@ def _paired_test(what: Definition, one: Column, other: Column, place: Tensor, sa
     """(p, which test)."""
     if what.kind in ("median", "bleu"):
         return bootstrap_p(resampled), f"paired bootstrap, {resamples(samples):,} resamples"
-    values = [torch.tensor(each.values, dtype=torch.float64) for each in (one, other)]
+    values = [torch.tensor(column.values, dtype=torch.float64) for column in (one, other)]
     if what.kind == "class mean":
         classes = values[0][:, 1].long()
         weights = 1 / classes.bincount()[classes].double()
@@ -294,9 +294,9 @@ def _paired_test(what: Definition, one: Column, other: Column, place: Tensor, sa
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of the samples that one of two alone has right: a fair coin for each of them."""
+    """Two-sided exact p from the numbers of samples that only one of two models gets right: a fair coin for each."""
     count, least = only_a + only_b, min(only_a, only_b)
-    term = total = 1  # exact, for a sum of logarithms would lose digits
+    term = total = 1  # exact integers: a sum of logarithms would lose digits
     for k in range(1, least + 1):
         term = term * (count - k + 1) // k
         total += term
@@ -304,9 +304,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def sign_flip(differences: Tensor) -> tuple[float, str]:
-    """Differences (n,) of samples -> two-sided p of a mean of 0: how often flipped signs bring the mean as far from it, and which test."""
+    """Differences (n,) of samples -> (two-sided p of a mean of 0, name of the test). p is the share of sign flips whose mean is at least as far from 0."""
     count, reach = len(differences), float(differences.sum().abs())
-    reach *= 1 - 1e-12  # sums in another order
+    reach *= 1 - 1e-12  # tolerance for sums in another order
     if count <= EXACT:
         signs = torch.tensor([[1 - 2 * (number >> i & 1) for i in range(count)] for number in range(2**count)], dtype=torch.float64)
         return float(((signs @ differences).abs() >= reach).double().mean()), f"paired sign-flip test, all {2**count:,} flips"
@@ -326,9 +326,9 @@ def bootstrap_p(differences: Tensor) -> float:
 
 
 def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str, Columns], parts: Mapping[str, Collection[Hashable]]) -> list[Difference]:
-    """{model: its number} by one protocol -> the first model against all others, and the best against the second best.
+    """{model: number} by one protocol -> the differences of the first model from all others, and of the best from the second best.
 
-    `columns` are those of each model, models without are passed over; `parts` the samples of each part that numbers are over.
+    `columns` holds the columns of each model; models without columns are skipped. `parts` holds the samples of each part.
     """
     values = {model: number.value for model, number in numbers.items() if model in columns}
     pairs = [(next(iter(values)), other) for other in list(values)[1:]]
@@ -339,15 +339,15 @@ def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str
     chosen = {
         model: {name: column.of(parts[part]) if part else column for name, column in of.items() if name == made_of.column} for model, of in columns.items()
     }
-    found = [difference(metric, a, b, chosen[a], chosen[b]) for a, b in {frozenset(pair): pair for pair in reversed(pairs)}.values()]
-    return [replace(each, part=part) for each in found if each is not None]
+    all_differences = [difference(metric, a, b, chosen[a], chosen[b]) for a, b in {frozenset(pair): pair for pair in reversed(pairs)}.values()]
+    return [replace(one, part=part) for one in all_differences if one is not None]
 
 
 LOWER_IS_BETTER = ("distance", "KID", "lpips", "rfid", "median_rank", "loss", "pixel", "latent", "perceptual", "contrastive", "caption")
 
 
 def best_first(metric: str, values: Mapping[str, float]) -> list[str]:
-    """Names by their value, the best first; none for a metric that says nothing of a model."""
+    """Models by value, the best first; empty for a metric that does not depend on the model."""
     if metric.endswith("largest_class_share"):
         return []
     sign = 1 if any(part in metric for part in LOWER_IS_BETTER) else -1
@@ -364,7 +364,7 @@ class OverSeeds:
     difference: float
     low: float
     high: float
-    """95 % interval of Student's t; infinite of one seed"""
+    """95 % interval of Student's t; infinite for one seed"""
     p: float
     seeds: int
 
@@ -374,9 +374,9 @@ class OverSeeds:
 
 
 def over_seeds(a: Sequence[float], b: Sequence[float]) -> OverSeeds:
-    """Values of two settings by the same seeds in the same order -> mean difference a - b, its t interval and two-sided p of the paired t-test.
+    """Values of two settings for the same seeds in the same order -> mean difference a - b, its t interval and two-sided p of the paired t-test.
 
-    One seed says nothing: its p is 1 and its interval all numbers. Raises ValueError: unlike counts, or none.
+    With one seed, p is 1 and the interval is infinite. Raises ValueError: different counts, or no values.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} values cannot be paired by seed")

@@ -1,4 +1,4 @@
-"""What `openvision3 evaluate` measures, for any model that is given as functions: the passes over the images, and what each of them gives."""
+"""The kinds of evaluation, for any model given as functions: one pass over the images each, and its results."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TEXTS_AT_ONCE = 256
 
 
 class CannotRun(ValueError):
-    """A model or a set of images lacks what a metric needs; says what."""
+    """A model or a set of images lacks something that a metric needs; the message names it."""
 
 
 @dataclass
 class Measured:
-    """Numbers of one model, what could not be measured, and what a page shows of it."""
+    """The numbers of one model in one kind, the metrics that could not be measured, and material for the page."""
 
     numbers: list[Number] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -44,20 +44,20 @@ class Measured:
     used: list[int] = field(default_factory=list)
     """indices of the images that were used"""
     labels: str = "none"
-    """where the classes come from, with hashes of what stands for them"""
+    """source of the classes, with hashes of the texts or images that represent them"""
     captions: str = "none"
-    """sha256 of the captions that were compared with"""
+    """sha256 of the reference captions"""
     left_out: dict[str, int] = field(default_factory=dict)
     """{reason: number of images left out}"""
     text: str = ""
     """one line about unknown words and truncated texts"""
     shown: dict[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=dict)
-    """what each sample scored, by its index in the source: what intervals, paired tests and numbers of a subset are made of"""
+    """the scores of each sample by its index in the source; intervals, paired tests and numbers of subsets are computed from them"""
 
 
 COUNTED = 10_000
-"""Texts of which unknown pieces are counted, about; evenly spaced among more."""
+"""About so many texts, evenly spaced, are checked for unknown words."""
 
 NEEDS = {
     "reconstruction": ("reconstruct",),
@@ -78,7 +78,7 @@ CANNOT = {
 
 
 def needs(model: Functions, kind: str) -> None:
-    """Raises CannotRun where the model lacks what this kind of evaluation calls."""
+    """Raises CannotRun if the model lacks a function that this kind of evaluation calls."""
     lacking = [CANNOT[name] for name in NEEDS[kind] if getattr(model, name) is None]
     if lacking:
         raise CannotRun(f"{model.name} cannot {' or '.join(lacking)}")
@@ -94,26 +94,26 @@ def _embed_texts(model: Functions, texts: Sequence[str]) -> Tensor:
 
 
 def _with_text(numbers: list[Number], model: Functions, texts: Sequence[str]) -> tuple[list[Number], str]:
-    """(the numbers with what the model makes nothing of in the texts that they depend on, that in words)."""
-    told = str(model.count_text(texts[:: max(1, len(texts) // COUNTED)])) if model.count_text is not None else ""
-    return [replace(each, detail="; ".join(filter(None, (each.detail, told)))) for each in numbers], told
+    """Add one line about unknown words and truncated texts to `detail` of the numbers. Returns (numbers, that line)."""
+    remark = str(model.count_text(texts[:: max(1, len(texts) // COUNTED)])) if model.count_text is not None else ""
+    return [replace(number, detail="; ".join(filter(None, (number.detail, remark)))) for number in numbers], remark
 
 
 def image_embeddings(model: Functions, images: ImageSet) -> Rows:
-    """Unit vectors (N, E) of all usable images."""
-    return images.collect_rows(f"{model.name}: embedding pictures", model.embed_images)  # type: ignore[arg-type]
+    """Unit vectors (N, E) of all readable images."""
+    return images.collect_rows(f"{model.name}: embedding images", model.embed_images)  # type: ignore[arg-type]
 
 
 OFFLINE = ("psnr", "ssim", "distance", "kid")
-"""what needs no weights but those that come with the package"""
+"""metrics that need no weights beyond those in the package"""
 
 
 def reconstruction_networks(options: Options) -> Networks:
-    """The networks of the metrics that `options` names, or of all whose weights are here; the other metrics are listed in `missing`.
+    """The networks of the metrics that `options` names, or of all metrics whose weights are present; the others are listed in `missing`.
 
     Raises:
-        FileNotFoundError: weights that were asked for are missing; says where to get them and what runs without.
-        ValueError: weights that are here and are not the published ones.
+        FileNotFoundError: weights of a named metric are missing; the message says where to get them and which metrics need none.
+        ValueError: weights that differ from the published ones.
     """
     networks, device = Networks(), options.device
     lpips_files = options.lpips_backbone, options.lpips_linear
@@ -149,10 +149,10 @@ def reconstruction_networks(options: Options) -> Networks:
 
 
 def reconstruction(model: Functions, images: ImageSet, networks: Networks, options: Options, protocol: str = "") -> Measured:
-    """PSNR, SSIM and the metrics of the networks for each image; then PSNR against noise on the tokens.
+    """PSNR, SSIM and the metrics of the networks, then PSNR against noise on the tokens.
 
     Raises:
-        CannotRun: the model rebuilds no images, or none of this size.
+        CannotRun: the model reconstructs no images, or none of this size.
     """
     needs(model, "reconstruction")
     if model.fixed and images.size != model.size:
@@ -165,9 +165,9 @@ def reconstruction(model: Functions, images: ImageSet, networks: Networks, optio
     done = evaluate_reconstruction(rows, model.reconstruct, networks, protocol, options.seed)  # type: ignore[arg-type]
     images.share()
     columns = {name: column for name, column in done.columns.items() if is_wanted(name)}
-    numbers = [each for each in done.numbers if is_wanted(each.metric)]
+    numbers = [entry for entry in done.numbers if is_wanted(entry.metric)]
     curve: list[tuple[float, float, int]] = []
-    strengths = [sigma for sigma in options.sigmas if sigma and is_wanted("psnr")]  # without noise it is what was just measured
+    strengths = [sigma for sigma in options.sigmas if sigma and is_wanted("psnr")]  # sigma 0 has just been measured
     if model.reconstruct_noisy is not None and strengths:
         batches = images.batches(f"{model.name}: rebuilding from noise")
         rows = ((batch.indices, [f"{options.seed} {key}" for key in batch.keys], batch.images) for batch in batches)
@@ -184,9 +184,9 @@ def reconstruction(model: Functions, images: ImageSet, networks: Networks, optio
 
 
 def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: int = 12) -> Measured:
-    """R@k both ways, given the embeddings of the images; every caption of an image is a candidate. Images without a caption are left out and counted.
+    """R@k in both directions from the embeddings of the images. Every caption is a candidate; images without a caption are left out and counted.
 
-    `shared`: equal captions are right for each other's images, as in `evaluate_retrieval`.
+    `shared`: a caption is correct for every image that has an equal one, as in `evaluate_retrieval`.
 
     Raises:
         CannotRun: no captions.
@@ -207,7 +207,7 @@ def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: i
         return numbers, nearest, _of_samples(columns, used), missing
 
     numbers, nearest, columns, missing = on_first(compute)
-    numbers, lost = _with_text(numbers, model, texts)
+    numbers, remark = _with_text(numbers, model, texts)
     answers = [[(texts[j], texts[j] in embedded.captions[row]) for j in line] for line, row in zip(nearest, captioned, strict=False)]
     return Measured(
         numbers,
@@ -215,23 +215,23 @@ def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: i
         used,
         captions=_hash(texts),
         left_out=_without("a caption", len(embedded.indices) - len(captioned)),
-        text=lost,
+        text=remark,
         shown={"indices": used[:shown], "answers": answers},
         columns=columns,
     )
 
 
 def _of_samples(columns: Columns, used: Sequence[int], prefix: str = "") -> Columns:
-    """Columns by place among the samples that were used -> by their index in the source, their names with what they are of."""
+    """Columns by position among the used samples -> columns by index in the source, with a prefix to their names."""
     return {f"{prefix}{name}": Column([used[place] for place in column.samples], column.values) for name, column in columns.items()}
 
 
 def captioning(model: Functions, images: ImageSet, tokenizer: str = "auto", shown: int = 24) -> Measured:
-    """Written captions against all those of each image. Raises CannotRun: no captions to compare with, or a model that writes none."""
+    """Written captions against all captions of each image. Raises CannotRun: no reference captions, or a model that writes none."""
     needs(model, "captioning")
     write: Callable[[Tensor], list[str]] = model.caption  # type: ignore[assignment]
-    found = images.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
-    captioned = {index: row for index, row in found.items() if row[2]}
+    captions = images.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
+    captioned = {index: row for index, row in captions.items() if row[2]}
     if not captioned:
         raise CannotRun("none of the pictures has a caption to compare with")
     written, references = [row[1] for row in captioned.values()], [row[2] for row in captioned.values()]
@@ -243,12 +243,12 @@ def captioning(model: Functions, images: ImageSet, tokenizer: str = "auto", show
 
     numbers, lacking, columns = on_first(compute)
     cards = [(index, row[1], row[2][0]) for index, row in list(captioned.items())[:shown]]
-    told = {index: {"written": own, "true": list(true)} for index, (_, own, true) in captioned.items()}
+    both = {index: {"written": own, "true": list(true)} for index, (_, own, true) in captioned.items()}
     missing = [(metric, what) for line in lacking for metric, _, what in [line.partition(": ")]]
-    left_out = _without("a caption", len(found) - len(captioned))
-    numbers, lost = _with_text(numbers, model, [text for texts in references for text in texts])
+    left_out = _without("a caption", len(captions) - len(captioned))
+    numbers, remark = _with_text(numbers, model, [text for texts in references for text in texts])
     return Measured(
-        numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, text=lost, shown={"cards": cards, "captions": told}, columns=columns
+        numbers, missing, list(captioned), captions=_hash(references), left_out=left_out, text=remark, shown={"cards": cards, "captions": both}, columns=columns
     )
 
 
@@ -257,36 +257,36 @@ def _without(what: str, count: int) -> dict[str, int]:
 
 
 def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Sequence[Sequence[str]], how: str, embedded: Rows | None = None) -> Measured:
-    """The nearest class embedding, each made of the texts of that class; `how` says what these are.
+    """Classify each image by the nearest class embedding, the mean over the texts of a class; `how` describes these texts.
 
     Raises:
-        CannotRun: a model without texts, or no usable image with a class.
+        CannotRun: a model that embeds no texts, or no readable image with a class.
     """
     needs(model, "zeroshot")
     class_of = dict(zip(labels.indices, labels.classes, strict=True))
-    found = image_embeddings(model, images.subset(labels.indices)) if embedded is None else embedded
-    rows = [row for row, index in enumerate(found.indices) if index in class_of]
+    embeddings = image_embeddings(model, images.subset(labels.indices)) if embedded is None else embedded
+    rows = [row for row, index in enumerate(embeddings.indices) if index in class_of]
     if not rows:
         raise CannotRun("no usable picture has a class")
-    used = [found.indices[row] for row in rows]
+    used = [embeddings.indices[row] for row in rows]
 
     def compute() -> tuple[Classification, Columns]:
         classes = class_embedding([_embed_texts(model, texts) for texts in texts_of])
         columns: Columns = {}
-        done = evaluate_classification(found.values[rows], classes, [class_of[index] for index in used], labels.names, how, columns)
+        done = evaluate_classification(embeddings.values[rows], classes, [class_of[index] for index in used], labels.names, how, columns)
         return done, _of_samples(columns, used, "zeroshot_")
 
     done, columns = on_first(compute)
-    told = f"{len(labels.names)} classes, sha256 of their texts {_hash([list(texts) for texts in texts_of])}"
-    numbers, lost = _with_text(_named(done.numbers, "zeroshot"), model, [text for texts in texts_of for text in texts])
-    return Measured(numbers, used=used, text=lost, labels=told, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
+    origin = f"{len(labels.names)} classes, sha256 of their texts {_hash([list(texts) for texts in texts_of])}"
+    numbers, remark = _with_text(_named(done.numbers, "zeroshot"), model, [text for texts in texts_of for text in texts])
+    return Measured(numbers, used=used, text=remark, labels=origin, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
 
 
 def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
-    """(texts of each class, what they are). `kind` is templates, names, or captions: those of the training images of a class.
+    """(texts of each class, description of these texts). `kind` is templates, names or captions (of the training images of a class).
 
     Raises:
-        CannotRun: captions without training images, or classes of which only numbers are known.
+        CannotRun: captions without training images, or classes without names.
     """
     if kind == "captions":
         if training is None:
@@ -315,7 +315,7 @@ class LabelledSet:
     labels: Labels
 
     def features(self, model: Functions, what: str) -> tuple[Tensor, list[int], list[int]]:
-        """(features (n, F), classes, indices) of the usable images with a class. Raises CannotRun."""
+        """(features (n, F), classes, indices) of the readable images with a class. Raises CannotRun."""
         class_of = dict(zip(self.labels.indices, self.labels.classes, strict=True))
         rows = self.images.subset(self.labels.indices).collect_rows(f"{model.name}: features of {what} images", model.features)  # type: ignore[arg-type]
         if not rows.indices:
@@ -324,7 +324,7 @@ class LabelledSet:
 
 
 def probe(model: Functions, train: LabelledSet, test: LabelledSet, k: int = 20, device: str = "cpu") -> Measured:
-    """k-NN and a logistic regression on frozen features: fitted on `train`, measured on the images of `test` that are not in it. Raises CannotRun."""
+    """k-NN and a logistic regression on frozen features: fitted to `train` and measured on the images of `test` that are not in it. Raises CannotRun."""
     needs(model, "probe")
     labels = test.labels
     known, known_classes, trained_on = train.features(model, "training")
@@ -350,18 +350,18 @@ def probe(model: Functions, train: LabelledSet, test: LabelledSet, k: int = 20, 
             try:
                 numbers += _named(test(scores), name)
                 columns |= _of_samples(scores, used, f"{name}_")
-            except ValueError as error:  # such as fewer training images than neighbours: the other can do with them
+            except ValueError as error:  # such as fewer training images than neighbours; the other probe may still run
                 missing.append((name, str(error)))
         return numbers, missing, columns
 
     numbers, missing, columns = on_first(compute)
-    told = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.images.digest(trained_on)[:16]}"
+    origin = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.images.digest(trained_on)[:16]}"
     left_out = labels.left_out | {f"training: {why}": count for why, count in train.labels.left_out.items()}
     if both:
         left_out["that are training images too, or near-duplicates of some"] = both
-    return Measured(numbers, missing, used, labels=told, left_out=left_out, columns=columns)
+    return Measured(numbers, missing, used, labels=origin, left_out=left_out, columns=columns)
 
 
 def _named(numbers: Sequence[Number], what: str) -> list[Number]:
-    """top_1 of the probe and top_1 of zero-shot are two metrics."""
-    return [replace(each, metric=f"{what}_{each.metric}") for each in numbers]
+    """Prefix the metric names: top_1 of a probe and of zero-shot are two metrics."""
+    return [replace(number, metric=f"{what}_{number.metric}") for number in numbers]

@@ -120,7 +120,7 @@ def test_files_that_hold_no_pictures_are_one_line(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     (tmp_path / "garbage.npz").write_bytes(b"nothing")
     for name in ("floats", "objects", "other", "garbage"):
-        with pytest.raises(ValueError, match=rf"{name}\.npz is not a file of pictures, legal is arr_0"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz is not a file of images, which is arr_0"):
             next(read_pictures(tmp_path / f"{name}.npz"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         next(read_pictures(tmp_path / "nowhere.npz"))

@@ -246,7 +246,7 @@ def test_the_curve_over_noise_does_not_depend_on_batches(order, sizes):
 
 def test_the_curve_over_noise_refuses_nonsense():
     for sigmas in ((), (-1.0,), (math.nan,), (math.inf,)):
-        with pytest.raises(ValueError, match="legal are one or more finite numbers"):
+        with pytest.raises(ValueError, match="give one or more finite numbers"):
             noise_curve(rows(pictures(1)), noisy, sigmas)
     with pytest.raises(ValueError, match="no images"):
         noise_curve([], noisy, (0.1,))

@@ -1,4 +1,4 @@
-"""What scores of classes come to: accuracy over images and over classes, and what guessing alone would give."""
+"""Classification accuracy from class scores: over images, over classes, and of always guessing the largest class."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ClassRow:
 
     name: str
     count: int
-    """pictures of it"""
+    """images of this class"""
     accuracy: float
-    """share of them that were named rightly"""
+    """share of its images classified correctly"""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Classification:
 
 
 def ranks(scores: Tensor, labels: Tensor, equal: float = 0.0) -> Tensor:
-    """scores (B, C), labels (B,) -> place of the true class from 0 on. Of scores within `equal` the class that is named first goes first.
+    """scores (B, C), labels (B,) -> rank of the true class, from 0. Among scores within `equal`, the class listed first ranks first.
 
-    So scores that say nothing always name the first class.
+    Constant scores therefore always predict the first class.
 
     Raises:
-        ValueError: scores that are no numbers: nothing is larger than NaN, and it would come out as right.
+        ValueError: scores that are NaN or infinite. Nothing is larger than NaN, so it would count as correct.
     """
     if not scores.isfinite().all():
         raise ValueError("some scores of classes are NaN or infinite; look at the features or embeddings they come from")
@@ -51,10 +51,10 @@ def ranks(scores: Tensor, labels: Tensor, equal: float = 0.0) -> Tensor:
 def accuracies(
     rank: Tensor, labels: Sequence[int], names: Sequence[str], how: str, *, first_few: bool = False, columns: Columns | None = None
 ) -> Classification:
-    """Places of the true classes (N,) -> top_1, mean_class_accuracy, largest_class_share, and top_5 where there are more than five classes.
+    """Ranks of the true classes (N,) -> top_1, mean_class_accuracy, largest_class_share, and top_5 if there are more than five classes.
 
-    Ranks of the true class from 1 on, each with the number of the class, are added to `columns`. `how` is what named the
-    classes. `first_few`: its scores order all classes, so that top_5 means something.
+    Ranks of the true class from 1 on, each with the number of the class, are added to `columns`. `how` describes the
+    classifier. `first_few`: its scores rank all classes, so that top_5 is meaningful.
     """
     label, rank = torch.tensor(labels), rank.cpu()
     counts = label.bincount(minlength=len(names))
@@ -80,6 +80,6 @@ def check_labels(features: Tensor, labels: Sequence[int], names: Sequence[str], 
     if features.ndim != 2 or not len(labels) or len(labels) != len(features):
         raise ValueError(f"{what}: a row and a label are needed for each picture; seen features of {tuple(features.shape)} and {len(labels)} labels")
     if not 0 <= min(labels) <= max(labels) < len(names):
-        raise ValueError(f"{what}: labels from {min(labels)} to {max(labels)} do not fit {len(names)} class names; legal are 0 to {len(names) - 1}")
+        raise ValueError(f"{what}: labels from {min(labels)} to {max(labels)} do not fit {len(names)} class names; labels must be from 0 to {len(names) - 1}")
     if not features.isfinite().all():
         raise ValueError(f"{what}: {int((~features.isfinite()).any(1).sum())} of {len(features)} rows hold NaN or infinite numbers; look at the model in fp32")

@@ -1,4 +1,4 @@
-"""How well images are described: written captions against the references of each image.
+"""Caption metrics: written captions against the references of each image.
 
 BLEU (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr (CIDEr-D of Vedantam et al. 2015) as COCO's caption evaluation
 computes them (Chen et al. 2015, package pycocoevalcap), written anew on lists of words: they need no Java. Two tokenisers
@@ -59,12 +59,12 @@ def evaluate_captions(
 ) -> list[Number]:
     """One written caption an image against all references of that image -> exact_match, token_f1, bleu_1 to bleu_4, rouge_l, cider, meteor.
 
-    `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. What cannot be computed is left
-    out of the numbers, and said in a line that is added to `missing`; scores of each image are added to `columns`. exact_match and
+    `tokenizer` "auto" is "ptb" where Java and pycocoevalcap are there, and "simple" otherwise. Metrics that cannot be computed are left
+    out and get a line in `missing`; scores of each image are added to `columns`. exact_match and
     token_f1 always see the simple words.
 
     Raises:
-        ValueError: unlike counts, none, an image without references, or a tokeniser that cannot be had.
+        ValueError: unlike counts, none, an image without references, or a tokeniser that is not installed.
     """
     if not written or len(written) != len(references):
         raise ValueError(f"captions must be compared picture by picture; seen {len(written)} written and references of {len(references)}")
@@ -113,14 +113,14 @@ def evaluate_captions(
 
 
 def ptb_lacks() -> str:
-    """What the ptb tokeniser and METEOR need and do not find here; "" where they can run."""
+    """What the ptb tokeniser and METEOR lack on this machine; "" if they can run."""
     if importlib.util.find_spec(PACKAGE) is None:
         return f"{PACKAGE} is not installed; pip install 'openvision3[captions]', and Java"
     return "" if shutil.which("java") else "java is not on the PATH; install a Java runtime, such as openjdk"
 
 
 def choose_tokenizer(name: str) -> str:
-    """ "auto", "simple" or "ptb" -> which of the latter two. Raises ValueError where it cannot be had."""
+    """ "auto", "simple" or "ptb" -> the tokeniser to use. Raises ValueError if it cannot run."""
     if name not in TOKENIZERS:
         raise ValueError(f"tokenizer {name} is none of {', '.join(TOKENIZERS)}")
     if name == "ptb" and ptb_lacks():
@@ -129,7 +129,7 @@ def choose_tokenizer(name: str) -> str:
 
 
 def tokenized(written: Sequence[str], references: Sequence[Sequence[str]], name: str) -> tuple[list[Words], list[list[Words]]]:
-    """All captions through one tokeniser, in the shape they came in."""
+    """Split all captions into words; the shapes are kept."""
     flat = [*written, *(caption for of in references for caption in of)]
     made = iter(ptb_words(flat) if name == "ptb" else map(words, flat))
     return [next(made) for _ in written], [[next(made) for _ in of] for of in references]
@@ -180,7 +180,7 @@ def bleu(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> lis
 
 
 def bleu_sums(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[list[int]]:
-    """For each image what BLEU sums up: right and guessed n-grams for n = 1 to 4, own words, words to reach."""
+    """The sums of BLEU for each image: matched and written n-grams for n = 1 to 4, written words, reference words."""
     found = []
     for own, of in zip(written, references, strict=True):
         most: Counter[tuple[str, ...]] = Counter()
@@ -237,7 +237,7 @@ FEW_DOCUMENTS = 1_000
 
 
 def cider_warning(count: int) -> str:
-    """What has to stand beside a CIDEr of few images; nothing for many: n-grams are weighed by their frequency in this set alone."""
+    """The warning for a CIDEr of few images; empty for many. N-grams are weighted by their frequency in this set alone."""
     return f"; document frequencies of {count} pictures: compare with no other set" if count < FEW_DOCUMENTS else ""
 
 

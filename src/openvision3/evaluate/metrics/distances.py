@@ -1,6 +1,6 @@
 """Sets of features, and distances between them: FID, sFID, KID, precision and recall, Inception Score.
 
-No network is known here (`extractors.py` has those): everything takes features (N, D), or the `Statistics` of them, and computes in float64.
+Everything takes features (N, D) or their `Statistics` and computes in float64. The networks are in `networks/`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from openvision3.files import write_whole
 class Statistics:
     """Count, mean (D,) and covariance (D, D) of features, in float64, fed chunk by chunk in any order.
 
-    `count` is None for statistics from a file that does not say over how many they are: those can be compared and not added to.
+    `count` is None for statistics from a file without a count: these can be compared but not extended.
     """
 
     def __init__(self, width: int):
@@ -45,13 +45,13 @@ class Statistics:
         return found
 
     def add(self, features: Tensor) -> None:
-        """Take in (B, D). Raises ValueError for features of another width, or that are not finite."""
+        """Add features (B, D). Raises ValueError for features of another width or with non-finite values."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features of shape {tuple(features.shape)} cannot join statistics of width {len(self.mean)}")
         if not len(features):
             return
         if not features.isfinite().all():
-            raise ValueError("features are not finite: look for NaN in the pictures or for fp16 in the network")
+            raise ValueError("features are not finite: look for NaN in the images or for fp16 in the network")
         rows = features.detach().cpu().double()
         mean = rows.mean(0)
         self._move(len(rows), mean)
@@ -59,7 +59,7 @@ class Statistics:
         self.scatter.addmm_(rows.T, rows)
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another one has seen."""
+        """Add the features of another `Statistics`."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"statistics of width {len(other.mean)} cannot join those of width {len(self.mean)}")
         count = other._known()
@@ -80,7 +80,7 @@ class Statistics:
         return self.count
 
     def over_ranks(self) -> Statistics:
-        """Those of what all ranks have seen, on every rank; of a lone process its own."""
+        """The statistics over all ranks, on every rank."""
         if distributed.world() == 1:
             return self
         count = self._known()
@@ -112,7 +112,7 @@ class Statistics:
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} does not hold {names[0]} and {names[1]} as ADM's reference files do: {' '.join(str(error).split())}") from error
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path} holds a mean of shape {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}; legal are (D,) and (D, D)")
+            raise ValueError(f"{path} holds a mean of shape {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}; they must be (D,) and (D, D)")
         found = cls(0)
         found.count, found.mean, found.scatter = count, mean, covariance * (1 if count is None else max(count - 1, 1))
         return found
@@ -125,8 +125,8 @@ def read_pictures(path: str | Path, batch: int = 64) -> Iterator[Tensor]:
         FileNotFoundError, ValueError: no such file, or not one of images.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file of pictures: {path}")
-    legal = "legal is arr_0 of uint8 (N, H, W, 3) in an .npz"
+        raise FileNotFoundError(f"no such file of images: {path}")
+    expected = "which is arr_0 of uint8 (N, H, W, 3) in an .npz"
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             version = np.lib.format.read_magic(file)
@@ -138,10 +138,10 @@ def read_pictures(path: str | Path, batch: int = 64) -> Iterator[Tensor]:
                 rows = min(batch, shape[0] - start)
                 pixels = file.read(rows * math.prod(shape[1:]))
                 if len(pixels) < rows * math.prod(shape[1:]):
-                    raise ValueError(f"it ends before picture {start + rows} of {shape[0]}")
+                    raise ValueError(f"it ends before image {start + rows} of {shape[0]}")
                 yield to_tensor(torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(rows, *shape[1:]).copy()).permute(0, 3, 1, 2).contiguous())
     except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a file of pictures, {legal}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a file of images, {expected}: {' '.join(str(error).split())}") from error
 
 
 # -- distances ------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID where the features are Inception's pool_3, sFID where its spatial ones.
 
     With R R^T = S1 the eigenvalues of S1 S2 are those of the symmetric R^T S2 R. R keeps the directions in which S1 is more
-    than rounding, so that a covariance of fewer images than dimensions, which is legal, adds no noise.
+    than rounding, so that a covariance of fewer images than dimensions, which is allowed, adds no noise.
 
     Raises:
         ValueError: statistics of unlike width, or of fewer than two images.
@@ -170,7 +170,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def frechet_warning(count: int, width: int) -> str:
-    """What has to stand beside a Frechet distance of few images; nothing for many."""
+    """The warning for a Frechet distance of few images; empty for many."""
     return f"; {count} pictures for features of width {width}: mostly bias, compare with nothing" if count <= width else ""
 
 
@@ -192,15 +192,15 @@ class KernelDistance:
 def kernel_distance(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0, paired: bool = False) -> KernelDistance:
     """KID of features (N, D) and (M, D) with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401).
 
-    Subsets are drawn without repeats from each side, `size` of it or half a side where that is fewer. With `paired`, row i of
+    Subsets are drawn without replacement from each side, `size` of it or half a side where that is fewer. With `paired`, row i of
     both belongs to one image (an original and what was made of it): then an image is not compared with its own copy
-    (the U-statistic for as many x as y beside lemma 6 of Gretton et al. 2012), without which the estimate for copies would be biased, and equal sets have 0.
+    (the U-statistic for as many x as y beside lemma 6 of Gretton et al. 2012), otherwise the estimate would be biased. Identical sets give 0.
 
     Raises:
         ValueError: unlike widths, or fewer than two samples a side; with `paired`, unlike counts.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; legal are (N, D) and (M, D)")
+        raise ValueError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)} cannot be compared; they must be (N, D) and (M, D)")
     if min(len(x), len(y)) < 2 or (paired and len(x) != len(y)):
         raise ValueError(f"{len(x)} and {len(y)} samples; at least 2 are needed on each side, and as many on both where they are paired")
     x, y = x.detach().double(), y.detach().double()
@@ -267,7 +267,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
         ValueError: unlike widths, or a side with no more than k samples.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features of shape {tuple(real.shape)} and {tuple(fake.shape)} cannot be compared; legal are (N, D) and (M, D)")
+        raise ValueError(f"features of shape {tuple(real.shape)} and {tuple(fake.shape)} cannot be compared; they must be (N, D) and (M, D)")
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"{len(real)} and {len(fake)} samples have no {k} neighbours each; at least {k + 1} are needed on each side")
     real = real.detach() if real.dtype == torch.float64 else real.detach().float()

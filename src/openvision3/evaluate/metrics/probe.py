@@ -1,4 +1,4 @@
-"""How much of the classes is in frozen features: nearest neighbours, and a linear classifier on top.
+"""Probes of frozen features: k nearest neighbours and a linear classifier.
 
 k-NN is the weighted vote of Wu et al. 2018 (Unsupervised feature learning via non-parametric instance discrimination, section
 3.4) with k and temperature of DINO (Caron et al. 2021). The linear probe is CLIP's (Radford et al. 2021, section 3.2): a
@@ -21,13 +21,13 @@ from openvision3.evaluate.statistics import Columns
 
 SCORES_AT_ONCE = 2**24
 GRID = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""L2 weights that are tried, from strong to weak: a fit begins where the one before ended"""
+"""L2 weights to try, from strong to weak; each fit starts from the previous one"""
 SMALL = 1e-7
-"""largest part of the gradient at which a fit has ended"""
+"""a fit has converged when no part of the gradient is larger"""
 MOST = 2000
-"""iterations of a fit that does not end"""
+"""maximum iterations of a fit"""
 AT_ONCE = 100
-"""iterations of one history"""
+"""iterations before the history of L-BFGS is reset"""
 HELD_OUT = 5
 """one in so many training images of each class chooses L2"""
 
@@ -44,7 +44,7 @@ def evaluate_knn(
 ) -> list[Number]:
     """Features (n, F) and (m, F) -> top_1, mean_class_accuracy, largest_class_share of the vote of the k nearest by cosine.
 
-    A neighbour votes with exp(cosine / temperature). Of equally near ones the earlier is a neighbour, of equal votes the first class wins.
+    A neighbour votes with exp(cosine / temperature). Ties between neighbours go to the earlier one, ties between votes to the first class.
 
     Raises:
         ValueError: unlike counts, labels without a class, features that are no numbers, k or temperature out of range.

@@ -1,4 +1,4 @@
-"""How well images are rebuilt, given `reconstruct(images)`: PSNR, SSIM, feature distances, LPIPS, rFID and KID.
+"""Reconstruction metrics, given `reconstruct(images)`: PSNR, SSIM, feature distances, LPIPS, rFID and KID.
 
 All of it is measured on images rounded to uint8, each image by itself and, for rFID and KID, the set of them. Every rank
 brings its own rows and all get the same answer, which depends neither on how many ranks there are nor on the batch size.
@@ -27,14 +27,14 @@ Rows = tuple[Sequence[int], Sequence[str], Tensor]
 KID_PICTURES = 10_000
 
 WINDOW, SIGMA = 11, 1.5
-"""Of SSIM's Gaussian, in pixels."""
+"""SSIM's Gaussian window: size and sigma in pixels."""
 
 
 # -- one pair of images -------------------------------------------------------------------------------------------
 
 
 def psnr(images: Tensor, images_hat: Tensor) -> Tensor:
-    """(B, 3, H, W) twice in [-1, 1] -> PSNR of each pair in dB, both rounded to uint8 first; 100 dB stands for equal."""
+    """(B, 3, H, W) twice in [-1, 1] -> PSNR of each pair in dB, both rounded to uint8 first; 100 dB for equal images."""
     _check(images, images_hat)
     error = (to_uint8(images).float() - to_uint8(images_hat).float()).div(255).pow(2).mean((1, 2, 3))
     return -10 * torch.log10(error.clamp_min(1e-10))
@@ -86,7 +86,7 @@ def _check(images: Tensor, images_hat: Tensor) -> None:
 
 @dataclass
 class Networks:
-    """What images are compared by, beside their pixels."""
+    """The networks that compare images, in addition to pixel metrics."""
 
     extractors: list[Extractor] = field(default_factory=list)
     """KID on the features of each, and rFID on those of Inception"""
@@ -131,7 +131,7 @@ def evaluate_reconstruction(
 
     Raises:
         ValueError: no images, a place that comes twice, or images that cannot be measured.
-        OtherRankFailed: another rank has failed, and says why.
+        OtherRankFailed: another rank failed; it reports the cause.
     """
     networks = networks or Networks()
     rows = _Rows(networks)
@@ -300,7 +300,7 @@ def noise_curve(
         ValueError: no images, or no sigma, or one that is negative or not finite.
     """
     if not sigmas or not all(0 <= sigma < float("inf") for sigma in sigmas):
-        raise ValueError(f"sigmas {list(sigmas)} cannot be measured; legal are one or more finite numbers from 0 on")
+        raise ValueError(f"sigmas {list(sigmas)} cannot be measured; give one or more finite numbers, each at least 0")
     here: list[int] = []
     scores = [torch.zeros(0, len(sigmas), dtype=torch.float64)]
     with distributed.together(), torch.no_grad():

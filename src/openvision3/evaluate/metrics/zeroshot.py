@@ -1,4 +1,4 @@
-"""How well images are told apart by words: retrieval and classification, given embeddings of unit length.
+"""Retrieval and zero-shot classification from embeddings of unit length.
 
 Protocol of CLIP (Radford et al. 2021, section 3.1) for classes, and of Karpathy and Fei-Fei (2015) for retrieval, where one
 image has several captions.
@@ -16,10 +16,10 @@ from openvision3.evaluate.protocol import Number, number
 from openvision3.evaluate.statistics import Column, Columns
 
 SCORES_AT_ONCE = 2**24
-"""similarities that are in memory at a time: 64 MB"""
+"""similarities in memory at a time: 64 MB"""
 EQUAL = 1e-6
-"""Cosines this close are a tie, for rounding must not decide: columns of a product of matrices differ in the last bits. In retrieval a
-tie counts against the model, so that one that says nothing gets nothing; among classes the first named is taken."""
+"""Cosines this close are a tie, because matrix products differ in the last bits. In retrieval a tie counts
+against the model, so that constant embeddings score nothing; among classes the first one is taken."""
 
 
 def evaluate_retrieval(
@@ -41,7 +41,7 @@ def evaluate_retrieval(
     R@k is measured where a model could miss: with fewer than k wrong candidates for each query any model has 100 %, which is added to `missing`.
 
     Raises:
-        ValueError: unlike counts, none, owners out of range, an image without a text, or embeddings that are no numbers.
+        ValueError: unlike counts, none, owners out of range, an image without a text, or embeddings with NaN or infinite numbers.
     """
     pictures, count = len(image_embedding), len(texts)
     if not count or len(text_embedding) != count or len(owners) != count:
@@ -96,7 +96,7 @@ def evaluate_retrieval(
 
 
 def _best_ranks(queries: Tensor, candidates: Tensor, right_for: Callable[[int, int], Tensor]) -> tuple[Tensor, int]:
-    """For each query the place of its best right candidate, from 1 on, and the last place that one could have.
+    """For each query the rank of its best correct candidate, from 1, and the worst possible rank.
 
     In chunks of SCORES_AT_ONCE. `right_for` gives (chunk, candidates).
     """
@@ -130,7 +130,7 @@ def evaluate_classification(
     `prompts` says what a class embedding was made of; ranks are added to `columns`. Of equally near classes (within EQUAL) the first named is taken.
 
     Raises:
-        ValueError: no images, unlike counts, or embeddings that are no numbers.
+        ValueError: no images, unlike counts, or embeddings with NaN or infinite numbers.
     """
     if len(names) != len(classes):
         raise ValueError(f"classification needs a name for each class; seen {len(classes)} classes, {len(names)} names")
