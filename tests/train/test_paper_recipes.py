@@ -67,7 +67,7 @@ def test_base_low_res_runs_in_two_sharded_processes(files, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*start, *fields(files, tmp_path / "run", 2)], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes, fsdp: 2 of 4 pictures each" in (tmp_path / "run" / "log.txt").read_text()
+    assert "2 processes, fsdp: 2 of 4 rows each" in (tmp_path / "run" / "log.txt").read_text()
     assert [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row] == [1, 2]
 
 
