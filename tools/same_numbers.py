@@ -3,7 +3,7 @@
     python tools/same_numbers.py BEFORE AFTER
 
 Runs in both, through the command line alone: five steps of `tiny`, five of `mini_low_res` in two micro-batches, five and two steps of both phases of
-`paper_base` at batch 2 (a random VAE of FLUX.1's shape), a run that goes on from its middle, the same run begun by BEFORE and ended by AFTER, and
+`paper_base` at batch 2 (a random VAE of FLUX.1's shape), a run resumed from its middle, the same run begun by BEFORE and ended by AFTER, and
 `evaluate all mini --count 24`. Compares every number of metrics.jsonl and results.json but times, and the bytes of every tensor that was trained.
 About 15 minutes a checkout on two cores.
 """
@@ -25,21 +25,11 @@ import tyro
 from PIL import Image
 from safetensors.torch import load_file
 
+from openvision3.estimate.planned import FLUX
+
 SAME = ("--precision", "fp32", "--device", "cpu", "--compile", "off", "--seed", "0", "--log-every", "1", "--workers", "0")
 TIMES = ("seconds", "per_second", "wait", "rate_", "memory", "samples_s", "minutes", "version", "environment", "machine", "command", "date", "openvision3")
 """Names that hold one of these are no results: they depend on the clock or name where the numbers were made."""
-FLUX = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "norm_num_groups": 32,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 
 
 def openvision3(checkout: Path, *words: object) -> None:
@@ -118,7 +108,7 @@ def write_inputs(checkout: Path, inputs: Path) -> None:
     """A VAE of FLUX.1's shape with random weights, a tokenizer and four held-out images."""
     inputs.mkdir(parents=True)
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(**FLUX).save_pretrained(inputs / "vae")  # type: ignore[attr-defined]
+    diffusers.AutoencoderKL.from_config(FLUX | {"scaling_factor": 0.3611, "shift_factor": 0.1159}).save_pretrained(inputs / "vae")  # type: ignore[attr-defined]
     shutil.copyfile(checkout / "src/openvision3/assets/mini/tokenizer.json", inputs / "words.json")
     (inputs / "held_out").mkdir()
     for number in range(4):

@@ -40,6 +40,18 @@ def finished(tmp_path_factory) -> tuple[PretrainConfig, Outcome]:
     return config, pretrain(config, "tiny")
 
 
+def load_another_vae(monkeypatch) -> None:
+    """From now on the VAE of every run has another sha256."""
+    load = module.hub.load_vae
+
+    def another(*values, **named):
+        vae = load(*values, **named)
+        vae.sha256 = "f" * 64
+        return vae
+
+    monkeypatch.setattr(module.hub, "load_vae", another)
+
+
 @pytest.fixture
 def copied(finished, tmp_path) -> PretrainConfig:
     """The config of that run, resumed in a copy of its folder."""
@@ -220,14 +232,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_vae(finished, copied, t
             pretrain(copied, "tiny")
     finally:
         extra.unlink()
-    load = module.hub.load_vae
-
-    def another(*values, **named):
-        vae = load(*values, **named)
-        vae.sha256 = "f" * 64
-        return vae
-
-    monkeypatch.setattr(module.hub, "load_vae", another)
+    load_another_vae(monkeypatch)
     with pytest.raises(ValueError, match=r"was started with a VAE of sha256 .* has ffffffffffff\.\.\. now"):
         pretrain(copied, "tiny")
 
@@ -270,14 +275,7 @@ def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, mon
         setattr(new.model.encoder, field, value)
         with pytest.raises(ValueError, match=f"was trained with {line}: its weights mean something else here; set --model.encoder"):
             pretrain(new, "tiny")
-    load = module.hub.load_vae
-
-    def another(*values, **named):
-        vae = load(*values, **named)
-        vae.sha256 = "f" * 64
-        return vae
-
-    monkeypatch.setattr(module.hub, "load_vae", another)
+    load_another_vae(monkeypatch)
     with pytest.raises(ValueError, match=r"was trained with a VAE of sha256 .* has ffffffffffff\.\.\. now; set --model.vae.name"):
         pretrain(small(tmp_path, "new", init=str(outcome.folder)), "tiny")
     assert not (tmp_path / "new").exists()

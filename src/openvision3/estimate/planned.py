@@ -11,6 +11,7 @@ from typing import Any
 
 from openvision3.estimate.devices import Devices
 from openvision3.estimate.units import FP32
+from openvision3.settings import check_numbers
 from openvision3.train.config import PretrainConfig
 
 BERT = 30_524
@@ -59,8 +60,7 @@ class Options:
         for name in ("price_per_hour", "network", "text_length", "caption_length", "samples"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name.replace('_', '-')} {getattr(self, name)} must be a number that is not negative")
-        if self.crops < 1:
-            raise ValueError(f"crops {self.crops} must be at least 1")
+        check_numbers(self, 1, "crops")
 
 
 class PlannedRun:

@@ -35,10 +35,10 @@ class Options:
     out: PathName = "evaluation"
     """the folder of results.json, pictures.jsonl and report.html"""
     peer: tuple[str, ...] = ()
-    """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone. Default: ours, and vae if it can do the same.
+    """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone. Not set: ours, and vae if it can do the same.
     A probe of ours always includes vae as its floor. FILE.py:FUNCTION is a model of your own (docs/peers.md)"""
     peer_folder: tuple[PathName, ...] = ()
-    """the folder of a peer's weights, as in flux-vae=weights/FLUX.1-schnell. Default: the folder of `openvision3 fetch`"""
+    """the folder of a peer's weights, as in flux-vae=weights/FLUX.1-schnell. Not set: the folder of `openvision3 fetch`"""
     protocol: Literal["", "rfid-val50k", "rfid-coco"] = ""
     """a published protocol to follow: ImageNet val (50,000 images) or COCO val2017 (5,000 images), ADM crop, 256 px, rFID"""
     count: int = 0
@@ -50,23 +50,23 @@ class Options:
     batch: int = 32
     """images per batch; the numbers do not depend on it"""
     metrics: tuple[str, ...] = ()
-    """reconstruction: choose from psnr (also against noise), ssim, distance, kid, lpips, rfid. Default: all metrics whose weights are present"""
+    """reconstruction: choose from psnr (also against noise), ssim, distance, kid, lpips, rfid. Not set: all metrics whose weights are present"""
     sigmas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.8, 1.2)
     """reconstruction: noise levels for PSNR against noise on the tokens"""
     inception: PathName = ""
-    """rfid: weights-inception-2015-12-05-6726825d.pth. Default: the file of `openvision3 fetch`"""
+    """rfid: weights-inception-2015-12-05-6726825d.pth. Not set: the file of `openvision3 fetch`"""
     lpips_net: Literal["alex", "vgg"] = "alex"
     """lpips: the network"""
     lpips_backbone: PathName = ""
-    """lpips: torchvision's alexnet or vgg16 checkpoint. Default: the file of `openvision3 fetch`"""
+    """lpips: torchvision's alexnet or vgg16 checkpoint. Not set: the file of `openvision3 fetch`"""
     lpips_linear: PathName = ""
     """lpips: the channel weights of LPIPS v0.1"""
     caption_keys: tuple[str, ...] = ()
-    """JSON fields of shards that hold captions; all are used. Default: the .txt member"""
+    """JSON fields of shards that hold captions; all are used. Not set: the .txt member"""
     only: tuple[str, ...] = ()
     """keep the shard samples whose JSON has these values, as in source=clipart"""
     index: PathName = ""
-    """the folder in which `data index` wrote the indexes of shards. Default: beside each shard"""
+    """the folder in which `data index` wrote the indexes of shards. Not set: beside each shard"""
     cache: PathName = ""
     """the folder that remote shards are fetched into"""
     cache_gb: float = 100.0
@@ -76,7 +76,7 @@ class Options:
     tokenizer: Literal["auto", "simple", "ptb"] = "auto"
     """captioning: the tokenizer that splits captions into words; ptb needs Java"""
     label_key: str = ""
-    """zeroshot, probe: the JSON field with the class. Default: the emoji's group, the sub-folder or the .cls member"""
+    """zeroshot, probe: the JSON field with the class. Not set: the emoji's group, the sub-folder or the .cls member"""
     classes: PathName = ""
     """zeroshot, probe: a file of class names, one per line"""
     least: int = 20
@@ -85,7 +85,7 @@ class Options:
     """zeroshot: the texts of a class: CLIP's 80 templates, bare name, or captions of training images. auto: captions for emoji groups, else templates"""
     train: tuple[PathName, ...] = ()
     """training data of MODEL, in addition to those recorded with it: data, or fingerprints of data (openvision3 data fingerprint). Samples seen in
-    these get rows of their own. A probe is fitted to the data named here. Default: openmoji, if data is openmoji"""
+    these get rows of their own. A probe is fitted to the data named here. Not set: openmoji, if data is openmoji"""
     k: int = 20
     """probe: number of neighbours of k-NN"""
     device: str = "auto"

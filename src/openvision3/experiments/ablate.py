@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from openvision3 import distributed
-from openvision3.data.batches import rows_of_a_process
 from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
@@ -27,7 +26,7 @@ from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, qu
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.files import write_whole
-from openvision3.hub import complete_checkpoints, load_distance
+from openvision3.hub import complete_checkpoints
 from openvision3.progress import console
 from openvision3.report import html
 from openvision3.settings import PathName, flat, from_dict, load_config, to_dict
@@ -35,7 +34,7 @@ from openvision3.train.checkpoint import read_state
 from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import NotFinite
 from openvision3.train.loop_config import changed_settings
-from openvision3.train.pretrain import pretrain
+from openvision3.train.pretrain import check_start, pretrain
 from openvision3.train.recipes import RECIPES
 from openvision3.train.signals import Signals
 
@@ -143,9 +142,7 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
         with distributed.together():
             for one in plans:
                 for _, config in one.runs:
-                    rows_of_a_process(config.batch, ranks.world, config.micro_batch)
-                    if config.model.loss.lambda_perceptual:
-                        load_distance(config.model.loss)
+                    check_start(config, ranks.world)
                 one.operations()  # raises ValueError if the VAE is not there
             precision = _same_base(out, base, device, options.draw) if ranks.rank == 0 else ""
         precision = distributed.from_first(precision)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from openvision3.settings import PathName
+from openvision3.settings import PathName, check_numbers
 
 if TYPE_CHECKING:
     from openvision3.recaption.image_text import Wording
@@ -60,8 +60,7 @@ class RecaptionJob:
     """a PNG file for a sample of the images with their old and new captions"""
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch {self.batch} must be at least 1")
+        check_numbers(self, 1, "batch")
         if self.max_words < 0:
             raise ValueError(f"max_words {self.max_words} must not be negative")
         if self.field in (ORIGINAL, self.caption_key, "caption", "") or self.field.endswith("_by"):

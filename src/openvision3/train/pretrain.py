@@ -62,8 +62,7 @@ def pretrain_in_turn(phases: Sequence[tuple[str, PretrainConfig]]) -> Outcome[Pr
     with distributed.started(choose_device(phases[0][1].device)) as ranks, Signals() as signals:
         with distributed.together():
             for _, config in phases:
-                rows_of_a_process(config.batch, ranks.world, config.micro_batch)
-                hub.load_distance(config.model.loss)
+                check_start(config, ranks.world)
         for name, config in phases:
             outcome = None  # frees the memory of the model of the phase before
             outcome = pretrain(config, name, signals)
@@ -71,6 +70,19 @@ def pretrain_in_turn(phases: Sequence[tuple[str, PretrainConfig]]) -> Outcome[Pr
                 break
     assert outcome is not None
     return outcome
+
+
+def check_start(config: PretrainConfig, world: int) -> None:
+    """Raises ValueError, FileNotFoundError for what would end a run of `world` processes at its start, if it can be known without the data."""
+    rows_of_a_process(config.batch, world, config.micro_batch)
+    hub.load_distance(config.model.loss)
+
+
+def initial_model(config: PretrainConfig, vae: VAE, tokenizer: TextTokenizer) -> OpenVision3:
+    """The model with its random weights, which depend on `config.seed` alone. Raises FileNotFoundError, ValueError: the perceptual network's files."""
+    distance = hub.load_distance(config.model.loss)
+    torch.manual_seed(config.seed)
+    return OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id, distance).init_weights()
 
 
 class Pretraining(Training):
@@ -98,9 +110,7 @@ class Pretraining(Training):
         if checkpoint and recorded:
             self.source.relabel(recorded[LABELS]["data"])
             self.held_out.relabel(recorded[LABELS]["val"])
-        distance = hub.load_distance(config.model.loss)  # raises where its files are missing, before anything is written
-        torch.manual_seed(config.seed)
-        self.model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id, distance).init_weights()
+        self.model = initial_model(config, vae, tokenizer)
         if checkpoint:
             hub.load_weights(self.model, checkpoint)
         elif config.init and ranks.rank == 0:  # the first rank's weights are sent to all

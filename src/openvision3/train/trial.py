@@ -23,9 +23,9 @@ from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
 from openvision3.data.names import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of
-from openvision3.model.openvision3 import OpenVision3
 from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import Training, first_steps, peak_memory
+from openvision3.train.pretrain import initial_model
 from openvision3.train.run import Setup, Start, set_up, settle_precision
 
 STEPS, WARM = 6, 3
@@ -47,9 +47,7 @@ class Trial(Training):
         plan = BatchPlan(shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch)
         self.batches = TrainingBatches(source, tokenizer, plan, ranks=start.ranks, workers=config.workers, pinned=start.device == "cuda")
         vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
-        distance = hub.load_distance(config.model.loss)
-        torch.manual_seed(config.seed)
-        self.model = OpenVision3(config.model, vae, len(tokenizer), tokenizer.pad_id, distance).init_weights()
+        self.model = initial_model(config, vae, tokenizer)
 
 
 def try_training(config: PretrainConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from openvision3.settings import PathName, read_rules
+from openvision3.settings import PathName, check_numbers, read_rules
 
 FORMAT = "openvision3 latents 2"
 OLD_FORMAT = "openvision3 latents 1"
@@ -93,9 +93,7 @@ class LatentSettings:
     data: tuple[str, ...]
 
     def __post_init__(self):
-        for name in ("crops", "samples", "part_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        check_numbers(self, 1, "crops", "samples", "part_samples")
         if self.size < 16 or self.size % max(16, self.stride):
             raise ValueError(f"size {self.size} must be a positive multiple of {max(16, self.stride)}")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
