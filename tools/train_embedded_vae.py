@@ -1,6 +1,7 @@
 """Train the small VAE that ships with the package (AutoencoderTiny, 16 channels, 8x).
 
-    python tools/train_embedded_vae.py --data openmoji DATA/pictures/train-*.tar --only source=clipart --held-out DATA --out runs/vae
+    python tools/train_embedded_vae.py --data openmoji 'drawings/*-train-*.tar' 'DATA/pictures/train-*.tar' --weights 1 3 1 --only source!=stamps \
+        --held-out DATA --init embedded --out runs/vae
 
 L1 + squared error + a perceptual feature distance (EfficientNet-Lite0) + a penalty that holds every latent channel near
 zero mean and unit variance; a little noise on the latents, so that the decoder forgives what a ViT predicts. The rate is
@@ -40,6 +41,7 @@ from openvision3.data.sources import MixedSource, Source
 from openvision3.data.workers import outlive_signals
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.metrics.reconstruction import psnr
+from openvision3.hub import load_vae
 from openvision3.networks.perceptual import EfficientNetDistance
 from openvision3.progress import processor_name
 from openvision3.train.config import PretrainConfig
@@ -76,6 +78,35 @@ def init_weights(vae: Any) -> None:
                 layer.weight.data.div_(math.sqrt(2.0))  # no ReLU follows a change of resolution
         network.layers[-1].weight.data.mul_(0.5)
     torch.nn.init.constant_(vae.decoder.layers[-1].bias, 0.5)
+
+
+def load_grown(vae: Any, weights: Any) -> None:
+    """Start from the weights of another VAE of this shape. Blocks that it lacks stay as they are: at first they change nothing.
+
+    Raises:
+        ValueError: other widths, or fewer blocks than the weights have.
+    """
+
+    def by_place(network: Any) -> dict[tuple[int, int], torch.nn.Module]:
+        """Layers by (how many other layers come before, how many blocks since)."""
+        places, others, blocks = {}, 0, 0
+        for layer in network.layers:
+            if isinstance(layer, AutoencoderTinyBlock):
+                blocks += 1
+            else:
+                others, blocks = others + 1, 0
+            places[others, blocks] = layer
+        return places
+
+    for new, old in ((vae.encoder, weights.encoder), (vae.decoder, weights.decoder)):
+        layers, old_layers = by_place(new), by_place(old)
+        if not old_layers.keys() <= layers.keys():
+            raise ValueError("--init has more blocks than --architecture; give at least as many at each resolution")
+        for place, layer in old_layers.items():
+            try:
+                layers[place].load_state_dict(layer.state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"the weights of --init do not fit --architecture: {error}") from error
 
 
 def make_optimizers(vae: Any, rate: float, dtype: torch.dtype) -> tuple[list[torch.optim.Optimizer], list[tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
@@ -126,8 +157,11 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 class TrainingPictures(torch.utils.data.Dataset):
     """Endless random training images, each a function of (seed, position)."""
 
-    def __init__(self, source: Source, size: int, seed: int, synthetic: float, textures: int = 384):
+    def __init__(self, source: Source, weights: list[float], size: int, seed: int, synthetic: float, textures: int = 384):
         self.source, self.size, self.seed, self.synthetic = source, size, seed, synthetic
+        sizes = [len(part) for part in source.sources] if weights and isinstance(source, MixedSource) else [len(source)]
+        self.bounds = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        self.shares = torch.tensor(weights or [1.0])
         rng = np.random.default_rng(seed)
         make = [one_over_f, dead_leaves]
         self.textures = [Image.fromarray((make[i % 2](rng, 192) * 255).astype(np.uint8)) for i in range(textures)]
@@ -156,7 +190,8 @@ class TrainingPictures(torch.utils.data.Dataset):
         return pixels
 
     def drawn(self, generator: torch.Generator) -> Image.Image:
-        index = int(torch.randint(len(self.source), (1,), generator=generator))
+        part = int(torch.multinomial(self.shares, 1, generator=generator))
+        index = int(torch.randint(self.bounds[part], self.bounds[part + 1], (1,), generator=generator))
         try:
             picture = from_uint8(self.source.crop(index, self.size, generator)[0])
         except ImageError:
@@ -170,9 +205,9 @@ class TrainingPictures(torch.utils.data.Dataset):
 
 
 def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
-    """The `val` shards of the sets `pictures` and `photos` in that folder, if any."""
-    found = {name: sorted(map(str, (folder / name).glob("val-*.tar"))) for name in ("pictures", "photos")} if folder else {}
-    return {name: shards for name, shards in found.items() if shards}
+    """The `val` shards of each set (sub-folder) in that folder, if any."""
+    shards = {part.name: sorted(map(str, part.glob("val-*.tar"))) for part in sorted(folder.iterdir()) if part.is_dir()} if folder else {}
+    return {name: paths for name, paths in shards.items() if paths}
 
 
 def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
@@ -181,7 +216,7 @@ def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
     sets = {"openmoji": torch.stack([to_tensor(openmoji.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
         source = open_source(tuple(shards))
-        sets[name] = torch.stack([to_tensor(source.image(i, size)) for i in range(len(source))])
+        sets[name] = torch.stack([to_tensor(source.image(i, size)) for i in range(min(len(source), 400))])
     return sets
 
 
@@ -199,8 +234,10 @@ def mean_psnr(vae: Any, images: torch.Tensor, precision: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["openmoji"])
-    parser.add_argument("--only", default="", help="keep shard samples with this JSON value, as in source=clipart")
-    parser.add_argument("--held-out", type=Path, default=None, help="folder with pictures/val-*.tar and photos/val-*.tar to measure on")
+    parser.add_argument("--weights", type=float, nargs="*", default=[], help="share of each name of --data; not set: every image alike")
+    parser.add_argument("--only", default="", help="keep shard samples whose JSON has this value, as in source=clipart or source!=stamps")
+    parser.add_argument("--held-out", type=Path, default=None, help="folder with SET/val-*.tar to measure on")
+    parser.add_argument("--init", default="", help="start from the weights of a VAE: embedded, or a folder in diffusers' layout")
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--cooldown", type=int, default=2500)
@@ -216,6 +253,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", default="{}", help="JSON that overrides AutoencoderTiny's settings")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
     args = parser.parse_args()
     try:
         train(args)
@@ -233,7 +271,7 @@ def train(args: argparse.Namespace) -> None:
         architecture = ARCHITECTURE | json.loads(args.architecture)
     except (ValueError, TypeError) as error:
         raise ValueError(f"architecture {args.architecture!r} is not a JSON object of AutoencoderTiny's settings: {error}") from error
-    source = open_source(tuple(args.data), DataOptions(only=only, area=(0.15, 1.0)))
+    source = open_source(tuple(args.data), DataOptions(only=only, area=(0.15, 1.0), weights=tuple(args.weights)))
     parts = source.sources if isinstance(source, MixedSource) else [source]
     trained_on = {Path(path).resolve() for part in parts if isinstance(part, ShardSource) for path in part.files()}
     both = trained_on & {Path(path).resolve() for shards in held_out_shards(args.held_out).values() for path in shards}
@@ -246,6 +284,8 @@ def train(args: argparse.Namespace) -> None:
     print(f"device {device}, precision {precision} ({why})", flush=True)
     vae = AutoencoderTiny(**architecture).to(device, memory_format=torch.channels_last)
     init_weights(vae)
+    if args.init:
+        load_grown(vae, load_vae(args.init).network)
     ema = copy.deepcopy(vae).requires_grad_(False)
     distance = EfficientNetDistance(stages=4).to(device)
     optimizers, flat = make_optimizers(vae, args.learning_rate, dtype_of(precision))
@@ -264,7 +304,7 @@ def train(args: argparse.Namespace) -> None:
 
     print(f"{len(source)} training images; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
-    dataset = TrainingPictures(source, args.size, args.seed, args.synthetic)
+    dataset = TrainingPictures(source, args.weights, args.size, args.seed, args.synthetic)
     probe = torch.stack([dataset[i] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
     order = range(step * args.batch, args.steps * args.batch)
     ahead = 4 if args.workers else None
@@ -324,7 +364,7 @@ def train(args: argparse.Namespace) -> None:
             matrix.grad = parameter.grad.permute(0, 2, 3, 1).reshape(matrix.shape)
         for optimizer in optimizers:
             optimizer.step()
-        decay = min(0.999, (1 + step) / (10 + step))
+        decay = min(args.ema, (1 + step) / (10 + step))
         for average, value in zip(ema.parameters(), vae.parameters(), strict=True):
             average.lerp_(value.detach(), 1 - decay)
         step += 1

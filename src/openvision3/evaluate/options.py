@@ -64,7 +64,7 @@ class Options:
     caption_keys: tuple[str, ...] = ()
     """JSON fields of shards that hold captions; all are used. Not set: the .txt member"""
     only: tuple[str, ...] = ()
-    """keep the shard samples whose JSON has these values, as in source=clipart"""
+    """keep the shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)"""
     index: PathName = ""
     """the folder in which `data index` wrote the indexes of shards. Not set: beside each shard"""
     cache: PathName = ""

@@ -29,7 +29,7 @@ class _ModelAndData:
     val: tuple[PathName, ...] = ("openmoji",)
     """held-out images, evaluated during training and never trained on; openmoji: its val side, which shares no family with the others"""
     only: tuple[str, ...] = ()
-    """keep only shard samples whose JSON has these values, as in source=clipart"""
+    """keep only shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)"""
     caption_keys: tuple[str, ...] = ()
     """JSON fields of shards that hold captions; the first is the one to predict. Not set: the .txt member"""
     captions: int = 1

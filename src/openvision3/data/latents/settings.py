@@ -46,7 +46,7 @@ class LatentJob:
     workers: int = 0
     """processes that decode images; 0: this process decodes them"""
     only: tuple[str, ...] = ()
-    """keep only shard samples whose JSON has these values, as in source=clipart"""
+    """keep only shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)"""
     caption_keys: tuple[str, ...] = ()
     """JSON fields of shards that hold captions. Not set: the .txt member"""
     aliases: bool = False

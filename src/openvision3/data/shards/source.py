@@ -11,13 +11,14 @@ from openvision3.data.identity import digest
 from openvision3.data.order import Order, ShardShuffle
 from openvision3.data.shards.tars import WINDOW, Tars, Watch, plain
 from openvision3.data.sources import EncodedSource, Source
+from openvision3.settings import fits
 
 
 class ShardSource(EncodedSource):
     """Webdataset shards by random access, through their indexes.
 
     `caption_keys` names JSON fields to take captions from, in order (Recap-DataComp: `re_caption`, `org_caption`); empty:
-    the `.txt` member. `only` keeps samples whose JSON has these values. Of a tar that is cut off, the whole samples are read,
+    the `.txt` member. `only` keeps samples whose JSON fits these rules (see `settings.fits`). Of a tar that is cut off, the whole samples are read,
     and `problems` says so.
 
     Raises:
@@ -82,7 +83,7 @@ class ShardSource(EncodedSource):
         if not values:
             detail = f"missing, empty or not an object; {', '.join(only)} cannot be looked up"
             self.problems.add({"key": self.tars.key(place), "reason": "broken JSON", "detail": detail})
-        return all(str(values.get(name)) == value for name, value in only.items())
+        return fits(values, only)
 
     def __len__(self) -> int:
         return len(self.tars) if self.kept is None else len(self.kept)

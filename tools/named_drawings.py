@@ -1,0 +1,443 @@
+"""Write thousands of named colour drawings, in a dozen styles, as ordinary shards.
+
+    npm pack @iconify-json/noto @iconify-json/twemoji ... cldr-annotations-full       # the package files, see docs/data.md
+    python tools/named_drawings.py PACKAGES --out drawings
+
+PACKAGES is the folder of those `.tgz` files. Nothing else is read, and nothing is downloaded. The same packages and options give the same bytes, and
+after a kill the same command goes on with the next shard. A shard is named by its style and kind: `noto-train-00000.tar`,
+`noto-unseen_concept-00000.tar`. Each sample is a PNG, its name as `.txt`, and a JSON with `caption`, `captions` (further ones), `style`, `family`,
+`source` and `licence`.
+
+Some drawings are held out of training, of three kinds. Families (the concept; of people, whatever the gender and skin tone) are the same over all
+styles and OpenMoji:
+
+    unseen concept   no style of the family is in training
+    unseen style     the family is in training, but not in this style
+    seen concept     the family is in training in this style; this gender or skin tone of it is not
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import re
+import sys
+import tarfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from openvision3.data import openmoji
+from openvision3.files import sha256_of, write_whole
+from openvision3.progress import track
+
+SHARD = 1000
+"""drawings in a shard"""
+KINDS = ("train", "unseen concept", "unseen style", "seen concept")
+HELD_STYLE, HELD_MEMBER = 0.05, 0.05
+"""shares of the families of a style that are held out as `unseen style`, and of the genders and skin tones held out as `seen concept`"""
+ANNOTATIONS = "package/annotations/en/annotations.json"
+WHITE = "#ffffff"
+
+_FILLER = {"alternate", "alt", "color", "colour", "svg"}
+_TONES = {"light", "medium-light", "medium", "medium-dark", "dark"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One icon of a package, with its words."""
+
+    style: str
+    icon: str
+    caption: str
+    captions: tuple[str, ...]
+    family: str
+    member: str
+    """names it within its family: other genders and skin tones have other members"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The parts of an icon package that are used (Iconify's JSON: https://iconify.design/docs/types/iconify-json.html)."""
+
+    style: str
+    version: str
+    sha256: str
+    licence: str
+    author: str
+    url: str
+    icons: dict[str, dict[str, Any]]
+    width: float
+    height: float
+    characters: dict[str, str]
+    """{icon: its emoji}"""
+
+
+def read_members(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The JSON members of a package file under these names; absent ones are left out.
+
+    Raises:
+        ValueError: the file is no package, or a member no JSON.
+    """
+    wanted = set(names)
+    members: dict[str, Any] = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                if member.name in wanted and member.isfile():
+                    data = tar.extractfile(member)
+                    assert data is not None
+                    members[member.name] = json.loads(data.read())
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a whole npm package ({error}); fetch it again with npm pack") from error
+    return members
+
+
+def read_package(path: Path) -> Package | None:
+    """An icon package; None for a package without icons."""
+    parts = ("package.json", "icons.json", "info.json", "chars.json")
+    members = {name.removeprefix("package/"): value for name, value in read_members(path, [f"package/{part}" for part in parts]).items()}
+    if "icons.json" not in members or "info.json" not in members:
+        return None
+    icons, info = members["icons.json"], members["info.json"]
+    characters = {icon: _character(codes) for codes, icon in members.get("chars.json", {}).items()}
+    return Package(
+        style=icons["prefix"],
+        version=members["package.json"]["version"],
+        sha256=sha256_of(path),
+        licence=info["license"].get("spdx") or info["license"]["title"],
+        author=info["author"]["name"],
+        url=info["author"].get("url", ""),
+        icons=icons["icons"],
+        width=icons.get("width", 16),
+        height=icons.get("height", 16),
+        characters=characters,
+    )
+
+
+def _character(codes: str) -> str:
+    return "".join(chr(int(code, 16)) for code in codes.split("-"))
+
+
+def read_packages(folder: Path) -> tuple[list[Package], dict[str, list[str]]]:
+    """All icon packages of a folder by style, and CLDR's keywords of each emoji.
+
+    Raises:
+        ValueError: no icon package, two of one style, or no annotations.
+    """
+    packages: dict[str, Package] = {}
+    keywords: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.tgz")):
+        if package := read_package(path):
+            if package.style in packages:
+                raise ValueError(f"{path} is a second package of the style {package.style}; keep one of them in {folder}")
+            packages[package.style] = package
+        elif annotations := read_members(path, [ANNOTATIONS]):
+            entries = annotations[ANNOTATIONS]["annotations"]["annotations"]
+            keywords = {_plain(character): entry.get("default", []) for character, entry in entries.items()}
+    if not packages:
+        raise ValueError(f"{folder} holds no icon package; fetch some into it, such as: npm pack @iconify-json/noto")
+    if not keywords:
+        raise ValueError(f"{folder} holds no keywords of emoji; fetch them into it: npm pack cldr-annotations-full")
+    return [packages[style] for style in sorted(packages)], keywords
+
+
+def _plain(character: str) -> str:
+    return character.replace("\ufe0f", "")
+
+
+def _squeezed(name: str) -> str:
+    """A name as a key: lower case, letters and digits only."""
+    text = unicodedata.normalize("NFKD", name.lower())
+    return "".join(c for c in text if c.isalnum())
+
+
+@functools.cache
+def emoji_by_character() -> dict[str, openmoji.Emoji]:
+    return {_plain(each.character): each for each in openmoji.named_emoji()}
+
+
+@functools.cache
+def emoji_by_name() -> dict[str, openmoji.Emoji]:
+    """Emoji by every name they go by: their own, aliases, Unicode's, and with or without "skin tone", "flag" and "button"."""
+    names: dict[str, openmoji.Emoji] = {}
+    for each in reversed(openmoji.named_emoji()):  # of two with one alias the first wins
+        for alias in each.aliases:
+            names[_squeezed(alias)] = each
+        if len(_plain(each.character)) == 1:
+            names[_squeezed(unicodedata.name(_plain(each.character), each.name))] = each
+    for each in reversed(openmoji.named_emoji()):
+        for name in (each.name, each.name.replace(" skin tone", "")):
+            names[_squeezed(name)] = each
+            if each.group == "Flags":
+                names[_squeezed(f"flag for {name}")] = names[_squeezed(f"flag {name}")] = each
+    return names
+
+
+@functools.cache
+def symbol_names() -> dict[str, str]:
+    """Squeezed -> spelt name of every pictograph in Unicode that is no emoji."""
+    codes = (*range(0x2190, 0x2C00), *range(0x1F000, 0x1FB00))
+    names = [unicodedata.name(chr(code), "").lower() for code in codes]
+    return {_squeezed(name): name.replace("-", " ") for name in names if name}
+
+
+def cleaned(icon: str) -> str:
+    """The words of an icon's name: without numbers at its end (a size, a variant) and words that name no thing; "" if none are left."""
+    words = icon.replace("_", "-").split("-")
+    while words and words[-1].isdigit():
+        words.pop()
+    return " ".join(word for word in words if word and word not in _FILLER)
+
+
+def is_run_together(icon: str) -> bool:
+    """Whether a name looks like several words without anything between them."""
+    return "-" not in icon and len(icon) > 11
+
+
+def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[Drawing], Counter[str]]:
+    """The drawings of a package with caption and family; icons that are left out are counted by reason.
+
+    An emoji is called as OpenMoji calls it, whatever the package calls it; its other names and CLDR's keywords become further captions.
+    """
+    left_out: Counter[str] = Counter()
+    drawings: dict[str, Drawing] = {}
+    sizes: dict[str, int] = {}
+    for icon, body in package.icons.items():
+        if body.get("hidden"):
+            left_out["hidden in the package"] += 1
+            continue
+        emoji = emoji_by_character().get(_plain(package.characters.get(icon, ""))) or emoji_by_name().get(_squeezed(cleaned(icon)))
+        if emoji:
+            caption, family, member = emoji.name, emoji.family or emoji.name, emoji.key
+            others = [*emoji.aliases, ", ".join(keywords.get(_plain(emoji.base), ()))]
+        else:
+            caption = symbol_names().get(_squeezed(icon)) or cleaned(icon)
+            family, member, others = caption, caption, []
+            if not caption or caption.isdigit() or (is_run_together(icon) and caption == icon):
+                left_out["no name in words"] += 1
+                continue
+        size = int(re.findall(r"\d+$", icon)[0]) if re.search(r"-\d+$", icon) else 0
+        if package.style == "fluent-color" and caption in drawings:  # one icon in many sizes: the largest is the most detailed
+            left_out["the same icon at another size"] += 1
+            if size <= sizes[caption]:
+                continue
+        key = caption if package.style == "fluent-color" else icon
+        styled = f"{caption}, {package.style.replace('-', ' ')} style"
+        captions = tuple(dict.fromkeys(text for text in (*others, styled) if text and text != caption))
+        drawings[key], sizes[key] = Drawing(package.style, icon, caption, captions, family, member), size
+    return list(drawings.values()), left_out
+
+
+def _share(*texts: str) -> float:
+    return openmoji.hash_share("/".join(texts))
+
+
+@functools.cache
+def emoji_shares() -> dict[str, float]:
+    return openmoji.family_shares(openmoji.named_emoji())
+
+
+def concept_share(family: str) -> float:
+    """Where the hash of a family lies in [0, 1): the one that OpenMoji's split goes by, so that a concept is held out in all styles alike."""
+    return emoji_shares().get(family, _share(family))
+
+
+def kind_of(drawing: Drawing, styles: dict[str, set[str]]) -> str:
+    """The kind of a drawing; `styles` are those that draw each family.
+
+    `unseen style` holds a family out of a single style, the first by its hash, so that the others still show it.
+    """
+    if concept_share(drawing.family) < openmoji.UNSEEN_CONCEPT:
+        return "unseen concept"
+    others = styles[drawing.family]
+    if len(others) > 1 and _share("style", drawing.family) < HELD_STYLE * len(others) and drawing.style == min(others, key=lambda s: _share(s, drawing.family)):
+        return "unseen style"
+    if drawing.member != simplest_member(drawing) and _share("member", drawing.style, drawing.member) < HELD_MEMBER:
+        return "seen concept"
+    return "train"
+
+
+@functools.cache
+def _simplest_members() -> dict[str, str]:
+    members: dict[str, str] = {}
+    for each in openmoji.named_emoji():
+        family = each.family or each.name
+        members[family] = min(members.get(family, each.key), each.key, key=lambda key: (len(key), key))
+    return members
+
+
+def simplest_member(drawing: Drawing) -> str:
+    """The member of a family that is always trained on."""
+    return _simplest_members().get(drawing.family, drawing.member)
+
+
+def svg(package: Package, icon: str) -> str:
+    """The icon as an SVG file: its body on a canvas of its own size."""
+    body = package.icons[icon]
+    left, top = body.get("left", 0), body.get("top", 0)
+    width, height = body.get("width", package.width), body.get("height", package.height)
+    box = f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}>{body["body"]}</svg>'
+
+
+def background_of(drawing: Drawing, kind: str, background: str) -> str | None:
+    """A colour, or None for a transparent background. `mixed`: white for what is held out and for two drawings in three, else a plain colour."""
+    plain = "#{:06x}".format(int(_share("background", drawing.style, drawing.icon) * 0xFFFFFF))
+    if background == "mixed":
+        background = "plain" if kind == "train" and _share("mixed", drawing.style, drawing.icon) < 1 / 3 else "white"
+    return {"white": WHITE, "plain": plain, "transparent": None}[background]
+
+
+def render(package: Package, drawing: Drawing, size: int, background: str | None) -> bytes:
+    """The drawing as a PNG of `size` x `size` pixels: it fills 92 % of the longer side. Raises ValueError: resvg cannot read it."""
+    import resvg_py
+    from PIL import Image
+
+    inner = round(size * 0.92)
+    body = package.icons[drawing.icon]
+    wide = body.get("width", package.width) >= body.get("height", package.height)
+    side = {"width": inner} if wide else {"height": inner}
+    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg(package, drawing.icon), **side)))).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), background or (0, 0, 0, 0))
+    canvas.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
+    data = io.BytesIO()
+    (canvas.convert("RGB") if background else canvas).save(data, "PNG")
+    return data.getvalue()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one worker writes."""
+
+    path: Path
+    package: Package
+    drawings: tuple[Drawing, ...]
+    kind: str
+    size: int
+    background: str
+
+
+def write_shard(shard: Shard) -> tuple[str, list[str]]:
+    """Write a shard whole or not at all -> its name, and the icons that cannot be rendered."""
+    failed: list[str] = []
+    partial = shard.path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        for number, drawing in enumerate(shard.drawings):
+            try:
+                image = render(shard.package, drawing, shard.size, background_of(drawing, shard.kind, shard.background))
+            except ValueError as error:
+                failed.append(f"{drawing.style}:{drawing.icon} ({error})")
+                continue
+            package = shard.package
+            values = asdict(drawing) | {
+                "kind": shard.kind,
+                "source": f"@iconify-json/{package.style} {package.version}: {drawing.icon}",
+                "licence": package.licence,
+                "author": f"{package.author}, {package.url}".strip(", "),
+            }
+            key = f"{shard.path.stem}-{number:05d}"
+            for suffix, data in (("png", image), ("txt", drawing.caption.encode()), ("json", json.dumps(values, ensure_ascii=False).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    partial.replace(shard.path)
+    return shard.path.name, failed
+
+
+def plan_shards(
+    packages: list[Package], keywords: dict[str, list[str]], out: Path, size: int, background: str
+) -> tuple[list[Shard], dict[str, dict[str, Any]]]:
+    """The shards to write, and what each style holds, for the record."""
+    words = {package.style: draw_words(package, keywords) for package in packages}
+    styles: dict[str, set[str]] = defaultdict(set)
+    for style, (drawings, _) in words.items():
+        for drawing in drawings:
+            styles[drawing.family].add(style)
+    shards: list[Shard] = []
+    record: dict[str, dict[str, Any]] = {}
+    for package in packages:
+        drawings, left_out = words[package.style]
+        by_kind: dict[str, list[Drawing]] = {kind: [] for kind in KINDS}
+        for drawing in sorted(drawings, key=lambda each: _share("order", each.style, each.icon)):
+            by_kind[kind_of(drawing, styles)].append(drawing)
+        for kind, members in by_kind.items():
+            for number, start in enumerate(range(0, len(members), SHARD)):
+                path = out / f"{package.style}-{kind.replace(' ', '_')}-{number:05d}.tar"
+                shards.append(Shard(path, package, tuple(members[start : start + SHARD]), kind, size, background))
+        record[package.style] = {
+            "package": f"@iconify-json/{package.style} {package.version}",
+            "sha256": package.sha256,
+            "licence": package.licence,
+            "author": f"{package.author}, {package.url}".strip(", "),
+            "drawings": {kind: len(members) for kind, members in by_kind.items()},
+            "left out": dict(left_out),
+        }
+    return shards, record
+
+
+def write_all(shards: list[Shard], workers: int) -> Iterator[tuple[str, list[str]]]:
+    if workers == 1:
+        yield from map(write_shard, shards)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(write_shard, shards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("packages", type=Path, help="the folder of the package files (*.tgz)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the shards")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    choices = ["mixed", "white", "plain", "transparent"]
+    parser.add_argument("--background", default="mixed", choices=choices, help="plain: one colour a drawing; mixed: white, and plain for a third of training")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    args = parser.parse_args()
+    try:
+        run(args.packages, args.out, args.size, args.background, args.workers)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"named_drawings: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", workers: int = 2) -> None:
+    """Write the shards that are not there yet, and `drawings.json`, the record of what they hold.
+
+    Raises:
+        ValueError: packages that cannot be used, or a folder of shards made from other packages or with other options.
+    """
+    if size < 16 or workers < 1:
+        raise ValueError(f"size {size} must be at least 16 pixels, and workers {workers} at least 1")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; name the one that holds the package files (*.tgz)")
+    packages, keywords = read_packages(folder)
+    shards, record = plan_shards(packages, keywords, out, size, background)
+    settings = {"size": size, "background": background, "styles": record}
+    out.mkdir(parents=True, exist_ok=True)
+    recorded = out / "drawings.json"
+    if recorded.is_file() and json.loads(recorded.read_text()) != settings:
+        raise ValueError(f"{out} holds drawings of other packages or options, see {recorded}; choose another --out, or remove the folder")
+    if not recorded.is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no drawings.json; choose another --out")
+    write_whole(recorded, json.dumps(settings, indent=1) + "\n")
+    missing = [shard for shard in shards if not shard.path.is_file()]
+    if len(missing) < len(shards):
+        print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+    failed = [icon for _, icons in track(write_all(missing, workers), "rendering", total=len(missing)) for icon in icons]
+    for icon in failed:
+        print(f"not rendered: {icon}")
+    for style, row in record.items():
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in row["drawings"].items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in row["left out"].items())
+        print(f"{style}: {kinds}; left out: {reasons or 'none'}")
+    print(f"{sum(len(shard.drawings) for shard in shards):,} drawings in {out}; train on {out}/*-train-*.tar with --caption-keys caption captions")
+
+
+if __name__ == "__main__":
+    main()
