@@ -42,11 +42,12 @@ SHARD = 1000
 KINDS = ("train", "unseen concept", "unseen style", "seen concept")
 HELD_STYLE, HELD_MEMBER = 0.05, 0.05
 """shares of the families of a style that are held out as `unseen style`, and of the genders and skin tones held out as `seen concept`"""
+KEYWORDS = 6
+"""most keywords in one caption"""
 ANNOTATIONS = "package/annotations/en/annotations.json"
 WHITE = "#ffffff"
 
 _FILLER = {"alternate", "alt", "color", "colour", "svg"}
-_TONES = {"light", "medium-light", "medium", "medium-dark", "dark"}
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,25 @@ def cleaned(icon: str) -> str:
     return " ".join(word for word in words if word and word not in _FILLER)
 
 
-def is_run_together(icon: str) -> bool:
-    """Whether a name looks like several words without anything between them."""
-    return "-" not in icon and len(icon) > 11
+def runs_together(package: Package) -> bool:
+    """Whether the names of a package have nothing between their words; a name that no table knows then has no words."""
+    return sum("-" in icon for icon in package.icons) < len(package.icons) / 20
+
+
+def has_sizes(package: Package) -> bool:
+    """Whether every name ends in the size it is drawn for, so that an icon comes at several sizes."""
+    return all(re.search(r"-\d+$", icon) for icon in package.icons)
+
+
+def _size_apart(icon: str) -> tuple[str, int]:
+    base, _, size = icon.rpartition("-")
+    return base, int(size)
+
+
+def some_keywords(keywords: list[str]) -> list[str]:
+    """Captions of up to KEYWORDS keywords each: short texts cost little to train on, and an emoji has up to twenty keywords."""
+    parts = max(1, -(-len(keywords) // KEYWORDS))
+    return [", ".join(keywords[part::parts]) for part in range(parts) if keywords]
 
 
 def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[Drawing], Counter[str]]:
@@ -207,6 +224,7 @@ def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[D
     An emoji is called as OpenMoji calls it, whatever the package calls it; its other names and CLDR's keywords become further captions.
     """
     left_out: Counter[str] = Counter()
+    joined, sized = runs_together(package), has_sizes(package)
     drawings: dict[str, Drawing] = {}
     sizes: dict[str, int] = {}
     for icon, body in package.icons.items():
@@ -216,22 +234,21 @@ def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[D
         emoji = emoji_by_character().get(_plain(package.characters.get(icon, ""))) or emoji_by_name().get(_squeezed(cleaned(icon)))
         if emoji:
             caption, family, member = emoji.name, emoji.family or emoji.name, emoji.key
-            others = [*emoji.aliases, ", ".join(keywords.get(_plain(emoji.base), ()))]
+            others = [*emoji.aliases, *some_keywords(keywords.get(_plain(emoji.base), []))]
         else:
             caption = symbol_names().get(_squeezed(icon)) or cleaned(icon)
             family, member, others = caption, caption, []
-            if not caption or caption.isdigit() or (is_run_together(icon) and caption == icon):
+            if not caption or (joined and caption == icon):
                 left_out["no name in words"] += 1
                 continue
-        size = int(re.findall(r"\d+$", icon)[0]) if re.search(r"-\d+$", icon) else 0
-        if package.style == "fluent-color" and caption in drawings:  # one icon in many sizes: the largest is the most detailed
+        base, size = _size_apart(icon) if sized else (icon, 0)
+        if base in drawings:  # the largest is the most detailed
             left_out["the same icon at another size"] += 1
-            if size <= sizes[caption]:
+            if size <= sizes[base]:
                 continue
-        key = caption if package.style == "fluent-color" else icon
         styled = f"{caption}, {package.style.replace('-', ' ')} style"
         captions = tuple(dict.fromkeys(text for text in (*others, styled) if text and text != caption))
-        drawings[key], sizes[key] = Drawing(package.style, icon, caption, captions, family, member), size
+        drawings[base], sizes[base] = Drawing(package.style, icon, caption, captions, family, member), size
     return list(drawings.values()), left_out
 
 
@@ -289,7 +306,8 @@ def svg(package: Package, icon: str) -> str:
 
 def background_of(drawing: Drawing, kind: str, background: str) -> str | None:
     """A colour, or None for a transparent background. `mixed`: white for what is held out and for two drawings in three, else a plain colour."""
-    plain = "#{:06x}".format(int(_share("background", drawing.style, drawing.icon) * 0xFFFFFF))
+    code = int(_share("background", drawing.style, drawing.icon) * 0x1000000)
+    plain = "#" + "".join(f"{128 + (code >> shift & 255) // 2:02x}" for shift in (16, 8, 0))  # light: many drawings are black lines
     if background == "mixed":
         background = "plain" if kind == "train" and _share("mixed", drawing.style, drawing.icon) < 1 / 3 else "white"
     return {"white": WHITE, "plain": plain, "transparent": None}[background]

@@ -210,13 +210,13 @@ def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
     return {name: paths for name, paths in shards.items() if paths}
 
 
-def held_out_sets(folder: Path | None, size: int) -> dict[str, torch.Tensor]:
-    """The evaluation images: 256 OpenMoji of the val side, and the `val` shards beside the training data, if any."""
-    emoji = openmoji.load_emoji().evaluation("val")
+def held_out_sets(folder: Path | None, size: int, count: int) -> dict[str, torch.Tensor]:
+    """The evaluation images, at most `count` of each set: OpenMoji of the val side, and the `val` shards in that folder, if any."""
+    emoji = openmoji.load_emoji().evaluation("val", count)
     sets = {"openmoji": torch.stack([to_tensor(openmoji.draw(e.character, size)) for e in emoji])}
     for name, shards in held_out_shards(folder).items():
         source = open_source(tuple(shards))
-        sets[name] = torch.stack([to_tensor(source.image(i, size)) for i in range(min(len(source), 400))])
+        sets[name] = torch.stack([to_tensor(source.image(i, size)) for i in range(min(len(source), count))])
     return sets
 
 
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="*", default=[], help="share of each name of --data; not set: every image alike")
     parser.add_argument("--only", default="", help="keep shard samples whose JSON has this value, as in source=clipart or source!=stamps")
     parser.add_argument("--held-out", type=Path, default=None, help="folder with SET/val-*.tar to measure on")
+    parser.add_argument("--held-out-count", type=int, default=256, help="most images of each set")
     parser.add_argument("--init", default="", help="start from the weights of a VAE: embedded, or a folder in diffusers' layout")
     parser.add_argument("--out", type=Path, default=Path("runs/vae"))
     parser.add_argument("--steps", type=int, default=8000)
@@ -303,7 +304,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"going on from step {step}", flush=True)
 
     print(f"{len(source)} training images; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
-    sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size).items()}
+    sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size, args.held_out_count).items()}
     dataset = TrainingPictures(source, args.weights, args.size, args.seed, args.synthetic)
     probe = torch.stack([dataset[i] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
     order = range(step * args.batch, args.steps * args.batch)

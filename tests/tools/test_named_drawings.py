@@ -1,0 +1,173 @@
+"""The script that writes named drawings as shards, on packages made here."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from openvision3.data import openmoji
+from openvision3.data.names import DataOptions, open_source
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "named_drawings.py"
+SQUARE = '<path fill="#c01020" d="M2 2h12v12H2z"/>'
+INFO = {"license": {"title": "MIT", "spdx": "MIT"}, "author": {"name": "Somebody", "url": "https://example.org"}}
+
+
+def pack(path: Path, **members: object) -> None:
+    """An npm package of these JSON members."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, value in members.items():
+            data = json.dumps(value).encode()
+            member = tarfile.TarInfo(f"package/{name.replace('__', '/')}.json")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def pack_style(folder: Path, style: str, icons: dict[str, dict], characters: dict[str, str] | None = None) -> None:
+    pack(
+        folder / f"{style}.tgz",
+        package={"version": "1.0.0"},
+        icons={"prefix": style, "icons": icons, "width": 16, "height": 16},
+        info=INFO,
+        chars=characters or {},
+    )
+
+
+@pytest.fixture
+def packages(tmp_path) -> Path:
+    """Two styles that draw every emoji of OpenMoji's test side and 300 others, and a third with icons in several sizes."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    emoji = [*openmoji.load_emoji().test, *openmoji.load_emoji().train[:300]]
+    for style in ("one", "two"):
+        characters = {"-".join(f"{ord(c):x}" for c in each.character): f"emoji-{number}-drawn" for number, each in enumerate(emoji)}
+        pack_style(folder, style, {icon: {"body": SQUARE} for icon in characters.values()}, characters)
+    wide = {"body": '<path d="M0 0h32v16H0z"/>', "width": 32}
+    sizes = {"bill-stack-16": {"body": SQUARE}, "bill-stack-24": {"body": "<path d='M0 0h4v4z'/>"}, "wide-thing-16": wide}
+    pack_style(folder, "three", sizes)
+    annotations = {"\u231a": {"default": ["clock", "time", "watch"]}}
+    pack(folder / "cldr.tgz", annotations__en__annotations={"annotations": {"annotations": annotations}})
+    return folder
+
+
+def draw(packages: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), str(packages), "--out", str(out), "--size", "32", "--workers", "1", *more]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def samples(out: Path) -> list[dict]:
+    rows = []
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            rows += [json.loads(tar.extractfile(name).read()) | {"shard": path.name} for name in tar.getnames() if name.endswith(".json")]  # type: ignore[union-attr]
+    return rows
+
+
+def test_a_concept_is_held_out_in_every_style_or_in_one_and_never_in_both_ways(packages, tmp_path):
+    out = tmp_path / "drawings"
+    done = draw(packages, out)
+    assert done.returncode == 0, done.stderr
+    rows = samples(out)
+    trained = {row["family"] for row in rows if row["kind"] == "train"}
+    trained_styles = {(row["style"], row["family"]) for row in rows if row["kind"] == "train"}
+    kinds = {row["kind"] for row in rows}
+    assert kinds == {"train", "unseen concept", "unseen style", "seen concept"}
+    for row in rows:
+        assert row["shard"].startswith(f"{row['style']}-{row['kind'].replace(' ', '_')}-")
+        if row["kind"] == "unseen concept":
+            assert row["family"] not in trained
+        if row["kind"] == "unseen style":
+            assert row["family"] in trained and (row["style"], row["family"]) not in trained_styles
+        if row["kind"] == "seen concept":
+            assert (row["style"], row["family"]) in trained_styles
+    concepts = {each.family for each in openmoji.load_emoji().train}
+    assert not {row["family"] for row in rows if row["kind"] == "unseen concept"} & concepts, "OpenMoji would train on them"
+
+
+def test_the_shards_are_ordinary_data_with_captions_style_and_licence(packages, tmp_path):
+    out = tmp_path / "drawings"
+    draw(packages, out)
+    source = open_source((f"{out}/*-train-*.tar",), DataOptions(caption_keys=("caption", "captions")))
+    assert not source.problems
+    for index in range(0, len(source), 50):
+        caption, *others = source.captions(index)
+        style = source.value(index, "style")
+        assert f"{caption}, {style} style" in others
+        assert source.value(index, "licence") == "MIT" and source.value(index, "source").startswith(f"@iconify-json/{style} 1.0.0: ")
+        assert source.image(index, 32).size == (32, 32)
+
+
+def test_of_an_icon_in_several_sizes_the_largest_is_kept_under_a_name_in_words(packages, tmp_path):
+    out = tmp_path / "drawings"
+    done = draw(packages, out)
+    three = [row for row in samples(out) if row["style"] == "three"]
+    assert sorted((row["caption"], row["icon"]) for row in three) == [("bill stack", "bill-stack-24"), ("wide thing", "wide-thing-16")]
+    assert "three: " in done.stdout and "1 the same icon at another size" in done.stdout
+
+
+def test_a_wide_drawing_keeps_its_shape_and_lies_in_the_middle_of_its_background(packages, tmp_path):
+    out = tmp_path / "drawings"
+    draw(packages, out, "--background", "white")
+    for path in out.glob("three-*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                if name.endswith(".txt") and tar.extractfile(name).read() == b"wide thing":  # type: ignore[union-attr]
+                    image = Image.open(io.BytesIO(tar.extractfile(name[:-3] + "png").read())).convert("L")  # type: ignore[union-attr]
+    left, top, right, bottom = image.point(lambda value: 255 * (value < 128)).getbbox()
+    assert (left, right) == (1, 31) or (left, right) == (2, 31) or (left, right) == (1, 30)
+    assert abs((bottom - top) * 2 - (right - left)) <= 2 and abs(top + bottom - 32) <= 1
+
+
+def test_transparent_drawings_have_an_alpha_channel_and_plain_ones_a_light_colour(packages, tmp_path):
+    for background in ("transparent", "plain"):
+        out = tmp_path / background
+        assert draw(packages, out, "--background", background).returncode == 0
+        path = next(out.glob("one-train-*.tar"))
+        with tarfile.open(path) as tar:
+            image = Image.open(io.BytesIO(tar.extractfile(next(n for n in tar.getnames() if n.endswith(".png"))).read()))  # type: ignore[union-attr]
+        corner = image.getpixel((0, 0))
+        assert (image.mode == "RGBA" and corner[3] == 0) if background == "transparent" else (image.mode == "RGB" and min(corner) >= 128)
+
+
+def test_after_a_kill_the_same_command_writes_the_missing_shards_with_equal_bytes(packages, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    draw(packages, whole)
+    draw(packages, cut)
+    shards = sorted(cut.glob("*.tar"))
+    shards[0].unlink()
+    shards[-1].rename(shards[-1].with_suffix(".partial"))  # what a kill leaves
+    kept = shards[1].stat().st_mtime_ns
+    done = draw(packages, cut)
+    assert done.returncode == 0 and f"{len(shards) - 2} of {len(shards)} shards are there already" in done.stdout
+    assert shards[1].stat().st_mtime_ns == kept
+    assert [(path.name, path.read_bytes()) for path in sorted(cut.iterdir())] == [(path.name, path.read_bytes()) for path in sorted(whole.iterdir())]
+
+
+def test_bad_input_ends_with_2_and_one_line_that_says_what_to_do(packages, tmp_path):
+    out = tmp_path / "drawings"
+    draw(packages, out)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    cases = [
+        (tmp_path / "none", tmp_path / "a", [], "is not a folder"),
+        (tmp_path / "empty", tmp_path / "a", [], "npm pack @iconify-json/noto"),
+        (packages, out, ["--background", "white"], "choose another --out"),
+        (packages, tmp_path / "full", [], "is not empty"),
+        (packages, tmp_path / "a", ["--size", "4"], "at least 16 pixels"),
+    ]
+    for folder, target, more, line in cases:
+        done = draw(folder, target, *more)
+        assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    (packages / "one.tgz").write_bytes((packages / "one.tgz").read_bytes()[:2000])
+    done = draw(packages, tmp_path / "a")
+    assert done.returncode == 2 and "not a whole npm package" in done.stderr
+    assert not (tmp_path / "a").exists()
+    (packages / "one.tgz").unlink()
+    (packages / "cldr.tgz").unlink()
+    assert "npm pack cldr-annotations-full" in draw(packages, tmp_path / "a").stderr
