@@ -321,8 +321,8 @@ def render(package: Package, drawing: Drawing, size: int, background: str | None
     inner = round(size * 0.92)
     body = package.icons[drawing.icon]
     wide = body.get("width", package.width) >= body.get("height", package.height)
-    side = {"width": inner} if wide else {"height": inner}
-    image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg(package, drawing.icon), **side)))).convert("RGBA")
+    drawn = resvg_py.svg_to_bytes(svg_string=svg(package, drawing.icon), width=inner if wide else None, height=None if wide else inner)
+    image = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
     canvas = Image.new("RGBA", (size, size), background or (0, 0, 0, 0))
     canvas.alpha_composite(image, ((size - image.width) // 2, (size - image.height) // 2))
     data = io.BytesIO()
