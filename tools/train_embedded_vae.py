@@ -3,10 +3,10 @@
     python tools/train_embedded_vae.py --data openmoji 'drawings/*-train-*.tar' 'DATA/pictures/train-*.tar' --weights 1 3 1 --only source!=stamps \
         --held-out DATA --init embedded --out runs/vae
 
-L1 + squared error + a perceptual feature distance (EfficientNet-Lite0) + a penalty that holds every latent channel near
-zero mean and unit variance; a little noise on the latents, so that the decoder forgives what a ViT predicts. The rate is
-constant after a warm-up and falls to zero over the last `--cooldown` steps, so `--steps` may be changed when a run goes
-on: the same command resumes. `--out/ema` always holds the averaged weights in diffusers' format.
+L1 + squared error + the logarithm of each image's squared error (which PSNR measures, so that flat drawings count as much as busy photographs) +
+a perceptual feature distance (EfficientNet-Lite0) + a penalty that holds every latent channel near zero mean and unit variance; a little noise on
+the latents, so that the decoder forgives what a ViT predicts. The rate is constant after a warm-up and falls to zero over the last `--cooldown` steps,
+so `--steps` may be changed when a run goes on: the same command resumes. `--out/ema` always holds the averaged weights in diffusers' format.
 
 Beside the data, a share of the training pictures is synthetic (coloured 1/f noise and dead leaves, drawn here from random
 numbers): flat drawings alone teach a VAE little about the textures of photographs.
@@ -57,6 +57,9 @@ ARCHITECTURE = {
     "num_encoder_blocks": (0, 2, 3, 5),
     "num_decoder_blocks": (6, 5, 3, 0),
 }
+
+FLOOR = 1e-5
+"""squared error below which an image counts as rebuilt (56 dB)"""
 
 
 def init_weights(vae: Any) -> None:
@@ -246,7 +249,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--squared", type=float, default=1.0, help="weight of the squared error")
-    parser.add_argument("--perceptual", type=float, default=0.1)
+    parser.add_argument("--log-squared", type=float, default=0.1, help="weight of the logarithm of each image's squared error")
+    parser.add_argument("--perceptual", type=float, default=0.03, help="weight of the EfficientNet-Lite0 feature distance")
     parser.add_argument("--latent-noise", type=float, default=0.05)
     parser.add_argument("--synthetic", type=float, default=0.15)
     parser.add_argument("--save-every", type=int, default=250)
@@ -353,10 +357,11 @@ def train(args: argparse.Namespace) -> None:
             some = slice(0, max(1, args.batch // 2))
             perceptual = distance(images[some], images_hat[some]) if args.perceptual else images_hat.new_zeros(())
         difference = images_hat - images
-        absolute, squared = difference.abs().mean(), difference.pow(2).mean()
+        by_image = difference.pow(2).flatten(1).mean(1)
+        absolute, squared, logarithm = difference.abs().mean(), by_image.mean(), (by_image + FLOOR).log().mean()
         by_channel = latents.float().transpose(0, 1).flatten(1)
         penalty = by_channel.mean(1).pow(2).mean() + (by_channel.std(1) - 1).pow(2).mean()
-        loss = absolute + args.squared * squared + args.perceptual * perceptual + 0.1 * penalty
+        loss = absolute + args.squared * squared + args.log_squared * logarithm + args.perceptual * perceptual + 0.1 * penalty
         vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
