@@ -353,12 +353,13 @@ def test_what_is_unknown_stays_unknown():
     assert plan.disk["data"] is None and plan.disk["latent cache"] is None
 
 
-def test_disk_is_what_a_run_really_writes(tmp_path):
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_disk_is_what_a_run_really_writes(tmp_path, ema):
     from small_runs import small
 
     from openvision3.train.pretrain import pretrain
 
-    config = small(tmp_path, "run")
+    config = small(tmp_path, "run", ema=ema)
     run = pretrain(config).folder
     vocabulary = len(json.loads((run / "tokenizer.json").read_text())["model"]["vocab"])
     config.vocabulary, config.tokenizer = vocabulary, str(run / "tokenizer.json")

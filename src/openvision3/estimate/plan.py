@@ -153,6 +153,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         "weights": weights,
         "gradients": weights,
         "optimiser": (run.optimiser_bytes / run.shards, f"{run.optimiser_bytes:,.0f} bytes of {config.optimizer.kind}{shards}"),
+        "averaged weights": (weights[0] if config.ema else 0.0, weights[1]),
         "VAE": (run.vae_parameters * b, f"{run.vae_parameters:,} x {b} bytes, whole on each device"),
     }
     outside = run.trainable - run.in_blocks
@@ -227,11 +228,15 @@ def count_network(run: PlannedRun) -> Explained:
 
 def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     config = run.config
-    checkpoint = run.optimiser_bytes + 2 * FP32 * run.trainable  # weights twice: in the state, and as a plain model
+    copies = 3 if config.ema else 2  # of the weights: in the state, as a plain model, and averaged
+    checkpoint = run.optimiser_bytes + copies * FP32 * run.trainable
     side = config.size // run.vae.stride
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
     return {
-        "one checkpoint": (checkpoint, f"weights {run.trainable:,} x {FP32} x 2 (state and plain model) + optimiser {run.optimiser_bytes:,.0f} bytes"),
+        "one checkpoint": (
+            checkpoint,
+            f"weights {run.trainable:,} x {FP32} x {copies} (state, {'average, ' if config.ema else ''}plain model) + optimiser {run.optimiser_bytes:,.0f} bytes",
+        ),
         "checkpoints": (checkpoint * (config.keep + config.keep_best + 1), f"{config.keep} newest, {config.keep_best} best and one that is being written"),
         "latent cache, a sample": (sample, f"{run.vae.latent_channels} x {side}^2 x 2 bytes x {run.options.crops} crops"),
         "latent cache": (sample * run.options.samples if run.options.samples else None, f"{run.options.samples:,} samples"),

@@ -1,7 +1,7 @@
 """Save a run so that nothing is lost, and load it again.
 
-A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.distributed.checkpoint: weights, optimiser), `run_state.json`
-(progress, and the sha256 of every other file), and a plain model folder that `openvision3.load` reads. It is written under a hidden name, flushed to
+A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.distributed.checkpoint: weights, optimiser, averaged weights if the run
+has them), `run_state.json` (progress, and the sha256 of every other file), and a plain model folder that `openvision3.load` reads. It is written under a hidden name, flushed to
 disk and renamed when it is whole; before it is deleted it is renamed back. So a visible checkpoint is complete.
 
 Training waits only until the tensors are copied: a thread of rank 0 writes them while the next steps run. The pieces of several ranks are put
@@ -133,7 +133,7 @@ def write_checkpoint(run: Path, tensors: dict[str, Any], state: RunState, export
     try:
         _sweep(making.parent)
         making.parent.mkdir(parents=True, exist_ok=True)
-        export(making, tensors["model"], state)
+        export(making, tensors["model"] | {name: value for name, value in tensors.get("average", {}).items() if name in tensors["model"]}, state)
         with _alone():
             dcp.save(tensors, checkpoint_id=str(making / "state"), no_dist=True)
         record = {"format": FORMAT, "files": _sums(making), **asdict(state)}
@@ -239,7 +239,8 @@ def _damaged(folder: Path, why: str) -> CheckpointError:
 
 def _tensors(model: nn.Module, optimizers: Optimizers) -> dict:
     weights, optimizer = get_state_dict(model, optimizers.all, options=_OPTIONS)
-    return {"model": weights, "optimizer": optimizer}
+    average = {"average": optimizers.average.state} if optimizers.average is not None else {}
+    return {"model": weights, "optimizer": optimizer, **average}
 
 
 def _copied(value: Any) -> Any:

@@ -179,7 +179,10 @@ class _Loop:
     def _evaluate(self) -> float | None:
         """Record the evaluation of this step; returns val/loss."""
         self.model.eval()
-        with self.clock.apart(), torch.no_grad(), autocast(self.device, self.config.precision), eager(), distributed.whole(self.model):
+        computing = autocast(self.device, self.config.precision), eager(), distributed.whole(self.model)
+        with contextlib.ExitStack() as within:
+            for context in (self.clock.apart(), torch.no_grad(), self.optimizers.averaged(), *computing):
+                within.enter_context(context)
             scores = self.training.evaluate(self.state.step, self.run)
         self.model.train()
         if scores:

@@ -49,6 +49,8 @@ class LoopConfig:
     """recompute the activations of blocks in the backward pass, which takes less memory and a third more work"""
     compile: Literal["auto", "on", "off"] = "auto"
     """apply torch.compile to each block; auto: on a GPU only"""
+    ema: float = 0.0
+    """decay of a running mean of the weights, such as 0.999, which is evaluated, exported and read by --init instead of the last weights; 0: none"""
     seed: int = 0
     """seed of the weights, the order of samples and every random draw"""
     workers: int = 0
@@ -76,6 +78,8 @@ class LoopConfig:
         check_choices(self)
         check_numbers(self, 1, "steps", "batch", "log_every", "keep")
         check_numbers(self, 0, "eval_every", "save_every", "workers", "minutes", "micro_batch", "keep_best")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema {self.ema} must be at least 0 and below 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
         if self.micro_batch and self.batch % self.micro_batch:

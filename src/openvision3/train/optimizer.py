@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from openvision3.distributed import block_lists, full, like
 from openvision3.settings import check_choices, check_numbers
+from openvision3.train.average import WeightAverage
 
 
 @dataclass
@@ -113,9 +115,10 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Optimizers:
-    """AdamW, or Muon and AdamW, used as one optimizer. `dtype` is what Muon computes in."""
+    """AdamW, or Muon and AdamW, used as one optimizer. `dtype` is what Muon computes in; `ema` is the decay of `average`, 0 for none."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32, ema: float = 0.0):
+        self.average = WeightAverage(model, ema) if ema else None
         groups = parameter_groups(model)
         adam = [{"params": groups["decayed"], "weight_decay": config.weight_decay}, {"params": groups["plain"], "weight_decay": 0.0}]
         self.all: list[torch.optim.Optimizer] = []
@@ -136,6 +139,17 @@ class Optimizers:
     def step(self) -> None:
         for optimizer in self.all:
             optimizer.step()
+        if self.average is not None:
+            self.average.update()
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Within, the model computes with the averaged weights, if there are any."""
+        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+
+    def adopt_average(self) -> None:
+        """Set the weights to their average, if there is one."""
+        if self.average is not None:
+            self.average.adopt()
 
     def zero_grad(self) -> None:
         for optimizer in self.all:

@@ -151,6 +151,7 @@ def train_run(config: C, build: Build[C, T], out: Path, signals: Signals | None 
             problems = f"; skipped samples: {reasons_in_words(training.batches.problems)}" if training.batches.problems else ""
             skipped = f"; {state.skipped_steps} steps skipped as not finite" if state.skipped_steps else ""
             run.say(f"{status} at step {state.step} after {duration(state.seconds)}: {latest_checkpoint(out) or out}{problems}{skipped}")
+            setup.optimizers.adopt_average()
             training.finish(state)
             return Outcome(status, out, training, state.step, start.precision)
         finally:
@@ -212,7 +213,7 @@ def set_up(config: C, build: Build[C, T], start: Start) -> Setup[T]:
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
     distributed.wrap_blocks(training.model, config.checkpointing, compiled)
     distributed.spread(training.model, parallel, start.ranks, start.device, start.precision)
-    optimizers = Optimizers(training.model, config.optimizer, dtype_of(start.precision))
+    optimizers = Optimizers(training.model, config.optimizer, dtype_of(start.precision), config.ema)
     return Setup(training, optimizers, parallel, trained, compiled, not_compiled)
 
 
@@ -220,7 +221,7 @@ def measure_steps(training: Training, config: LoopConfig, compiled: bool) -> tup
     """Time a few real steps on a copy of the model, set up as the run will be -> (steps that fill `config.minutes`, steps a second)."""
     trial = copy.deepcopy(training.model).train()
     distributed.wrap_blocks(trial, config.checkpointing, compiled)
-    optimizers = Optimizers(trial, config.optimizer, dtype_of(config.precision))
+    optimizers = Optimizers(trial, config.optimizer, dtype_of(config.precision), config.ema)
     with contextlib.closing(first_steps(training, trial, optimizers, config)) as steps:  # type: ignore[type-var]
         for _ in range(3 if compiled else 1):  # warm up
             next(steps)
