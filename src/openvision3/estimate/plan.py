@@ -228,15 +228,13 @@ def count_network(run: PlannedRun) -> Explained:
 
 def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     config = run.config
-    copies = 3 if config.ema else 2  # of the weights: in the state, as a plain model, and averaged
-    checkpoint = run.optimiser_bytes + copies * FP32 * run.trainable
+    copies = ("state", "plain model", *(("average",) if config.ema else ()))  # of the weights
+    checkpoint = run.optimiser_bytes + len(copies) * FP32 * run.trainable
     side = config.size // run.vae.stride
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
+    weights = f"weights {run.trainable:,} x {FP32} x {len(copies)} ({', '.join(copies)})"
     return {
-        "one checkpoint": (
-            checkpoint,
-            f"weights {run.trainable:,} x {FP32} x {copies} (state, {'average, ' if config.ema else ''}plain model) + optimiser {run.optimiser_bytes:,.0f} bytes",
-        ),
+        "one checkpoint": (checkpoint, f"{weights} + optimiser {run.optimiser_bytes:,.0f} bytes"),
         "checkpoints": (checkpoint * (config.keep + config.keep_best + 1), f"{config.keep} newest, {config.keep_best} best and one that is being written"),
         "latent cache, a sample": (sample, f"{run.vae.latent_channels} x {side}^2 x 2 bytes x {run.options.crops} crops"),
         "latent cache": (sample * run.options.samples if run.options.samples else None, f"{run.options.samples:,} samples"),

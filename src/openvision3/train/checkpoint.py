@@ -1,8 +1,8 @@
 """Save a run so that nothing is lost, and load it again.
 
-A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.distributed.checkpoint: weights, optimiser, averaged weights if the run
-has them), `run_state.json` (progress, and the sha256 of every other file), and a plain model folder that `openvision3.load` reads. It is written under a hidden name, flushed to
-disk and renamed when it is whole; before it is deleted it is renamed back. So a visible checkpoint is complete.
+A checkpoint is a folder `RUN/checkpoints/step-00000250` with `state/` (torch.distributed.checkpoint: weights, optimiser, averaged weights if the
+run has them), `run_state.json` (progress, and the sha256 of every other file), and a plain model folder that `openvision3.load` reads. It is written
+under a hidden name, flushed to disk and renamed when it is whole; before it is deleted it is renamed back. So a visible checkpoint is complete.
 
 Training waits only until the tensors are copied: a thread of rank 0 writes them while the next steps run. The pieces of several ranks are put
 together first, so that any number of processes can continue.
