@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from safetensors.numpy import save_file
 
 from openvision3 import cli
 from openvision3.data import fingerprint, openmoji
@@ -150,9 +151,18 @@ def test_a_file_gives_it_back_and_holds_no_caption_and_few_bytes_an_image(taken,
     again = Fingerprint.load(tmp_path / "f.safetensors")
     assert (again.data, again.samples, again.keys) == (("openmoji",), 70, [])
     assert again.captions.tolist() == found.captions.tolist() and again.families.tolist() == found.families.tolist()
+    assert again.concepts.tolist() == found.concepts.tolist()
     assert {row.tobytes() for row in again.images} == {row.tobytes() for row in found.images}
     content = (tmp_path / "f.safetensors").read_bytes()
-    assert source.captions(0)[0].encode() not in content and len(content) < 70 * WIDTH + 8 * (len(found.captions) + 70) + 500
+    assert source.captions(0)[0].encode() not in content and len(content) < 70 * WIDTH + 8 * (len(found.captions) + 70 + 70) + 600
+
+
+def test_a_file_without_concepts_knows_those_of_openmoji_by_its_families(taken, tmp_path):
+    source, found = taken
+    tensors = {"images": found.images, "captions": found.captions, "families": found.families}
+    save_file(tensors, tmp_path / "f.safetensors", {"format": fingerprint.FORMAT, "data": '["openmoji"]', "samples": "70"})
+    old = Fingerprint.load(tmp_path / "f.safetensors")
+    assert len(old.concepts) == 0 and all(old.has_concept(source.drawing(i)[1]) for i in range(70)) and not old.has_concept("no such concept")
 
 
 def test_several_are_joined_to_one_of_all(taken, tmp_path):
@@ -161,6 +171,7 @@ def test_several_are_joined_to_one_of_all(taken, tmp_path):
     both = Fingerprint.joined([found, other])
     assert (both.data, both.samples, len(both.images), len(both.keys)) == (("openmoji", "more"), 90, 90, 90)
     assert set(both.captions) == set(found.captions) | set(other.captions) and (np.diff(both.captions) > 0).all()
+    assert set(both.concepts) == set(found.concepts) | set(other.concepts)
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from shard_files import write_shard
 from tiny_pipeline import make_pipeline, write_photo
 
 from openvision3 import cli, hub
@@ -13,10 +14,11 @@ from openvision3.data import openmoji
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded, take_fingerprint
 from openvision3.data.folders import FolderSource
 from openvision3.data.openmoji import EmojiSource
+from openvision3.data.shards.source import ShardSource
 from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.overlap import Known, Overlap, recorded_training
-from openvision3.evaluate.results import Results
-from openvision3.evaluate.tables import leading
+from openvision3.evaluate.results import Results, Scores
+from openvision3.evaluate.tables import leading, split, with_differences
 
 
 def photos(folder, seeds, caption="photo {}"):
@@ -160,3 +162,79 @@ def test_the_shipped_mini_and_its_vae_know_what_they_were_trained_on():
         assert sum(each.fingerprint.has_family(source.family(i)) for i in range(len(test))) == 154
     drawn = take_fingerprint(EmojiSource(openmoji.load_emoji().train[:40]), ())
     assert len(list(known[0].fingerprint.nearest(torch.from_numpy(drawn.images)))) >= 35
+
+
+def drawings(folder, name, rows):
+    """A shard of named drawings: (seed of the image, style, family) of each; the caption is the family and the seed."""
+    members = {}
+    for seed, style, family in rows:
+        path = write_photo(folder / "image.png", 48, 48, seed)
+        members |= {f"{seed:03d}.png": path.read_bytes(), f"{seed:03d}.txt": f"{family} {seed % 4}".encode()}
+        members[f"{seed:03d}.json"] = json.dumps({"style": style, "family": family}).encode()
+    return write_shard(folder / f"{name}.tar", members)
+
+
+HELD_OUT = [(20, "noto", "apple"), (21, "noto", "apple"), (22, "noto", "pilot"), (23, "noto", "pizza"), (24, "noto", "pizza"), (25, "noto", "pizza")]
+"""apple: trained on in this style; pilot: in another style; pizza: in no style"""
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawings")
+    train = drawings(folder, "train", [(1, "noto", "apple"), (2, "twemoji", "pilot"), (3, "noto", "llama")])
+    return train, drawings(folder, "held_out", [*HELD_OUT, (3, "fxemoji", "llama")])
+
+
+def test_each_held_out_drawing_is_of_one_kind_and_a_copy_of_a_training_image_of_none(drawn):
+    train, held_out = drawn
+    overlap, _ = looked(ShardSource([held_out]), take_fingerprint(ShardSource([train]), ()))
+    kinds = overlap.drawing_kinds("retrieval", range(7))
+    assert kinds == {"unseen concept": {3, 4, 5}, "unseen style": {2}, "seen concept": {0, 1}}
+    assert overlap.drawing_kinds("probe", range(7)) == {}
+    assert {name.split(" (")[0]: samples for name, samples in overlap.drawing_kinds("reconstruction", range(7)).items()} == kinds
+    assert "drawings: 3 unseen concept, 1 unseen style, 2 seen concept, 1 near-duplicates of training images" in overlap.in_words("it")
+
+
+def test_kinds_go_by_all_training_data_that_matter_and_photographs_have_none(drawn, train):
+    held_out = ShardSource([drawn[1]])
+    prints = [
+        take_fingerprint(source, ()) for source in (ShardSource([drawn[0]]), EmojiSource(tuple(e for e in openmoji.load_emoji().every if e.name == "pizza")))
+    ]
+    assert looked(held_out, *prints)[0].drawing_kinds("retrieval", range(6)) == {"unseen style": {2, 3, 4, 5}, "seen concept": {0, 1}}
+    joined = Fingerprint.joined(prints)
+    assert looked(held_out, joined)[0].drawing_kinds("retrieval", range(6)) == {"unseen style": {2, 3, 4, 5}, "seen concept": {0, 1}}
+    of_vae, _ = looked(held_out, prints[0], kinds=("reconstruction",))
+    assert of_vae.drawing_kinds("retrieval", range(6)) == {} and of_vae.drawing_kinds("reconstruction", range(6))
+    assert looked(held_out)[0].drawing_kinds("retrieval", range(6)) == {}
+    assert looked(FolderSource(train), joined)[0].drawing_kinds("retrieval", range(8)) == {}
+
+
+def test_the_rows_of_a_kind_are_those_of_its_samples_evaluated_alone(model, drawn, tmp_path):
+    train, held_out = drawn
+    alone = drawings(tmp_path, "alone", HELD_OUT[3:])
+    assert cli.main(["data", "fingerprint", train, "--out", str(tmp_path / FILE)]) == 0
+    for kind in ("retrieval", "captioning", "reconstruction"):
+        among, apart = (measured(tmp_path / kind / name, kind, model, data, "--train", str(tmp_path / FILE)) for name, data in (("a", held_out), ("b", alone)))
+        rows = [{row.metric: row for row in each.rows if row.model == str(model) and row.number.part.startswith("unseen concept")} for each in (among, apart)]
+        assert rows[0] and rows[0].keys() == rows[1].keys()
+        for metric in rows[0].keys() - {"cider"}:  # CIDEr keeps the document frequencies of the whole set
+            one, other = rows[0][metric], rows[1][metric]
+            assert one.number.value == pytest.approx(other.number.value, abs=1e-4) and one.number.count == other.number.count == 3
+            assert one.setting.data_sha256 == other.setting.data_sha256
+        assert not any(row.number.part.startswith("unseen concept") for row in leading(among.rows))
+
+
+def test_two_models_are_compared_over_a_kind_by_the_scores_among_its_samples(drawn, tmp_path):
+    train, held_out = drawn
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        make_pipeline().save(tmp_path / f"model{seed}")
+        folders.append(tmp_path / f"results{seed}")
+        measured(folders[-1], "retrieval", tmp_path / f"model{seed}", held_out, "--train", train)
+    scores = [Scores.load(folder) for folder in folders]
+    tables = split([row for folder in folders for row in Results.load(folder).rows])
+    differences = with_differences(tables, [(Results.load(folder).rows, of) for folder, of in zip(folders, scores, strict=True)])
+    chosen = [one for one in differences if one.part == "unseen concept" and one.metric == "image_to_text_median_rank"]
+    values = [next(r.number.value for r in Results.load(f).rows if (r.number.part, r.metric) == ("unseen concept", chosen[0].metric)) for f in folders]
+    assert len(chosen) == 1 and chosen[0].count == 3 and chosen[0].difference == pytest.approx(values[0] - values[1])

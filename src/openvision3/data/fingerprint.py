@@ -1,4 +1,4 @@
-"""A fingerprint of training data, by which samples are recognised: hashes of captions and families, and 118 bytes of each image.
+"""A fingerprint of training data, by which samples are recognised: hashes of captions, families and concepts, and 118 bytes of each image.
 
 Two images are near-duplicates if no cell of a 10 x 10 grid of brightness and a 3 x 3 grid of colour differs by more than 10 of 255. This
 holds for copies that were scaled or saved in another format, and not for different images, drawings on white included
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openvision3.data import openmoji
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.images import to_uint8
 from openvision3.data.problems import Problems
@@ -87,16 +88,18 @@ class Fingerprint:
     captions: np.ndarray
     """int64, sorted: hashes of the normalised captions"""
     families: np.ndarray
-    """int64, sorted: hashes of the families with several members"""
+    """int64, sorted: hashes of the families with several members; of drawings, of style and family together (`Source.family`)"""
     keys: list[str] = field(default_factory=list)
     """of the images, if it was taken in this process; files do not hold them"""
+    concepts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """int64, sorted: hashes of the families of drawings, whatever their style; files of earlier versions have none"""
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, completely or not at all. Raises OSError."""
         from safetensors.numpy import save
 
         notes = {"format": FORMAT, "data": json.dumps(self.data), "samples": str(self.samples)}
-        tensors = {"images": np.unique(self.images, axis=0), "captions": self.captions, "families": self.families}
+        tensors = {"images": np.unique(self.images, axis=0), "captions": self.captions, "families": self.families, "concepts": self.concepts}
         write_whole(path, save(tensors, metadata=notes))
 
     @classmethod
@@ -110,9 +113,11 @@ class Fingerprint:
                 if notes.get("format") != FORMAT:
                     raise ValueError(f"it is of format {notes.get('format')!r}, this version reads {FORMAT!r}")
                 images, captions, families = (file.get_tensor(name) for name in ("images", "captions", "families"))
-            if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != WIDTH or {captions.dtype, families.dtype} != {np.dtype(np.int64)}:
+                concepts = file.get_tensor("concepts") if "concepts" in file.keys() else np.zeros(0, dtype=np.int64)  # noqa: SIM118 (no mapping)
+            hashes = {captions.dtype, families.dtype, concepts.dtype}
+            if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != WIDTH or hashes != {np.dtype(np.int64)}:
                 raise ValueError("its tensors have other shapes")
-            return cls(tuple(json.loads(notes["data"])), int(notes["samples"]), images, captions, families)
+            return cls(tuple(json.loads(notes["data"])), int(notes["samples"]), images, captions, families, concepts=concepts)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a readable fingerprint: {error}; write it again with openvision3 data fingerprint DATA --out {path}") from error
 
@@ -122,14 +127,18 @@ class Fingerprint:
         names = tuple(dict.fromkeys(name for part in parts for name in part.data))
         keys = [key for part in parts for key in (part.keys or [""] * len(part.images))]
         images = np.concatenate([part.images for part in parts])
-        captions, families = (np.unique(np.concatenate([getattr(part, name) for part in parts])) for name in ("captions", "families"))
-        return cls(names, sum(part.samples for part in parts), images, captions, families, keys)
+        hashes = [np.unique(np.concatenate([getattr(part, name) for part in parts])) for name in ("captions", "families", "concepts")]
+        return cls(names, sum(part.samples for part in parts), images, hashes[0], hashes[1], keys, hashes[2])
 
     def has_caption(self, caption: str) -> bool:
         return _holds(self.captions, text_hash(normalised(caption)))
 
     def has_family(self, family: str) -> bool:
         return _holds(self.families, text_hash(family))
+
+    def has_concept(self, family: str) -> bool:
+        """Whether drawings of this family were trained on in any style. Before concepts were recorded, OpenMoji was the only style."""
+        return _holds(self.concepts, text_hash(family)) or self.has_family(f"{openmoji.STYLE}/{family}")
 
     def nearest(self, images: Tensor) -> Iterator[tuple[int, int, int]]:
         """`near_duplicates` of `images` among these."""
@@ -167,12 +176,13 @@ def _holds(values: np.ndarray, wanted: int) -> bool:
 
 def take_fingerprint(source: Source, names: Sequence[str], problems: Problems | None = None, watch: Watch = plain, count: int | None = None) -> Fingerprint:
     """Take the fingerprint of a source, or of its first `count` samples; unusable ones are added to `problems`. About 2 ms an image on one core."""
-    rows, keys, captions, families = [], [], set(), set()
+    rows, keys, captions, families, concepts = [], [], set(), set(), set()
     indices = watch(range(len(source))[:count], "taking the fingerprint")
     for batch, of_batch, images, texts in evaluation_batches(source, SIZE, AT_A_TIME, Problems() if problems is None else problems, indices):
         rows.append(describe(images).numpy())
         keys += of_batch
         captions |= {text_hash(normalised(text)) for captions_of_one in texts for text in captions_of_one}
         families |= {text_hash(source.family(index)) for index, key in zip(batch, of_batch, strict=True) if source.family(index) != key}
-    in_order = [np.array(sorted(hashes), dtype=np.int64) for hashes in (captions, families)]
-    return Fingerprint(tuple(names), len(source), np.concatenate([np.zeros((0, WIDTH), np.uint8), *rows]), in_order[0], in_order[1], keys)
+        concepts |= {text_hash(drawing[1]) for index in batch if (drawing := source.drawing(index))}
+    in_order = [np.array(sorted(hashes), dtype=np.int64) for hashes in (captions, families, concepts)]
+    return Fingerprint(tuple(names), len(source), np.concatenate([np.zeros((0, WIDTH), np.uint8), *rows]), in_order[0], in_order[1], keys, in_order[2])

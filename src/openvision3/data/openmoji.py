@@ -34,6 +34,9 @@ TEST_SHARE, VAL_SHARE = 0.1, 0.07
 UNSEEN_CONCEPT = 0.05
 """share of the families, half of the test side, that no other set of drawings may train on either: neither the concept nor the drawing has been seen"""
 
+STYLE = "openmoji"
+"""the style of these drawings, as other named drawings carry theirs in the JSON field `style`"""
+
 FILL = 0.77
 """font size in the evaluation drawing, as a share of its side: the largest at which no emoji is cut off"""
 
@@ -262,8 +265,8 @@ class EmojiSource(Source):
     def identity(self) -> str:
         return digest("openmoji", *(emoji.key for emoji in self.emoji), self.aliases)
 
-    def family(self, index: int) -> str:
-        return f"openmoji/{self.emoji[index].family or self.emoji[index].name}"
+    def drawing(self, index: int) -> tuple[str, str]:
+        return STYLE, self.emoji[index].family or self.emoji[index].name
 
     def captions(self, index: int) -> Captions:
         sample = self.emoji[index]

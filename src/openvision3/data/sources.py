@@ -80,9 +80,13 @@ class Source(ABC):
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
         """A training view as uint8 (3, size, size), and which part of the upright image it shows. Equal generator states give equal views."""
 
+    def drawing(self, index: int) -> tuple[str, str] | None:
+        """(style, family) of a named drawing, such as ("noto", "pilot"); None for any other sample. A family is a concept, the same in all styles."""
+        return None
+
     def family(self, index: int) -> str:
-        """The name of the group of near-identical samples that this one belongs to; by default it is alone in its group."""
-        return self.key(index)
+        """The name of the group of near-identical samples that this one belongs to: the drawings of a family in one style; other samples are alone."""
+        return "/".join(self.drawing(index) or (self.key(index),))
 
     def value(self, index: int, name: str = "") -> str | None:
         """The value of the field `name` of a sample, None where it has none. "" is the field that classes are taken from by default:
@@ -195,6 +199,10 @@ class MixedSource(Source):
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
         source, local = self._find(index)
         return source.crop(local, size, generator)
+
+    def drawing(self, index: int) -> tuple[str, str] | None:
+        source, local = self._find(index)
+        return source.drawing(local)
 
     def family(self, index: int) -> str:
         source, local = self._find(index)

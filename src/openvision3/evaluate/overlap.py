@@ -1,8 +1,9 @@
-"""Find the samples of an evaluation that training has seen: equal captions, near-duplicate images, and for OpenMoji the same family.
+"""Find the samples of an evaluation that training has seen: equal captions, near-duplicate images, and of named drawings the same family and style.
 
     overlap = Overlap([Known("mini", fingerprint)])
     overlap.look(images, indices)          # once their images have been read
     overlap.seen("retrieval", indices)       # -> the samples that training has seen
+    overlap.drawing_kinds("retrieval", indices)  # -> {"unseen concept": samples, "unseen style": ..., "seen concept": ...}
 
 Training data are represented by a fingerprint (`data/fingerprint.py`), recorded with the model or computed from the data of --train.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from openvision3.data.fingerprint import Fingerprint, recorded
 from openvision3.evaluate.image_set import ImageSet
-from openvision3.evaluate.results import SEEN, UNSEEN
+from openvision3.evaluate.results import DRAWING_KINDS, SEEN, SEEN_CONCEPT, UNSEEN, UNSEEN_CONCEPT, UNSEEN_STYLE
 
 FILE = "overlap.jsonl"
 """file in the folder of an evaluation, with one line per sample seen in training"""
@@ -24,6 +25,8 @@ BY_CAPTION = ("retrieval", "captioning")
 """kinds of evaluation in which a caption seen in training reveals the answer"""
 PARTS = {"reconstruction": "image and family, by the model or its VAE", "retrieval": "caption, image and family", "captioning": "caption, image and family"}
 """criteria by which a sample counts as seen, for kinds with more than image and family"""
+BY_VAE = " (by the model or its VAE)"
+"""ending of the names of the kinds of drawing in reconstruction, where the VAE's training counts too"""
 NOT_KNOWN = "not known; name the training data with --train"
 
 
@@ -64,6 +67,8 @@ class Overlap:
     """models whose training data are not known"""
     sightings: dict[int, list[Sighting]] = field(default_factory=dict)
     """by index of the sample; an empty list for a sample that was looked up and is not in the training data"""
+    drawings: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """(style, family) by index, of the samples that are named drawings"""
 
     def look(self, images: ImageSet, indices: Iterable[int]) -> None:
         """Look up these samples in the training data. `images` must have read them, because it holds their descriptors."""
@@ -73,6 +78,7 @@ class Overlap:
         source = images.source
         captions = {index: source.captions(index) for index in new}
         families = {index: source.family(index) for index in new}
+        self.drawings |= {index: drawing for index in new if (drawing := source.drawing(index))}
         described = images.descriptions(new)
         self.sightings |= {index: [] for index in new}
         for known in self.known:
@@ -85,22 +91,44 @@ class Overlap:
                 if equal or family or near is not None:
                     self.sightings[index].append(Sighting(known, equal, near, apart, family))
 
+    def known_for(self, kind: str) -> list[Known]:
+        """The known training data that matter for this kind of evaluation."""
+        return [known for known in self.known if not known.kinds or kind in known.kinds]
+
     def seen(self, kind: str, indices: Iterable[int]) -> set[int]:
         """The subset of these samples that counts as seen in this kind of evaluation."""
         return {index for index in indices if any(sighting.counts(kind) for sighting in self.sightings.get(index, ()))}
 
     def parts(self, kind: str, indices: Sequence[int]) -> dict[str, set[int]]:
         """The samples of each part that is not empty, the unseen part first. Empty if no known training data matter for this kind."""
-        if not any(not known.kinds or kind in known.kinds for known in self.known):
+        if not self.known_for(kind):
             return {}
         seen = self.seen(kind, indices)
         what = PARTS.get(kind, "image and family")
         named = {f"{UNSEEN} ({what})": set(indices) - seen, f"{SEEN} ({what})": seen}
         return {name: part for name, part in named.items() if part}
 
+    def drawing_kinds(self, kind: str, indices: Iterable[int]) -> dict[str, set[int]]:
+        """The samples of each kind of held-out drawing that is not empty, in the order of DRAWING_KINDS.
+
+        A drawing whose image has a near-duplicate in training is not held out and is in none of them. Empty in a probe, which is fitted to other
+        data, and if no known training data matter.
+        """
+        kinds: dict[str, set[int]] = {name: set() for name in DRAWING_KINDS}
+        prints = [known.fingerprint for known in self.known_for(kind)] if kind != "probe" else []
+        for index in indices:
+            if not prints or index not in self.drawings or any(one.near is not None and one.counts(kind) for one in self.sightings[index]):
+                continue
+            style, family = self.drawings[index]
+            if any(one.has_family(f"{style}/{family}") for one in prints):
+                kinds[SEEN_CONCEPT].add(index)
+            else:
+                kinds[UNSEEN_STYLE if any(one.has_concept(family) for one in prints) else UNSEEN_CONCEPT].add(index)
+        return {name + (BY_VAE if kind == "reconstruction" else ""): samples for name, samples in kinds.items() if samples}
+
     def compared_with(self, kind: str) -> str:
         """For the protocol: the training data that the samples were compared with."""
-        parts = [f"{data.of} ({data.fingerprint.samples:,} samples)" for data in self.known if not data.kinds or kind in data.kinds]
+        parts = [f"{data.of} ({data.fingerprint.samples:,} samples)" for data in self.known_for(kind)]
         what = PARTS.get(kind, "image and family")
         known = f"{what} compared with the training data of {', '.join(parts)}" if parts else NOT_KNOWN
         return known + (f"; of {' and '.join(self.unknown)} not known" if parts and self.unknown else "")
@@ -127,7 +155,13 @@ class Overlap:
         any_of = count.pop("any of these")
         parts = ", ".join(f"{number:,} {name}" for name, number in count.items())
         listed = f", listed in {where}" if any_of else ""
-        return f"seen in training: {any_of:,} of {total:,} samples ({parts}{listed}){unknown}"
+        drawings = f"; drawings: {self._drawings_in_words()}" if self.drawings and self.known_for("retrieval") else ""
+        return f"seen in training: {any_of:,} of {total:,} samples ({parts}{listed}){drawings}{unknown}"
+
+    def _drawings_in_words(self) -> str:
+        kinds = {name: len(samples) for name, samples in self.drawing_kinds("retrieval", self.drawings).items()}
+        copies = len(self.drawings) - sum(kinds.values())
+        return ", ".join([*(f"{count:,} {name}" for name, count in kinds.items()), *([f"{copies:,} near-duplicates of training images"] if copies else [])])
 
     def lines(self, images: ImageSet) -> list[dict[str, Any]]:
         """One line for each sighting: the key of the sample, where it was seen, and why it counts as seen."""

@@ -16,6 +16,9 @@ from openvision3.files import write_whole
 FORMAT = 1
 UNSEEN, SEEN = "unseen in training", "seen in training"
 """prefixes of the names of these parts"""
+UNSEEN_CONCEPT, UNSEEN_STYLE, SEEN_CONCEPT = DRAWING_KINDS = ("unseen concept", "unseen style", "seen concept")
+"""the kinds of held-out drawing, prefixes of the names of these parts: no style of its family was trained on; its family was, but not in its style;
+its family was, in its style"""
 FILE = "results.json"
 
 
@@ -218,7 +221,7 @@ class Scores:
 SCORES = "pictures.jsonl"
 NOT_SCORES = ("model", "key", "image", "parts", "written", "true")
 """fields of a line that are not scores"""
-ROWS_OF_CAPTIONS = ("text_to_image_rank",)
+ROWS_OF_CAPTIONS = ("text_to_image_rank", *(f"{kind}: text_to_image_rank" for kind in DRAWING_KINDS))
 """columns with one row per caption: a list for each sample"""
 
 

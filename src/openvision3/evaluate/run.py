@@ -220,7 +220,7 @@ def measure(evaluation: Evaluation, kind: str) -> None:
 
 
 def _rows(evaluation: Evaluation, model: Functions, kind: str, done: Measured) -> list[Row]:
-    """Numbers -> rows with their setting: over samples unseen in training, over seen samples, and over all."""
+    """Numbers -> rows with their setting: over samples unseen in training, over seen samples, over each kind of held-out drawing, and over all."""
     options, images, known = evaluation.options, evaluation.images_for(model, kind), evaluation.overlap
     drawn = "emoji drawn at this size, white, 0.77 of the side"
     crop = "; ".join(([drawn] if "openmoji" in options.data else []) + ([CROPS[options.crop]] if set(options.data) - {"openmoji"} else []))
@@ -247,9 +247,23 @@ def _rows(evaluation: Evaluation, model: Functions, kind: str, done: Measured) -
             if len(parts) > 1:
                 of_part = replace(setting, data_sha256=images.digest(sorted(samples)))
                 numbers.append((subset_numbers(done.numbers, done.columns, samples, part), of_part))
+        for part, samples in known.drawing_kinds(kind, done.used).items():
+            evaluation.parts[part] = evaluation.parts.get(part, set()) | samples
+            numbers.append((_of_drawings(done, samples, part), replace(setting, data_sha256=images.digest(sorted(samples)))))
     only_part = next(iter(parts)) if len(parts) == 1 else ""
     numbers.append(([replace(number, part=only_part) for number in done.numbers], setting))
     return [Row(model.name, model.sha256, number, of, model.note, model.licence) for group, of in numbers for number in group]
+
+
+def _of_drawings(done: Measured, samples: set[int], part: str) -> list[Number]:
+    """The numbers over one kind of held-out drawing; in retrieval these samples are the candidates, too."""
+    if done.alone is None:
+        return subset_numbers(done.numbers, done.columns, samples, part)
+    alone = done.alone(samples)
+    done.columns |= {f"{part}: {name}": column for name, column in alone.columns.items()}
+    done.missing += [(f"{metric}, {part}", what) for metric, what in alone.missing]
+    how = f"; queries and candidates are {len(samples):,} of {len(done.used):,} samples: {part}"
+    return [with_interval(replace(number, how=number.how + how, part=part), alone.columns) for number in alone.numbers]
 
 
 CROPS = {

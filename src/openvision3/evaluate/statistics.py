@@ -329,6 +329,7 @@ def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str
     """{model: number} by one protocol -> the differences of the first model from all others, and of the best from the second best.
 
     `columns` holds the columns of each model; models without columns are skipped. `parts` holds the samples of each part.
+    A column named "PART: COLUMN" holds the scores of a part that was measured as a set of its own.
     """
     values = {model: number.value for model, number in numbers.items() if model in columns}
     pairs = [(next(iter(values)), other) for other in list(values)[1:]]
@@ -336,8 +337,11 @@ def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str
     made_of, part = definition(metric), next((number.part for number in numbers.values()), "")
     if made_of is None or (part and part not in parts):
         return []
+    own = f"{part}: {made_of.column}"  # the scores of a part that was measured alone
     chosen = {
-        model: {name: column.of(parts[part]) if part else column for name, column in of.items() if name == made_of.column} for model, of in columns.items()
+        model: {made_of.column: of.get(own) or (of[made_of.column].of(parts[part]) if part else of[made_of.column])}
+        for model, of in columns.items()
+        if made_of.column in of
     }
     all_differences = [difference(metric, a, b, chosen[a], chosen[b]) for a, b in {frozenset(pair): pair for pair in reversed(pairs)}.values()]
     return [replace(one, part=part) for one in all_differences if one is not None]

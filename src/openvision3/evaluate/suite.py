@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Measured:
     shown: dict[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=dict)
     """the scores of each sample by its index in the source; intervals, paired tests and numbers of subsets are computed from them"""
+    alone: Callable[[Collection[int]], Measured] | None = None
+    """measures these samples as a set of their own, where their scores depend on the other samples; it runs on rank 0"""
 
 
 COUNTED = 10_000
@@ -198,13 +200,25 @@ def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: i
     owners = [place for place, row in enumerate(captioned) for _ in embedded.captions[row]]
     images, used = embedded.values[captioned], [embedded.indices[row] for row in captioned]
 
+    words: list[Tensor] = []  # on rank 0
+
     def compute() -> tuple[list[Number], list[list[int]], Columns, list[tuple[str, str]]]:
-        words = _embed_texts(model, texts)
-        nearest = (images[:shown] @ words.T).topk(min(5, len(texts)), dim=1).indices.tolist()
+        words.append(_embed_texts(model, texts))
+        nearest = (images[:shown] @ words[0].T).topk(min(5, len(texts)), dim=1).indices.tolist()
         columns: Columns = {}
         missing: list[tuple[str, str]] = []
-        numbers = evaluate_retrieval(images, words, texts, owners, shared=shared, columns=columns, missing=missing)
+        numbers = evaluate_retrieval(images, words[0], texts, owners, shared=shared, columns=columns, missing=missing)
         return numbers, nearest, _of_samples(columns, used), missing
+
+    def alone(samples: Collection[int]) -> Measured:
+        rows = [place for place, index in enumerate(used) if index in samples]
+        place_of = {row: place for place, row in enumerate(rows)}
+        own = [j for j, owner in enumerate(owners) if owner in place_of]
+        columns: Columns = {}
+        missing: list[tuple[str, str]] = []
+        of_texts = [texts[j] for j in own], [place_of[owners[j]] for j in own]
+        numbers = evaluate_retrieval(images[rows], words[0][own], *of_texts, shared=shared, columns=columns, missing=missing)
+        return Measured(numbers, missing, columns=_of_samples(columns, [used[row] for row in rows]))
 
     numbers, nearest, columns, missing = on_first(compute)
     numbers, remark = _with_text(numbers, model, texts)
@@ -218,6 +232,7 @@ def retrieval(model: Functions, embedded: Rows, *, shared: bool = True, shown: i
         text=remark,
         shown={"indices": used[:shown], "answers": answers},
         columns=columns,
+        alone=alone,
     )
 
 

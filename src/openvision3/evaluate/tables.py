@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from openvision3.evaluate.peers import published
 from openvision3.evaluate.protocol import Number
-from openvision3.evaluate.results import UNSEEN, NotRun, Row, Scores, Setting
+from openvision3.evaluate.results import DRAWING_KINDS, UNSEEN, NotRun, Row, Scores, Setting
 from openvision3.evaluate.statistics import Difference, best_first, differences
 
 
@@ -59,8 +59,8 @@ def named(setting: Setting, lines: Iterable[Line]) -> str:
 
 
 def leading(rows: Iterable[Row]) -> list[Row]:
-    """The rows that a figure shows: numbers over unseen samples where they exist, else numbers over all."""
-    rows = list(rows)
+    """The rows that a figure shows: numbers over unseen samples where they exist, else numbers over all; those of a kind of drawing are in the tables."""
+    rows = [row for row in rows if not row.number.part.startswith(DRAWING_KINDS)]
     apart = {(row.model, row.metric, row.setting.data) for row in rows if row.number.part.startswith(UNSEEN)}
     return [row for row in rows if row.number.part.startswith(UNSEEN) or (row.model, row.metric, row.setting.data) not in apart]
 

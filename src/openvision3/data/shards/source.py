@@ -117,6 +117,12 @@ class ShardSource(EncodedSource):
             value = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
         return str(value).strip() or None
 
+    def drawing(self, index: int) -> tuple[str, str] | None:
+        """The JSON fields `style` and `family`; None without both."""
+        values = self._json(self._place(index))
+        style, family = values.get("style"), values.get("family")
+        return (style, family) if isinstance(style, str) and isinstance(family, str) and style and family else None
+
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         if not self.is_remote:
             return super().order(seed, epoch, lanes)
