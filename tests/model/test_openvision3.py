@@ -205,6 +205,44 @@ def test_without_text_present_every_caption_is_there():
     assert model({name: value for name, value in rows.items() if name != "text_present"})[0].item() == model(rows)[0].item()
 
 
+# -- the balance of the branches ---------------------------------------------------------------------------------------------
+
+
+def gradient_on_tokens(**weights: float) -> torch.Tensor:
+    """Of the loss with these weights, taken at tokens that are leaves."""
+    model, rows = tiny_model(tau=0.8, **weights), batch()
+    tokens = model.encoder(model.vae.encode(rows["images"]))[0].detach().requires_grad_()
+    model.encoder.forward = lambda latents: (tokens, model.encoder.pool(tokens))
+    model(rows)[0].backward()
+    return tokens.grad
+
+
+def test_the_squares_are_those_of_each_branchs_gradient_on_the_tokens():
+    rec, und = gradient_on_tokens(omega_rec=0.7, omega_und=0.0), gradient_on_tokens(omega_rec=0.0, omega_und=1.3)
+    balanced, plain = (tiny_model(tau=0.8, omega_rec=0.7, omega_und=1.3, gradient_ratio=ratio) for ratio in (2.0, 0.0))
+    loss, parts = balanced(batch())
+    loss.backward()
+    assert parts["reconstruction_squares"].sqrt().item() == pytest.approx(rec.norm().item(), rel=1e-4)
+    assert parts["understanding_squares"].sqrt().item() == pytest.approx(und.norm().item(), rel=1e-4)
+    plain(batch())[0].backward()
+    for (name, one), other in zip(balanced.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_an_evaluation_weighs_as_the_config_says_and_measures_nothing():
+    model = tiny_model(tau=0.0, gradient_ratio=1.0)
+    expected, parts = tiny_model(tau=0.0).eval()(batch())
+    model.omega_rec = 100.0
+    loss, its_parts = model.eval()(batch())
+    assert loss.item() == expected.item() and its_parts.keys() == parts.keys()
+
+
+def test_a_ratio_needs_both_branches():
+    for other in ({"encoder_learns_from": "understanding"}, {"omega_rec": 0.0}, {"omega_und": 0.0}):
+        with pytest.raises(ValueError, match=r"^gradient_ratio 1.0 compares the gradients of two branches"):
+            LossConfig(gradient_ratio=1.0, **other)
+
+
 # -- micro-batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -221,12 +259,13 @@ def split(rows: dict, count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("pixel_rows", [None, [0, 3], []])
-def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows):
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows, ratio):
     rows = batch(sets=2)
     rows["text_present"][1:, 1] = False
     if pixel_rows is not None:
         rows["pixel_rows"] = torch.tensor(pixel_rows, dtype=torch.long)
-    whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5) for _ in range(2))
+    whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5, gradient_ratio=ratio) for _ in range(2))
     loss, parts = whole(rows)
     loss.backward()
     prepared = parted.prepare(iter(split(rows, count)))

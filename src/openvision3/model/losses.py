@@ -33,6 +33,17 @@ def temperature(log_temperature: Tensor) -> Tensor:
     return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
+def with_gradient_squares(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same tokens, and a number to which the backward pass adds the squared norm of the gradient that reaches them here."""
+    same, squares = tokens.view_as(tokens), torch.zeros((), device=tokens.device)
+
+    def measure(gradient: Tensor) -> None:
+        squares.add_(gradient.float().square().sum())
+
+    same.register_hook(measure)
+    return same, squares
+
+
 def pixel_loss(images: Tensor, images_hat: Tensor, count: Tensor) -> Tensor:
     """Mean |x - x^| over pixels and channels, images in [-1, 1]; `count` is the number of images compared in the global batch."""
     return _mean_absolute(images - images_hat.float(), count)

@@ -29,6 +29,8 @@ class LossConfig:
 
     omega_rec: float = 0.5
     """weight of reconstruction"""
+    gradient_ratio: float = 0.0
+    """norm of reconstruction's gradient on the tokens, as a multiple of understanding's; sets omega_rec in each step, from running means; 0: as given"""
     omega_und: float = 1.0
     """weight of understanding"""
     alpha: float = 1.0
@@ -49,12 +51,17 @@ class LossConfig:
     """the LPIPS v0.1 channel weights, a local file"""
 
     def __post_init__(self):
-        for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual", "tau"):
+        for name in ("omega_rec", "omega_und", "alpha", "beta", "lambda_perceptual", "tau", "gradient_ratio"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} {value} must be a finite number that is not negative")
         if self.encoder_learns_from not in ("both", "understanding", "reconstruction", "nothing"):
             raise unknown("encoder_learns_from", str(self.encoder_learns_from), ("both", "understanding", "reconstruction", "nothing"))
+        if self.gradient_ratio and not (self.encoder_learns_from == "both" and self.omega_rec and self.omega_und):
+            raise ValueError(
+                f"gradient_ratio {self.gradient_ratio} compares the gradients of two branches, so both must reach the encoder; "
+                "set encoder_learns_from both, and omega_rec and omega_und above 0"
+            )
         if self.perceptual not in ("efficientnet", "lpips-vgg", "lpips-alex"):
             raise unknown("perceptual", str(self.perceptual), ("efficientnet", "lpips-vgg", "lpips-alex"))
         if self.lambda_perceptual and self.perceptual != "efficientnet" and not (self.lpips_backbone and self.lpips_linear):
@@ -103,6 +110,8 @@ class OpenVision3(nn.Module):
         if config.loss.encoder_learns_from == "nothing":
             for name, parameter in self.encoder.named_parameters():
                 parameter.requires_grad_(name.startswith("pool_"))  # the pooling belongs to understanding
+        self.omega_rec = config.loss.omega_rec
+        """the weight of reconstruction in training; that of evaluations stays as the config has it"""
         self._distance = (distance,)  # a tuple keeps it outside the module tree
 
     def init_weights(self) -> OpenVision3:
@@ -151,7 +160,8 @@ class OpenVision3(nn.Module):
           `caption_ids[:, 1:]`. Without it the logits of the padding are computed too;
         - `draw_key` (B,): optional, the seed of each row's noise. Without it there is no noise, as in evaluation.
 
-        A micro-batch also has the entries that `prepare` adds.
+        A micro-batch also has the entries that `prepare` adds. In training with `gradient_ratio` the parts include two numbers that the
+        backward pass fills in: the squared norms of the gradients that each branch sends into the tokens.
         """
         weights = self.config.loss
         latents = self._latents(batch)  # (B, C, h, w)
@@ -160,6 +170,11 @@ class OpenVision3(nn.Module):
         rebuilt_from = tokens if weights.encoder_learns_from in ("both", "reconstruction") else tokens.detach()
         if weights.encoder_learns_from not in ("both", "understanding"):
             tokens = tokens.detach()
+            pooled = self.encoder.pool(tokens)
+        squares: dict[str, Tensor] = {}
+        if weights.gradient_ratio and self.training and tokens.requires_grad:
+            rebuilt_from, squares["reconstruction_squares"] = losses.with_gradient_squares(tokens)
+            tokens, squares["understanding_squares"] = losses.with_gradient_squares(tokens)
             pooled = self.encoder.pool(tokens)
 
         noisy = add_noise(rebuilt_from, weights.tau, batch["draw_key"]) if "draw_key" in batch else rebuilt_from
@@ -171,7 +186,7 @@ class OpenVision3(nn.Module):
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
         parts["caption"] = self._caption(tokens, batch, counts[WORDS])
-        return self.weigh(parts), {name: value.detach() for name, value in parts.items()}
+        return self.weigh(parts), {name: value.detach() for name, value in parts.items()} | squares
 
     def weigh(self, parts: dict[str, Tensor]) -> Tensor:
         """The paper's equations 3 to 5: the loss from its parts; pixel and perceptual may be absent."""
@@ -182,7 +197,8 @@ class OpenVision3(nn.Module):
         elif "pixel" in parts:
             reconstruction = reconstruction + parts["pixel"]
         understanding = parts["caption"] + weights.alpha * parts["contrastive"]
-        return weights.omega_rec * reconstruction + weights.omega_und * understanding
+        omega_rec = self.omega_rec if self.training else weights.omega_rec
+        return omega_rec * reconstruction + weights.omega_und * understanding
 
     def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> None:
         """Put the pixel and the perceptual term into `parts`; they are zero if none of these rows is compared."""

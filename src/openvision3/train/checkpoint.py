@@ -56,6 +56,8 @@ class RunState:
     window: dict[str, float] = field(default_factory=dict)
     """sums since the last log line, so that a resumed run logs the same means"""
     window_steps: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
+    """what the training itself remembers from step to step (`Training.after_step`)"""
     val_loss: float | None = None
     """val/loss, if it was measured at this very step"""
     val_measure: int = 1

@@ -69,6 +69,12 @@ class Training:
     def begin(self, run: RunFolder) -> None:
         """Write what the run folder needs from this training, and say what it trains on. Called before the first step of a new or resumed run."""
 
+    def before_step(self, state: RunState, optimizers: Optimizers) -> None:
+        """Set what the next step depends on beside its batch, from `state` alone, so that a resumed run takes the same step."""
+
+    def after_step(self, state: RunState, values: dict[str, float]) -> None:
+        """Called with the numbers of each step, if they are finite; `values` is then logged. What later steps depend on belongs in `state.memory`."""
+
     def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
         """Numbers on held-out data, the same on all ranks; `loss` decides which checkpoint is the best. {}: no evaluation."""
         return {}
@@ -127,6 +133,7 @@ class _Loop:
                 fetched, missing = self._fetch(source)
                 if distributed.on_any(missing is not None):
                     return self._end_without_a_batch(missing, heard, trained=state.step > first)
+                self.training.before_step(state, self.optimizers)
                 pieces, values = take_step(model, self.optimizers, fetched, config, {"stop": bool(heard.received), "failed": self.saver.failed})
                 stop, failed = values.pop("stop") > 0, values.pop("failed") > 0
                 state.step += 1
@@ -134,6 +141,9 @@ class _Loop:
                 self.clock.steps += 1
                 if all(map(math.isfinite, values.values())):
                     state.skipped_in_a_row = 0
+                    self.training.after_step(state, values)
+                    if values.keys() != state.window.keys():  # a mean is over steps that have the number
+                        state.window, state.window_steps = {}, 0
                     for name, number in values.items():
                         state.window[name] = state.window.get(name, 0.0) + number
                     state.window_steps += 1
@@ -247,7 +257,7 @@ class _Loop:
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad == ["grad_norm"]:
+        if math.isfinite(values["loss"]):
             where = f"the gradient is not finite, first in {_bad_gradient(self.model)}"
         else:
             parts = [name for name in bad if name not in ("loss", "grad_norm")]

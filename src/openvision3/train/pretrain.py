@@ -30,10 +30,12 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.pipeline import Pipeline
 from openvision3.progress import track
+from openvision3.train import balance
 from openvision3.train.checkpoint import RunState
 from openvision3.train.config import PretrainConfig
 from openvision3.train.held_out import EVALUATED, MEASURE, data_options, open_held_out, quick_evaluation
 from openvision3.train.loop import Training
+from openvision3.train.optimizer import Optimizers
 from openvision3.train.recipes import kept_at_another_batch
 from openvision3.train.run import Outcome, Start, train_run
 from openvision3.train.run_folder import RunFolder
@@ -160,6 +162,14 @@ class Pretraining(Training):
         if not config.resume and (line := kept_at_another_batch(self.recipe, config)):
             run.say(line)
         self.pipeline.fingerprint = _fingerprint(config, source, self.held_out, run) if run.writes else None
+
+    def before_step(self, state: RunState, optimizers: Optimizers) -> None:
+        loss = self.config.model.loss
+        self.model.omega_rec = balance.omega_rec(state.memory, loss.gradient_ratio, loss.omega_rec)
+
+    def after_step(self, state: RunState, values: dict[str, float]) -> None:
+        if self.config.model.loss.gradient_ratio:
+            balance.measure(state.memory, values, self.model.omega_rec, self.start.ranks.world)
 
     def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
         sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
