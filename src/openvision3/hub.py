@@ -361,7 +361,7 @@ def load_distance(loss: LossConfig) -> torch.nn.Module | None:
 def start_from(model: OpenVision3, folder: Path) -> None:
     """Copy the weights of a model folder into a model that is to be trained further, if they mean the same there.
 
-    Shapes that fit do not suffice: with another VAE, norm or GELU they are the same.
+    Shapes that fit do not suffice: with another VAE, norm, GELU or kind of positions they are the same. What only training reads may differ.
 
     Raises:
         FileNotFoundError. ValueError: the weights do not fit, or mean something else here; names the first setting that differs.
@@ -372,7 +372,7 @@ def start_from(model: OpenVision3, folder: Path) -> None:
         raise ValueError(f"{folder} was trained {line}; set --model.vae.name to the VAE it was trained on, or start from another model")
     before, now = flat(to_dict(saved.model)), flat(to_dict(model.config))
     for name, value in now.items():
-        if not name.startswith(("vae.", "loss.")) and before.get(name) != value:
+        if not name.startswith(("vae.", "loss.")) and name != "captioner.token_share" and before.get(name) != value:
             seen = before.get(name)
             raise ValueError(
                 f"{folder} was trained with {name} {seen}, not {value}: its weights mean something else here; set --model.{name.replace('_', '-')} {seen}"

@@ -91,20 +91,29 @@ def real_parts(config, rows: int, side: int, length: int = 24):
     grid, width = side // 16, model.encoder.size.width
     latents = torch.rand(rows, model.vae.latent_channels, side // 8, side // 8)
     tokens = torch.rand(rows, grid**2, width, requires_grad=True)
+    seen = torch.rand(rows, model.captioner.token_count(grid**2), width, requires_grad=True)
     ids = torch.randint(5, VOCABULARY, (rows, length))
     return {
         "encoder": (model.encoder, lambda: sum(x.sum() for x in model.encoder(latents))),
         "latent decoder": (model.latent_decoder, lambda: (model.latent_decoder(tokens, (grid, grid)) - latents).abs().mean()),
         "text encoder": (model.text_encoder, lambda: model.text_encoder(ids).sum()),
-        "captioner": (model.captioner, lambda: model.captioner.features(tokens, ids).sum()),
+        "captioner": (model.captioner, lambda: model.captioner.features(seen, ids).sum()),
         "VAE decode": (model.vae, lambda: model.vae.decode(latents.clone().requires_grad_()).abs().mean()),
     }
 
 
+def levered():
+    """The mini with everything that changes its networks or what they see."""
+    config = sized("mini")
+    for part in (config.encoder, config.latent_decoder):
+        part.positions, part.qk_norm = "rope", True
+    config.encoder.sum_blocks, config.captioner.token_share = 3, 0.35
+    return config
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("size", ["tiny", "mini"])
-def test_operations_of_each_part_are_those_of_a_real_run_to_the_last_one(size, checkpointing):
-    config = sized(size)
+@pytest.mark.parametrize("config", [sized("tiny"), sized("mini"), levered()], ids=["tiny", "mini", "levers"])
+def test_operations_of_each_part_are_those_of_a_real_run_to_the_last_one(config, checkpointing):
     counted = counts_of(config, checkpointing=checkpointing)
     for name, (network, run) in real_parts(config, 1, 64).items():
         if checkpointing and name != "VAE decode":
@@ -114,9 +123,12 @@ def test_operations_of_each_part_are_those_of_a_real_run_to_the_last_one(size, c
         assert sum(operations for _, operations in counted[name].modules.values()) == counted[name].forward, name
 
 
-@pytest.mark.parametrize("size, side", [("tiny", 64), ("mini", 160), ("tiny", 288)])  # 324 tokens: a CPU's attention is fused too
-def test_kept_bytes_of_each_part_are_those_that_autograd_keeps_in_a_real_run(size, side):
-    config = sized(size)
+@pytest.mark.parametrize(
+    "config, side",
+    [(sized("tiny"), 64), (sized("mini"), 160), (sized("tiny"), 288), (levered(), 64)],  # 324 tokens: a CPU's attention is fused too
+    ids=["tiny", "mini", "tiny-fused", "levers"],
+)
+def test_kept_bytes_of_each_part_are_those_that_autograd_keeps_in_a_real_run(config, side):
     counted = counts_of(config, side)
     two, five = ({name: kept_bytes(run, network) for name, (network, run) in real_parts(config, rows, side).items()} for rows in (2, 5))
     for name, kept in five.items():

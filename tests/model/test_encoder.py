@@ -34,38 +34,74 @@ def test_only_our_own_sizes_are_beside_the_papers():
     assert set(SIZES) - set(PAPER) == {"tiny", "micro", "mini"}
 
 
-@pytest.mark.parametrize(("token_norm", "gelu"), [("layernorm", "exact"), ("none", "exact"), ("layernorm", "tanh")])
-def test_forward_equals_the_released_structure_written_out(token_norm, gelu):
-    encoder, latents = make(token_norm=token_norm, gelu=gelu), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"token_norm": "none"},
+        {"gelu": "tanh"},
+        {"sum_blocks": 2},
+        {"sum_blocks": 2, "token_norm": "none"},
+        {"positions": "rope"},
+        {"qk_norm": True},
+        {"positions": "rope", "qk_norm": True, "sum_blocks": 2},
+    ],
+    ids=str,
+)
+def test_forward_equals_the_released_structure_written_out_with_each_change(changes):
+    encoder, latents = make(**changes), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
     torch.nn.init.normal_(encoder.pool_norm.weight)
     for block in encoder.blocks:
         torch.nn.init.normal_(block.mlp.fc_in.weight, std=0.3)
+        torch.nn.init.normal_(block.attention.qkv.weight, std=0.3)  # attention that is not flat
+        if "qk_norm" in changes:
+            for parameter in (*block.attention.norm_q.parameters(), *block.attention.norm_k.parameters()):
+                torch.nn.init.normal_(parameter)
     weights = encoder.state_dict()
     rows = []
     for i in range(3):
         for j in range(2):
             square = latents[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
             rows.append(torch.einsum("bcij,dcij->bd", square, weights["patchify.weight"]))
-    x = torch.stack(rows, 1) + sincos_positions(3, 2, 64)
+    x = torch.stack(rows, 1)
+    if "positions" not in changes:
+        x = x + sincos_positions(3, 2, 64)
     x = torch.cat([weights["class_token"].expand(2, 1, 64), x], 1)
 
     def norm(x, name, i):
         return F.layer_norm(x, (64,), weights[f"blocks.{i}.{name}.weight"], weights[f"blocks.{i}.{name}.bias"], 1e-6)
 
+    def turned(x):
+        """Rotary positions of heads of 32, as complex numbers: the class token, then three rows of two."""
+        waves = 100.0 ** -(torch.arange(8) / 8)
+        angles = torch.stack([torch.zeros(16)] + [torch.cat([column * waves, row * waves]) for row in range(3) for column in range(2)])
+        y = torch.complex(x[..., :16], x[..., 16:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([y.real, y.imag], -1)
+
+    outputs = []
     for i in range(2):
         q, k, v = (norm(x, "norm_attention", i) @ weights[f"blocks.{i}.attention.qkv.weight"].T).chunk(3, -1)
         heads = []
         for part in range(2):
             channels = slice(32 * part, 32 * part + 32)
-            attention = (q[..., channels] @ k[..., channels].transpose(1, 2) / 32**0.5).softmax(-1)
+            query, key = q[..., channels], k[..., channels]
+            if "qk_norm" in changes:
+                query, key = (
+                    F.layer_norm(one, (32,), weights[f"blocks.{i}.attention.norm_{name}.weight"], weights[f"blocks.{i}.attention.norm_{name}.bias"], 1e-6)
+                    for one, name in ((query, "q"), (key, "k"))
+                )
+            if "positions" in changes:
+                query, key = turned(query), turned(key)
+            attention = (query @ key.transpose(1, 2) / 32**0.5).softmax(-1)
             heads.append(attention @ v[..., channels])
         x = x + torch.cat(heads, -1) @ weights[f"blocks.{i}.attention.out.weight"].T
         hidden = norm(x, "norm_mlp", i) @ weights[f"blocks.{i}.mlp.fc_in.weight"].T
-        curve = torch.erf(hidden / 2**0.5) if gelu == "exact" else torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3))
+        curve = torch.erf(hidden / 2**0.5) if "gelu" not in changes else torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3))
         hidden = hidden * 0.5 * (1 + curve)
         x = x + hidden @ weights[f"blocks.{i}.mlp.fc_out.weight"].T
-    tokens = x[:, 1:]  # biases are zero at the start
-    if token_norm == "layernorm":
+        outputs.append(x[:, 1:])  # biases are zero at the start
+    tokens = sum(outputs) if "sum_blocks" in changes else outputs[-1]
+    if "token_norm" not in changes:
         tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     pooled = F.layer_norm(tokens.mean(1), (64,), weights["pool_norm.weight"], None, 1e-6) @ weights["pool_projection.weight"].T
 
@@ -80,8 +116,9 @@ def test_tokens_have_zero_mean_and_unit_variance():
     torch.testing.assert_close(tokens.var(-1, unbiased=False), torch.ones(2, 6), rtol=1e-3, atol=1e-3)
 
 
-def test_what_the_blocks_add_to_stays_in_fp32_under_autocast():
-    encoder, latents = make(), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("changes", [{}, {"positions": "rope", "sum_blocks": 2}], ids=str)
+def test_what_the_blocks_add_to_stays_in_fp32_under_autocast(changes):
+    encoder, latents = make(**changes), torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
     seen = []
     for module in encoder.modules():
         if isinstance(module, torch.nn.LayerNorm):
@@ -100,7 +137,7 @@ def test_the_class_token_takes_part():
 
 def test_init_weights_reaches_every_parameter():
     with torch.device("meta"):
-        encoder = Encoder(EncoderConfig(size="tiny"), 4)
+        encoder = Encoder(EncoderConfig(size="tiny", qk_norm=True), 4)
     encoder.to_empty(device="cpu")
     for parameter in encoder.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
@@ -116,6 +153,9 @@ def test_init_weights_reaches_every_parameter():
         (lambda: EncoderConfig(patch=0), "patch 0"),
         (lambda: EncoderConfig(patch=2.5), "patch 2.5"),
         (lambda: EncoderConfig(gelu="relu"), "unknown gelu 'relu'.* Choose one of exact, tanh"),
+        (lambda: EncoderConfig(positions="learned"), "unknown positions 'learned'.* Choose one of sincos, rope"),
+        (lambda: EncoderConfig(size="tiny", sum_blocks=0), "sum_blocks 0 must be from 1 to 2"),
+        (lambda: EncoderConfig(size="tiny", sum_blocks=3), "sum_blocks 3 must be from 1 to 2, the number of blocks of size tiny"),
         (lambda: make()(torch.zeros(4, 4, 4)), r"\(4, 4, 4\) .* pass \(B, 4, h, w\)"),
         (lambda: make()(torch.zeros(1, 16, 4, 4)), "16 channels, but this encoder was built for 4"),
         (lambda: make()(torch.zeros(1, 4, 4, 5)), "4 x 5 .* multiples of 16"),

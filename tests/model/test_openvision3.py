@@ -161,6 +161,20 @@ def test_no_draw_key_is_no_noise():
         assert noisy(rows)[1][name].item() == noisy(still)[1][name].item()
 
 
+def test_the_captioner_sees_part_of_the_tokens_where_draws_are_and_nothing_else_changes():
+    model, rows = tiny_model(), batch()
+    whole, whole_still = model(rows)[1], model({name: value for name, value in rows.items() if name != "draw_key"})[1]
+    model.config.captioner.token_share = 0.5
+    part, still = model(rows)[1], model({name: value for name, value in rows.items() if name != "draw_key"})[1]
+    assert still == whole_still
+    assert part["caption"] != whole["caption"] and {**part, "caption": 0} == {**whole, "caption": 0}
+    tokens = model.captioner.choose_tokens(model.encode(rows["images"]), rows["draw_key"])
+    assert tokens.shape[1] == 2
+    logits, words = model.captioner(tokens, rows["caption_ids"])[:, :-1], rows["caption_ids"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), words, ignore_index=model.pad_id)
+    torch.testing.assert_close(part["caption"], expected.detach())
+
+
 def test_two_half_batches_rebuild_what_the_whole_batch_does():
     model, rows = tiny_model(), batch()
     latent, pixel = (
@@ -258,14 +272,16 @@ def split(rows: dict, count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("pixel_rows", [None, [0, 3], []])
+@pytest.mark.parametrize("pixel_rows, token_share", [(None, 1.0), ([0, 3], 1.0), ([], 1.0), ([0, 3], 0.5)])
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows, ratio):
+def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows, token_share, ratio):
     rows = batch(sets=2)
     rows["text_present"][1:, 1] = False
     if pixel_rows is not None:
         rows["pixel_rows"] = torch.tensor(pixel_rows, dtype=torch.long)
     whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5, gradient_ratio=ratio) for _ in range(2))
+    for model in (whole, parted):
+        model.config.captioner.token_share = token_share
     loss, parts = whole(rows)
     loss.backward()
     prepared = parted.prepare(iter(split(rows, count)))

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 from shapes import PAPER, torchs_layer
 
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
-from openvision3.model.transformer import sincos_positions
+from openvision3.model.transformer import rope_positions, sincos_positions
 
 
-def make(channels=4, patch=2) -> LatentDecoder:
+def make(channels=4, patch=2, **changes) -> LatentDecoder:
     torch.manual_seed(0)
-    network = LatentDecoder(LatentDecoderConfig(size="tiny"), 48, channels, patch)
+    network = LatentDecoder(LatentDecoderConfig(size="tiny", **changes), 48, channels, patch)
     network.init_weights()
     return network
 
@@ -64,8 +64,22 @@ def test_rows_and_columns_of_the_grid_are_not_mixed_up():
     assert (F.pixel_unshuffle(tall, 2).flatten(2) - F.pixel_unshuffle(wide, 2).flatten(2)).abs().max() > 1e-3  # positions differ too
 
 
+def test_with_rope_latents_depend_on_the_distances_of_tokens_alone():
+    network = make(positions="rope", qk_norm=True)
+    elsewhere = rope_positions(5, 6, 32)[:, 1:].view(2, 5, 6, 16)[:, 2:4, 3:6].reshape(2, 6, 16)  # the same grid, further down and right
+    x = network.embed(tokens())
+    for block in network.blocks:
+        x = block(x, rotation=elsewhere)
+    x = network.linear(network.norm(x))
+    torch.testing.assert_close(F.pixel_unshuffle(network(tokens(), (2, 3)), 2).flatten(2).transpose(1, 2), x, rtol=1e-4, atol=1e-5)
+    same = tokens()[:, :1].expand(-1, 6, -1)  # equal tokens: nothing says where they are
+    equal, table = network(same, (2, 3)), make()(same, (2, 3))
+    torch.testing.assert_close(equal[:, :, :2, :2], equal[:, :, 2:, 4:], rtol=1e-4, atol=1e-5)
+    assert (table[:, :, :2, :2] - table[:, :, 2:, 4:]).abs().max() > 1e-2
+
+
 def test_init_weights_reaches_every_parameter():
-    network = make()
+    network = make(qk_norm=True)
     for parameter in network.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
     network.init_weights()
@@ -116,6 +130,7 @@ def test_noise_passes_the_gradient_whole():
     "call, words",
     [
         (lambda: LatentDecoderConfig(size="b"), "unknown size 'b'"),
+        (lambda: LatentDecoderConfig(positions="rotary"), "unknown positions 'rotary'.* Choose one of sincos, rope"),
         (lambda: make()(tokens(), (2, 2)), "6 tokens do not fill a grid of 2 x 2"),
         (lambda: make()(torch.zeros(1, 6, 32), (2, 3)), "tokens are 32 wide, but this latent decoder was built for 48"),
     ],

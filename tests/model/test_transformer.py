@@ -1,10 +1,22 @@
+import cmath
 import math
 
 import pytest
 import torch
 from shapes import torchs_layer
 
-from openvision3.model.transformer import PLAIN_TOKENS, Attention, Block, KeyValueCache, TransformerSize, blocks, init_weights, sincos_positions
+from openvision3.model.transformer import (
+    PLAIN_TOKENS,
+    Attention,
+    Block,
+    KeyValueCache,
+    TransformerSize,
+    blocks,
+    init_weights,
+    rope_positions,
+    rotate,
+    sincos_positions,
+)
 
 SIZE = TransformerSize(48, 2, 3, 80)
 
@@ -78,6 +90,49 @@ def test_a_larger_grid_keeps_the_positions_of_a_smaller_one():
 def test_positions_refuse_a_width_that_has_no_quarter(channels):
     with pytest.raises(ValueError, match=f"not {channels}"):
         sincos_positions(2, 2, channels)
+
+
+def test_rope_multiplies_complex_channels_by_their_angles():
+    x = torch.randn(2, 3, 7, 16, generator=torch.Generator().manual_seed(1))
+    turned = rotate(x, rope_positions(2, 3, 16))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])  # the class token
+    for place in range(6):
+        row, column = divmod(place, 3)
+        angles = [column * 100 ** (-k / 4) for k in range(4)] + [row * 100 ** (-k / 4) for k in range(4)]
+        seen = torch.complex(*x[:, :, 1 + place].chunk(2, -1)) * torch.tensor([cmath.exp(1j * angle) for angle in angles], dtype=torch.complex64)
+        torch.testing.assert_close(turned[:, :, 1 + place], torch.cat([seen.real, seen.imag], -1), rtol=1e-5, atol=1e-5)
+
+
+def test_rope_sees_the_distance_of_two_tokens_alone():
+    generator = torch.Generator().manual_seed(1)
+    q, k = (rotate(torch.randn(16, generator=generator).expand(1, 1, 31, 16), rope_positions(5, 6, 16))[0, 0, 1:].view(5, 6, 16) for _ in range(2))
+    scores = torch.einsum("ijc,klc->ijkl", q, k)
+    for down, right in ((0, 0), (1, 0), (0, 2), (2, -1)):
+        same = torch.stack([scores[i, j, i + down, j + right] for i in range(3) for j in range(1, 4)])
+        torch.testing.assert_close(same, same[:1].expand(9), rtol=1e-4, atol=1e-4)
+    assert (scores[0, 0, 0, 2] - scores[0, 0, 2, 0]).abs() > 1e-2 and (scores[0, 0, 0, 2] - scores[0, 2, 0, 0]).abs() > 1e-2
+
+
+def test_a_larger_grid_keeps_the_rotations_of_a_smaller_one():
+    large = rope_positions(6, 7, 32)[:, 1:].view(2, 6, 7, 16)
+    assert torch.equal(large[:, :3, :4].reshape(2, 12, 16), rope_positions(3, 4, 32)[:, 1:])
+
+
+def test_normalised_queries_and_keys_make_attention_blind_to_their_scale():
+    torch.manual_seed(0)
+    plain, ours = Attention(48, 3), Attention(48, 3, qk_norm=True)
+    x = torch.randn(2, 6, 48)
+    assert {name for name, _ in ours.named_parameters()} - {name for name, _ in plain.named_parameters()} == {
+        f"norm_{one}.{part}" for one in "qk" for part in ("weight", "bias")
+    }
+    before = ours(x)
+    with torch.no_grad():
+        ours.qkv.weight[:96] *= 100
+        ours.qkv.bias[:96] *= 100
+    torch.testing.assert_close(ours(x), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        ours.norm_q.weight *= 3
+    assert (ours(x) - before).abs().max() > 1e-3  # the scale that is learned
 
 
 def test_size_refuses_heads_that_do_not_divide_the_width():

@@ -127,6 +127,26 @@ def test_a_row_of_padding_gives_numbers():
 # -- captioner ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_tokens_that_a_captioner_sees_in_training_depend_on_the_key_of_their_row_alone():
+    network, u, keys = captioner(), tokens(4, 16), torch.tensor([7, 2**62 + 5, 9, 7])
+    network.config.token_share = 0.35
+    chosen = network.choose_tokens(u, keys)
+    assert chosen.shape == (4, 6, 48)  # 5.6 of 16
+    assert torch.equal(network.choose_tokens(u[1:3], keys[1:3]), chosen[1:3])
+    places = (chosen[:, :, None] == u[:, None]).all(-1).float().argmax(-1)
+    assert torch.equal(u.gather(1, places[:, :, None].expand(-1, -1, 48)), chosen)  # tokens of the same row
+    assert all(len(set(row)) == 6 for row in places.tolist())  # none twice
+    assert torch.equal(places[0], places[3]) and set(places[0].tolist()) != set(places[2].tolist())
+
+
+def test_every_token_is_as_likely_to_be_seen_as_any_other():
+    network = captioner()
+    network.config.token_share = 0.25
+    places = network.choose_tokens(torch.arange(8.0).view(1, 8, 1).expand(4000, 8, 1), torch.arange(4000))
+    shares = places.flatten().long().bincount(minlength=8) / 4000
+    assert (shares - 0.25).abs().max() < 0.03  # 4.4 standard deviations
+
+
 def test_logits_with_cache_equal_those_without():
     network, u = captioner(), tokens()
     ids = torch.cat([torch.full((3, 1), BEGIN), captions(3, 8, torch.Generator().manual_seed(2))], 1)
@@ -285,6 +305,8 @@ def test_a_beam_of_four_scores_at_least_what_greedy_does():
         (lambda: TextEncoderConfig("XL"), "unknown size 'XL'"),
         (lambda: CaptionerConfig("XL"), "unknown size 'XL'"),
         (lambda: CaptionerConfig("tiny", 1), "positions 1"),
+        (lambda: CaptionerConfig("tiny", token_share=0.0), "token_share 0.0 must be above 0 and at most 1"),
+        (lambda: CaptionerConfig("tiny", token_share=1.1), "token_share 1.1 must be above 0 and at most 1"),
         (lambda: text_encoder()(torch.ones(1, 13, dtype=torch.long)), "13 pieces are longer than .* 12 positions"),
         (lambda: captioner()(tokens(1), torch.ones(1, 17, dtype=torch.long)), "17 pieces are longer than .* 16 positions"),
         (lambda: captioner().write(tokens(), BEGIN, END, max_length=16), "max_length 16 must be from 1 to 15"),

@@ -268,9 +268,15 @@ def test_a_run_does_not_go_on_where_a_process_does_not_see_its_folder(copied, mo
 
 
 def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, monkeypatch):
-    """Norm, GELU and VAE have no tensors of another shape: what fits by its keys may be nonsense all the same."""
+    """Norm, GELU, positions and VAE have no tensors of another shape: what fits by its keys may be nonsense all the same."""
     outcome = finished[1]
-    for field, value, line in (("token_norm", "none", "encoder.token_norm layernorm, not none"), ("gelu", "tanh", "encoder.gelu exact, not tanh")):
+    changes = (
+        ("token_norm", "none", "encoder.token_norm layernorm, not none"),
+        ("gelu", "tanh", "encoder.gelu exact, not tanh"),
+        ("positions", "rope", "encoder.positions sincos, not rope"),
+        ("sum_blocks", 2, "encoder.sum_blocks 1, not 2"),
+    )
+    for field, value, line in changes:
         new = small(tmp_path, "new", init=str(outcome.folder))
         setattr(new.model.encoder, field, value)
         with pytest.raises(ValueError, match=f"was trained with {line}: its weights mean something else here; set --model.encoder"):

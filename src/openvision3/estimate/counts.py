@@ -87,8 +87,8 @@ def count_parts(model: OpenVision3, shapes: Shapes, captions: int, batch: int) -
     def latents(rows: int, **options: Any) -> Tensor:
         return torch.empty(rows, vae.latent_channels, side // vae.stride, side // vae.stride, **options)
 
-    def tokens(rows: int, branch: str) -> Tensor:
-        return torch.empty(rows, grid**2, width, requires_grad=learns in ("both", branch))
+    def tokens(rows: int, branch: str, count: int = grid**2) -> Tensor:
+        return torch.empty(rows, count, width, requires_grad=learns in ("both", branch))
 
     def ids(rows: int, length: int) -> Tensor:
         return torch.empty(rows, length, dtype=torch.long)
@@ -100,7 +100,7 @@ def count_parts(model: OpenVision3, shapes: Shapes, captions: int, batch: int) -
         return losses.pixel_loss(images(rows), vae._decode(latents(rows, dtype=dtype, requires_grad=True)).float(), one)
 
     def features(part: Any, rows: int) -> Tensor:
-        return part.features(tokens(rows, "understanding"), ids(rows, shapes.caption_length))
+        return part.features(tokens(rows, "understanding", part.token_count(grid**2)), ids(rows, shapes.caption_length))
 
     def logits(part: Any, rows: int) -> Tensor:
         return part._logits(torch.empty(rows, shapes.caption_length - 1, part.embedding.embedding_dim, requires_grad=True))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from openvision3.model.transformer import Gelu, TransformerSize, blocks, check_gelu, init_weights, positions_on
+from openvision3.model.transformer import Gelu, Positions, TransformerSize, blocks, check_gelu, check_positions, init_weights, positions_on, rotation_on
 from openvision3.settings import unknown
 
 SIZES = {
@@ -40,10 +40,19 @@ class EncoderConfig:
     """the last layer: a LayerNorm without affine, or none, as in the released encoders"""
     gelu: Gelu = "exact"
     """exact, as in the released encoders, or its tanh approximation"""
+    positions: Positions = "sincos"
+    """sincos: a table added to the patches, as in the released encoders; rope: queries and keys are rotated by their place (arXiv 2403.13298)"""
+    qk_norm: bool = False
+    """a LayerNorm on the queries and keys of every head (arXiv 2302.05442)"""
+    sum_blocks: int = 1
+    """the tokens are the sum of what the last so many blocks return, normalised by token_norm (arXiv 2605.18324); 1: the last block alone"""
 
     def __post_init__(self):
-        named_size(self.size)
+        size = named_size(self.size)
         check_gelu(self.gelu)
+        check_positions(self.positions, size)
+        if not (isinstance(self.sum_blocks, int) and 1 <= self.sum_blocks <= size.depth):
+            raise ValueError(f"sum_blocks {self.sum_blocks!r} must be from 1 to {size.depth}, the number of blocks of size {self.size}")
         if self.token_norm not in ("layernorm", "none"):
             raise unknown("token_norm", str(self.token_norm), ("layernorm", "none"))
         if not (isinstance(self.patch, int) and isinstance(self.embed_dim, int) and self.patch > 0 and self.embed_dim > 0):
@@ -61,7 +70,7 @@ class Encoder(nn.Module):
     """latents (B, C, h, w) -> tokens (B, N, D), pooled (B, E); N = (h / patch)(w / patch).
 
     As in the released encoders, a class token passes through the blocks and is in neither the tokens nor the pooling.
-    `pooled` is LayerNorm(mean of the tokens) times a matrix, not normalised.
+    `pooled` is LayerNorm(mean of the tokens) times a matrix, not normalised. It is a function of the tokens alone, with `sum_blocks` too.
     """
 
     def __init__(self, config: EncoderConfig, latent_channels: int):
@@ -71,7 +80,7 @@ class Encoder(nn.Module):
         width = self.size.width
         self.patchify = nn.Conv2d(latent_channels, width, config.patch, config.patch, bias=False)
         self.class_token = nn.Parameter(torch.empty(1, 1, width))
-        self.blocks = blocks(self.size, config.gelu)
+        self.blocks = blocks(self.size, config.gelu, config.qk_norm)
         self.token_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False) if config.token_norm == "layernorm" else nn.Identity()
         self.pool_norm = nn.LayerNorm(width, eps=1e-6)
         self.pool_projection = nn.Linear(width, config.embed_dim, bias=False)
@@ -93,12 +102,18 @@ class Encoder(nn.Module):
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}; the sides of images must be multiples of 16 pixels")
         x = self.patchify(latents)  # (B, D, h', w')
         # In the precision of the weights: x is bf16 here under autocast, while residual sums and norms stay in fp32.
-        positions = positions_on(x, x.shape[2], x.shape[3], x.shape[1], self.class_token.dtype)
-        x = x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        rows, columns = x.shape[2:]
+        x, rotation = x.flatten(2).transpose(1, 2).to(self.class_token.dtype), None  # (B, N, D)
+        if self.config.positions == "rope":
+            rotation = rotation_on(x, rows, columns, self.size)
+        else:
+            x = x + positions_on(x, rows, columns, x.shape[2], x.dtype)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        tokens = self.token_norm(x[:, 1:])
+        first, summed = len(self.blocks) - self.config.sum_blocks + 1, x
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, rotation=rotation)
+            summed = summed + x if number > first else x  # of the blocks from `first` on
+        tokens = self.token_norm(summed[:, 1:])
         return tokens, self.pool(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor:

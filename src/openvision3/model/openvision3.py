@@ -158,7 +158,7 @@ class OpenVision3(nn.Module):
         - `text_ids` (B, K, T) with `text_present` (B, K): captions to contrast;
         - `caption_ids` (B, L): the caption to predict; `word_positions` (M,): optional, the positions of words in the flattened
           `caption_ids[:, 1:]`. Without it the logits of the padding are computed too;
-        - `draw_key` (B,): optional, the seed of each row's noise. Without it there is no noise, as in evaluation.
+        - `draw_key` (B,): optional, the seed of each row's draws. Without it there is no noise, and the captioner sees all tokens, as in evaluation.
 
         A micro-batch also has the entries that `prepare` adds. In training with `gradient_ratio` the parts include two numbers that the
         backward pass fills in: the squared norms of the gradients that each branch sends into the tokens.
@@ -185,6 +185,8 @@ class OpenVision3(nn.Module):
             self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
         parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
+        if "draw_key" in batch and self.config.captioner.token_share < 1:
+            tokens = self.captioner.choose_tokens(tokens, batch["draw_key"])
         parts["caption"] = self._caption(tokens, batch, counts[WORDS])
         return self.weigh(parts), {name: value.detach() for name, value in parts.items()} | squares
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from openvision3.draws import normal, uniform
 from openvision3.model.encoder import named_size
-from openvision3.model.transformer import Gelu, blocks, check_gelu, init_weights, positions_on
+from openvision3.model.transformer import Gelu, Positions, blocks, check_gelu, check_positions, init_weights, positions_on, rotation_on
 
 
 @dataclass
@@ -20,10 +20,15 @@ class LatentDecoderConfig:
     """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     gelu: Gelu = "exact"
     """exact, or its tanh approximation"""
+    positions: Positions = "sincos"
+    """sincos: a table added to the tokens; rope: queries and keys are rotated by their place (arXiv 2403.13298)"""
+    qk_norm: bool = False
+    """a LayerNorm on the queries and keys of every head (arXiv 2302.05442)"""
 
     def __post_init__(self):
-        named_size(self.size)
+        size = named_size(self.size)
         check_gelu(self.gelu)
+        check_positions(self.positions, size)
 
 
 class LatentDecoder(nn.Module):
@@ -33,9 +38,9 @@ class LatentDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch = patch
-        size = named_size(config.size)
+        self.size = size = named_size(config.size)
         self.embed = nn.Linear(token_width, size.width)
-        self.blocks = blocks(size, config.gelu)
+        self.blocks = blocks(size, config.gelu, config.qk_norm)
         self.norm = nn.LayerNorm(size.width, eps=1e-6)
         self.linear = nn.Linear(size.width, latent_channels * patch * patch)
 
@@ -53,10 +58,13 @@ class LatentDecoder(nn.Module):
             )
         if rows * columns != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; pass the size of the image they came from")
-        x = self.embed(tokens)
-        x = x + positions_on(x, rows, columns, x.shape[-1], self.linear.weight.dtype)  # residual sums and norms in fp32, as in Encoder
+        x, rotation = self.embed(tokens).to(self.linear.weight.dtype), None  # residual sums and norms in fp32, as in Encoder
+        if self.config.positions == "rope":
+            rotation = rotation_on(x, rows, columns, self.size)[:, 1:]  # there is no class token
+        else:
+            x = x + positions_on(x, rows, columns, x.shape[-1], x.dtype)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation=rotation)
         x = self.linear(self.norm(x))  # (B, N, C * patch^2)
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, columns)), self.patch)
 

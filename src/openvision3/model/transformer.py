@@ -1,8 +1,9 @@
-"""Attention, MLP, Block and position table, of which the encoder, both decoders and the text encoder are made."""
+"""Attention, MLP, Block and position tables, of which the encoder, both decoders and the text encoder are made."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from openvision3.settings import unknown
 
 Gelu = Literal["exact", "tanh"]
+Positions = Literal["sincos", "rope"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,27 @@ class TransformerSize:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one projection to queries, keys and values (its rows, in that order)."""
+    """Multi-head self-attention with one projection to queries, keys and values (its rows, in that order).
 
-    def __init__(self, width: int, heads: int):
+    With `qk_norm` a LayerNorm over the channels of a head comes before the product of queries and keys, so that logits cannot grow
+    without bound (Dehghani et al. 2023, arXiv 2302.05442).
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.norm_q = LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """x (B, N, W); mask is True where a query (row) may see a key (column), broadcast over (B, heads, N, keys)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None, rotation: Tensor | None = None) -> Tensor:
+        """x (B, N, W); mask is True where a query (row) may see a key (column), broadcast over (B, heads, N, keys); rotation: see `rope_positions`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, W/heads)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations are computed in fp32
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, mask)
@@ -114,15 +126,15 @@ class LayerNorm(nn.LayerNorm):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm eps 1e-6, no layer scale."""
 
-    def __init__(self, size: TransformerSize, gelu: Gelu = "exact"):
+    def __init__(self, size: TransformerSize, gelu: Gelu = "exact", qk_norm: bool = False):
         super().__init__()
         self.norm_attention = LayerNorm(size.width, eps=1e-6)
-        self.attention = Attention(size.width, size.heads)
+        self.attention = Attention(size.width, size.heads, qk_norm)
         self.norm_mlp = LayerNorm(size.width, eps=1e-6)
         self.mlp = MLP(size.width, size.mlp, gelu)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), mask, cache)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None, rotation: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), mask, cache, rotation)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -132,24 +144,39 @@ def check_gelu(gelu: str) -> None:
         raise unknown("gelu", str(gelu), ("exact", "tanh"))
 
 
-def blocks(size: TransformerSize, gelu: Gelu = "exact") -> nn.ModuleList:
-    return nn.ModuleList(Block(size, gelu) for _ in range(size.depth))
+def check_positions(positions: str, size: TransformerSize) -> None:
+    """Raises ValueError for an unknown kind of positions, or heads whose width RoPE cannot divide into quarters."""
+    if positions not in ("sincos", "rope"):
+        raise unknown("positions", str(positions), ("sincos", "rope"))
+    if positions == "rope" and size.width // size.heads % 4:
+        raise ValueError(f"positions rope need heads whose width is a multiple of 4, not {size.width // size.heads}; use sincos")
+
+
+def blocks(size: TransformerSize, gelu: Gelu = "exact", qk_norm: bool = False) -> nn.ModuleList:
+    return nn.ModuleList(Block(size, gelu, qk_norm) for _ in range(size.depth))
 
 
 def positions_on(x: Tensor, height: int, width: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """`sincos_positions` on the device of `x` in `dtype`, computed once for each grid. Do not change it in place.
+    """`sincos_positions` on the device of `x` in `dtype`, computed once for each grid. Do not change it in place."""
+    return _table_on(x, sincos_positions, (height, width, channels), dtype)
 
-    While a graph is traced (compile, export, fake tensors) the table becomes part of the graph and is not kept.
-    """
+
+def rotation_on(x: Tensor, height: int, width: int, size: TransformerSize) -> Tensor:
+    """`rope_positions` for the heads of a transformer, as `positions_on`."""
+    return _table_on(x, rope_positions, (height, width, size.width // size.heads), torch.float32)
+
+
+def _table_on(x: Tensor, table: Callable[..., Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """A table of positions, kept for the next call. While a graph is traced (compile, export, fake tensors) it becomes part of the graph and is not kept."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
-        return _kept_positions(height, width, channels, x.device, dtype)
-    return sincos_positions(height, width, channels, x.device).to(dtype)
+        return _kept_positions(table, shape, x.device, dtype)
+    return table(*shape, x.device).to(dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_positions(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _kept_positions(table: Callable[..., Tensor], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a table made within inference_mode could not be used in training later
-        return sincos_positions(height, width, channels, device).to(dtype)
+        return table(*shape, device).to(dtype)
 
 
 def sincos_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
@@ -168,6 +195,28 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
     frequencies = 10000.0 ** -(torch.arange(channels // 4, **steps) / (channels // 4 - 1))  # type: ignore[arg-type]
     x, y = x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(torch.float32)
+
+
+def rope_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
+    """Cosine and sine of the angles by which `rotate` turns the channels of a head: (2, 1 + height x width, channels / 2) in fp32.
+
+    Row 0 is for a class token and does not rotate; the others are the grid in row order. One half of the angles is x, the other y, on
+    integer coordinates, times 100^-(k / (channels/4)): axial RoPE of Heo et al. (arXiv 2403.13298). Attention depends on the distance
+    of two tokens alone, and the rows of a grid do not depend on its size, so a model continues on a larger one.
+    """
+    steps = {"dtype": torch.float64, "device": device}
+    y, x = torch.meshgrid(torch.arange(height, **steps), torch.arange(width, **steps), indexing="ij")  # type: ignore[arg-type]
+    frequencies = 100.0 ** -(torch.arange(channels // 4, **steps) / (channels // 4))  # type: ignore[arg-type]
+    angles = torch.cat([x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies], dim=1)
+    angles = F.pad(angles, (0, 0, 1, 0))
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (B, heads, N, C) with channels i and i + C/2 turned as a pair by angle i; rotation (2, N, C/2) holds cosines and sines. In fp32."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def init_weights(module: nn.Module) -> None:

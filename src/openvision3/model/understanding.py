@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openvision3.draws import uniform
 from openvision3.model.encoder import named_size
 from openvision3.model.transformer import KeyValueCache, TransformerSize, blocks, init_weights
 
@@ -50,11 +51,19 @@ class CaptionerConfig:
     """tiny, micro, mini, Ti, S, M, B, L, So400m or H"""
     positions: int = 128
     """longest caption in word pieces, including the begin and end tokens"""
+    token_share: float = 1.0
+    """share of the tokens that the captioner sees in training, drawn anew for every image and step (arXiv 2509.01644); captions are written from all"""
 
     def __post_init__(self):
         named_size(self.size, TEXT_SIZES)
+        if not 0 < self.token_share <= 1:
+            raise ValueError(f"token_share {self.token_share} must be above 0 and at most 1")
         if self.positions < 2:
             raise ValueError(f"positions {self.positions} must be at least 2: a text has a special token and a word")
+
+
+_CHOICE_STREAM = 0x5851F42D4C957F2D
+"""Keeps the choice of tokens apart from other draws of a row."""
 
 
 class TextEncoder(nn.Module):
@@ -131,6 +140,15 @@ class Captioner(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x[:, count:])
+
+    def choose_tokens(self, tokens: Tensor, draw_key: Tensor) -> Tensor:
+        """tokens (B, N, D) -> (B, `token_count(N)`, D): those of a row are a function of its `draw_key`, each as likely as any other."""
+        chosen = uniform(draw_key ^ _CHOICE_STREAM, tokens.shape[1]).argsort(stable=True, dim=1)[:, : self.token_count(tokens.shape[1])]
+        return tokens.gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+    def token_count(self, count: int) -> int:
+        """How many of so many tokens are seen in training: `token_share` of them, rounded, at least one."""
+        return max(1, round(self.config.token_share * count))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.embed_tokens.in_features:
