@@ -268,6 +268,23 @@ def test_labels_must_be_a_list_of_texts(labels):
         pipeline().classify(photo(20, 20), labels)
 
 
+def test_a_class_of_several_names_and_templates_is_the_mean_direction_of_all_its_texts():
+    image, templates = photo(64, 64), ["a {}", "{} drawing"]
+    found = dict(pipeline().classify(image, [["red heart", "blue heart"], "cat face"], templates))
+    texts = [["a red heart", "a blue heart", "red heart drawing", "blue heart drawing"], ["a cat face", "cat face drawing"]]
+    with torch.no_grad():
+        means = torch.stack([pipeline().embed_texts(of_one).mean(0) for of_one in texts])
+        cosines = torch.nn.functional.cosine_similarity(pipeline().embed_images(image), means)
+        expected = (cosines * pipeline().model.temperature).softmax(0)
+    assert [found["red heart"], found["cat face"]] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("templates", ["{}", [], ["a drawing"], [3]])
+def test_a_template_has_a_place_for_the_label(templates):
+    with pytest.raises(ValueError, match=r"templates must be texts with \{\} in the place of the label"):
+        pipeline().classify(photo(20, 20), ["cat", "dog"], templates)
+
+
 def test_a_caption_stops_at_the_end_mark():
     model = make_pipeline()
     image, words = photo(64, 64), model.tokenizer

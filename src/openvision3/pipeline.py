@@ -28,7 +28,7 @@ from openvision3.evaluate.protocol import Functions
 from openvision3.model.encoder import Encoder
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import noisy
-from openvision3.model.understanding import check_sampling
+from openvision3.model.understanding import check_sampling, class_embedding
 from openvision3.model.vae import VAE
 
 Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
@@ -237,23 +237,29 @@ class Pipeline:
                 ids = captioner.write(tokens, *special, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
         return [self.tokenizer.text(row) for row in ids]
 
-    def classify(self, image: Images, labels: Sequence[str]) -> list[tuple[str, float]]:
+    def classify(self, image: Images, labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}",)) -> list[tuple[str, float]]:
         """One image among `labels` -> [(label, probability)], most likely first. Warns of labels with unknown words.
 
+        A label may be several names of one class, such as ["rose", "roses"]; it is answered by the first. Every name is put into every template, such
+        as "a drawing of {}", and a class is the mean direction of all its texts.
+
         Raises:
-            ValueError: different labels that the model cannot tell apart, because their words are unknown or cut off.
+            ValueError: different labels that the model cannot tell apart, because their words are unknown or cut off; a template without {}.
         """
-        several = not isinstance(labels, str) and isinstance(labels, Iterable)
-        if not several or not (labels := [*labels]) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {labels!r:.80}")
+        names = _names_of_classes(labels)
+        if isinstance(templates, str) or not templates or not all(isinstance(template, str) and "{}" in template for template in templates):
+            raise ValueError(f"templates must be texts with {{}} in the place of the label, such as ['a drawing of {{}}']; seen {templates!r:.80}")
+        texts = [[template.replace("{}", name) for template in templates for name in of_one] for of_one in names]
         positions = self.model.text_encoder.config.positions - 1
-        if same := self.tokenizer.same(labels, positions):
-            raise ValueError(same)
-        if complaint := self.tokenizer.complaint(labels, positions):
+        for place in range(len(templates)):  # the texts of each class that one template makes, by its first name
+            if same := self.tokenizer.same([of_one[place * len(own)] for of_one, own in zip(texts, names, strict=True)], positions):
+                raise ValueError(same)
+        if complaint := self.tokenizer.complaint([text for of_one in texts for text in of_one], positions):
             warnings.warn(complaint, stacklevel=2)
         embedding = self.embed_images(_only(self.scaled(image), "classify"))
-        scores = (self.model.temperature * embedding @ self._embed(labels).T).softmax(-1)[0].tolist()
-        return sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
+        classes = class_embedding(self._embed([text for of_one in texts for text in of_one]).split([len(of_one) for of_one in texts]))
+        scores = (self.model.temperature * embedding @ classes.T).softmax(-1)[0].tolist()
+        return sorted(((own[0], score) for own, score in zip(names, scores, strict=True)), key=lambda pair: -pair[1])
 
     # -- for evaluators --------------------------------------------------------------------------------------------
 
@@ -319,6 +325,15 @@ def _two(size: Any, name: str) -> tuple[int, int]:
         return index(height), index(width)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={size!r} cannot be used; give a pair of whole numbers (H, W)") from None
+
+
+def _names_of_classes(labels: Any) -> list[list[str]]:
+    """The names of each class. Raises ValueError."""
+    listed = [*labels] if not isinstance(labels, str) and isinstance(labels, Iterable) else []
+    names = [[label] if isinstance(label, str) else [*label] if isinstance(label, Sequence) else [] for label in listed]
+    if not names or not all(of_one and all(isinstance(name, str) for name in of_one) for of_one in names):
+        raise ValueError(f"labels must be a list of texts, such as ['a cat', 'a dog']; seen {listed or labels!r:.80}")
+    return names
 
 
 def _check_floats(values: Tensor, name: str, scale: str = "") -> None:

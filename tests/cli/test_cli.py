@@ -135,6 +135,14 @@ def test_caption_and_classify_say_what_the_python_face_says(work, model, capsys)
     assert [(row["label"], row["probability"]) for row in found] == [(label, round(p, 4)) for label, p in own.classify("pics/a.png", labels)[:2]]
 
 
+def test_classify_takes_several_names_a_class_and_templates(work, model, capsys):
+    argv = ["classify", "pics/a.png", "--labels", "red heart|blue heart", "black cat", "--template", "a {}", "{} face", "--model", model, "--json"]
+    assert cli.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)[0]["labels"]
+    expected = ov3.load(model).classify("pics/a.png", [["red heart", "blue heart"], "black cat"], ["a {}", "{} face"])
+    assert [(row["label"], row["probability"]) for row in found] == [(label, round(p, 4)) for label, p in expected]
+
+
 def test_info_names_parts_vae_and_training(model, capsys):
     assert cli.main(["info", model]) == 0
     text = capsys.readouterr().out
@@ -192,6 +200,8 @@ REFUSED = {
     "folder without pictures": (["encode", "empty"], r"empty holds no images that are read; choose one of jpg"),
     "glob without matches": (["encode", "pics/*.tif"], r"no such image: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
+    "a name missing": (["classify", "pics", "--labels", "cat|", "dog"], "labels 'cat|', 'dog'"),
+    "template without a place": (["classify", "pics", "--labels", "cat", "--template", "a drawing"], "templates must be texts with {}"),
     "labels empty": (["classify", "pics", "--labels"], "labels none"),
     "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0 cannot be used; give one label or more"),
     "unknown model": (["caption", "pics", "--model", "nowhere"], "unknown model 'nowhere'. Choose one of mini, a model folder or a run folder"),

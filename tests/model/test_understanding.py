@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from shapes import BEGIN, CLASS, END, PAD, VOCABULARY, captions, torchs_layer
 
-from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
+from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig, class_embedding
 
 PAPER = {  # width, depth, heads: the paper's line of text towers
     "Ti": (192, 12, 3),
@@ -324,3 +324,11 @@ def test_what_is_wrong_gets_one_clear_line(call, words):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_class_embedding_is_the_mean_direction_of_its_texts_at_unit_length():
+    torch.manual_seed(0)
+    first, second = F.normalize(torch.randn(3, 8), dim=-1), F.normalize(torch.randn(1, 8), dim=-1)
+    found = class_embedding([first * torch.tensor([[1.0], [5.0], [0.2]]), second])
+    mean = first.sum(0) / 3
+    assert torch.allclose(found[0], mean / mean.norm()) and torch.allclose(found[1], second[0])

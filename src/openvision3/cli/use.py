@@ -108,29 +108,38 @@ def caption(
 
 
 def classify(
-    images: Images, labels: tuple[str, ...], model: Model = "mini", top: int = 5, device: Device = "auto", vae: VaeFolder = "", json: Json = False
+    images: Images,
+    labels: tuple[str, ...],
+    template: tuple[str, ...] = ("{}",),
+    model: Model = "mini",
+    top: int = 5,
+    device: Device = "auto",
+    vae: VaeFolder = "",
+    json: Json = False,
 ) -> int:
     """Choose among labels for each image, with probabilities.
 
     Args:
-        labels: the texts to choose among, such as --labels "a cat" "a dog"
+        labels: the texts to choose among, such as --labels "a cat" "a dog"; several names of one class are separated by |: "rose|roses"
+        template: texts with {} in the place of the label, such as --template "a drawing of {}" "a photo of {}"; a class is the mean of all its texts
         top: number of labels to print
     """
     from openvision3.data.captions import checked_text
     from openvision3.pipeline import load
 
     paths = _expand(images)
-    if not all(map(str.strip, labels)) or not labels or top < 1:
+    classes = [[name.strip() for name in label.split("|")] for label in labels]
+    if not all(map(all, classes)) or not labels or top < 1:
         names = ", ".join(map(repr, labels)) or "none"
         raise ValueError(f"labels {names} and top {top} cannot be used; give one label or more and --top 1 or more, such as --labels 'a cat' 'a dog' --top 1")
-    for label in labels:
-        checked_text(label, "a label")
+    for text, what in [*((label, "a label") for label in labels), *((text, "a template") for text in template)]:
+        checked_text(text, what)
     pipeline = load(model, device=device, vae=vae)
 
     def choose(path: str) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ranking = pipeline.classify(path, labels)[:top]
+            ranking = pipeline.classify(path, classes, template)[:top]
         for warning in caught if path == paths[0] else ():  # it is about the labels, so it is the same for every image
             print(f"openvision3: {warning.message}", file=sys.stderr)
         return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking]}

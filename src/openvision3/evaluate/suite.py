@@ -19,11 +19,12 @@ from openvision3.evaluate.metrics.accuracy import Classification
 from openvision3.evaluate.metrics.captioning import evaluate_captions
 from openvision3.evaluate.metrics.probe import evaluate_knn, evaluate_linear_probe
 from openvision3.evaluate.metrics.reconstruction import Networks, evaluate_reconstruction, metrics_of, noise_curve
-from openvision3.evaluate.metrics.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
+from openvision3.evaluate.metrics.zeroshot import evaluate_classification, evaluate_retrieval
 from openvision3.evaluate.options import Options
 from openvision3.evaluate.protocol import Functions, Number, number
 from openvision3.evaluate.statistics import Column, Columns
 from openvision3.fetch.store import check_published, find
+from openvision3.model.understanding import class_embedding
 from openvision3.networks.inception import EfficientNetFeatures, Inception
 from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 

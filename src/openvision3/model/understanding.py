@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -259,6 +260,11 @@ class Captioner(nn.Module):
         else:
             finished += [(score / max_length**penalty, caption) for score, caption in zip(scores.tolist(), captions, strict=True)]
         return max(finished, key=lambda pair: pair[0])[1]
+
+
+def class_embedding(groups: Sequence[Tensor]) -> Tensor:
+    """For each class the embeddings (n, E) of its prompts -> (classes, E): the mean of their directions, of unit length."""
+    return F.normalize(torch.stack([F.normalize(group.float(), dim=-1).mean(0) for group in groups]), dim=-1)
 
 
 COLDEST, HOTTEST = 1e-6, 1e6

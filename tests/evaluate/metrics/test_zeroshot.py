@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from openvision3.data.labelled import TEMPLATES
 from openvision3.evaluate.metrics import zeroshot
-from openvision3.evaluate.metrics.zeroshot import class_embedding, evaluate_classification, evaluate_retrieval
+from openvision3.evaluate.metrics.zeroshot import evaluate_classification, evaluate_retrieval
 from openvision3.evaluate.protocol import values
+from openvision3.model.understanding import class_embedding
 
 
 def unit(rows: int, seed: int, width: int = 5) -> torch.Tensor:
@@ -186,10 +187,3 @@ def test_classification_refuses_what_has_no_answer():
             evaluate_classification(features, unit(2, 1), labels, names)
     with pytest.raises(ValueError, match="scores of classes are NaN"):
         evaluate_classification(unit(2, 0), unit(2, 1) * math.nan, [0, 1], ["a", "b"])
-
-
-def test_a_class_embedding_is_the_mean_direction_of_its_prompts_at_unit_length():
-    first, second = unit(3, 0), unit(1, 1)
-    found = class_embedding([first * torch.tensor([[1.0], [5.0], [0.2]]), second])
-    mean = first.sum(0) / 3
-    assert torch.allclose(found[0], mean / mean.norm()) and torch.allclose(found[1], second[0])

@@ -111,12 +111,6 @@ def _best_ranks(queries: Tensor, candidates: Tensor, right_for: Callable[[int, i
     return torch.cat(found), last
 
 
-def class_embedding(groups: Sequence[Tensor]) -> Tensor:
-    """For each class the embeddings (n, E) of its prompts -> (classes, E): the mean of their directions, of unit length."""
-    unit = torch.nn.functional.normalize
-    return unit(torch.stack([unit(group.float(), dim=-1).mean(0) for group in groups]), dim=-1)
-
-
 def evaluate_classification(
     image_embedding: Tensor,
     classes: Tensor,
