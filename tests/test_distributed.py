@@ -26,7 +26,7 @@ with distributed.started() as ranks:
     mine = slice(ranks.rank * count, (ranks.rank + 1) * count)
     images, texts = (given[name][mine].requires_grad_() for name in ("images", "texts"))
     temperature = given["temperature"].requires_grad_()
-    share = losses.contrastive_loss(images, texts, temperature, given["present"][mine])
+    share = losses.contrastive_loss(images, texts, temperature, given["present"][mine], given["hashes"][mine])
     share.backward()
     mean = distributed.total(share.detach()) / ranks.world
     gradient = distributed.total(temperature.grad) / ranks.world
@@ -41,6 +41,7 @@ def test_the_contrastive_loss_of_two_processes_and_its_gradients_are_those_of_on
         "texts": F.normalize(torch.randn(12, 3, 8, generator=generator), dim=-1),
         "temperature": torch.tensor([2.0]),
         "present": torch.rand(12, 3, generator=generator) > 0.4,
+        "hashes": torch.randint(0, 5, (12, 3), generator=generator),  # equal captions on both ranks
     }
     given["present"][:6, 1] = False  # a set that one rank has and the other has not
     given["present"][:, 2] = False  # and one that nobody has
@@ -53,7 +54,7 @@ def test_the_contrastive_loss_of_two_processes_and_its_gradients_are_those_of_on
     assert [rank.wait(120) for rank in ranks] == [0, 0]
 
     images, texts, temperature = (given[name].clone().requires_grad_() for name in ("images", "texts", "temperature"))
-    loss = losses.contrastive_loss(images, texts, temperature, given["present"])
+    loss = losses.contrastive_loss(images, texts, temperature, given["present"], given["hashes"])
     loss.backward()
     found = [torch.load(tmp_path / f"given.{rank}") for rank in range(2)]
     for rank in found:

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openvision3.model import losses
@@ -29,14 +31,54 @@ def embeddings(count=5, seed=0):
     return (F.normalize(torch.randn(count, 8, generator=generator), dim=-1) for _ in range(2))
 
 
-def by_two_loops(images, texts, temperature, present):
+def by_two_loops(images, texts, temperature, present, captions=None):
+    """Plain loops; of rows with the same of the `captions`, only the pair itself is scored."""
     rows = [i for i in range(len(images)) if present[i]]
+    captions = captions or rows_apart(images)
     total = 0.0
     for i in rows:
         for one, other in ((images, texts), (texts, images)):
-            scores = {j: temperature * sum(a * b for a, b in zip(one[i].tolist(), other[j].tolist(), strict=True)) for j in rows}
+            scores = {
+                j: temperature * sum(a * b for a, b in zip(one[i].tolist(), other[j].tolist(), strict=True))
+                for j in rows
+                if j == i or captions[j] != captions[i]
+            }
             total += math.log(sum(math.exp(s) for s in scores.values())) - scores[i]
     return total / (2 * len(rows))
+
+
+def rows_apart(images):
+    return list(range(len(images)))
+
+
+@pytest.mark.parametrize("present", [[True] * 5, [True, False, True, True, False]])
+def test_rows_with_an_equal_caption_are_no_negatives_of_each_other_where_their_hashes_are_given(present):
+    images, texts = embeddings()
+    captions = [3, 3, 3, 4, 5]
+    hashes = torch.tensor(captions)[:, None]
+    loss = losses.contrastive_loss(images := images.requires_grad_(), texts[:, None], T, torch.tensor(present)[:, None], hashes)
+    assert loss.item() == pytest.approx(by_two_loops(images, texts, 1 / 0.07, present, captions), rel=1e-5, abs=1e-6)
+    assert loss.item() < contrastive_loss(images, texts, T, torch.tensor(present)).item()
+    loss.backward()
+    assert images.grad.isfinite().all()
+
+
+def test_if_all_captions_are_equal_there_is_nothing_to_contrast():
+    images, texts = embeddings()
+    every = torch.ones(5, 1, dtype=torch.bool)
+    assert losses.contrastive_loss(images, texts[:, None], T, every, torch.full((5, 1), 7)).item() == pytest.approx(0, abs=1e-6)
+
+
+@given(st.lists(st.lists(st.integers(1, 30_000), min_size=1, max_size=12), min_size=2, max_size=6), st.integers(0, 5))
+def test_texts_have_equal_hashes_if_and_only_if_they_are_equal_however_they_are_padded(texts, more):
+    def padded(width):
+        return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+
+    width = max(map(len, texts))
+    hashes = losses.hash_texts(padded(width), 0)
+    assert torch.equal(losses.hash_texts(padded(width + more), 0), hashes)
+    for i, one in enumerate(texts):
+        assert [h == hashes[i].item() for h in hashes.tolist()] == [other == one for other in texts]
 
 
 @pytest.mark.parametrize("present", [[True] * 5, [True, False, True, True, False], [False, True, False, False, False]])

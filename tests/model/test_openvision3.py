@@ -273,13 +273,14 @@ def split(rows: dict, count: int) -> list[dict]:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("pixel_rows, token_share", [(None, 1.0), ([0, 3], 1.0), ([], 1.0), ([0, 3], 0.5)])
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows, token_share, ratio):
+@pytest.mark.parametrize("ratio, equal_captions", [(0.0, "contrast"), (1.0, "ignore")])
+def test_losses_and_gradients_of_micro_batches_add_up_to_those_of_the_whole_batch(count, pixel_rows, token_share, ratio, equal_captions):
     rows = batch(sets=2)
+    rows["text_ids"][2] = rows["text_ids"][0]
     rows["text_present"][1:, 1] = False
     if pixel_rows is not None:
         rows["pixel_rows"] = torch.tensor(pixel_rows, dtype=torch.long)
-    whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5, gradient_ratio=ratio) for _ in range(2))
+    whole, parted = (tiny_model(tau=0.8, lambda_perceptual=0.5, gradient_ratio=ratio, equal_captions=equal_captions) for _ in range(2))
     for model in (whole, parted):
         model.config.captioner.token_share = token_share
     loss, parts = whole(rows)

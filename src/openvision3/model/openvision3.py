@@ -41,6 +41,8 @@ class LossConfig:
     """weight of the perceptual distance within reconstruction (high_res: 0.5)"""
     tau: float = 0.8
     """largest noise on the tokens; the strength for an image is drawn from Uniform[0, tau]"""
+    equal_captions: Literal["contrast", "ignore"] = "contrast"
+    """rows of a batch with the same caption: contrast them, as in the paper; ignore: they are no negatives of each other (classes, drawings in many styles)"""
     encoder_learns_from: Literal["both", "understanding", "reconstruction", "nothing"] = "both"
     """the branch whose gradient reaches the encoder; the other branch trains on detached tokens; nothing: the encoder is frozen"""
     perceptual: Literal["efficientnet", "lpips-vgg", "lpips-alex"] = "efficientnet"
@@ -57,6 +59,8 @@ class LossConfig:
                 raise ValueError(f"{name} {value} must be a finite number that is not negative")
         if self.encoder_learns_from not in ("both", "understanding", "reconstruction", "nothing"):
             raise unknown("encoder_learns_from", str(self.encoder_learns_from), ("both", "understanding", "reconstruction", "nothing"))
+        if self.equal_captions not in ("contrast", "ignore"):
+            raise unknown("equal_captions", str(self.equal_captions), ("contrast", "ignore"))
         if self.gradient_ratio and not (self.encoder_learns_from == "both" and self.omega_rec and self.omega_und):
             raise ValueError(
                 f"gradient_ratio {self.gradient_ratio} compares the gradients of two branches, so both must reach the encoder; "
@@ -244,7 +248,8 @@ class OpenVision3(nn.Module):
         log_temperature = distributed.full(self.log_temperature).detach().clone().requires_grad_()
         with torch.enable_grad():
             present = torch.cat([batch["text_present"] for batch in kept])
-            loss = losses.contrastive_loss(image_embedding, text_embedding, log_temperature, present)
+            hashes = [self.text_hash(batch) for batch in kept]
+            loss = losses.contrastive_loss(image_embedding, text_embedding, log_temperature, present, torch.cat(hashes) if hashes[0] is not None else None)
             gradients = torch.autograd.grad(loss, (image_embedding, text_embedding, log_temperature))
         rows = [len(batch["latents"]) for batch in kept]
         split = zip(kept, gradients[0].split(rows), gradients[1].split(rows), strict=True)
@@ -278,10 +283,14 @@ class OpenVision3(nn.Module):
         present = batch.get("text_present", torch.ones(text_ids.shape[:2], dtype=torch.bool, device=text_ids.device))
         return F.normalize(self.text_encoder(text_ids.flatten(0, 1)).float(), dim=-1).unflatten(0, text_ids.shape[:2]), present
 
+    def text_hash(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """(B, K), by which the contrastive loss knows equal captions; None where it contrasts them."""
+        return losses.hash_texts(batch["text_ids"], self.pad_id) if self.config.loss.equal_captions == "ignore" else None
+
     def _contrastive(self, image_embedding: Tensor, batch: dict[str, Tensor]) -> Tensor:
         text_embedding, present = self.embed_captions(batch)
         if "image_gradient" not in batch:
-            return losses.contrastive_loss(image_embedding, text_embedding, self.log_temperature, present)
+            return losses.contrastive_loss(image_embedding, text_embedding, self.log_temperature, present, self.text_hash(batch))
         carried = (image_embedding * batch["image_gradient"]).sum() + (text_embedding * batch["text_gradient"]).sum()
         carried = carried + (self.log_temperature * batch["temperature_gradient"]).sum()
         return batch["contrastive"] + carried - carried.detach()
