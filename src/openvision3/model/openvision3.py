@@ -248,8 +248,8 @@ class OpenVision3(nn.Module):
         log_temperature = distributed.full(self.log_temperature).detach().clone().requires_grad_()
         with torch.enable_grad():
             present = torch.cat([batch["text_present"] for batch in kept])
-            hashes = [self.text_hash(batch) for batch in kept]
-            loss = losses.contrastive_loss(image_embedding, text_embedding, log_temperature, present, torch.cat(hashes) if hashes[0] is not None else None)
+            hashes = [values for batch in kept if (values := self.text_hash(batch)) is not None]
+            loss = losses.contrastive_loss(image_embedding, text_embedding, log_temperature, present, torch.cat(hashes) if hashes else None)
             gradients = torch.autograd.grad(loss, (image_embedding, text_embedding, log_temperature))
         rows = [len(batch["latents"]) for batch in kept]
         split = zip(kept, gradients[0].split(rows), gradients[1].split(rows), strict=True)
