@@ -9,6 +9,7 @@ import pytest
 
 from openvision3.cli import data as cli_data
 from openvision3.cli import verbs
+from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
@@ -55,6 +56,8 @@ def check(words: list[str]) -> None:
     elif verb == "evaluate":
         parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
         assert rest[0] in (*KINDS, "all", "table")
+    elif verb == "calibrate":
+        parse(CalibrateOptions, rest, "calibrate")
     elif verb == "data":
         targets = {"recaption": (cli_data.RecaptionOptions, ["--model", "x", "--out", "x"]), "latents": (cli_data.LatentOptions, [])}
         target, needed = targets.get(rest[0], (None, []))

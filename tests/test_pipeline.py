@@ -1,5 +1,6 @@
 """The Python face: pictures of every kind and shape in, tokens, pictures, vectors and words out."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -16,8 +17,9 @@ from tiny_pipeline import NAMES, SIZE, make_pipeline, photo, pipeline, write_pho
 
 import openvision3 as ov3
 from openvision3.data.crops import pad
+from openvision3.data.familiarity import Calibration, Familiarity, describe_tokens
 from openvision3.data.images import ImageError, to_pil, to_tensor
-from openvision3.pipeline import expand_images
+from openvision3.pipeline import expand_images, load
 
 
 def tensor(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -266,6 +268,44 @@ def test_labels_may_come_one_by_one():
 def test_labels_must_be_a_list_of_texts(labels):
     with pytest.raises(ValueError, match="labels must be a list of texts"):
         pipeline().classify(photo(20, 20), labels)
+
+
+def calibrated(threshold: float):
+    model = make_pipeline()
+    model.familiarity = Familiarity.fit(describe_tokens(model.encode([photo(64, 64, seed) for seed in range(40)])))
+    model.familiarity.calibration = Calibration(threshold, ("drawings",), (0.0, 0.5, 1.0), 0.5, {})
+    return model
+
+
+def test_answers_are_the_captions_with_the_mean_log_probability_of_their_words():
+    images = [photo(64, 64, seed) for seed in range(3)]
+    answers = pipeline().answer(images, max_length=6)
+    assert [answer.caption for answer in answers] == pipeline().caption(images, max_length=6)
+    model, words = pipeline().model, pipeline().tokenizer
+    tokens = pipeline().encode(images[:1])
+    [ids] = model.captioner.write(tokens, words.begin_id, words.end_id, max_length=6)
+    row = [words.begin_id, *ids, words.end_id]
+    with torch.no_grad():
+        logs = model.captioner(tokens, torch.tensor([row])).log_softmax(-1)[0]
+    expected = sum(float(logs[i, word]) for i, word in enumerate(row[1:])) / (len(row) - 1)
+    assert answers[0].log_probability == pytest.approx(expected, abs=1e-4)
+    assert all(answer.confidence is None and answer.in_distribution is None for answer in answers), "there is no calibration"
+
+
+def test_a_calibrated_model_says_what_it_knows_and_keeps_it_when_saved(tmp_path):
+    image = photo(64, 64, 3)
+    for threshold, expected in ((-1e6, True), (1e6, False)):
+        model = calibrated(threshold)
+        [answer] = model.answer(image)
+        assert answer.in_distribution is expected and model.in_distribution(image) == [expected]
+        familiarity = float(model.familiarity.score(model.encode(image))[0])
+        assert answer.confidence == pytest.approx(1 / (1 + math.exp(-(0.5 * answer.log_probability + familiarity))), abs=1e-6)
+    ranking = model.classify(image, NAMES)
+    assert model.label_confidence(ranking) == pytest.approx(max(p**0.5 for _, p in ranking) / sum(p**0.5 for _, p in ranking))
+    model.save(tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert loaded.familiarity.calibration == model.familiarity.calibration and loaded.in_distribution(image) == [False]
+    assert pipeline().in_distribution(image) == [None] and pipeline().label_confidence(ranking) is None
 
 
 def test_a_class_of_several_names_and_templates_is_the_mean_direction_of_all_its_texts():

@@ -1,7 +1,9 @@
-"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/, fingerprint.safetensors.
+"""A model as a folder: config.json, model.safetensors, tokenizer.json, preprocessor_config.json, README.md, vae/, and two that may be absent:
+fingerprint.safetensors and familiarity.safetensors.
 
 The folder holds the VAE's weights only if they are the embedded ones. Of any other VAE it records name and sha256, and a load with other weights is
-refused. Loads are strict. The fingerprint is that of the training data.
+refused. Loads are strict. The fingerprint is that of the training data; `openvision3 calibrate` writes
+familiarity.safetensors.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openvision3.contents import holds, why_not
+from openvision3.data.familiarity import FILE as FAMILIARITY
 from openvision3.data.fingerprint import FILE
 from openvision3.data.text import TextTokenizer
 from openvision3.fetch.sources import licence_of
@@ -31,7 +34,7 @@ from openvision3.settings import check_fields, flat, from_dict, read_json, save_
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ASSETS / "vae"
-FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE}
+FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE, FAMILIARITY}
 """All that a model folder may hold; a save refuses to replace anything else."""
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_LICENCES = {

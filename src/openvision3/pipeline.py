@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from openvision3 import hub
 from openvision3.data.crops import PATCH, fit, pad, padded
+from openvision3.data.familiarity import FILE as FAMILIARITY
+from openvision3.data.familiarity import Familiarity, caption_confidence, label_confidence
 from openvision3.data.fingerprint import FILE, Fingerprint, recorded
 from openvision3.data.folders import scan_folder
 from openvision3.data.images import EXTENSIONS, MAX_PIXELS, ImageError, open_image, to_pil, to_tensor
@@ -34,6 +36,18 @@ from openvision3.model.vae import VAE
 Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
 
 
+class Answer(NamedTuple):
+    """A caption, and how far to trust it. Without a calibration (`openvision3 calibrate`) confidence and in_distribution are None."""
+
+    caption: str
+    log_probability: float
+    """mean over its word pieces"""
+    confidence: float | None
+    """estimated probability that the caption is right: word F1 of 50 % or more with a reference"""
+    in_distribution: bool | None
+    """whether the image resembles the training images"""
+
+
 class Pipeline:
     """A trained model, ready to use. `encoder` and `vae` are its bare parts, `model` is the whole network.
 
@@ -48,6 +62,8 @@ class Pipeline:
         """the folder it was loaded from"""
         self.fingerprint: Fingerprint | None = None
         """by which its training data can be recognised"""
+        self.familiarity: Familiarity | None = None
+        """by which it tells images unlike its training images, and how often its answers are right"""
 
     @property
     def encoder(self) -> Encoder:
@@ -217,6 +233,37 @@ class Pipeline:
         Raises:
             ValueError: settings that are out of range, or exclude each other.
         """
+        _, ids = self._write(self.prepare(images, size, pad_to), max_length, beams, top_p, temperature, seed)
+        return [self.tokenizer.text(row) for row in ids]
+
+    @torch.no_grad()
+    def answer(
+        self,
+        images: Images,
+        *,
+        max_length: int | None = None,
+        beams: int = 1,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        size: int | None = None,
+        pad_to: tuple[int, int] | None = None,
+    ) -> list[Answer]:
+        """As `caption`, with the confidence in each caption, and whether the image resembles the training images. Raises ValueError, as `caption`."""
+        tokens, ids = self._write(self.prepare(images, size, pad_to), max_length, beams, top_p, temperature, seed)
+        captions = [self.tokenizer.text(row) for row in ids]
+        with self._autocast():
+            likely = self.model.captioner.mean_log_probability(tokens, ids, self.tokenizer.begin_id, self.tokenizer.end_id).tolist()
+        if self.familiarity is None or self.familiarity.calibration is None:
+            return [Answer(caption, by_words, None, None) for caption, by_words in zip(captions, likely, strict=True)]
+        calibration, familiar = self.familiarity.calibration, self.familiarity.score(tokens).tolist()
+        return [
+            Answer(caption, by_words, caption_confidence(calibration, by_words, by_image), by_image >= calibration.threshold)
+            for caption, by_words, by_image in zip(captions, likely, familiar, strict=True)
+        ]
+
+    def _write(self, images: Tensor, max_length: int | None, beams: int, top_p: float | None, temperature: float, seed: int) -> tuple[Tensor, list[list[int]]]:
+        """Prepared images -> their tokens, and the word ids of a caption each."""
         if not isinstance(beams, int) or beams < 1 or (beams > 1 and top_p is not None):
             raise ValueError(f"beams {beams} with top_p {top_p} cannot be used; choose one beam or more, and either beams or top_p")
         if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
@@ -224,18 +271,17 @@ class Pipeline:
         if max_length is not None and not isinstance(max_length, Integral):
             raise ValueError(f"max_length {max_length!r} must be a whole number of word pieces, such as 32")
         check_sampling(top_p, temperature)
-        prepared = self.prepare(images, size, pad_to)
         captioner, special = self.model.captioner, (self.tokenizer.begin_id, self.tokenizer.end_id)
         longest = captioner.config.positions - 1
         length = longest if max_length is None else min(max_length, longest)
         with self._autocast():
-            tokens = self.model.encode(prepared)
+            tokens = self.model.encode(images)
             if beams > 1:
                 ids = captioner.write_beam(tokens, *special, max_length=length, beams=beams)
             else:
                 generator = torch.Generator(self.device).manual_seed(int(seed))
                 ids = captioner.write(tokens, *special, max_length=length, top_p=top_p, temperature=temperature, generator=generator)
-        return [self.tokenizer.text(row) for row in ids]
+        return tokens, ids
 
     def classify(self, image: Images, labels: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}",)) -> list[tuple[str, float]]:
         """One image among `labels` -> [(label, probability)], most likely first. Warns of labels with unknown words.
@@ -260,6 +306,20 @@ class Pipeline:
         classes = class_embedding(self._embed([text for of_one in texts for text in of_one]).split([len(of_one) for of_one in texts]))
         scores = (self.model.temperature * embedding @ classes.T).softmax(-1)[0].tolist()
         return sorted(((own[0], score) for own, score in zip(names, scores, strict=True)), key=lambda pair: -pair[1])
+
+    @torch.no_grad()
+    def in_distribution(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> list[bool | None]:
+        """Whether each image resembles the training images; None where the model has no calibration (`openvision3 calibrate`)."""
+        tokens = self.encode(images, size, pad_to)
+        if self.familiarity is None or self.familiarity.calibration is None:
+            return [None] * len(tokens)
+        return [score >= self.familiarity.calibration.threshold for score in self.familiarity.score(tokens).tolist()]
+
+    def label_confidence(self, ranking: Sequence[tuple[str, float]]) -> float | None:
+        """The calibrated probability of the first label of `classify`'s answer, all of which is needed; None without a calibration."""
+        if self.familiarity is None or self.familiarity.calibration is None:
+            return None
+        return label_confidence(self.familiarity.calibration, [probability for _, probability in ranking])
 
     # -- for evaluators --------------------------------------------------------------------------------------------
 
@@ -297,6 +357,8 @@ class Pipeline:
         hub.save_model(folder, self.model, self.tokenizer, self.size, training=self.training, dtype=dtype, card=card, with_vae=with_vae)
         if self.fingerprint is not None:
             self.fingerprint.save(Path(folder) / FILE)
+        if self.familiarity is not None:
+            self.familiarity.save(Path(folder) / FAMILIARITY)
 
 
 def load(name: str | Path = "mini", *, device: str | torch.device = "auto", precision: str = "fp32", vae: str = "") -> Pipeline:
@@ -315,6 +377,8 @@ def load(name: str | Path = "mini", *, device: str | torch.device = "auto", prec
     model, tokenizer, config = hub.load_model(folder, device=device, vae_dtype=dtype_of(precision), vae=vae)
     pipeline = Pipeline(model, tokenizer, config.size, precision=precision, training=config.training)
     pipeline.folder, pipeline.fingerprint = folder, recorded(folder)
+    if (folder / FAMILIARITY).is_file():
+        pipeline.familiarity = Familiarity.load(folder / FAMILIARITY)
     return pipeline
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_pipeline import pipeline, write_photo
+from tiny_pipeline import photo, pipeline, write_photo
 
 import openvision3 as ov3
 from openvision3 import cli
 from openvision3.cli import use
+from openvision3.data.familiarity import Calibration, Familiarity, describe_tokens
 from openvision3.train import held_out
 
 
@@ -56,8 +57,8 @@ def refused(capsys, *argv: str) -> str:
 
 VERBS = {
     "reconstruct": ([], {"picture", "file", "width", "height", "psnr", "vae_psnr"}),
-    "caption": ([], {"picture", "caption"}),
-    "classify": (["--labels", "red heart", "black cat", "--top", "2"], {"picture", "labels"}),
+    "caption": ([], {"picture", "caption", "confidence", "in_distribution"}),
+    "classify": (["--labels", "red heart", "black cat", "--top", "2"], {"picture", "labels", "confidence", "in_distribution"}),
     "encode": ([], {"picture", "file", "tokens", "embedding", "height", "width"}),
 }
 
@@ -141,6 +142,23 @@ def test_classify_takes_several_names_a_class_and_templates(work, model, capsys)
     found = json.loads(capsys.readouterr().out)[0]["labels"]
     expected = ov3.load(model).classify("pics/a.png", [["red heart", "blue heart"], "black cat"], ["a {}", "{} face"])
     assert [(row["label"], row["probability"]) for row in found] == [(label, round(p, 4)) for label, p in expected]
+
+
+@pytest.mark.parametrize("threshold", [-1e6, 1e6])
+def test_an_image_unlike_all_training_images_is_called_unsure(work, model, capsys, tmp_path, threshold):
+    own = ov3.load(model)
+    own.familiarity = Familiarity.fit(describe_tokens(own.encode([photo(64, 64, seed) for seed in range(40)])))
+    own.familiarity.calibration = Calibration(threshold, ("drawings", "flowers"), (0.0, 0.5, 0.01), 0.5, {})
+    own.save(tmp_path / "calibrated")
+    for argv in (["caption"], ["classify", "--labels", "red heart", "black cat"]):
+        argv = [argv[0], "pics/a.png", *argv[1:], "--model", str(tmp_path / "calibrated")]
+        assert cli.main(argv) == 0
+        unsure = "unsure: this looks like nothing that the model was trained on (drawings, flowers); its guess: "
+        line = capsys.readouterr().out
+        assert (unsure in line, "(confidence " in line) == ((True, False) if threshold > 1 else (False, True))
+        assert cli.main([*argv, "--json"]) == 0
+        [row] = json.loads(capsys.readouterr().out)
+        assert row["in_distribution"] is (threshold < 1) and 0 < row["confidence"] < 1
 
 
 def test_info_names_parts_vae_and_training(model, capsys):

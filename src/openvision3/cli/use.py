@@ -8,13 +8,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from openvision3.cli.common import Device, Json, error_message, on_one_line, output_folder, run_verb
 from openvision3.files import write_whole
 from openvision3.settings import PathName
+
+if TYPE_CHECKING:
+    from openvision3.pipeline import Pipeline
 
 Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="IMAGE ...", help="files, folders and globs")]]
 
@@ -99,12 +102,12 @@ def caption(
     paths = _expand(images)
     pipeline = load(model, device=device, vae=vae)
     settings: dict[str, Any] = {"beams": beams, "top_p": top_p, "temperature": temperature, "max_length": max_length, "seed": seed}
-    return _for_each(
-        paths,
-        lambda path: {"picture": path, "caption": pipeline.caption(path, **settings)[0]},
-        json,
-        lambda row: f"{row['picture']}: {row['caption'] or '(nothing)'}",
-    )
+
+    def write(path: str) -> dict[str, Any]:
+        answer = pipeline.answer(path, **settings)[0]
+        return {"picture": path, "caption": answer.caption, **_trust(answer.confidence, answer.in_distribution)}
+
+    return _for_each(paths, write, json, lambda row: f"{row['picture']}: {_doubted(row, row['caption'] or '(nothing)', pipeline)}")
 
 
 def classify(
@@ -139,12 +142,17 @@ def classify(
     def choose(path: str) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            ranking = pipeline.classify(path, classes, template)[:top]
+            ranking = pipeline.classify(path, classes, template)
         for warning in caught if path == paths[0] else ():  # it is about the labels, so it is the same for every image
             print(f"openvision3: {warning.message}", file=sys.stderr)
-        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking]}
+        trust = _trust(pipeline.label_confidence(ranking), pipeline.in_distribution(path)[0])
+        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking[:top]], **trust}
 
-    return _for_each(paths, choose, json, lambda row: f"{row['picture']}: " + ", ".join(f"{x['label']} {100 * x['probability']:.1f}%" for x in row["labels"]))
+    def line(row: dict[str, Any]) -> str:
+        labels = ", ".join(f"{chosen['label']} {100 * chosen['probability']:.1f}%" for chosen in row["labels"])
+        return f"{row['picture']}: {_doubted(row, labels, pipeline)}"
+
+    return _for_each(paths, choose, json, line)
 
 
 def encode(
@@ -222,6 +230,13 @@ def evaluate(argv: Sequence[str]) -> int:
     return measuring.evaluate(argv)
 
 
+def calibrate(argv: Sequence[str]) -> int:
+    """Save with a model when it is unsure, and how often its answers are right: openvision3 calibrate MODEL --train DATA --val DATA"""
+    from openvision3.cli import calibrate as calibrating
+
+    return calibrating.calibrate(argv)
+
+
 def data(argv: Sequence[str]) -> int:
     """Prepare images with captions for training: openvision3 data COMMAND ..."""
     from openvision3.cli import data as preparing
@@ -263,6 +278,21 @@ def _expand(patterns: Sequence[str]) -> list[str]:
     if unused:
         print(f"openvision3: not used: {reasons_in_words(unused)}, such as {unused[0]['key']} ({unused[0]['detail']})", file=sys.stderr)
     return paths
+
+
+def _trust(confidence: float | None, in_distribution: bool | None) -> dict[str, Any]:
+    """The JSON fields of an answer's trust; null where the model has no calibration."""
+    return {"confidence": None if confidence is None else round(confidence, 4), "in_distribution": in_distribution}
+
+
+def _doubted(row: dict[str, Any], answer: str, pipeline: Pipeline) -> str:
+    """The answer with its confidence, or "unsure" and why."""
+    if row["in_distribution"] is None:
+        return answer
+    if not row["in_distribution"]:
+        kinds = ", ".join(pipeline.familiarity.calibration.kinds) if pipeline.familiarity and pipeline.familiarity.calibration else ""
+        return f"unsure: this looks like nothing that the model was trained on ({kinds}); its guess: {answer}"
+    return f"{answer} (confidence {100 * row['confidence']:.0f}%)"
 
 
 def _for_each(paths: Sequence[str], work: Callable[[str], dict[str, Any]], json: bool, line: Callable[[dict[str, Any]], str]) -> int:
