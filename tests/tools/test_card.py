@@ -1,0 +1,103 @@
+"""The card of a model says what its results files, data and training record say, and shows unseen samples only."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from shard_files import write_shard
+from tiny_pipeline import make_pipeline, write_photo
+
+from openvision3 import cli
+from openvision3.data.fingerprint import FILE, take_fingerprint
+from openvision3.data.shards.source import ShardSource
+from openvision3.evaluate.overlap import Known
+from openvision3.evaluate.results import Results
+from openvision3.evaluate.tables import shown
+
+spec = importlib.util.spec_from_file_location("card", Path(__file__).parents[2] / "tools" / "card.py")
+card = importlib.util.module_from_spec(spec)
+sys.modules["card"] = card
+spec.loader.exec_module(card)
+
+
+def shard(folder, name, rows):
+    members = {}
+    for seed, style, family in rows:
+        fields = {"style": style, "family": family, "source": f"{style} 1.0: {family}", "licence": "MIT", "attribution": f"{family} by somebody"}
+        data = write_photo(folder / "image.png", 48, 48, seed).read_bytes()
+        members |= {f"{seed:03d}.png": data, f"{seed:03d}.txt": f"{family} {seed}".encode(), f"{seed:03d}.json": json.dumps(fields).encode()}
+    return write_shard(folder / f"{name}.tar", members)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    train = shard(folder, "train", [(1, "noto", "apple"), (2, "twemoji", "pilot"), (3, "noto", "llama")])
+    held_out = [(20, "noto", "apple"), (21, "noto", "pilot"), (22, "noto", "pizza"), (23, "noto", "kite"), (24, "noto", "bell"), (3, "fluent", "llama")]
+    return train, shard(folder, "held_out", held_out)
+
+
+def test_of_each_kind_the_first_by_content_are_shown_and_no_copy_of_a_training_image(data, tmp_path):
+    train, held_out = data
+    known = [Known("it", take_fingerprint(ShardSource([train]), ()))]
+    chosen = card.choose(ShardSource([held_out]), make_pipeline(), known, 2)
+    assert {kind: len(indices) for kind, indices in chosen.items()} == {"unseen concept": 2, "unseen style": 1, "seen concept": 1}
+    assert chosen["seen concept"] == [0] and chosen["unseen style"] == [1] and set(chosen["unseen concept"]) < {2, 3, 4}
+    backwards = shard(tmp_path, "another_name", [(24, "noto", "bell"), (23, "noto", "kite"), (22, "noto", "pizza")])
+    again = card.choose(ShardSource([backwards]), make_pipeline(), known, 2)["unseen concept"]
+    assert [4 - index for index in again] == chosen["unseen concept"]
+
+
+@pytest.fixture(scope="module")
+def written(data, tmp_path_factory):
+    train, held_out = data
+    folder = tmp_path_factory.mktemp("written")
+    pipeline = make_pipeline()
+    pipeline.fingerprint = take_fingerprint(ShardSource([train]), ("train",))
+    pipeline.save(folder / "model")
+    assert (folder / "model" / FILE).is_file()
+    for kind in ("retrieval", "reconstruction"):
+        arguments = ["--data", held_out, "--metrics", "psnr", "--sigmas", "0", "--out", str(folder / kind)]
+        assert cli.main(["evaluate", kind, str(folder / "model"), *arguments]) == 0
+    options = card.Options(
+        (folder / "retrieval", folder / "reconstruction"), "the terms", "mit", str(folder / "model"), (f"drawings={held_out}",), (train,), 32,
+        folder / "images", folder / "out" / "card.md",
+    )  # fmt: skip
+    card.main(options)
+    return folder, options.out.read_text()
+
+
+def test_the_numbers_of_the_card_are_those_of_the_results(written):
+    folder, text = written
+    of_kind = [row for row in Results.load(folder / "retrieval").rows if row.number.part == "unseen concept" and row.metric == "image_to_text_r@1"]
+    line = next(line for line in text.splitlines() if line.startswith("| retrieval | unseen concept | 3 |"))
+    assert len(of_kind) == 1 and f"| {shown(of_kind[0].metric, of_kind[0].number)} |" in line
+    psnr = {row.model.startswith("VAE "): row for row in Results.load(folder / "reconstruction").rows if not row.number.part and row.metric == "psnr"}
+    line = next(line for line in text.splitlines() if line.startswith("| reconstruction | all | 6 |"))
+    assert f"| {shown('psnr', psnr[False].number)} | {shown('psnr', psnr[True].number)} |" in line
+
+
+def test_the_card_shows_its_images_with_licences_and_credits_and_counts_the_training_data(written):
+    folder, text = written
+    links = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert len(links) == 3 and all(Image.open(folder / "out" / link).size[0] > 900 for link in links)
+    assert "From 3 noto 1.0 MIT." in text and "- pizza by somebody" in text and "- llama by somebody" not in text
+    assert "| noto 1.0 | MIT | 2 |" in text and "| twemoji 1.0 | MIT | 1 |" in text and "license: mit" in text
+
+
+def test_what_a_model_cannot_do_is_what_its_numbers_are_low_in(written):
+    folder, _ = written
+    results = Results.load(folder / "retrieval")
+    model = str(folder / "model")
+    low = [row for row in results.rows if row.metric == "image_to_text_r@1" and row.number.value < 0.25 and row.number.part.startswith(card.LEAD)]
+    assert len(card.limits({"a": results}, model)) == len(low)
+
+
+def test_results_of_another_model_are_refused_before_anything_is_written(written, tmp_path):
+    folder, _ = written
+    with pytest.raises(ValueError, match="no results of mini in retrieval; name folders that openvision3 evaluate wrote"):
+        card.main(card.Options((folder / "retrieval",), "the terms", "mit", images=tmp_path / "images", out=tmp_path / "card.md"))
+    assert list(tmp_path.iterdir()) == []
