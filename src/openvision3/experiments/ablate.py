@@ -22,14 +22,16 @@ from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.planned import Options
-from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, question, two_phases
+from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, levers, levers_together, question, two_phases
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
+from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_run, parse_sets, read_measures
+from openvision3.experiments.verdicts import choose_levers, format_markdown, judge_fork, write_section
 from openvision3.files import write_whole
 from openvision3.hub import complete_checkpoints
 from openvision3.progress import console
 from openvision3.report import html
-from openvision3.settings import PathName, flat, from_dict, load_config, to_dict
+from openvision3.settings import PathName, flat, from_dict, load_config, to_dict, unknown
 from openvision3.train.checkpoint import read_state
 from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import NotFinite
@@ -56,8 +58,17 @@ class AblationOptions:
     """the folder of all runs and pages; grids of one base share it"""
     draw: bool = False
     """train nothing; redraw the page from the finished runs"""
+    measure: tuple[str, ...] = ()
+    """after each run, measure reconstruction, retrieval and drawability on these held-out sets: NAME=DATA ... Not set: nothing; levers: --val"""
+    classify: tuple[str, ...] = ()
+    """after each run, measure zero-shot and a linear probe on these sets with classes: NAME=TRAIN,TEST ..."""
+    label_key: str = "category"
+    """JSON field of the shards of --classify that holds the class"""
+    levers: tuple[str, ...] = ()
+    """levers_together: labels of the forks of levers to join. Not set: those that levers has kept in the same folder"""
 
     def __post_init__(self):
+        parse_sets(self.measure, self.classify, self.label_key)
         if self.steps < 1 or not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"steps {self.steps}, seeds {self.seeds}: choose at least one step, and at least one seed, each once")
 
@@ -133,8 +144,11 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     Raises:
         ValueError, FileNotFoundError: a folder of another base, and whatever would end any of the runs at its start.
     """
-    parent = Parent(options.recipe, base)
+    parent = Parent(options.recipe, base, _levers(options) if name == levers_together.__name__ else ())
     grid = ABLATIONS[name](parent)
+    sets = parse_sets(options.measure, options.classify, options.label_key)
+    if not sets and name in MEASURED:
+        sets = [HeldOutSet(f"held out {place}", data) for place, data in enumerate(base.val, 1)]
     plans = [plan_runs(fork, parent) for fork in grid.forks]
     out = Path(options.out)
     device = choose_device(base.device)
@@ -144,12 +158,14 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
                 for _, config in one.runs:
                     check_start(config, ranks.world)
                 one.operations()  # raises ValueError if the VAE is not there
+            if not options.draw:
+                check_sets(sets, base)
             precision = _same_base(out, base, device, options.draw) if ranks.rank == 0 else ""
         precision = distributed.from_first(precision)
         taken = 0
         for seed in () if options.draw else options.seeds:
             for one in plans:
-                status = _train(out, one, seed, precision, signals)
+                status = _train(out, one, seed, precision, signals, sets)
                 if status == "stopped" or any(distributed.gather_objects(bool(signals.received))):
                     return 75
                 taken += status == "taken"
@@ -158,6 +174,25 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
                 console().print(f"another process is training {taken} of the runs; run this command again when it has ended", markup=False)
             _write_page(name, out, plans, grid.claims, options, base, is_shared=taken > 0)
     return 0
+
+
+MEASURED = (levers.__name__, levers_together.__name__)
+"""Ablations whose forks get a verdict against the first, from measures of held-out sets."""
+
+
+def _levers(options: AblationOptions) -> list[str]:
+    """The levers to join, as the options name them or as `levers` has kept them. Raises ValueError: unknown ones, or none."""
+    labels = [fork.label for fork in levers(Parent(options.recipe, RECIPES[options.recipe]())).forks[1:]]
+    for label in options.levers:
+        if label not in labels:
+            raise unknown("lever", label, labels)
+    path = Path(options.out) / f"{levers.__name__}.json"
+    if not options.levers and not path.is_file():
+        raise ValueError(f"no levers have been judged in {options.out}; run `openvision3 ablate levers` there first, or name levers with --levers")
+    chosen = list(options.levers) or choose_levers(json.loads(path.read_text(encoding="utf-8")).get("verdicts", []))
+    if not chosen:
+        raise ValueError(f"{path} keeps no lever; name levers to join with --levers: {', '.join(labels)}")
+    return chosen
 
 
 def change_fields(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
@@ -203,8 +238,8 @@ def _same_base(out: Path, base: PretrainConfig, device: str, draw: bool) -> str:
     return kept.precision
 
 
-def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals) -> str:
-    """Train what is missing of the fork. Returns finished, diverged, stopped, or taken: another process trains it."""
+def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, sets: Sequence[HeldOutSet]) -> str:
+    """Train what is missing of the fork, then measure it on the sets. Returns finished, diverged, stopped, or taken: another process trains it."""
     first = ""
     for folder, (_, config) in zip(one.folders(out, seed), one.runs, strict=True):
         with _claimed(folder) as is_ours:
@@ -231,6 +266,10 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals) ->
                         write_whole(folder / DIVERGED, f"{error}\n")
                         console().print(f"{one.fork.label}, seed {seed}: {error}", markup=False)
                     return "diverged"
+            if folder == one.folders(out, seed)[-1] and not distributed.from_first(is_measured(folder, sets)):
+                if distributed.rank() == 0:
+                    console().print(f"measuring {one.fork.label}, seed {seed}", markup=False)
+                measure_run(folder, sets, config, precision, choose_device(config.device))
             first = str(folder)
     return "finished"
 
@@ -327,13 +366,26 @@ def _write_page(
         rows = [(claim.says if not i else "", verdict if not i else "", *line) for claim, verdict, lines, _ in verdicts for i, line in enumerate(lines)]
         note = html.note("By differences of runs of one seed: mean [95 % interval of Student's t], p of the paired t-test; undecided where p is .05 or more.")
         sections.append(("What the paper says, here", note + html.table(("claim", "here", "part", "difference", "part alone"), rows)))
-    more = {"claims": [{"claim": claim.says, "verdict": verdict, "parts": records} for claim, verdict, _, records in verdicts]} if verdicts else None
+    measured = {one.fork.label: {seed: values for seed in finished[one.fork.label] if (values := read_measures(one.folders(out, seed)[-1]))} for one in plans}
+    measured = {label: values for label, values in measured.items() if values}
+    parent = plans[0].fork.label
+    judged_forks = []
+    if name in MEASURED and parent in measured:
+        judged_forks = [v for one in plans[1:] if (v := judge_fork(one.fork, measured.get(one.fork.label, {}), measured[parent])) is not None]
+    if measured:
+        sections.append(("Measures and verdicts" if judged_forks else "Measures", write_section(measured, judged_forks)))
+    records = [{"claim": claim.says, "verdict": verdict, "parts": parts} for claim, verdict, _, parts in verdicts]
+    more: dict[str, Any] = {"claims": records} if records else {}
+    if measured:
+        more |= {"measures": measured, "verdicts": [verdict.record() for verdict in judged_forks]}
     seeds_used = ", ".join(map(str, sorted(common))) or "different ones in each row"
     lead = f"{question(name)} Base: {options.recipe}, {base.steps} steps of {base.batch} at {base.size} px on {', '.join(base.data)}; seeds {seeds_used}."
     page = write_comparison(out / f"{name}.html", f"Ablation: {name}", lead, groups, sections, more)
     print(format_tables(groups))
     for claim, verdict, lines, _ in verdicts:
         print(f"{verdict}: {claim.says} ({'; '.join(f'{part} {value}' for part, value, _ in lines)})")
+    if judged_forks:
+        print(format_markdown(judged_forks))
     for why, which in (("are not finished; the same command continues them", missing), ("ended early, because their loss did not stay finite", diverged)):
         if which:
             console().print(f"{len(which)} runs {why}: {'; '.join(which)}", markup=False)

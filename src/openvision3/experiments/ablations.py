@@ -21,6 +21,8 @@ class Parent:
 
     recipe: str
     config: PretrainConfig
+    levers: Sequence[str] = ()
+    """labels of the forks of `levers` that `levers_together` joins"""
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,46 @@ def _second_phase(parent: Parent) -> tuple[dict[str, Any], dict[str, Any]]:
     return then, alone
 
 
+def levers(parent: Parent) -> Grid:
+    """Which change beats the recipe at equal compute?
+
+    Hypothesis: the gradient ratio, the sum of blocks, averaged weights and the decoder-only finish rebuild better; few tokens for the captioner, rope
+    and QK-norm understand better; each at no loss elsewhere.
+    Source: QLIP 2502.05178 (balance), RAEv2 2605.18324 (sum of blocks), 2411.18704 (averaged weights), OpenVision 2 2509.01644 (few tokens for the
+    captioner), ViTok 2501.09755 (decoder-only finish), 2403.13298 (rope); at their scales.
+    Result: to be measured (docs/ablations.md).
+    """
+    forks = [Fork(f"gradient ratio {ratio:g}", {"model.loss.gradient_ratio": ratio}, equal_compute=True) for ratio in (0.3, 1.0, 3.0)]
+    forks += [Fork(f"sum of the last {count} blocks", {"model.encoder.sum_blocks": count}, equal_compute=True) for count in (2, 3)]
+    decay = max(0.9, min(0.9999, 1 - 10 / max(1, parent.config.steps)))  # an average over a tenth of the run
+    rope = {f"model.{part}.{field}": value for part in ("encoder", "latent_decoder") for field, value in (("positions", "rope"), ("qk_norm", True))}
+    forks += [
+        Fork("averaged weights", {"ema": round(decay, 4)}, equal_compute=True),
+        Fork("captioner sees 35 % of the tokens", {"model.captioner.token_share": 0.35}, equal_compute=True),
+        Fork("decoder-only finish", {"decoder_finish": 0.15}, equal_compute=True),
+        Fork("rope and QK-norm", rope, equal_compute=True),
+    ]
+    return Grid([Fork("parent", {}), *forks])
+
+
+def levers_together(parent: Parent) -> Grid:
+    """Do all kept levers together beat the recipe at equal compute?
+
+    Hypothesis: the levers combine.
+    Source: ours; the levers are those that `levers` keeps in the same folder, or those that --levers names.
+    Result: to be measured (docs/ablations.md).
+    """
+    by_label = {fork.label: fork for fork in levers(parent).forks}
+    changes = {name: value for label in parent.levers for name, value in by_label[label].changes.items()}
+    return Grid([Fork("parent", {}), *([Fork(" + ".join(parent.levers), changes, equal_compute=True)] if changes else [])])
+
+
 SCHEDULE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")
 """Fields of a phase that follow from the length and place of a run, and are set for each fork anew."""
 
 ABLATIONS: dict[str, Callable[[Parent], Grid]] = {
-    ablation.__name__: ablation for ablation in (synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases)
+    ablation.__name__: ablation
+    for ablation in (synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together)
 }
 
 
