@@ -363,3 +363,49 @@ def test_gradients_reach_the_encoder_from_the_named_branch_alone():
     assert not any(name in gradients["nothing"] for name in blocks)
     for name in blocks:
         assert torch.allclose(gradients["understanding"][name] + gradients["reconstruction"][name], gradients["both"][name], atol=2e-5), name
+
+
+# -- measures and levers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_levers_are_measured_judged_and_joined_and_a_run_without_measures_is_measured_only(command, tmp_path, monkeypatch, capsys):
+    from openvision3.experiments import ablate, ablations
+
+    def few(parent: Parent) -> ablations.Grid:
+        return ablations.Grid([Fork("parent", {}), Fork("averaged weights", {"ema": 0.5}, equal_compute=True)])
+
+    few.__name__ = "levers"
+    monkeypatch.setitem(ablations.ABLATIONS, "levers", few)
+    classes = pictures(tmp_path / "classes" / "a", 4, 300).parent
+    pictures(classes / "b", 4, 400), pictures(tmp_path / "test" / "a", 2, 500), pictures(tmp_path / "test" / "b", 2, 600)
+    sets = ["--measure", f"unseen style={pictures(tmp_path / 'style', 4, 700)}", "--classify", f"kinds={classes},{tmp_path / 'test'}", "--label-key", ""]
+    argv = ["--out", str(tmp_path / "out"), *command, *sets]
+    assert cli.main(["ablate", "levers", *argv]) == 0
+    record = json.loads((tmp_path / "out" / "levers.json").read_text())
+    [verdict] = record["verdicts"]
+    assert verdict["fork"] == "averaged weights" and {test["axis"] for test in verdict["scores"]} == {"reconstruction", "understanding", "drawability"}
+    path = tmp_path / "out" / "base" / "seed-0" / "measures.json"
+    values = json.loads(path.read_text())["values"]
+    assert {"unseen style: PSNR", "unseen style: KID", "unseen style: image to text R@1", "kinds: zero-shot", "kinds: linear probe", "flow loss"} <= set(values)
+    path.unlink()
+    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("model.safetensors")}
+    assert cli.main(["ablate", "levers", *argv]) == 0
+    assert json.loads(path.read_text())["values"] == values and {p: p.stat().st_mtime_ns for p in weights} == weights
+    monkeypatch.setattr(ablate, "choose_levers", lambda verdicts: ["averaged weights"])
+    assert cli.main(["ablate", "levers_together", *argv, "--draw", "--levers", "averaged wheights"]) == 2
+    assert "Did you mean 'averaged weights'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["levers", "--measure", "style"], "must look like NAME=DATA"),
+        (["levers", "--classify", "flowers=a.tar"], "must look like NAME=TRAIN,TEST"),
+        (["levers", "--measure", "a=x", "a=y"], "a names two sets"),
+        (["levers_together"], "no levers have been judged"),
+    ],
+)
+def test_wrong_sets_and_levers_are_refused_before_anything_runs(argv, message, command, tmp_path, capsys):
+    assert cli.main(["ablate", *argv, "--out", str(tmp_path / "out"), *command]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "base.json").exists()

@@ -18,7 +18,9 @@ def values(changes: dict[str, float], noise: Sequence[float] = NOISE) -> dict[in
     runs = {}
     for seed, apart in enumerate(noise):
         of = {name: value + changes.get(name, 0.0) * (1 + apart) for name, value in PARENT.items()}
-        runs[seed] = {f"{name_of_set}: {name}": value for name_of_set in ("unseen style", "unseen concept") for name, value in of.items() if name != "flow loss"}
+        runs[seed] = {
+            f"{name_of_set}: {name}": value for name_of_set in ("unseen style", "unseen concept") for name, value in of.items() if name != "flow loss"
+        }
         runs[seed]["flow loss"] = of["flow loss"]
     return runs
 

@@ -201,10 +201,10 @@ def _second_phase(parent: Parent) -> tuple[dict[str, Any], dict[str, Any]]:
 def levers(parent: Parent) -> Grid:
     """Which change beats the recipe at equal compute?
 
-    Hypothesis: the gradient ratio, the sum of blocks, averaged weights and the decoder-only finish rebuild better; few tokens for the captioner, rope
-    and QK-norm understand better; each at no loss elsewhere.
+    Hypothesis: the gradient ratio, the sum of blocks and averaged weights rebuild better; few tokens for the captioner, rope and QK-norm understand
+    better; each at no loss elsewhere.
     Source: QLIP 2502.05178 (balance), RAEv2 2605.18324 (sum of blocks), 2411.18704 (averaged weights), OpenVision 2 2509.01644 (few tokens for the
-    captioner), ViTok 2501.09755 (decoder-only finish), 2403.13298 (rope); at their scales.
+    captioner), 2403.13298 (rope); at their scales.
     Result: to be measured (docs/ablations.md).
     """
     forks = [Fork(f"gradient ratio {ratio:g}", {"model.loss.gradient_ratio": ratio}, equal_compute=True) for ratio in (0.3, 1.0, 3.0)]
@@ -214,7 +214,6 @@ def levers(parent: Parent) -> Grid:
     forks += [
         Fork("averaged weights", {"ema": round(decay, 4)}, equal_compute=True),
         Fork("captioner sees 35 % of the tokens", {"model.captioner.token_share": 0.35}, equal_compute=True),
-        Fork("decoder-only finish", {"decoder_finish": 0.15}, equal_compute=True),
         Fork("rope and QK-norm", rope, equal_compute=True),
     ]
     return Grid([Fork("parent", {}), *forks])
