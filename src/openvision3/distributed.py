@@ -317,10 +317,14 @@ def synchronise_last(model: nn.Module, last: bool) -> None:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """For copies of a model, the mean gradient over ranks in a few large messages. FSDP averages by itself."""
+    """For copies of a model, the mean gradient over ranks in a few large messages. FSDP averages by itself.
+
+    The parameters of `model.resting`, if it has any, are trained in other steps: they keep no gradient, so that the optimiser leaves them alone.
+    """
     if world() == 1 or isinstance(model, FSDPModule):
         return
-    for bucket in _buckets(p for p in model.parameters() if p.requires_grad):
+    resting = {id(p) for p in getattr(model, "resting", ())}
+    for bucket in _buckets(p for p in model.parameters() if p.requires_grad and id(p) not in resting):
         for parameter in bucket:
             if parameter.grad is None:  # this rank's rows did not use it
                 parameter.grad = torch.zeros_like(parameter)

@@ -210,7 +210,12 @@ def test_the_operations_of_a_whole_step_are_those_that_torch_counts():
     words = lambda *shape: torch.randint(5, 500, shape)  # noqa: E731
     batch = {"images": torch.rand(4, 3, config.size, config.size), "text_ids": words(4, 2, run.text_length), "caption_ids": words(4, run.caption_length)}
     assert 4 * sum(p.forward for p in parts) == pytest.approx(operations(lambda: model(batch)), rel=1e-6)
-    assert 4 * sum(p.flops for p in parts) == pytest.approx(operations(lambda: model(batch)[0].backward()), rel=1e-6)
+    all_train = operations(lambda: model(batch)[0].backward())
+    assert 4 * sum(p.flops for p in parts) == pytest.approx(all_train, rel=1e-6)
+    config.decoder_finish, model.finishing = 0.25, True
+    finishing = operations(lambda: model(batch)[0].backward())
+    parts = split_work(PlannedRun(config, Options(), parse_devices("cpu")))
+    assert 4 * sum(p.flops for p in parts) == pytest.approx(0.75 * all_train + 0.25 * finishing, rel=1e-3)  # no gradient for the tokens
 
 
 def test_the_kept_bytes_of_a_whole_step_are_near_those_that_autograd_keeps():

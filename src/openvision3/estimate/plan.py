@@ -126,7 +126,9 @@ def split_work(run: PlannedRun) -> list[Part]:
     """Operations of each part, which may see only a share of the samples or see some twice."""
     from openvision3.model.losses import CHUNK
 
-    shares = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions}
+    understood = 1 - run.config.decoder_finish  # share of the steps that train more than the latent decoder
+    shares = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions * understood}
+    shares |= dict.fromkeys(("captioner", "vocabulary head", "contrast"), understood)
     chunked = {
         "vocabulary head": run.micro * run.caption_length * run.vocabulary > CHUNK,
         "contrast": run.local * run.config.batch > CHUNK,
@@ -137,7 +139,7 @@ def split_work(run: PlannedRun) -> list[Part]:
     for name, cost in run.costs.items():
         share = shares.get(name, 1)
         if share:
-            again = cost.again + (cost.forward if chunked.get(name) else 0.0)
+            again = cost.again + (cost.forward * (understood if name == "encoder" else 1) if chunked.get(name) else 0.0)
             parts.append(Part(name, cost.forward * share, cost.backward * share, again * share))
     return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class PlannedRun:
             self.optimiser_flops, self.optimiser_bytes = count_muon(model, config.optimizer)
         shapes = Shapes(config.size, self.text_length, self.caption_length, self.precision == "bf16", devices.device.name == "cpu", config.checkpointing)
         self.costs = count_parts(model, shapes, config.captions, config.batch)
+        if config.decoder_finish:
+            encoder, all_train = self.costs["encoder"], 1 - config.decoder_finish
+            self.costs["encoder"] = replace(encoder, backward=encoder.backward * all_train, again=encoder.again * all_train)
+            self.assumptions.append(f"the last {config.decoder_finish:.0%} of the steps train the latent decoder alone: operations are means over all steps")
         if options.cached:
             self.costs.pop("VAE encode", None)
         count = devices.count

@@ -116,6 +116,8 @@ class OpenVision3(nn.Module):
                 parameter.requires_grad_(name.startswith("pool_"))  # the pooling belongs to understanding
         self.omega_rec = config.loss.omega_rec
         """the weight of reconstruction in training; that of evaluations stays as the config has it"""
+        self.finishing = False
+        """whether training steps train the latent decoder alone: the others are then computed without gradient, or not at all"""
         self._distance = (distance,)  # a tuple keeps it outside the module tree
 
     def init_weights(self) -> OpenVision3:
@@ -127,6 +129,11 @@ class OpenVision3(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """All parameters but those of the frozen VAE."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("vae.")}
+
+    @property
+    def resting(self) -> list[nn.Parameter]:
+        """Trained parameters that training steps give no gradient now."""
+        return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("latent_decoder.")] if self.finishing else []
 
     # -- the figure, box by box ------------------------------------------------------------------------------------
 
@@ -170,7 +177,9 @@ class OpenVision3(nn.Module):
         weights = self.config.loss
         latents = self._latents(batch)  # (B, C, h, w)
         counts = batch["counts"] if "counts" in batch else distributed.total(self.counts(batch))
-        tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
+        decoder_alone = self.finishing and self.training
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_alone):
+            tokens, pooled = self.encoder(latents)  # (B, N, D), (B, E)
         rebuilt_from = tokens if weights.encoder_learns_from in ("both", "reconstruction") else tokens.detach()
         if weights.encoder_learns_from not in ("both", "understanding"):
             tokens = tokens.detach()
@@ -188,21 +197,22 @@ class OpenVision3(nn.Module):
         if "pixel_rows" in batch or ("pixel_images" not in batch and "images" in batch):
             self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
-        parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
-        if "draw_key" in batch and self.config.captioner.token_share < 1:
-            tokens = self.captioner.choose_tokens(tokens, batch["draw_key"])
-        parts["caption"] = self._caption(tokens, batch, counts[WORDS])
+        if not decoder_alone:
+            parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
+            if "draw_key" in batch and self.config.captioner.token_share < 1:
+                tokens = self.captioner.choose_tokens(tokens, batch["draw_key"])
+            parts["caption"] = self._caption(tokens, batch, counts[WORDS])
         return self.weigh(parts), {name: value.detach() for name, value in parts.items()} | squares
 
     def weigh(self, parts: dict[str, Tensor]) -> Tensor:
-        """The paper's equations 3 to 5: the loss from its parts; pixel and perceptual may be absent."""
+        """The paper's equations 3 to 5: the loss from its parts; pixel and perceptual may be absent, or the whole of understanding."""
         weights = self.config.loss
         reconstruction = weights.beta * parts["latent"]
         if "perceptual" in parts:
             reconstruction = reconstruction + (parts["pixel"] + weights.lambda_perceptual * parts["perceptual"])
         elif "pixel" in parts:
             reconstruction = reconstruction + parts["pixel"]
-        understanding = parts["caption"] + weights.alpha * parts["contrastive"]
+        understanding = parts["caption"] + weights.alpha * parts["contrastive"] if "caption" in parts else 0.0
         omega_rec = self.omega_rec if self.training else weights.omega_rec
         return omega_rec * reconstruction + weights.omega_und * understanding
 
@@ -234,16 +244,20 @@ class OpenVision3(nn.Module):
         with torch.no_grad():
             for batch in batches:
                 latents = self._latents(batch)
-                text_embedding, present = self.embed_captions(batch)
-                small = {name: value for name, value in batch.items() if name != "images"} | {"latents": latents, "text_present": present}
+                small = {name: value for name, value in batch.items() if name != "images"} | {"latents": latents}
                 target = self._pixel_images(batch)
                 if target is not None:
                     small["pixel_images"] = target.clone()  # a view would keep all images
                     small.setdefault("pixel_rows", torch.arange(len(target), device=target.device))
                 kept.append(small)
+                if self.finishing:
+                    continue
+                text_embedding, small["text_present"] = self.embed_captions(batch)
                 images.append(F.normalize(self.encoder(latents)[1].float(), dim=-1))
                 texts.append(text_embedding)
             counts = distributed.total(torch.stack([self.counts(batch) for batch in kept]).sum(0))
+        if self.finishing:
+            return [batch | {"counts": counts} for batch in kept]
         image_embedding, text_embedding = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
         log_temperature = distributed.full(self.log_temperature).detach().clone().requires_grad_()
         with torch.enable_grad():

@@ -66,6 +66,8 @@ class PretrainConfig(LoopConfig, _ModelAndData):
     """parts of the batch with remote shards of their own: up to that many machines fetch each shard once; 0: the most up to 16 that divide the batch"""
     pixel_share: float = 0.25
     """share of the batch that is decoded to pixels: 1, 1/2, 1/4 ... or 0"""
+    decoder_finish: float = 0.0
+    """last share of the steps, in which the latent decoder alone trains, on tokens of the encoder as it is then; 0: all parts train to the end"""
     fingerprint: int = 20_000
     """save hashes of up to this many training samples with the model, so that evaluate can tell which samples it has seen; 0: none"""
 
@@ -85,6 +87,10 @@ class PretrainConfig(LoopConfig, _ModelAndData):
                 f"lambda_perceptual {self.model.loss.lambda_perceptual} needs images to compare, and pixel_share 0 decodes none; "
                 "set --pixel-share, or --model.loss.lambda-perceptual 0"
             )
+        if not 0 <= self.decoder_finish < 1:
+            raise ValueError(f"decoder_finish {self.decoder_finish} must be at least 0 and below 1")
+        if self.decoder_finish and not self.model.loss.omega_rec:
+            raise ValueError(f"decoder_finish {self.decoder_finish} trains the latent decoder, which omega_rec 0 leaves without a loss")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
         if self.weights and (len(self.weights) != len(self.data) or not all(0 < weight < math.inf for weight in self.weights)):
@@ -94,6 +100,11 @@ class PretrainConfig(LoopConfig, _ModelAndData):
         if not 0 < self.cache_gb < math.inf:
             raise ValueError(f"cache_gb {self.cache_gb} must be a positive number")
         read_rules(self.only)
+
+    @property
+    def finish_from(self) -> int:
+        """Steps before those that train the latent decoder alone."""
+        return self.steps - round(self.decoder_finish * self.steps)
 
     @property
     def only_values(self) -> dict[str, str]:

@@ -59,7 +59,8 @@ class Training:
     """What is special to one kind of training: the trainable, its batches, its evaluation and its export. `train_run` does the rest."""
 
     model: nn.Module
-    """`forward(batch) -> (loss, parts)`; parameters with `requires_grad=False` are frozen. For micro-batches it also needs `prepare(micro_batches)`"""
+    """`forward(batch) -> (loss, parts)`; parameters with `requires_grad=False` are frozen. For micro-batches it also needs `prepare(micro_batches)`.
+    `resting`, if it has it, lists trained parameters that get no gradient now, on any rank"""
     batches: Batches
     facts: Mapping[str, Any] = {}
     """{name: value} of what must be the same on every rank"""

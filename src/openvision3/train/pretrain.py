@@ -159,6 +159,8 @@ class Pretraining(Training):
             run.say(fewer_than_a_batch(len(source), config.batch))
         if config.lanes > self.lanes:
             run.say(f"lanes {config.lanes} are for remote shards, and there are none: the order is that of local data")
+        if config.decoder_finish:
+            run.say(f"in the last {config.steps - config.finish_from} of {config.steps} steps the latent decoder trains alone")
         if not config.resume and (line := kept_at_another_batch(self.recipe, config)):
             run.say(line)
         self.pipeline.fingerprint = _fingerprint(config, source, self.held_out, run) if run.writes else None
@@ -166,9 +168,12 @@ class Pretraining(Training):
     def before_step(self, state: RunState, optimizers: Optimizers) -> None:
         loss = self.config.model.loss
         self.model.omega_rec = balance.omega_rec(state.memory, loss.gradient_ratio, loss.omega_rec)
+        if self.config.decoder_finish and state.step == self.config.finish_from:
+            optimizers.adopt_average()  # the latent decoder must learn the tokens of the encoder that is exported
+        self.model.finishing = state.step >= self.config.finish_from
 
     def after_step(self, state: RunState, values: dict[str, float]) -> None:
-        if self.config.model.loss.gradient_ratio:
+        if "reconstruction_squares" in values:
             balance.measure(state.memory, values, self.model.omega_rec, self.start.ranks.world)
 
     def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
