@@ -292,7 +292,7 @@ def test_two_processes_that_are_killed_and_go_on_equal_two_that_were_not_bit_for
     script.write_text(DRIVER.replace("step == 3", "step == 4"))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "SIGKILL"]
     whole, broken = (
-        command(data, tmp_path / name, *LEVERS, "--parallel", parallel, "--steps", "6", "--save-every", "3", "--eval-every", "2", "--log-every", "2")
+        command(data, tmp_path / name, "--parallel", parallel, "--steps", "6", "--save-every", "3", "--eval-every", "2", "--log-every", "2")
         for name in ("whole", "broken")
     )
     run(whole, processes=2)
