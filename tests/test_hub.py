@@ -78,7 +78,9 @@ def test_a_model_used_in_bf16_can_be_saved_and_loaded(saved, tmp_path):
 
 
 def test_the_folder_holds_what_its_readers_look_for(saved):
-    assert {p.name for p in saved.iterdir()} == hub.FILES - {"fingerprint.safetensors", "familiarity.safetensors"}, "neither trained on known data nor calibrated"
+    assert {p.name for p in saved.iterdir()} == hub.FILES - {"fingerprint.safetensors", "familiarity.safetensors"}, (
+        "neither trained on known data nor calibrated"
+    )
     config = json.loads((saved / "config.json").read_text())
     assert config["vae"]["sha256"] == pipeline().vae.sha256 and config["vae"]["latent_channels"] == 16
     assert config["training"] == pipeline().training
@@ -324,7 +326,11 @@ def test_a_save_into_the_working_folder_is_refused_and_into_an_empty_one_is_not(
     (tmp_path / "empty").mkdir()
     pipeline().save("empty")
     pipeline().save("deep/er/model")
-    assert {p.name for p in Path("deep/er/model").iterdir()} == {p.name for p in Path("empty").iterdir()} == hub.FILES - {"fingerprint.safetensors", "familiarity.safetensors"}
+    assert (
+        {p.name for p in Path("deep/er/model").iterdir()}
+        == {p.name for p in Path("empty").iterdir()}
+        == hub.FILES - {"fingerprint.safetensors", "familiarity.safetensors"}
+    )
 
 
 def test_a_save_without_permission_names_the_place(tmp_path):
