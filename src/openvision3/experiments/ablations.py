@@ -201,10 +201,10 @@ def _second_phase(parent: Parent) -> tuple[dict[str, Any], dict[str, Any]]:
 def levers(parent: Parent) -> Grid:
     """Which change beats the recipe at equal compute?
 
-    Hypothesis: the gradient ratio, the sum of blocks and averaged weights rebuild better; few tokens for the captioner, rope and QK-norm understand
-    better; each at no loss elsewhere.
+    Hypothesis: the gradient ratio, the sum of blocks, averaged weights and a finish of the decoder alone rebuild better; few tokens for
+    the captioner, rope and QK-norm, and equal captions that are no negatives understand better; each at no loss elsewhere.
     Source: QLIP 2502.05178 (balance), RAEv2 2605.18324 (sum of blocks), 2411.18704 (averaged weights), OpenVision 2 2509.01644 (few tokens for the
-    captioner), 2403.13298 (rope); at their scales.
+    captioner), ViTok 2501.09755 (decoder alone), 2403.13298 (rope), UniCL 2204.03610 (equal captions); at their scales.
     Result: to be measured (docs/ablations.md).
     """
     forks = [Fork(f"gradient ratio {ratio:g}", {"model.loss.gradient_ratio": ratio}, equal_compute=True) for ratio in (0.3, 1.0, 3.0)]
@@ -214,7 +214,9 @@ def levers(parent: Parent) -> Grid:
     forks += [
         Fork("averaged weights", {"ema": round(decay, 4)}, equal_compute=True),
         Fork("captioner sees 35 % of the tokens", {"model.captioner.token_share": 0.35}, equal_compute=True),
+        Fork("decoder alone at the end", {"decoder_finish": 0.15}, equal_compute=True),
         Fork("rope and QK-norm", rope, equal_compute=True),
+        Fork("equal captions are no negatives", {"model.loss.equal_captions": "ignore"}, equal_compute=True),
     ]
     return Grid([Fork("parent", {}), *forks])
 
