@@ -17,7 +17,7 @@ from tiny_pipeline import NAMES, SIZE, make_pipeline, photo, pipeline, write_pho
 
 import openvision3 as ov3
 from openvision3.data.crops import pad
-from openvision3.data.familiarity import Calibration, Familiarity, describe_tokens
+from openvision3.data.familiarity import Calibration, Familiarity
 from openvision3.data.images import ImageError, to_pil, to_tensor
 from openvision3.pipeline import expand_images, load
 
@@ -272,7 +272,7 @@ def test_labels_must_be_a_list_of_texts(labels):
 
 def calibrated(threshold: float):
     model = make_pipeline()
-    model.familiarity = Familiarity.fit(describe_tokens(model.encode([photo(64, 64, seed) for seed in range(40)])))
+    model.familiarity = Familiarity.fit(model.describe(model.prepare([photo(64, 64, seed) for seed in range(40)])))
     model.familiarity.calibration = Calibration(threshold, ("drawings",), (0.0, 0.5, 1.0), 0.5, {})
     return model
 
@@ -298,7 +298,7 @@ def test_a_calibrated_model_says_what_it_knows_and_keeps_it_when_saved(tmp_path)
         model = calibrated(threshold)
         [answer] = model.answer(image)
         assert answer.in_distribution is expected and model.in_distribution(image) == [expected]
-        familiarity = float(model.familiarity.score(model.encode(image))[0])
+        familiarity = float(model.familiarity.score(model.describe(model.prepare(image)))[0])
         assert answer.confidence == pytest.approx(1 / (1 + math.exp(-(0.5 * answer.log_probability + familiarity))), abs=1e-6)
     ranking = model.classify(image, NAMES)
     assert model.label_confidence(ranking) == pytest.approx(max(p**0.5 for _, p in ranking) / sum(p**0.5 for _, p in ranking))

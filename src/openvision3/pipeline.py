@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import warnings
@@ -250,13 +251,14 @@ class Pipeline:
         pad_to: tuple[int, int] | None = None,
     ) -> list[Answer]:
         """As `caption`, with the confidence in each caption, and whether the image resembles the training images. Raises ValueError, as `caption`."""
-        tokens, ids = self._write(self.prepare(images, size, pad_to), max_length, beams, top_p, temperature, seed)
+        prepared = self.prepare(images, size, pad_to)
+        tokens, ids = self._write(prepared, max_length, beams, top_p, temperature, seed)
         captions = [self.tokenizer.text(row) for row in ids]
         with self._autocast():
             likely = self.model.captioner.mean_log_probability(tokens, ids, self.tokenizer.begin_id, self.tokenizer.end_id).tolist()
         if self.familiarity is None or self.familiarity.calibration is None:
             return [Answer(caption, by_words, None, None) for caption, by_words in zip(captions, likely, strict=True)]
-        calibration, familiar = self.familiarity.calibration, self.familiarity.score(tokens).tolist()
+        calibration, familiar = self.familiarity.calibration, self.familiarity.score(self.describe(prepared)).tolist()
         return [
             Answer(caption, by_words, caption_confidence(calibration, by_words, by_image), by_image >= calibration.threshold)
             for caption, by_words, by_image in zip(captions, likely, familiar, strict=True)
@@ -310,10 +312,23 @@ class Pipeline:
     @torch.no_grad()
     def in_distribution(self, images: Images, size: int | None = None, pad_to: tuple[int, int] | None = None) -> list[bool | None]:
         """Whether each image resembles the training images; None where the model has no calibration (`openvision3 calibrate`)."""
-        tokens = self.encode(images, size, pad_to)
+        prepared = self.prepare(images, size, pad_to)
         if self.familiarity is None or self.familiarity.calibration is None:
-            return [None] * len(tokens)
-        return [score >= self.familiarity.calibration.threshold for score in self.familiarity.score(tokens).tolist()]
+            return [None] * len(prepared)
+        return [score >= self.familiarity.calibration.threshold for score in self.familiarity.score(self.describe(prepared)).tolist()]
+
+    def describe(self, images: Tensor) -> Tensor:
+        """Prepared images -> (B, 1280): features of EfficientNet-Lite0, by which images unlike the training images are known.
+
+        A small model's own tokens cannot do that once it has seen photographs (docs/use.md). Raises FileNotFoundError: the network is not installed.
+        """
+        return self._descriptor(images)
+
+    @functools.cached_property
+    def _descriptor(self) -> Any:
+        from openvision3.networks.inception import EfficientNetFeatures  # only calibrated models need it
+
+        return EfficientNetFeatures().eval().requires_grad_(False).to(self.device)
 
     def label_confidence(self, ranking: Sequence[tuple[str, float]]) -> float | None:
         """The calibrated probability of the first label of `classify`'s answer, all of which is needed; None without a calibration."""

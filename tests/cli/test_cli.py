@@ -18,7 +18,7 @@ from tiny_pipeline import photo, pipeline, write_photo
 import openvision3 as ov3
 from openvision3 import cli
 from openvision3.cli import use
-from openvision3.data.familiarity import Calibration, Familiarity, describe_tokens
+from openvision3.data.familiarity import Calibration, Familiarity
 from openvision3.train import held_out
 
 
@@ -147,7 +147,7 @@ def test_classify_takes_several_names_a_class_and_templates(work, model, capsys)
 @pytest.mark.parametrize("threshold", [-1e6, 1e6])
 def test_an_image_unlike_all_training_images_is_called_unsure(work, model, capsys, tmp_path, threshold):
     own = ov3.load(model)
-    own.familiarity = Familiarity.fit(describe_tokens(own.encode([photo(64, 64, seed) for seed in range(40)])))
+    own.familiarity = Familiarity.fit(own.describe(own.prepare([photo(64, 64, seed) for seed in range(40)])))
     own.familiarity.calibration = Calibration(threshold, ("drawings", "flowers"), (0.0, 0.5, 0.01), 0.5, {})
     own.save(tmp_path / "calibrated")
     for argv in (["caption"], ["classify", "--labels", "red heart", "black cat"]):

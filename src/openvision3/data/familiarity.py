@@ -1,8 +1,7 @@
 """What a model knows of itself: whether an image resembles its training images, and how often answers like this one are right.
 
-Familiarity is the negative mean distance to the nearest training images in whitened mean tokens, or the mean cosine with them. Sun et al. 2022 (arXiv
-2204.06507) detect unknown images by such neighbours; whitening is that of the Mahalanobis distance (Lee et al. 2018, arXiv 1807.03888). Confidence is
-calibrated as by Platt (1999) for captions, and by a temperature (Guo et al. 2017, arXiv 1706.04599) for labels.
+Familiarity is the mean cosine with the nearest training images, in features that the caller computes (Sun et al. 2022, arXiv 2204.06507, detect unknown
+images by their neighbours). Confidence is calibrated as by Platt (1999) for captions, and by a temperature (Guo et al. 2017, arXiv 1706.04599) for labels.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +21,7 @@ from openvision3.files import write_whole
 
 FORMAT = "openvision3 familiarity 1"
 FILE = "familiarity.safetensors"
-By = Literal["distance", "cosine"]
 NEIGHBOURS = 3
-RIDGE = 0.05
-"""share of the mean variance that is mixed into the covariance, so that a few thousand images suffice for it"""
-
-
-def describe_tokens(tokens: Tensor) -> Tensor:
-    """tokens (B, N, D) -> (B, D): their mean."""
-    return tokens.float().mean(1)
 
 
 @dataclass
@@ -51,48 +42,32 @@ class Calibration:
 
 @dataclass
 class Familiarity:
-    """Statistics of the training images' features (M of them kept), and the calibration."""
+    """The features of training images, as directions, and the calibration."""
 
-    mean: Tensor
-    """(D,)"""
-    whiten: Tensor
-    """(D, D)"""
     known: Tensor
-    """(M, D)"""
-    by: By = "distance"
+    """(M, D) of unit length"""
     calibration: Calibration | None = None
 
     @classmethod
-    def fit(cls, features: Tensor, by: By = "distance", keep: int = 2048) -> Familiarity:
+    def fit(cls, features: Tensor, keep: int = 2048) -> Familiarity:
         """From features (n, D) of training images. Of more than `keep`, evenly spaced ones are kept. Raises ValueError for fewer than 32 images."""
         if len(features) < 32:
             raise ValueError(f"{len(features)} training images are too few to know others by; name data with 32 or more")
-        mean = features.mean(0)
-        covariance = torch.cov(features.T.double())
-        covariance = (1 - RIDGE) * covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.double)
-        variances, directions = torch.linalg.eigh(covariance)
-        whiten = (directions / variances.sqrt()).float()
-        rows = features[torch.linspace(0, len(features) - 1, min(keep, len(features))).round().long()]
-        return cls(mean, whiten, (rows - mean) @ whiten, by=by)
+        rows = torch.linspace(0, len(features) - 1, min(keep, len(features))).round().long()
+        return cls(F.normalize(features[rows].float(), dim=-1))
 
-    def score(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N, D) -> familiarity (B,): more is more familiar."""
-        return self.score_features(describe_tokens(tokens))
-
-    def score_features(self, features: Tensor) -> Tensor:
-        """features (B, D) -> familiarity (B,)."""
-        mean, whiten, known = (part.to(features.device) for part in (self.mean, self.whiten, self.known))
-        white = (features - mean) @ whiten
-        likeness = -torch.cdist(white, known) if self.by == "distance" else F.normalize(white, dim=-1) @ F.normalize(known, dim=-1).T
-        return likeness.topk(min(NEIGHBOURS, len(known)), 1).values.mean(1)
+    def score(self, features: Tensor) -> Tensor:
+        """features (B, D) -> familiarity (B,): more is more familiar."""
+        likeness = F.normalize(features.float(), dim=-1) @ self.known.to(features.device).T
+        return likeness.topk(min(NEIGHBOURS, len(self.known)), 1).values.mean(1)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, completely or not at all; the rows of training images in half precision. Raises OSError."""
+        """Write one safetensors file, completely or not at all: each row in whole numbers up to 127 times its own scale. Raises OSError."""
         from safetensors.torch import save
 
-        notes = {"format": FORMAT, "by": self.by, "calibration": json.dumps(asdict(self.calibration) if self.calibration else None)}
-        tensors = {"mean": self.mean, "whiten": self.whiten, "known": self.known.half()}
-        write_whole(path, save({name: value.contiguous() for name, value in tensors.items()}, notes))
+        notes = {"format": FORMAT, "calibration": json.dumps(asdict(self.calibration) if self.calibration else None)}
+        scale = self.known.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        write_whole(path, save({"known": (self.known / scale).round().to(torch.int8).contiguous()}, notes))
 
     @classmethod
     def load(cls, path: str | Path) -> Familiarity:
@@ -104,18 +79,15 @@ class Familiarity:
                 notes = file.metadata() or {}
                 if notes.get("format") != FORMAT:
                     raise ValueError(f"it is of format {notes.get('format')!r}, this version reads {FORMAT!r}")
-                mean, whiten, known = (file.get_tensor(name).float() for name in ("mean", "whiten", "known"))
-            if mean.ndim != 1 or whiten.ndim != 2 or len(mean) != len(whiten) or known.shape[1:] != whiten.shape[1:]:
-                raise ValueError("its tensors have other shapes")
+                known = file.get_tensor("known")
+            if known.ndim != 2 or known.dtype != torch.int8 or not known.numel():
+                raise ValueError(f"its tensor is of shape {tuple(known.shape)} and {known.dtype}")
             values = json.loads(notes["calibration"])
             calibration = None
             if values:
                 calibration = Calibration(**{field.name: values[field.name] for field in fields(Calibration)})
                 calibration.kinds, calibration.caption = tuple(calibration.kinds), (*calibration.caption,)
-            if notes["by"] not in ("distance", "cosine"):
-                raise ValueError(f"it compares by {notes['by']!r}, this version by distance or cosine")
-            by: By = "cosine" if notes["by"] == "cosine" else "distance"
-            return cls(mean, whiten, known, by, calibration)
+            return cls(F.normalize(known.float(), dim=-1), calibration)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; write it again with openvision3 calibrate, or remove it") from error
 

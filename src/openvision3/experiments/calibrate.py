@@ -16,12 +16,10 @@ from torch import Tensor
 from openvision3.data.batches import evaluation_batches
 from openvision3.data.familiarity import (
     FILE,
-    By,
     Calibration,
     Familiarity,
     calibration_error,
     caption_confidence,
-    describe_tokens,
     fit_logistic,
     fit_sharpness,
     label_confidence,
@@ -57,8 +55,6 @@ class CalibrationOptions:
     """what the model was trained on, in words: the line for unsure images names them"""
     unsure: float = 0.08
     """the share of all held-out images that is called unsure"""
-    by: By = "distance"
-    """how an image is compared with the nearest training images: distance or cosine. Measure both with --outside (docs/use.md)"""
     count: int = 400
     """images of each name of --val and --outside at most, evenly spaced"""
     train_count: int = 4000
@@ -110,10 +106,10 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
     """
     problems = Problems()
     training = torch.cat([*_features(pipeline, options, watch, problems)])
-    familiarity = Familiarity.fit(training, options.by)
+    familiarity = Familiarity.fit(training)
     held_out = {name: _answers(pipeline, options, name, watch, problems) for name in options.val}
     outside = {name: _answers(pipeline, options, name, watch, problems) for name in options.outside}
-    scores = {name: familiarity.score_features(rows.features) for name, rows in (held_out | outside).items()}
+    scores = {name: familiarity.score(rows.features) for name, rows in (held_out | outside).items()}
     familiar = torch.cat([scores[name] for name in held_out])
     threshold = float(familiar.quantile(options.unsure))
     measured: dict = {name: {"images": len(scores[name]), "unsure": round(float((scores[name] < threshold).double().mean()), 4)} for name in scores}
@@ -168,7 +164,7 @@ def _batches(
 
 def _features(pipeline: Pipeline, options: CalibrationOptions, watch: Watch, problems: Problems) -> Iterator[Tensor]:
     for images, _ in _batches(pipeline, options, options.train, options.train_count, "train", watch, problems):
-        yield describe_tokens(pipeline.encode(images)).cpu()
+        yield pipeline.describe(images.to(pipeline.device)).cpu()
 
 
 def _answers(pipeline: Pipeline, options: CalibrationOptions, name: str, watch: Watch, problems: Problems) -> Rows:
@@ -176,7 +172,7 @@ def _answers(pipeline: Pipeline, options: CalibrationOptions, name: str, watch: 
     features, likely, is_right, embedding, references = [], [], [], [], []
     for images, captions in _batches(pipeline, options, (name,), options.count, "test", watch, problems):
         answers = pipeline.answer(images)
-        features.append(describe_tokens(pipeline.encode(images)).cpu())
+        features.append(pipeline.describe(images.to(pipeline.device)).cpu())
         likely += [answer.log_probability for answer in answers]
         is_right += [any(token_f1(answer.caption, text) >= RIGHT for text in texts) for answer, texts in zip(answers, captions, strict=True)]
         embedding.append(pipeline.embed_images(images).cpu())
