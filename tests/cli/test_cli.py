@@ -283,7 +283,7 @@ def test_too_little_memory_is_one_line(work, model, capsys, error, monkeypatch):
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("openvision3.pipeline.Pipeline.caption", full)
+    monkeypatch.setattr("openvision3.pipeline.Pipeline.answer", full)
     assert "not enough memory" in refused(capsys, "caption", "pics", "--model", model)
 
 
@@ -418,6 +418,6 @@ def test_an_interrupt_is_one_line(work, model, capsys, monkeypatch):
     def interrupted(*args, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ov3.Pipeline, "caption", interrupted)
+    monkeypatch.setattr(ov3.Pipeline, "answer", interrupted)
     assert cli.main(["caption", "pics", "--model", model]) == 130
     assert capsys.readouterr().err == "openvision3: interrupted\n"

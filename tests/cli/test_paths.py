@@ -14,6 +14,7 @@ import pytest
 from tiny_pipeline import pipeline, write_photo
 
 from openvision3 import cli
+from openvision3.cli import calibrate as cli_calibrate
 from openvision3.cli import common, train
 from openvision3.cli import data as cli_data
 from openvision3.cli import evaluate as cli_evaluate
@@ -23,13 +24,14 @@ from openvision3.data.text import TextTokenizer
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.results import Row, Setting
 from openvision3.evaluate.tables import split
+from openvision3.experiments.ablate import AblationOptions
 from openvision3.files import write_whole
 from openvision3.hub import ASSETS
 from openvision3.train.run_folder import RunFolder
 
 TEXTS = {
     *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
-    *("device", "precision", "revision", "shard_split", "track", "size", "compile"),
+    *("device", "precision", "revision", "shard_split", "track", "size", "compile", "levers", "kinds", "template"),
 }
 """Options that hold words, names or numbers in words. A new option of type str is a path, with the hint `PathName`, or stands here."""
 
@@ -49,7 +51,7 @@ def targets(monkeypatch) -> dict[str, Any]:
             return real(target, argv, program, **settings)
         raise Parsed
 
-    for module in (common, train, cli_data, cli_evaluate):
+    for module in (common, train, cli_data, cli_evaluate, cli_calibrate):
         monkeypatch.setattr(module, "parse", parse)
     inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
     for verb in cli.verbs():
@@ -108,6 +110,9 @@ def test_the_tilde_is_expanded_behind_an_equals_sign_in_globs_and_behind_a_name_
     ]
     options = common.parse(cli_evaluate.Options, ["--peer-folder", "flux-vae=~/w", "--data", "~/a", "b", "--out=~/o"], "openvision3 evaluate")
     assert options.peer_folder == (f"flux-vae={tmp_path}/w",) and options.data == (f"{tmp_path}/a", "b") and options.out == f"{tmp_path}/o"
+    argv = ["--measure", "held out=~/held/*.tar", "--classify", "flowers=~/train.tar,~/val.tar"]
+    grid = common.parse(AblationOptions, argv, "openvision3 ablate")
+    assert grid.measure == (f"held out={tmp_path}/held/*.tar",) and grid.classify == (f"flowers={tmp_path}/train.tar,{tmp_path}/val.tar",)
     config = train.configure_run("tiny", ["--model.vae.name=~/vae", "--val=~/v", "--tokenizer=~/t.json", "--init", "~"])
     assert (config.model.vae.name, config.val, config.tokenizer, config.init) == (f"{tmp_path}/vae", (f"{tmp_path}/v",), f"{tmp_path}/t.json", str(tmp_path))
 

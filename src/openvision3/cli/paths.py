@@ -26,13 +26,13 @@ def expand_fields(owner: Any) -> None:
 
 
 def expand_value(hint: Any, value: Any) -> Any:
-    """A value, or each of several, with `~` expanded where its hint says that it is a path; so is the path in name=~/path. Raises ValueError."""
+    """A value, or each of several, with `~` expanded where its hint says that it is a path; so are the paths in name=~/path,~/path. Raises ValueError."""
     if isinstance(value, tuple):
         return tuple(expand_value(hint, item) for item in value)
     if not isinstance(value, str) or not _is_path(hint):
         return value
-    name, equals, path = value.partition("=") if re.match(r"[\w-]+=~", value) else ("", "", value)
-    return name + equals + expand_home(path)
+    name, equals, path = value.partition("=") if re.match(r"[\w -]+=", value) else ("", "", value)
+    return name + equals + (",".join(map(expand_home, path.split(","))) if equals else expand_home(path))
 
 
 def _is_path(hint: Any) -> bool:

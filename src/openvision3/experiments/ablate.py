@@ -58,9 +58,9 @@ class AblationOptions:
     """the folder of all runs and pages; grids of one base share it"""
     draw: bool = False
     """train nothing; redraw the page from the finished runs"""
-    measure: tuple[str, ...] = ()
+    measure: tuple[PathName, ...] = ()
     """after each run, measure reconstruction, retrieval and drawability on these held-out sets: NAME=DATA ... Not set: nothing; levers: --val"""
-    classify: tuple[str, ...] = ()
+    classify: tuple[PathName, ...] = ()
     """after each run, measure zero-shot and a linear probe on these sets with classes: NAME=TRAIN,TEST ..."""
     label_key: str = "category"
     """JSON field of the shards of --classify that holds the class"""
