@@ -369,7 +369,6 @@ def start_from(model: OpenVision3, folder: Path) -> None:
     Raises:
         FileNotFoundError. ValueError: the weights do not fit, or mean something else here; names the first setting that differs.
     """
-    load_weights(model, folder)
     saved = read_config(folder)
     if line := other_vae(saved, model.vae):
         raise ValueError(f"{folder} was trained {line}; set --model.vae.name to the VAE it was trained on, or start from another model")
@@ -377,9 +376,10 @@ def start_from(model: OpenVision3, folder: Path) -> None:
     for name, value in now.items():
         if not name.startswith(("vae.", "loss.")) and name != "captioner.token_share" and before.get(name) != value:
             seen = before.get(name)
-            raise ValueError(
-                f"{folder} was trained with {name} {seen}, not {value}: its weights mean something else here; set --model.{name.replace('_', '-')} {seen}"
-            )
+            part, _, setting = name.replace("_", "-").partition(".")
+            option = f"--model.{part}.{'' if seen else 'no-'}{setting}" if isinstance(seen, bool) else f"--model.{part}.{setting} {seen}"
+            raise ValueError(f"{folder} was trained with {name} {seen}, not {value}: its weights mean something else here; set {option}")
+    load_weights(model, folder)
 
 
 def other_vae(saved: FolderConfig, vae: VAE) -> str:
