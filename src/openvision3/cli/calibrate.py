@@ -14,11 +14,11 @@ from openvision3.experiments.calibrate import CalibrationOptions
 from openvision3.settings import PathName
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options(CalibrationOptions):
     """Save with a model what its training images look like, when it is unsure, and how often its answers are right."""
 
-    model: Positional[Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder; the calibration is saved in it")]] = "mini"
+    model: Positional[Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder; the calibration is saved in it")]]
     out: PathName = "calibration"
     """the folder of calibration.json and reliability.png"""
     device: Device = "auto"
