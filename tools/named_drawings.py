@@ -34,12 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.data import openmoji
+from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
 
 SHARD = 1000
 """drawings in a shard"""
-KINDS = ("train", "unseen concept", "unseen style", "seen concept")
+KINDS = ("train", *DRAWING_KINDS)
 HELD_STYLE, HELD_MEMBER = 0.05, 0.05
 """shares of the families of a style that are held out as `unseen style`, and of the genders and skin tones held out as `seen concept`"""
 KEYWORDS = 6
@@ -272,12 +273,12 @@ def kind_of(drawing: Drawing, styles: dict[str, set[str]]) -> str:
     `unseen style` holds a family out of a single style, the first by its hash, so that the others still show it.
     """
     if concept_share(drawing.family) < openmoji.UNSEEN_CONCEPT:
-        return "unseen concept"
+        return UNSEEN_CONCEPT
     others = styles[drawing.family]
     if len(others) > 1 and _share("style", drawing.family) < HELD_STYLE * len(others) and drawing.style == min(others, key=lambda s: _share(s, drawing.family)):
-        return "unseen style"
+        return UNSEEN_STYLE
     if drawing.member != simplest_member(drawing) and _share("member", drawing.style, drawing.member) < HELD_MEMBER:
-        return "seen concept"
+        return SEEN_CONCEPT
     return "train"
 
 
