@@ -69,7 +69,7 @@ results: setup
 card: setup
 	@test -n "$(TRAIN)$(SHOW)" || echo "without TRAIN='openmoji DRAWINGS/*-train-*.tar' and SHOW='openmoji=openmoji drawings=DRAWINGS/*_*-*.tar' the card shows no images and no sources"
 	set -f; $(BIN)/python tools/card.py mini --results $(wildcard results/openmoji results/drawings results/pictures results/photos results/*_mit results/*_ccby results/flickr8k) \
-	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW)) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md
+	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW)) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

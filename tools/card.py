@@ -10,10 +10,12 @@ kind of held-out drawing. They are the first by a hash of their content, not cho
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +37,9 @@ from openvision3.evaluate.results import DRAWING_KINDS, SEEN, UNSEEN, Results, R
 from openvision3.evaluate.tables import shown
 from openvision3.files import write_whole
 from openvision3.pipeline import Pipeline
-from openvision3.settings import flat
+from openvision3.settings import flat, read_rules
 
+CREDITS = "CREDITS.txt"
 OPENMOJI = ("OpenMoji", "CC BY-SA 4.0")
 TABLES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Reconstruction, of the model and of its VAE alone", {"psnr": "PSNR", "VAE psnr": "PSNR, VAE", "ssim": "SSIM", "VAE ssim": "SSIM, VAE"}),
@@ -51,6 +54,8 @@ TABLES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Captions, greedy", {"exact_match": "exact", "token_f1": "token F1", "cider": "CIDEr"}),
 )
 """title, {metric: its column}; of `VAE metric`, the number of the VAE alone"""
+VAE_TABLES = (("Reconstruction", {"VAE psnr": "PSNR", "VAE ssim": "SSIM"}),)
+"""the same for the VAE alone"""
 ORDER = (*DRAWING_KINDS, UNSEEN, SEEN, "")
 """the parts of a set, as the lines of a table follow one another"""
 LEAD = (UNSEEN, *DRAWING_KINDS)
@@ -78,12 +83,16 @@ class Options:
     show: tuple[str, ...] = ()
     """NAME=DATA: images are shown of these data"""
     train: tuple[str, ...] = ()
-    """the training data, whose sources and licences are counted"""
+    """the training data, whose sources and licences are counted; who is credited for single images is listed in CREDITS.txt beside the card"""
+    only: tuple[str, ...] = ()
+    """as --only of the training"""
     count: int = 32
     """images of each kind that are shown"""
     images: Path = Path("docs/card")
     """folder for the images"""
     out: Path = Path("card.md")
+    vae_out: Path | None = None
+    """also write the card of the embedded VAE, from the rows of the same results"""
 
 
 @dataclass
@@ -101,10 +110,10 @@ def part_of(row: Row) -> str:
     return row.number.part.split(" (")[0]
 
 
-def result_tables(results: dict[str, Results], model: str) -> str:
+def result_tables(results: dict[str, Results], model: str, tables: Sequence[tuple[str, dict[str, str]]] = TABLES) -> str:
     """A table for each kind of result: a line for each part of each set."""
     blocks = []
-    for title, columns in TABLES:
+    for title, columns in tables:
         lines = []
         for name, result in results.items():
             by_part: dict[str, dict[str, Row]] = {}
@@ -113,9 +122,9 @@ def result_tables(results: dict[str, Results], model: str) -> str:
                     by_part.setdefault(part_of(row), {})[row.metric if row.model == model else f"VAE {row.metric}"] = row
             for part in sorted(by_part, key=ORDER.index):
                 rows = {metric: row for metric, row in by_part[part].items() if metric in columns}
-                if any(not metric.startswith("VAE ") for metric in rows):
+                if next(iter(columns)) in rows:
                     cells = [shown(rows[metric].metric, rows[metric].number) if metric in rows else "" for metric in columns]
-                    count = next(row.number.count for metric, row in rows.items() if not metric.startswith("VAE "))
+                    count = rows[next(iter(columns))].number.count
                     lines.append(markdown_line([name, part or "all", f"{count:,}", *cells]))
         if lines:
             head = ["set", "part", "N", *columns.values()]
@@ -142,14 +151,17 @@ def limits(results: dict[str, Results], model: str) -> list[str]:
     return lines
 
 
-def training_table(names: tuple[str, ...]) -> str:
-    """Sources, licences and numbers of the training samples, from their JSON fields."""
-    source = open_source(names, DataOptions())
+def training_table(names: tuple[str, ...], only: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    """(sources, licences and numbers of the training samples, from their JSON fields; whom to credit for single samples)."""
+    source = open_source(names, DataOptions(only=read_rules(only)))
     counts: Counter[tuple[str, str]] = Counter()
+    credits: dict[str, None] = {}
     for index in range(len(source)):
         counts[origin(source, index)] += 1
+        if credit := source.value(index, "attribution"):
+            credits[credit] = None
     lines = [markdown_line([where, licence, f"{count:,}"]) for (where, licence), count in sorted(counts.items())]
-    return "\n".join([markdown_line(["source", "licence", "samples"]), "|---|---|---|", *lines])
+    return "\n".join([markdown_line(["source", "licence", "samples"]), "|---|---|---|", *lines]), sorted(credits)
 
 
 def origin(source: Source, index: int) -> tuple[str, str]:
@@ -223,12 +235,12 @@ def draw_sheet(cells: list[tuple[Image.Image, Image.Image, str, str]], columns: 
 def card(options: Options, results: dict[str, Results], sheets: list[Shown], training: str) -> str:
     """The text of the card."""
     config = hub.read_config(hub.find_folder(options.model))
-    pictures = []
+    examples = []
     for one in sheets:
         licences = "; ".join(f"{count} {licence}" for licence, count in sorted(one.licences.items()))
         credits = f"\n\n<details><summary>Credits</summary>\n\n{chr(10).join(f'- {credit}' for credit in one.credits)}\n\n</details>" if one.credits else ""
         link = Path(os.path.relpath(one.path, options.out.parent)).as_posix()
-        pictures.append(f"### {one.title}\n\n![{one.title}]({link})\n\nFrom {licences}.{credits}")
+        examples.append(f"### {one.title}\n\n![{one.title}]({link})\n\nFrom {licences}.{credits}")
     overlap = "\n".join(f"- {name}: {result.overlap}" for name, result in results.items() if result.overlap)
     commands = "\n".join(dict.fromkeys(result.command for result in results.values()))
     facts = "\n".join(f"- {name}: {value}" for name, value in flat(config.training).items())
@@ -254,7 +266,7 @@ model = ov3.load("{Path(options.model).name}")
 Left: the image; right: rebuilt from tokens. Below: the caption that the model writes (in brackets: the true one). They are the first by a hash of
 their content that neither the model nor its VAE has seen, not chosen.
 
-{chr(10).join(f"{picture}{chr(10)}" for picture in pictures)}
+{chr(10).join(f"{example}{chr(10)}" for example in examples)}
 ## Results
 
 In brackets: 95 % intervals over samples. Every number with its protocol: `results.json` of each evaluation.
@@ -286,6 +298,48 @@ In brackets: 95 % intervals over samples. Every number with its protocol: `resul
 """
 
 
+def vae_card(options: Options, results: dict[str, Results], training: str) -> str:
+    """The text of the card of the embedded VAE."""
+    vae = json.loads((hub.EMBEDDED / "config.json").read_text(encoding="utf-8"))
+    log = json.loads((hub.EMBEDDED / "training.json").read_text(encoding="utf-8"))
+    stages = []
+    while log:
+        stages.insert(
+            0, f"```\n{log['command']}\n```\n{log['steps']:,} steps of {log['batch']}, {log['minutes']:.0f} minutes on {log['machine']}, seed {log['seed']}."
+        )
+        log = log.get("started_from")
+    loaded = hub.load_vae("embedded")
+    parameters = sum(p.numel() for p in loaded.parameters()) / 1e6
+    return f"""---
+library_name: diffusers
+license: {options.licence_id}
+---
+# The embedded VAE
+
+`AutoencoderTiny` of diffusers, {vae["latent_channels"]} latent channels, 8x, {parameters:.2f} M parameters in bf16; encoder blocks
+{vae["num_encoder_blocks"]} and decoder blocks {vae["num_decoder_blocks"]} at width 64: the depth stands at low resolution, where a block costs little.
+Latents have about unit variance (`scaling_factor` {vae["scaling_factor"]}, measured on training images). sha256 of the weights: `{loaded.sha256}`.
+
+## Results
+
+At 128 px. In brackets: 95 % intervals over samples; *unseen*: neither the VAE nor the model that was measured with it has seen a near-duplicate.
+
+{result_tables(results, options.model, VAE_TABLES)}
+
+## Training
+
+{(chr(10) + chr(10)).join(stages)}
+
+The loss, Muon and averaged weights: `tools/train_embedded_vae.py`. The data of the last stage; images computed from random numbers joined them:
+
+{training}
+
+## Licence
+
+{options.licence}. Code: Apache-2.0.
+"""
+
+
 def main(options: Options) -> None:
     folder = hub.find_folder(options.model)
     pipeline = openvision3.load(str(folder), device="cpu")
@@ -301,10 +355,16 @@ def main(options: Options) -> None:
     if options.show and unknown:
         raise ValueError(f"what {' and '.join(unknown)} was trained on is not recorded, so that unseen images cannot be told; see openvision3 data fingerprint")
     all_known = [Known(one.of, one.fingerprint) for one in known]
-    training = training_table(options.train) if options.train else "Not named."
+    training, credits = training_table(options.train, options.only) if options.train else ("Not named.", [])
+    if credits:
+        training += f"\n\nThe authors of {len(credits):,} of these images are credited one by one in [{CREDITS}]({CREDITS})."
     sheets = [sheet for pair in options.show for sheet in show_images(pipeline, all_known, pair, options)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, card(options, results, sheets, training))
+    if credits:
+        write_whole(options.out.parent / CREDITS, "\n".join(credits) + "\n")
+    if options.vae_out:
+        write_whole(options.vae_out, vae_card(options, results, training.replace(f"({CREDITS})", f"(../{options.out.parent.name}/{CREDITS})")))
     print(f"{options.out}, {len(sheets)} images in {options.images}")
 
 

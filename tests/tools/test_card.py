@@ -10,7 +10,7 @@ from PIL import Image
 from shard_files import write_shard
 from tiny_pipeline import make_pipeline, write_photo
 
-from openvision3 import cli
+from openvision3 import cli, hub
 from openvision3.data.fingerprint import FILE, take_fingerprint
 from openvision3.data.shards.source import ShardSource
 from openvision3.evaluate.overlap import Known
@@ -63,8 +63,8 @@ def written(data, tmp_path_factory):
         arguments = ["--data", held_out, "--metrics", "psnr", "--sigmas", "0", "--out", str(folder / kind)]
         assert cli.main(["evaluate", kind, str(folder / "model"), *arguments]) == 0
     options = card.Options(
-        (folder / "retrieval", folder / "reconstruction"), "the terms", "mit", str(folder / "model"), (f"drawings={held_out}",), (train,), 32,
-        folder / "images", folder / "out" / "card.md",
+        (folder / "retrieval", folder / "reconstruction"), "the terms", "mit", str(folder / "model"), (f"drawings={held_out}",), (train,), count=32,
+        images=folder / "images", out=folder / "out" / "card.md", vae_out=folder / "out" / "vae.md",
     )  # fmt: skip
     card.main(options)
     return folder, options.out.read_text()
@@ -85,7 +85,20 @@ def test_the_card_shows_its_images_with_licences_and_credits_and_counts_the_trai
     links = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(links) == 3 and all(Image.open(folder / "out" / link).size[0] > 900 for link in links)
     assert "From 3 noto 1.0 MIT." in text and "- pizza by somebody" in text and "- llama by somebody" not in text
+    credits = ["apple by somebody", "llama by somebody", "pilot by somebody"]  # of the training data, not of the shown images
+    assert (folder / "out" / "CREDITS.txt").read_text().splitlines() == credits and "3 of these images are credited one by one" in text
     assert "| noto 1.0 | MIT | 2 |" in text and "| twemoji 1.0 | MIT | 1 |" in text and "license: mit" in text
+
+
+def test_the_card_of_the_vae_has_its_numbers_and_the_command_of_every_stage(written):
+    folder, _ = written
+    text = (folder / "out" / "vae.md").read_text()
+    psnr = next(row for row in Results.load(folder / "reconstruction").rows if not row.number.part and row.metric == "psnr" and row.model.startswith("VAE "))
+    assert f"| reconstruction | all | 6 | {shown('psnr', psnr.number)} |" in text
+    stage = json.loads((hub.EMBEDDED / "training.json").read_text())
+    while stage:
+        assert stage["command"] in text
+        stage = stage.get("started_from")
 
 
 def test_what_a_model_cannot_do_is_what_its_numbers_are_low_in(written):

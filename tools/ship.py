@@ -1,0 +1,100 @@
+"""Put a finished training into the package: its weights in bf16, and the commands that repeat it.
+
+    python tools/ship.py mini runs/mini_low_res runs/mini_high_res --rename /data/drawings=DRAWINGS /data=DATA --licence 'CC BY-SA 4.0 ...'
+    python tools/ship.py vae runs/vae/ema runs/vae_more/ema --rename /data=DATA
+
+The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data.
+Then: `openvision3 calibrate`, `make results`, `make card`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from tyro.conf import Positional
+
+from openvision3 import hub
+from openvision3.pipeline import load
+
+COMMANDS = "command.txt"
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+@dataclass
+class Options:
+    """What ships."""
+
+    which: Positional[Literal["mini", "vae"]]
+    """the folder of the package that is replaced"""
+    runs: Positional[tuple[Path, ...]]
+    """mini: run folders; vae: folders that tools/train_embedded_vae.py wrote (OUT/ema)"""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW pairs, applied in their order"""
+    licence: str = ""
+    """mini: the terms of the weights, in words"""
+
+    def __post_init__(self):
+        if wrong := [pair for pair in self.rename if not pair.partition("=")[0]]:
+            raise ValueError(f"--rename {wrong[0]} must look like OLD=NEW")
+        if not self.runs:
+            raise ValueError("name at least one run")
+
+    def elsewhere(self, value: Any) -> Any:
+        """The value, with the texts in it renamed."""
+        if isinstance(value, str):
+            for pair in self.rename:
+                old, _, new = pair.rpartition("=")
+                value = value.replace(old, new)
+            return value
+        if isinstance(value, dict):
+            return {name: self.elsewhere(inner) for name, inner in value.items()}
+        return [self.elsewhere(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def write_mini(options: Options, folder: Path) -> None:
+    """The newest checkpoint of the last run, without the VAE, which has a folder of its own; the command of each run."""
+    pipeline = load(options.runs[-1])
+    pipeline.training = options.elsewhere(pipeline.training) | {"licence": options.licence}
+    pipeline.save(folder, dtype=torch.bfloat16, with_vae=False)
+    commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] for run in options.runs]
+    (folder / COMMANDS).write_text("".join(f"openvision3 {options.elsewhere(command)}\n" for command in commands), encoding="utf-8")
+
+
+def write_vae(options: Options, folder: Path) -> None:
+    """The weights of the last folder; training.json holds the stages, the last one first, each in the `started_from` of the one after it."""
+    folder.mkdir()
+    for name in VAE_FILES:
+        shutil.copyfile(options.runs[-1] / name, folder / name)
+    training: dict[str, Any] = {}
+    for run in options.runs:
+        before, training = training, options.elsewhere(json.loads((run / "training.json").read_text(encoding="utf-8")))
+        if before:
+            training["started_from"] = before
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+
+
+def main(options: Options) -> None:
+    target = hub.ASSETS / options.which
+    with tempfile.TemporaryDirectory(dir=hub.ASSETS) as made:  # whole, before the old one gives way
+        new = Path(made) / "new"
+        {"mini": write_mini, "vae": write_vae}[options.which](options, new)
+        if target.is_dir():
+            target.rename(Path(made) / "old")
+        new.rename(target)
+    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"ship: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
