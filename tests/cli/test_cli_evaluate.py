@@ -509,6 +509,24 @@ def test_lines_of_synonyms_are_not_called_clips_names():
         assert "synonyms" not in class_texts(replace(synonyms, names=("tench", "goldfish", "salt, sugar and so on")), kind, None)[1]
 
 
+def test_own_templates_replace_those_of_clip_and_a_class_may_have_several_names():
+    labels = Labels(("rose | roses", "tulip"), (), (0, 1), (0, 1))
+    texts, how = class_texts(labels, "templates", None, ("a photo of a {}", "a drawing of a {}"))
+    assert texts[0] == ["a photo of a rose", "a drawing of a rose", "a photo of a roses", "a drawing of a roses"]
+    assert texts[1] == ["a photo of a tulip", "a drawing of a tulip"] and "'a photo of a {}'" in how and "CLIP" not in how
+    assert class_texts(labels, "names", None)[0] == [["rose", "roses"], ["tulip"]]
+    assert [len(of_class) for of_class in class_texts(labels, "templates", None)[0]] == [160, 80]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["--template", "a photo"], "template 'a photo' has no {}"), (["--template", "a {}", "--prompts", "names"], "template is not used with prompts names")],
+)
+def test_a_template_that_cannot_be_used_is_refused_in_one_line(given, message, capsys):
+    assert cli.main(["evaluate", "zeroshot", "mini", *given]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_only_an_images_own_captions_are_right_where_asked_for(root, tmp_path):
     data = labelled(tmp_path / "data", 2, 40)
     for path in data.rglob("*.txt"):

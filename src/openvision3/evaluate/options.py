@@ -78,11 +78,13 @@ class Options:
     label_key: str = ""
     """zeroshot, probe: the JSON field with the class. Not set: the emoji's group, the sub-folder or the .cls member"""
     classes: PathName = ""
-    """zeroshot, probe: a file of class names, one per line"""
+    """zeroshot, probe: a file of class names, one per line; several names of one class are separated by |: rose|roses"""
     least: int = 20
     """probe: leave out classes with fewer training images than this"""
     prompts: Literal["auto", "templates", "names", "captions"] = "auto"
     """zeroshot: the texts of a class: CLIP's 80 templates, bare name, or captions of training images. auto: captions for emoji groups, else templates"""
+    template: tuple[str, ...] = ()
+    """zeroshot: your own templates in place of CLIP's, with {} in the place of the class, such as "a photo of {}"; a class is the mean of all its texts"""
     train: tuple[PathName, ...] = ()
     """training data of MODEL, in addition to those recorded with it: data, or fingerprints of data (openvision3 data fingerprint). Samples seen in
     these get rows of their own. A probe is fitted to the data named here. Not set: openmoji, if data is openmoji"""
@@ -109,6 +111,10 @@ class Options:
             from openvision3.data.crops import check_size
 
             check_size(self.size)
+        if wrong := [text for text in self.template if "{}" not in text]:
+            raise ValueError(f"template {wrong[0]!r} has no {{}} in the place of the class, as in 'a photo of {{}}'")
+        if self.template and self.prompts not in ("auto", "templates"):
+            raise ValueError(f"template is not used with prompts {self.prompts}; leave out one of them")
         if any(not 0 <= sigma < 100 for sigma in self.sigmas):
             raise ValueError(f"sigmas {self.sigmas} must be numbers from 0 to 100")
         for pair in self.peer_folder:

@@ -298,10 +298,10 @@ def _zeroshot(evaluation: Evaluation) -> Measure:
     options = evaluation.options
     prompts = options.prompts
     if prompts == "auto":
-        prompts = "captions" if options.data == ("openmoji",) and not options.label_key else "templates"
+        prompts = "captions" if options.data == ("openmoji",) and not options.label_key and not options.template else "templates"
     training = _training(options, least=1) if prompts == "captions" else None
     labels = _labels(evaluation, training[1] if training else None)
-    texts, how = suite.class_texts(labels, prompts, training)
+    texts, how = suite.class_texts(labels, prompts, training, options.template)
     return lambda model: suite.zeroshot(model, evaluation.images_for(model, "zeroshot"), labels, texts, how, evaluation.embeddings.get(model.name))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openvision3.data.fingerprint import near_duplicates
-from openvision3.data.labelled import Labels, prompts
+from openvision3.data.labelled import TEMPLATES, Labels, prompts
 from openvision3.evaluate.image_set import ImageSet, Rows, on_first
 from openvision3.evaluate.metrics.accuracy import Classification
 from openvision3.evaluate.metrics.captioning import evaluate_captions
@@ -298,8 +298,10 @@ def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Seque
     return Measured(numbers, used=used, text=remark, labels=origin, left_out=labels.left_out, shown={"classes": done.classes}, columns=columns)
 
 
-def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) -> tuple[list[list[str]], str]:
+def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None, templates: Sequence[str] = ()) -> tuple[list[list[str]], str]:
     """(texts of each class, description of these texts). `kind` is templates, names or captions (of the training images of a class).
+
+    `templates` replace CLIP's. Several names of a class are separated by |.
 
     Raises:
         CannotRun: captions without training images, or classes without names.
@@ -318,9 +320,13 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None) 
         raise CannotRun(f"classes are known by number only ({', '.join(labels.names[:3])} ...); name a file of class names with --classes")
     synonyms = sum("," in name for name in labels.names)
     remark = ", a line of synonyms such as OpenCV's and not CLIP's name: compare with no published number" if 2 * synonyms > len(labels.names) else ""
+    named = [[name.strip() for name in line.split("|")] for line in labels.names]
+    several = "names" if any(len(names) > 1 for names in named) else "name"
     if kind == "names":
-        return [[name] for name in labels.names], f"the text embedding of its name alone{remark}"
-    return [prompts(name) for name in labels.names], f"the mean text embedding of its name in CLIP's 80 templates{remark}"
+        return named, f"the text embedding of its {several} alone{remark}"
+    of = f"the templates {', '.join(map(repr, templates))}" if templates else "CLIP's 80 templates"
+    texts = [[text for name in names for text in prompts(name, templates or TEMPLATES)] for names in named]
+    return texts, f"the mean text embedding of its {several} in {of}{remark}"
 
 
 @dataclass
