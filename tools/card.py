@@ -302,7 +302,7 @@ def vae_card(options: Options, results: dict[str, Results], training: str) -> st
     """The text of the card of the embedded VAE."""
     vae = json.loads((hub.EMBEDDED / "config.json").read_text(encoding="utf-8"))
     log = json.loads((hub.EMBEDDED / "training.json").read_text(encoding="utf-8"))
-    stages = []
+    stages: list[str] = []
     while log:
         stages.insert(
             0, f"```\n{log['command']}\n```\n{log['steps']:,} steps of {log['batch']}, {log['minutes']:.0f} minutes on {log['machine']}, seed {log['seed']}."

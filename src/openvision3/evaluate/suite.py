@@ -324,9 +324,9 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None, 
     several = "names" if any(len(names) > 1 for names in named) else "name"
     if kind == "names":
         return named, f"the text embedding of its {several} alone{remark}"
-    of = f"the templates {', '.join(map(repr, templates))}" if templates else "CLIP's 80 templates"
+    frame = f"the templates {', '.join(map(repr, templates))}" if templates else "CLIP's 80 templates"
     texts = [[text for name in names for text in prompts(name, templates or TEMPLATES)] for names in named]
-    return texts, f"the mean text embedding of its {several} in {of}{remark}"
+    return texts, f"the mean text embedding of its {several} in {frame}{remark}"
 
 
 @dataclass
