@@ -272,7 +272,7 @@ def kind_of(drawing: Drawing, styles: dict[str, set[str]]) -> str:
 
     `unseen style` holds a family out of a single style, the first by its hash, so that the others still show it.
     """
-    if concept_share(drawing.family) < openmoji.UNSEEN_CONCEPT:
+    if concept_share(drawing.family) < openmoji.UNSEEN_CONCEPT_SHARE:
         return UNSEEN_CONCEPT
     others = styles[drawing.family]
     if len(others) > 1 and _share("style", drawing.family) < HELD_STYLE * len(others) and drawing.style == min(others, key=lambda s: _share(s, drawing.family)):

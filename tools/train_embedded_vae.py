@@ -176,11 +176,12 @@ class TrainingPictures(torch.utils.data.Dataset):
         texture = self.textures[int(torch.randint(len(self.textures), (1,), generator=generator))]
         return crop_resized(texture, random_crop_box(192, 192, generator, (0.3, 1.0)), self.size)
 
-    def __getitem__(self, position: int) -> torch.Tensor:
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, bool]:
+        """(pixels, whether a texture stands in for an image that cannot be read)."""
         generator = torch.Generator().manual_seed(hash((self.seed, position)) & 0x7FFFFFFF)
         kind, flip, jitter, invert = torch.rand(4, generator=generator).tolist()
-        picture = self.texture(generator) if kind < self.synthetic else self.drawn(generator)
-        pixels = to_tensor(picture)
+        image = None if kind < self.synthetic else self.drawn(generator)
+        pixels = to_tensor(self.texture(generator) if image is None else image)
         if flip < 0.5:
             pixels = pixels.flip(2)
         if jitter < 0.3:  # other colours, same shapes
@@ -190,21 +191,22 @@ class TrainingPictures(torch.utils.data.Dataset):
         elif jitter < 0.5:
             gain, lift = torch.rand(2, 3, 1, 1, generator=generator)
             pixels = (pixels * (0.5 + 0.5 * gain) + 0.5 * (lift - 0.5)).clamp(-1, 1)
-        return pixels
+        return pixels, image is None and kind >= self.synthetic
 
-    def drawn(self, generator: torch.Generator) -> Image.Image:
+    def drawn(self, generator: torch.Generator) -> Image.Image | None:
+        """A crop of a random training image; None if it cannot be read."""
         part = int(torch.multinomial(self.shares, 1, generator=generator))
         index = int(torch.randint(self.bounds[part], self.bounds[part + 1], (1,), generator=generator))
         try:
-            picture = from_uint8(self.source.crop(index, self.size, generator)[0])
+            image = from_uint8(self.source.crop(index, self.size, generator)[0])
         except ImageError:
-            return self.texture(generator)
+            return None
         if self.source.key(index).startswith("openmoji/") and torch.rand(1, generator=generator).item() < 0.2:
             scale, x, y = torch.rand(3, generator=generator).tolist()
             emoji = openmoji.load_emoji().train
             character = emoji[int(torch.randint(len(emoji), (1,), generator=generator))].character
-            picture = openmoji.draw(character, self.size, scale=0.6 + scale, shift=(0.4 * x - 0.2, 0.4 * y - 0.2), background=self.texture(generator))
-        return picture
+            image = openmoji.draw(character, self.size, scale=0.6 + scale, shift=(0.4 * x - 0.2, 0.4 * y - 0.2), background=self.texture(generator))
+        return image
 
 
 def held_out_shards(folder: Path | None) -> dict[str, list[str]]:
@@ -310,7 +312,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(source)} training images; {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     sets = {name: images.to(device) for name, images in held_out_sets(args.held_out, args.size, args.held_out_count).items()}
     dataset = TrainingPictures(source, args.weights, args.size, args.seed, args.synthetic)
-    probe = torch.stack([dataset[i] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
+    probe = torch.stack([dataset[i][0] for i in range(256)])  # latents leave with unit variance: every save measures the scale on these
     order = range(step * args.batch, args.steps * args.batch)
     ahead = 4 if args.workers else None
     loader = torch.utils.data.DataLoader(dataset, args.batch, sampler=order, num_workers=args.workers, prefetch_factor=ahead, worker_init_fn=outlive_signals)
@@ -343,8 +345,9 @@ def train(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
 
-    sums, count, mark = torch.zeros(4), 0, time.perf_counter()
-    for images in loader:
+    sums, count, unreadable, mark = torch.zeros(4), 0, 0, time.perf_counter()
+    for images, stands_in in loader:
+        unreadable += int(stands_in.sum())
         left = args.steps - step
         rate = args.learning_rate * min(1.0, (step + 1) / 100, left / max(1, args.cooldown))
         for optimizer in optimizers:
@@ -380,9 +383,8 @@ def train(args: argparse.Namespace) -> None:
             now = time.perf_counter()
             seconds, speed, mark = seconds + now - mark, count * args.batch / (now - mark), now
             l1, l2, feature, hold = (sums / count).tolist()
-            print(
-                f"step {step:6d}  l1 {l1:.4f}  l2 {l2:.4f}  feature {feature:.4f}  penalty {hold:.4f}  {speed:.1f} images/s  {seconds / 60:.1f} min", flush=True
-            )
+            line = f"step {step:6d}  l1 {l1:.4f}  l2 {l2:.4f}  feature {feature:.4f}  penalty {hold:.4f}  {speed:.1f} images/s  {seconds / 60:.1f} min"
+            print(line + (f"  {unreadable} unreadable images, textures in their place" if unreadable else ""), flush=True)
             sums, count = torch.zeros(4), 0
         if step % args.save_every == 0 or stop or step == args.steps:
             save()

@@ -1,5 +1,6 @@
 """The script that makes the embedded VAE: it trains, goes on after a signal, and leaves a folder that the model can use."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 from openvision3.data import openmoji
 from openvision3.data.images import to_tensor
+from openvision3.data.names import DataOptions, open_source
 from openvision3.hub import load_vae
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_embedded_vae.py"
@@ -28,6 +30,22 @@ NARROW = {
 def start(out: Path, *more: str) -> subprocess.Popen:
     settings = ["--batch", "4", "--size", "32", "--save-every", "5", "--architecture", json.dumps(NARROW), "--out", str(out)]
     return subprocess.Popen([sys.executable, str(SCRIPT), *settings, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_texture_stands_in_for_an_unreadable_image_and_is_told_from_others(tmp_path):
+    spec = importlib.util.spec_from_file_location("train_embedded_vae", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for name, data, stands_in in (("cut", whole[: len(whole) // 2], True), ("whole", whole, False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "0.png").write_bytes(data)
+        (folder / "0.txt").write_text("a red square")
+        dataset = script.TrainingPictures(open_source((str(folder),), DataOptions()), [], 32, 0, 0.0)
+        pixels, told = dataset[0]
+        assert pixels.shape == (3, 32, 32) and told is stands_in
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ Side = Literal["train", "val", "test"]
 TEST_SHARE, VAL_SHARE = 0.1, 0.07
 """shares of the families"""
 
-UNSEEN_CONCEPT = 0.05
+UNSEEN_CONCEPT_SHARE = 0.05
 """share of the families, half of the test side, that no other set of drawings may train on either: neither the concept nor the drawing has been seen"""
 
 STYLE = "openmoji"
