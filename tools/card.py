@@ -40,6 +40,9 @@ from openvision3.pipeline import Pipeline
 from openvision3.settings import flat, read_rules
 
 CREDITS = "CREDITS.txt"
+Cell = tuple[Image.Image, Image.Image, str, str]
+"""the original, its reconstruction, the written caption, the true one"""
+IN_A_ROW = 4
 OPENMOJI = ("OpenMoji", "CC BY-SA 4.0")
 TABLES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Reconstruction, of the model and of its VAE alone", {"psnr": "PSNR", "VAE psnr": "PSNR, VAE", "ssim": "SSIM", "VAE ssim": "SSIM, VAE"}),
@@ -93,6 +96,8 @@ class Options:
     out: Path = Path("card.md")
     vae_out: Path | None = None
     """also write the card of the embedded VAE, from the rows of the same results"""
+    strip: Path | None = None
+    """also draw the first four images of each kind here, a kind a row"""
 
 
 @dataclass
@@ -103,6 +108,7 @@ class Shown:
     path: Path
     licences: Counter[str]
     credits: tuple[str, ...]
+    cells: list[Cell]
 
 
 def part_of(row: Row) -> str:
@@ -197,13 +203,13 @@ def show_images(pipeline: Pipeline, known: list[Known], pair: str, options: Opti
         view = ImageSet(source, pipeline.size, indices=indices)
         rows = view.collect("writing captions", lambda batch: list(zip(rebuild(batch.images), write(batch.images), batch.captions, strict=True)))
         originals = view.collect("reading", lambda batch: list(batch.images))
-        cells = [(_image(originals[i]), _image(rows[i][0]), rows[i][1], (rows[i][2] or ("",))[0]) for i in indices]
+        cells: list[Cell] = [(_image(originals[i]), _image(rows[i][0]), rows[i][1], (rows[i][2] or ("",))[0]) for i in indices]
         path = options.images / f"{'-'.join([name, *kind.split()])}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(cells).save(path, quality=90)
         credits = dict.fromkeys(credit for index in indices if (credit := source.value(index, "attribution")))
         title = f"{name}, {kind or UNSEEN}: {len(indices)} images"
-        sheets.append(Shown(title, path, Counter(" ".join(origin(source, index)) for index in indices), tuple(credits)))
+        sheets.append(Shown(title, path, Counter(" ".join(origin(source, index)) for index in indices), tuple(credits), cells))
     if not sheets:
         raise ValueError(f"training has seen all {len(source)} samples of {data}; name held-out data with --show")
     return sheets
@@ -216,8 +222,8 @@ def _image(image: torch.Tensor) -> Image.Image:
     return only
 
 
-def draw_sheet(cells: list[tuple[Image.Image, Image.Image, str, str]], columns: int = 4, side: int = 112) -> Image.Image:
-    """(original, reconstruction, written caption, true caption) of each image, four to a row."""
+def draw_sheet(cells: list[Cell], columns: int = IN_A_ROW, side: int = 112) -> Image.Image:
+    """All cells as one image, four to a row."""
     gap, text = 8, 46
     width, height = 2 * side + gap, side + text
     sheet = Image.new("RGB", (columns * (width + gap) + gap, -(-len(cells) // columns) * (height + gap) + gap), "white")
@@ -363,6 +369,8 @@ def main(options: Options) -> None:
     write_whole(options.out, card(options, results, sheets, training))
     if credits:
         write_whole(options.out.parent / CREDITS, "\n".join(credits) + "\n")
+    if options.strip:
+        draw_sheet([cell for sheet in sheets for cell in sheet.cells[:IN_A_ROW]]).save(options.strip)
     if options.vae_out:
         write_whole(options.vae_out, vae_card(options, results, training.replace(f"({CREDITS})", f"(../{options.out.parent.name}/{CREDITS})")))
     print(f"{options.out}, {len(sheets)} images in {options.images}")

@@ -1,7 +1,7 @@
 """Put a finished training into the package: its weights in bf16, and the commands that repeat it.
 
     python tools/ship.py mini runs/mini_low_res runs/mini_high_res --rename /data/drawings=DRAWINGS /data=DATA --licence 'CC BY-SA 4.0 ...'
-    python tools/ship.py vae runs/vae/ema runs/vae_more/ema --rename /data=DATA
+    python tools/ship.py vae runs/vae/ema runs/vae_more/ema --fingerprints first.safetensors more.safetensors --rename /data=DATA
 
 The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data.
 Then: `openvision3 calibrate`, `make results`, `make card`.
@@ -22,6 +22,8 @@ import tyro
 from tyro.conf import Positional
 
 from openvision3 import hub
+from openvision3.data.fingerprint import FILE as FINGERPRINT
+from openvision3.data.fingerprint import Fingerprint
 from openvision3.pipeline import load
 
 COMMANDS = "command.txt"
@@ -40,12 +42,16 @@ class Options:
     """OLD=NEW pairs, applied in their order"""
     licence: str = ""
     """mini: the terms of the weights, in words"""
+    fingerprints: tuple[Path, ...] = ()
+    """vae: fingerprints of the data of its stages (openvision3 data fingerprint), saved as one; the mini's run has its own"""
 
     def __post_init__(self):
         if wrong := [pair for pair in self.rename if not pair.partition("=")[0]]:
             raise ValueError(f"--rename {wrong[0]} must look like OLD=NEW")
         if not self.runs:
             raise ValueError("name at least one run")
+        if (self.which == "vae") != bool(self.fingerprints):
+            raise ValueError("name the fingerprints of the VAE's data with --fingerprints; the mini's run has its own")
 
     def elsewhere(self, value: Any) -> Any:
         """The value, with the texts in it renamed."""
@@ -63,6 +69,8 @@ def write_mini(options: Options, folder: Path) -> None:
     """The newest checkpoint of the last run, without the VAE, which has a folder of its own; the command of each run."""
     pipeline = load(options.runs[-1])
     pipeline.training = options.elsewhere(pipeline.training) | {"licence": options.licence}
+    assert pipeline.fingerprint is not None, f"{options.runs[-1]} has no fingerprint of its data; train with --fingerprint"
+    pipeline.fingerprint.data = tuple(options.elsewhere(pipeline.fingerprint.data))
     pipeline.save(folder, dtype=torch.bfloat16, with_vae=False)
     commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] for run in options.runs]
     (folder / COMMANDS).write_text("".join(f"openvision3 {options.elsewhere(command)}\n" for command in commands), encoding="utf-8")
@@ -73,6 +81,9 @@ def write_vae(options: Options, folder: Path) -> None:
     folder.mkdir()
     for name in VAE_FILES:
         shutil.copyfile(options.runs[-1] / name, folder / name)
+    seen = Fingerprint.joined([Fingerprint.load(path) for path in options.fingerprints])
+    seen.data = tuple(options.elsewhere(seen.data))
+    seen.save(folder / FINGERPRINT)
     training: dict[str, Any] = {}
     for run in options.runs:
         before, training = training, options.elsewhere(json.loads((run / "training.json").read_text(encoding="utf-8")))
