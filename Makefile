@@ -46,30 +46,33 @@ bench: setup
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)
 
-# The numbers of docs/results.md on the shipped mini and on the two branches: an hour or two. DATA is a folder with pictures/ and photos/;
+# The numbers of docs/results.md on the shipped mini and on the two branches: an hour or two. DATA is a folder with those of the SETS that you have;
 # DRAWINGS is the folder of tools/named_drawings.py.
-MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple
+MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple --sigmas 0
 LICENCE := CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project" and the sources below
 LICENCE_ID := cc-by-sa-4.0
+SETS    := pictures flowers_ccby grocery_mit trashnet_mit flickr8k imagenette photos
 ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --precision fp32 --compile off --out results/ablations
 
 results: setup
 	$(MEASURE) --data openmoji --count 256 --out results/openmoji
-	@test -n "$(DATA)" || echo "pictures and photos are skipped. To measure them: make results DATA=FOLDER, with pictures/train-*.tar, pictures/val-*.tar and photos/val-*.tar in it"
-	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/pictures/val-*.tar' --train '$(DATA)/pictures/train-*.tar' --label-key category --out results/pictures
-	test -z "$(DATA)" || $(MEASURE) --data '$(DATA)/photos/val-*.tar' --label-key category --out results/photos
+	@test -n "$(DATA)" || echo "OpenMoji alone is measured. For more: make results DATA=FOLDER, with SET/train-*.tar and SET/val-*.tar in it; SET is one of $(SETS)"
+	test ! -d "$(DATA)/pictures" || $(MEASURE) --data '$(DATA)/pictures/val-*.tar' --train '$(DATA)/pictures/train-*.tar' --label-key category --out results/pictures
+	test ! -d "$(DATA)/photos" || $(MEASURE) --data '$(DATA)/photos/val-*.tar' --label-key category --out results/photos
 	test -z "$(DRAWINGS)" || $(MEASURE) --data '$(DRAWINGS)/*-unseen_*.tar' '$(DRAWINGS)/*-seen_concept-*.tar' --out results/drawings
 	for set in flowers_ccby grocery_mit trashnet_mit; do test ! -d "$(DATA)/$$set" || $(MEASURE) --data "$(DATA)/$$set/val-*.tar" \
-	  --train "$(DATA)/$$set/train-*.tar" --label-key category --out results/$$set || exit 1; done
-	$(BIN)/openvision3 evaluate table results/openmoji $(if $(DATA),results/pictures results/photos) --out results/summary.html
+	  --train "$(DATA)/$$set/train-*.tar" --label-key category --prompts captions --out results/$$set || exit 1; done
+	test ! -d "$(DATA)/flickr8k" || $(MEASURE) --data '$(DATA)/flickr8k/val-*.tar' --caption-keys captions --out results/flickr8k
+	test ! -d "$(DATA)/imagenette" || $(MEASURE) --data '$(DATA)/imagenette/val-*.tar' --label-key category --out results/imagenette
+	$(BIN)/openvision3 evaluate table results/*/results.json --out results/summary.html
 	$(BIN)/openvision3 ablate synergy $(ABLATE)
 	$(BIN)/openvision3 ablate balance $(ABLATE)
 
-# The card of the shipped mini, from the results of `make results` and from held-out data that may be shown. TRAIN: the training data; SHOW: NAME=DATA of each.
+# The cards of the shipped mini and its VAE, from the results of `make results` and from held-out data that may be shown. TRAIN: the training data; SHOW: NAME=DATA of each.
 card: setup
 	@test -n "$(TRAIN)$(SHOW)" || echo "without TRAIN='openmoji DRAWINGS/*-train-*.tar' and SHOW='openmoji=openmoji drawings=DRAWINGS/*_*-*.tar' the card shows no images and no sources"
-	set -f; $(BIN)/python tools/card.py mini --results $(wildcard results/openmoji results/drawings results/pictures results/photos results/*_mit results/*_ccby results/flickr8k) \
-	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW)) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md
+	set -f; $(BIN)/python tools/card.py mini --results $(wildcard results/openmoji results/drawings $(SETS:%=results/%)) \
+	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW)) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md --strip docs/rebuilt.png --only 'source!=stamps'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

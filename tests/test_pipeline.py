@@ -456,10 +456,24 @@ def test_the_shipped_mini_rebuilds_names_and_describes_a_held_out_emoji(mini):
     assert isinstance(to_pil(mini.reconstruct(pictures[0]))[0], Image.Image)
 
 
-def test_the_shipped_mini_is_small_and_has_a_card(mini):
-    folder = Path(ov3.__file__).parent / "assets" / "mini"
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 31e6
-    assert "CC BY-SA 4.0" in (folder / "README.md").read_text(encoding="utf-8")
+def test_the_shipped_weights_are_small_and_have_a_card_and_their_credits():
+    """A wheel on PyPI may have 100 MB."""
+    assets = Path(ov3.__file__).parent / "assets"
+    weights = [assets / "mini" / "model.safetensors", assets / "vae" / "diffusion_pytorch_model.safetensors"]
+    assert sum(path.stat().st_size for path in weights) < 36e6
+    assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 90e6
+    for name in ("mini", "vae"):
+        assert "CC BY-SA 4.0" in (assets / name / "README.md").read_text(encoding="utf-8")
+    assert len((assets / "mini" / "CREDITS.txt").read_text(encoding="utf-8").splitlines()) > 2000
+
+
+def test_the_shipped_mini_says_when_an_image_is_like_nothing_in_its_training(mini):
+    from openvision3.data import openmoji
+
+    drawings = [openmoji.draw(emoji.character, 128) for emoji in openmoji.load_emoji().evaluation("test", 20)]
+    known = mini.in_distribution(drawings)
+    noise = [np.random.default_rng(seed).integers(0, 256, (128, 128, 3), dtype=np.uint8) for seed in range(5)]
+    assert sum(map(bool, known)) >= 16 and not any(mini.in_distribution([Image.fromarray(image) for image in noise]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])

@@ -97,7 +97,7 @@ class Options:
     vae_out: Path | None = None
     """also write the card of the embedded VAE, from the rows of the same results"""
     strip: Path | None = None
-    """also draw the first four images of each kind here, a kind a row"""
+    """also draw the first four images of each of the first two kinds here, a kind a row"""
 
 
 @dataclass
@@ -296,12 +296,18 @@ In brackets: 95 % intervals over samples. Every number with its protocol: `resul
 
 ## Training
 
-{facts}
+{commands_of(hub.find_folder(options.model))}{facts}
 
 ## Licence
 
 {options.licence}. Code: Apache-2.0.
 """
+
+
+def commands_of(folder: Path) -> str:
+    """The commands that trained a shipped model, as tools/ship.py keeps them; "" for another one."""
+    path = folder / "command.txt"
+    return f"```\n{path.read_text(encoding='utf-8')}```\n\n" if path.is_file() else ""
 
 
 def vae_card(options: Options, results: dict[str, Results], training: str) -> str:
@@ -370,7 +376,7 @@ def main(options: Options) -> None:
     if credits:
         write_whole(options.out.parent / CREDITS, "\n".join(credits) + "\n")
     if options.strip:
-        draw_sheet([cell for sheet in sheets for cell in sheet.cells[:IN_A_ROW]]).save(options.strip)
+        draw_sheet([cell for sheet in sheets[:2] for cell in sheet.cells[:IN_A_ROW]]).save(options.strip)
     if options.vae_out:
         write_whole(options.vae_out, vae_card(options, results, training.replace(f"({CREDITS})", f"(../{options.out.parent.name}/{CREDITS})")))
     print(f"{options.out}, {len(sheets)} images in {options.images}")

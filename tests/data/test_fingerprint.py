@@ -210,3 +210,11 @@ def test_the_command_refuses_in_one_line(arguments, said, tmp_path, monkeypatch,
 
 def test_hashes_are_the_same_on_every_machine():
     assert text_hash("a red heart") == -8805622758103247948
+
+
+def test_the_same_data_twice_count_once_and_other_data_add_up(tmp_path):
+    emoji = openmoji.load_emoji().train
+    one, other = (take_fingerprint(EmojiSource(part), (name,)) for part, name in ((emoji[:8], "one"), (emoji[8:12], "other")))
+    one.save(tmp_path / "one.safetensors")
+    both = Fingerprint.joined([one, Fingerprint.load(tmp_path / "one.safetensors"), other])
+    assert (both.samples, len(both.images), both.data) == (12, 12, ("one", "other"))

@@ -123,12 +123,17 @@ class Fingerprint:
 
     @classmethod
     def joined(cls, parts: Sequence[Fingerprint]) -> Fingerprint:
-        """One fingerprint of all these data."""
+        """One fingerprint of all these data; the same data twice, as of two phases of training, count once."""
+        parts = [part for i, part in enumerate(parts) if not any(part.is_of_the_data_of(earlier) for earlier in parts[:i])]
         names = tuple(dict.fromkeys(name for part in parts for name in part.data))
         keys = [key for part in parts for key in (part.keys or [""] * len(part.images))]
         images = np.concatenate([part.images for part in parts])
         hashes = [np.unique(np.concatenate([getattr(part, name) for part in parts])) for name in ("captions", "families", "concepts")]
         return cls(names, sum(part.samples for part in parts), images, hashes[0], hashes[1], keys, hashes[2])
+
+    def is_of_the_data_of(self, other: Fingerprint) -> bool:
+        hashes = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("captions", "families", "concepts"))
+        return hashes and self.samples == other.samples and np.array_equal(np.unique(self.images, axis=0), np.unique(other.images, axis=0))
 
     def has_caption(self, caption: str) -> bool:
         return _holds(self.captions, text_hash(normalised(caption)))
