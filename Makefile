@@ -49,7 +49,7 @@ bench: setup
 # The numbers of docs/results.md on the shipped mini and on the two branches: an hour or two. DATA is a folder with those of the SETS that you have;
 # DRAWINGS is the folder of tools/named_drawings.py.
 MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple --sigmas 0
-LICENCE := CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project" and the sources below
+LICENCE := CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project" and the sources above
 LICENCE_ID := cc-by-sa-4.0
 SETS    := pictures flowers_ccby grocery_mit trashnet_mit flickr8k imagenette photos
 ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --precision fp32 --compile off --out results/ablations
@@ -72,7 +72,7 @@ results: setup
 card: setup
 	@test -n "$(TRAIN)$(SHOW)" || echo "without TRAIN='openmoji DRAWINGS/*-train-*.tar' and SHOW='openmoji=openmoji drawings=DRAWINGS/*_*-*.tar' the card shows no images and no sources"
 	set -f; $(BIN)/python tools/card.py mini --results $(wildcard results/openmoji results/drawings $(SETS:%=results/%)) \
-	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW)) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md --strip docs/rebuilt.png --only 'source!=stamps'
+	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW) --strip docs/rebuilt.png) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md --only 'source!=stamps'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

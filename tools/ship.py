@@ -46,7 +46,7 @@ class Options:
     """vae: fingerprints of the data of its stages (openvision3 data fingerprint), saved as one; the mini's run has its own"""
 
     def __post_init__(self):
-        if wrong := [pair for pair in self.rename if not pair.partition("=")[0]]:
+        if wrong := [pair for pair in self.rename if not pair.rpartition("=")[0]]:
             raise ValueError(f"--rename {wrong[0]} must look like OLD=NEW")
         if not self.runs:
             raise ValueError("name at least one run")
@@ -68,8 +68,9 @@ class Options:
 def write_mini(options: Options, folder: Path) -> None:
     """The newest checkpoint of the last run, without the VAE, which has a folder of its own; the command of each run."""
     pipeline = load(options.runs[-1])
+    if pipeline.fingerprint is None:
+        raise ValueError(f"{options.runs[-1]} has no fingerprint of its data; train with --fingerprint")
     pipeline.training = options.elsewhere(pipeline.training) | {"licence": options.licence}
-    assert pipeline.fingerprint is not None, f"{options.runs[-1]} has no fingerprint of its data; train with --fingerprint"
     pipeline.fingerprint.data = tuple(options.elsewhere(pipeline.fingerprint.data))
     pipeline.save(folder, dtype=torch.bfloat16, with_vae=False)
     commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] for run in options.runs]

@@ -44,8 +44,8 @@ def test_a_texture_stands_in_for_an_unreadable_image_and_is_told_from_others(tmp
         (folder / "0.png").write_bytes(data)
         (folder / "0.txt").write_text("a red square")
         dataset = script.TrainingPictures(open_source((str(folder),), DataOptions()), [], 32, 0, 0.0)
-        pixels, told = dataset[0]
-        assert pixels.shape == (3, 32, 32) and told is stands_in
+        pixels, is_texture = dataset[0]
+        assert pixels.shape == (3, 32, 32) and is_texture is stands_in
 
 
 @pytest.mark.slow

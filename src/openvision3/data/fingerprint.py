@@ -132,6 +132,7 @@ class Fingerprint:
         return cls(names, sum(part.samples for part in parts), images, hashes[0], hashes[1], keys, hashes[2])
 
     def is_of_the_data_of(self, other: Fingerprint) -> bool:
+        """Whether both were taken of the same samples; names and the order of images do not count."""
         hashes = all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("captions", "families", "concepts"))
         return hashes and self.samples == other.samples and np.array_equal(np.unique(self.images, axis=0), np.unique(other.images, axis=0))
 
