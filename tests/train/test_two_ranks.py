@@ -66,9 +66,9 @@ def alone(data) -> Path:
     return data / "alone"
 
 
-def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.02, losses: float = 1e-5) -> None:
-    """Losses to 1e-5 and norms to 1e-3, weights to a share of the learning rate; but not key biases, whose true gradient is zero: there Adam steps
-    on rounding.
+def assert_close(one: Path, other: Path, *, share_of_rate: float = 0.02, losses: float = 1e-4) -> None:
+    """Losses to 1e-4 (the rounding of a step grows in those after it) and norms to 1e-3, weights to a share of the learning rate; but not key biases,
+    whose true gradient is zero: there Adam steps on rounding.
 
     It does so wherever a gradient is near zero, in a few entries of a tensor, and in which depends on the processor: so the root mean square of the
     differences is held to the share, and each of them to twice the rate, by which two steps of opposite sign are apart. A sample lost or seen
@@ -109,7 +109,7 @@ def test_two_processes_train_what_one_does(data, alone, tmp_path, more):
 @pytest.mark.slow
 @pytest.mark.parametrize("levers", [FINISH, RATIO], ids=["finish", "ratio"])
 def test_changes_of_the_recipe_are_the_same_in_two_processes(data, tmp_path, levers):
-    losses = 1e-3 if levers is RATIO else 1e-5  # the measured norms carry the rounding of each step into the weights of the next
+    losses = 1e-3 if levers is RATIO else 1e-4  # the measured norms carry the rounding of each step into the weights of the next
     run(command(data, tmp_path / "one", *levers))
     for name, more in {"copies": ["--parallel", "replicate"], "shards": ["--parallel", "fsdp", "--micro-batch", "2", "--checkpointing"]}.items():
         run(command(data, tmp_path / name, *levers, *more), processes=2)
