@@ -19,7 +19,7 @@ import openvision3 as ov3
 from openvision3 import cli
 from openvision3.cli import use
 from openvision3.data.familiarity import Calibration, Familiarity
-from openvision3.train import held_out
+from openvision3.train import open_data
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_doctor_reports_this_machine(capsys):
 
 
 def test_train_saves_a_model_that_the_other_verbs_use(work, capsys, monkeypatch):
-    monkeypatch.setattr(held_out, "EVALUATED", 8)
+    monkeypatch.setattr(open_data, "EVALUATED", 8)
     assert cli.main(["train", "tiny", "--steps", "2", "--batch", "4", "--precision", "fp32", "--out", "run", "--log-every", "1"]) == 0
     assert cli.main(["caption", "pics/a.png", "--model", "run", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -16,8 +16,9 @@ from openvision3.data.names import open_source
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 from openvision3.pipeline import Pipeline
-from openvision3.train import held_out
-from openvision3.train.held_out import quick_evaluation, shared_files
+from openvision3.train import open_data
+from openvision3.train.held_out import quick_evaluation
+from openvision3.train.open_data import shared_files
 
 TERMS = ("loss", "latent", "pixel", "contrastive", "caption")
 CAPTIONS = 2
@@ -59,15 +60,15 @@ def in_one_batch(pipeline: Pipeline, source: Source, count: int) -> dict[str, fl
 
 @pytest.mark.parametrize(("count", "rows"), [(32, 32), (33, 32), (40, 32), (40, 7), (33, 64)])
 def test_held_out_losses_are_those_of_one_batch_however_many_rows_are_computed_at_a_time(pipeline, images, monkeypatch, count, rows):
-    monkeypatch.setattr(held_out, "ROWS", rows)
-    monkeypatch.setattr(held_out, "EVALUATED", count)
+    monkeypatch.setattr(open_data, "ROWS", rows)
+    monkeypatch.setattr(open_data, "EVALUATED", count)
     found = quick_evaluation(pipeline, images, batches_of(pipeline, images), None)
     assert {name: found[name] for name in TERMS} == pytest.approx(in_one_batch(pipeline, images, count), rel=1e-4)
     assert found["contrastive_candidates"] == count
 
 
 def test_a_broken_held_out_image_changes_no_number_of_the_others(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(held_out, "ROWS", 4)
+    monkeypatch.setattr(open_data, "ROWS", 4)
     source = noise(tmp_path / "held", 9)
     whole = quick_evaluation(pipeline, source, batches_of(pipeline, source), None)
     (tmp_path / "held" / "003a.png").write_bytes(b"no image")
@@ -79,7 +80,7 @@ def test_a_broken_held_out_image_changes_no_number_of_the_others(pipeline, tmp_p
 
 def test_what_one_rank_cannot_read_is_left_out_on_all(pipeline, tmp_path, monkeypatch):
     """The parts of a sharded model are computed together: unlike rows would make ranks wait for each other without end."""
-    monkeypatch.setattr(held_out, "ROWS", 4)
+    monkeypatch.setattr(open_data, "ROWS", 4)
     source = noise(tmp_path / "held", 9)
     elsewhere = {"key": "held/005.png", "reason": "unreadable", "detail": "Input/output error"}
 

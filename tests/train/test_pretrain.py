@@ -418,7 +418,7 @@ def signalled(monkeypatch, name: str) -> None:
 
 def test_a_signal_while_a_run_is_set_up_stops_it_at_its_first_step(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    signalled(monkeypatch, "_open_data")
+    signalled(monkeypatch, "open_data")
     outcome = pretrain(small(tmp_path, "run"))
     assert (outcome.status, outcome.steps) == ("stopped", 1) and (tmp_path / "run" / REQUEUE).is_file()
     assert signal.getsignal(signal.SIGTERM) is before

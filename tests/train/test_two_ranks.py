@@ -317,8 +317,8 @@ from datetime import timedelta
 from openvision3 import cli, distributed
 from openvision3.data.images import ImageError
 from openvision3.data.folders import FolderSource
-from openvision3.train import held_out
-distributed.TIMEOUT, held_out.ROWS = timedelta(seconds=60), 2
+from openvision3.train import open_data
+distributed.TIMEOUT, open_data.ROWS = timedelta(seconds=60), 2
 read = FolderSource.data
 def data(self, index):
     if self.labels == ["held"] and index == 1 and os.environ["RANK"] == "1":

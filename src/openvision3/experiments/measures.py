@@ -23,7 +23,7 @@ from openvision3.evaluate.subjects import Subject
 from openvision3.files import write_whole
 from openvision3.pipeline import Pipeline, load
 from openvision3.train.config import PretrainConfig
-from openvision3.train.held_out import data_options, open_held_out
+from openvision3.train.open_data import data_options, open_held_out
 
 FILE = "measures.json"
 DRAWN_FROM = 2048

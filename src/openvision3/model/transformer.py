@@ -161,22 +161,22 @@ def positions_on(x: Tensor, height: int, width: int, channels: int, dtype: torch
     return _table_on(x, sincos_positions, (height, width, channels), dtype)
 
 
-def rotation_on(x: Tensor, height: int, width: int, size: TransformerSize) -> Tensor:
+def rotation_on(x: Tensor, height: int, width: int, size: TransformerSize, base: float = 100.0) -> Tensor:
     """`rope_positions` for the heads of a transformer, as `positions_on`."""
-    return _table_on(x, rope_positions, (height, width, size.width // size.heads), torch.float32)
+    return _table_on(x, rope_positions, (height, width, size.width // size.heads, base), torch.float32)
 
 
-def _table_on(x: Tensor, table: Callable[..., Tensor], shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+def _table_on(x: Tensor, table: Callable[..., Tensor], shape: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """A table of positions, kept for the next call. While a graph is traced (compile, export, fake tensors) it becomes part of the graph and is not kept."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         return _kept_positions(table, shape, x.device, dtype)
-    return table(*shape, x.device).to(dtype)
+    return table(*shape, device=x.device).to(dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_positions(table: Callable[..., Tensor], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _kept_positions(table: Callable[..., Tensor], shape: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a table made within inference_mode could not be used in training later
-        return table(*shape, device).to(dtype)
+        return table(*shape, device=device).to(dtype)
 
 
 def sincos_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
@@ -197,16 +197,16 @@ def sincos_positions(height: int, width: int, channels: int, device: torch.devic
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(torch.float32)
 
 
-def rope_positions(height: int, width: int, channels: int, device: torch.device | str | None = None) -> Tensor:
+def rope_positions(height: int, width: int, channels: int, base: float = 100.0, device: torch.device | str | None = None) -> Tensor:
     """Cosine and sine of the angles by which `rotate` turns the channels of a head: (2, 1 + height x width, channels / 2) in fp32.
 
     Row 0 is for a class token and does not rotate; the others are the grid in row order. One half of the angles is x, the other y, on
-    integer coordinates, times 100^-(k / (channels/4)): axial RoPE of Heo et al. (arXiv 2403.13298). Attention depends on the distance
+    integer coordinates, times base^-(k / (channels/4)): axial RoPE of Heo et al. (arXiv 2403.13298), whose base is 100. Attention depends on the distance
     of two tokens alone, and the rows of a grid do not depend on its size, so a model continues on a larger one.
     """
     steps = {"dtype": torch.float64, "device": device}
     y, x = torch.meshgrid(torch.arange(height, **steps), torch.arange(width, **steps), indexing="ij")  # type: ignore[arg-type]
-    frequencies = 100.0 ** -(torch.arange(channels // 4, **steps) / (channels // 4))  # type: ignore[arg-type]
+    frequencies = base ** -(torch.arange(channels // 4, **steps) / (channels // 4))  # type: ignore[arg-type]
     angles = torch.cat([x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies], dim=1)
     angles = F.pad(angles, (0, 0, 1, 0))
     return torch.stack([angles.cos(), angles.sin()]).to(torch.float32)

@@ -88,6 +88,17 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, text_ids: Tensor) -> Tensor:
+        x, seen = self._features(text_ids)
+        last = seen.sum(1).sub(1).clamp_min(0)
+        x = x[torch.arange(len(x), device=x.device), last]
+        return self.projection(self.norm(x))
+
+    def words(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """text_ids (B, T) -> normalised features of all pieces (B, T, W), and which of them are no padding (B, T)."""
+        x, seen = self._features(text_ids)
+        return self.norm(x), seen
+
+    def _features(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         if text_ids.ndim != 2 or not text_ids.shape[1]:
             raise ValueError(f"text_ids of shape {tuple(text_ids.shape)} cannot be read; pass (B, T) with at least one piece")
         length = text_ids.shape[1]
@@ -99,9 +110,7 @@ class TextEncoder(nn.Module):
         mask = (seen | ~seen.any(1, keepdim=True))[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
-        last = seen.sum(1).sub(1).clamp_min(0)
-        x = x[torch.arange(len(x), device=x.device), last]
-        return self.projection(self.norm(x))
+        return x, seen
 
 
 class Captioner(nn.Module):

@@ -1,86 +1,27 @@
-"""The held-out images of a run: which they are, and their evaluation during training by losses, PSNR and retrieval."""
+"""The evaluation of a run's held-out images during training by losses, PSNR and retrieval."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openvision3 import distributed
-from openvision3.data import openmoji
-from openvision3.data.batches import Sample, TrainingBatches, evaluation_batches, to_device
+from openvision3.data.batches import Sample, TrainingBatches, to_device
 from openvision3.data.images import to_pil
-from openvision3.data.names import DataOptions, open_source
-from openvision3.data.openmoji import EmojiSource
-from openvision3.data.problems import Problems, reasons_in_words
+from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 from openvision3.evaluate import protocol
 from openvision3.evaluate.metrics.reconstruction import psnr
 from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
 from openvision3.model import losses
 from openvision3.pipeline import Pipeline
-from openvision3.progress import track
 from openvision3.report.sheets import grid
-from openvision3.train.config import PretrainConfig
+from openvision3.train.open_data import shared_rows
 
-EVALUATED = 256
-"""most images that an evaluation during training looks at"""
-ROWS = 32
-"""images computed at a time; no number depends on it"""
 MEASURE = 2
 """how val/loss is computed: all images as one batch. 1 was the mean over batches of 32"""
-
-
-def data_options(config: PretrainConfig, **more: Any) -> DataOptions:
-    """How `data` and `val` are read alike, and `more` of one of them."""
-    return DataOptions(
-        caption_keys=config.caption_keys,
-        only=config.only_values,
-        area=config.crop_area,
-        index=config.index,
-        cache=config.cache,
-        cache_gb=config.cache_gb,
-        **more,
-    )
-
-
-def open_held_out(config: PretrainConfig, training: Source) -> Source:
-    """EVALUATED emoji of the val side, or the source that `val` names, read as the training data are.
-
-    Raises:
-        ValueError: no usable image, or images that are trained on.
-    """
-    if config.val == ("openmoji",):
-        return EmojiSource(openmoji.load_emoji().evaluation("val", EVALUATED))
-    if not config.val:
-        raise ValueError("val is empty: name held-out images with --val (openmoji, a folder or shards)")
-    source = open_source(config.val, data_options(config, side="val"), watch=track)
-    if shared := shared_files(source, training):
-        more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
-        raise ValueError(f"--val and --data share {shared[0]}{more}: evaluate on images that are not trained on")
-    problems = Problems()
-    if next(evaluation_batches(source, config.size, 1, problems), None) is None:
-        raise ValueError(f"none of the {len(source)} held-out images in {', '.join(config.val)} can be used: {reasons_in_words(problems)}")
-    return source
-
-
-def shared_files(one: Source, other: Source) -> list[str]:
-    """Files that both read, however their paths are spelt: the same file on disk, or the same address."""
-    others = dict(_files(other))
-    return [path for file, path in _files(one) if file in others]
-
-
-def _files(source: Source) -> Iterator[tuple[object, str]]:
-    for path in source.files():
-        try:
-            found = os.stat(path)
-            yield (found.st_dev, found.st_ino), path
-        except OSError:  # an address, or a file that is gone by now
-            yield path, path
 
 
 @torch.no_grad()
@@ -96,7 +37,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     rows: list[tuple] = []
     held_out = Losses(pipeline)
     pipeline.model.eval()
-    for keys, images, texts in _shared_rows(source, batches.size, problems):
+    for keys, images, texts in shared_rows(source, batches.size, problems):
         with distributed.alone():
             images_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu()
             vae_hat = pipeline.reconstruct_by_vae(images)
@@ -159,25 +100,3 @@ class Losses:
         parts["contrastive"] = losses.contrastive_loss(torch.cat(self.images), torch.cat(self.texts), log_temperature, present)
         named = {"loss": self.model.weigh(parts), **parts}
         return {name: value.item() for name, value in named.items()} | {"contrastive_candidates": int(present[:, 0].sum())}
-
-
-def _shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
-    """(keys, images, captions) of up to EVALUATED images in order, the same on all ranks: an image that one rank cannot read is left out on all.
-
-    All ranks compute the parts of a sharded model together; with different rows they would wait for each other forever.
-    """
-    left = EVALUATED
-    for start in range(0, len(source), ROWS):
-        unusable = Problems()
-        indices = range(start, min(start + ROWS, len(source)))
-        here, keys, images, texts = next(evaluation_batches(source, size, ROWS, unusable, indices), ([], [], torch.empty(0), []))
-        everywhere = distributed.gather_objects(({index: bool(text) for index, text in zip(here, texts, strict=True)}, unusable))
-        for _, theirs in everywhere:
-            problems.extend(theirs)
-        usable = [place for place, index in enumerate(here) if all(index in rank for rank, _ in everywhere)][:left]
-        left -= len(usable)
-        if usable:
-            captioned = [all(rank[here[place]] for rank, _ in everywhere) for place in usable]
-            yield [keys[p] for p in usable], images[usable], [texts[p] if has else () for p, has in zip(usable, captioned, strict=True)]
-        if not left:
-            return

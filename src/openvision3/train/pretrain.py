@@ -20,7 +20,6 @@ from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
 from openvision3.data.latents.read import CachedSource, LatentCache
-from openvision3.data.names import open_source
 from openvision3.data.shards.source import choose_lanes
 from openvision3.data.sources import Source
 from openvision3.data.text import TextCount, TextTokenizer
@@ -33,8 +32,9 @@ from openvision3.progress import track
 from openvision3.train import balance
 from openvision3.train.checkpoint import RunState
 from openvision3.train.config import PretrainConfig
-from openvision3.train.held_out import EVALUATED, MEASURE, data_options, open_held_out, quick_evaluation
+from openvision3.train.held_out import MEASURE, quick_evaluation
 from openvision3.train.loop import Training
+from openvision3.train.open_data import EVALUATED, data_digest, open_data, open_held_out
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.recipes import kept_at_another_batch
 from openvision3.train.run import Outcome, Start, train_run
@@ -99,7 +99,7 @@ class Pretraining(Training):
         ranks, checkpoint = start.ranks, start.checkpoint
         with distributed.together():
             vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
-            self.source, self.cache, self.about_cache = _open_data(config, vae)
+            self.source, self.cache, self.about_cache = open_data(config, vae, config.pixel_share)
             self.held_out = open_held_out(config, self.source)
             self.source.problems.extend(self.held_out.problems)
             tokenizer = _tokenizer(config, self.source, checkpoint or start.out) if ranks.rank == 0 or not config.init else None
@@ -226,8 +226,8 @@ class Pretraining(Training):
         if isinstance(before, PretrainConfig) and before.tokenizer != config.tokenizer:
             tokenizer = _tokenizer_sha256(TextTokenizer.load(config.tokenizer)) if config.tokenizer else ""
         return {
-            "data": _data_digest(self.source),
-            "val": _data_digest(self.held_out),
+            "data": data_digest(self.source),
+            "val": data_digest(self.held_out),
             "latents": self.cache.sha256 if self.cache is not None else "",
             "tokenizer": tokenizer,
             "model.vae.name": digest(vae.sha256, vae.scale, vae.shift),
@@ -241,64 +241,8 @@ LABELS = "labels"
 """in identities.json: what the keys of samples began with when the run was started"""
 
 
-def _data_digest(source: Source) -> str:
-    """A digest of the images (see `Source.identity`) and of some captions; "" where a latent cache stands for the images."""
-    if isinstance(source, CachedSource):
-        return ""
-    captions: list[object] = []
-    for index in () if source.is_remote else source.probed():
-        try:
-            captions.append(tuple(source.captions(index)))
-        except ImageError as error:
-            captions.append(error.reason)
-    return digest(source.identity(), captions)
-
-
 def _tokenizer_sha256(tokenizer: TextTokenizer) -> str:
     return hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()
-
-
-def _open_data(config: PretrainConfig, vae: VAE) -> tuple[Source, LatentCache | None, str]:
-    """The samples to train on, the latent cache if `config.latents` names one, and a line about it for the log.
-
-    If the data are not named or not there, the cache replaces them: it has keys and captions, but no images.
-
-    Raises:
-        ValueError: no such data; a cache of another VAE, size or crop area; a pixel loss without images.
-    """
-    cache = None
-    if config.latents:
-        cache = LatentCache.open(config.latents, vae_sha256=vae.sha256, scale=vae.scale, shift=vae.shift, size=config.size)
-        _refuse_evaluated(cache)
-    try:
-        source = open_source(config.data, data_options(config, aliases=config.aliases, weights=config.weights), watch=track)
-    except (ValueError, OSError) as error:
-        if cache is None:
-            raise
-        if config.pixel_share:
-            raise ValueError(
-                f"{error}; the latent cache {config.latents} holds no images, and pixel_share {config.pixel_share:g} needs some: "
-                "name the data it was made from, or train on its latents alone with --pixel-share 0"
-            ) from error
-        line = f"the images are missing ({error}): training on the {len(cache):,} samples of {config.latents} alone, without a pixel loss"
-        return CachedSource(cache), cache, line
-    if cache is None:
-        return source, None, ""
-    if tuple(config.crop_area) != cache.settings.crop_area:
-        raise ValueError(f"crop_area is {config.crop_area}, but the crops in {config.latents} cover {cache.settings.crop_area}; set --crop-area alike")
-    images = f"images are read for {config.pixel_share:g} of the rows" if config.pixel_share else "no image is read"
-    return source, cache, f"the latents of {len(cache):,} samples, {cache.settings.crops} crops each, are read from {config.latents}; {images}"
-
-
-def _refuse_evaluated(cache: LatentCache) -> None:
-    """Raises ValueError if the cache holds emoji that are evaluated on, because it was written when OpenMoji was split otherwise."""
-    emoji = openmoji.load_emoji()
-    evaluated = [each.name for each in emoji.val + emoji.test if cache.find(f"openmoji/{each.key}")]
-    if evaluated:
-        raise ValueError(
-            f"{cache.folder} holds {len(evaluated)} emoji that are evaluated on, such as {evaluated[0]}: OpenMoji was split otherwise when it was written; "
-            "write the latents again with openvision3 data latents, into another folder"
-        )
 
 
 def _fingerprint(config: PretrainConfig, source: Source, held_out: Source, run: RunFolder) -> Fingerprint | None:

@@ -1,0 +1,219 @@
+"""A generator as a folder: config.json, model.safetensors (the network and the statistics of the tokens), README.md.
+
+It names the model whose tokens it draws, with the sha256 of its weights, and is refused with another. Loads are strict.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openvision3 import hub
+from openvision3.contents import why_not
+from openvision3.generate.config import VAE_TOKENS, GenerateConfig
+from openvision3.generate.dit import DiTConfig
+from openvision3.generate.flow import FlowConfig
+from openvision3.generate.rae import RAE
+from openvision3.generate.space import open_space
+from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown
+
+FORMAT = 1
+MODEL_TYPE = "openvision3-generator"
+SHIPPED = hub.ASSETS / "generators"
+NEEDED = ("config.json", "model.safetensors")
+
+
+@dataclass
+class GeneratorConfig:
+    """What config.json holds."""
+
+    format: int
+    """version of this layout"""
+    size: int
+    """side of the images in pixels"""
+    tokens: str
+    """the name of the model whose tokens are drawn"""
+    tokens_sha256: str
+    """the sha256 of its weights"""
+    condition: str
+    """label, text or none"""
+    label_names: tuple[str, ...]
+    """names of the classes"""
+    drop: float
+    """share of the rows that were trained without their condition"""
+    dit: DiTConfig
+    """the network"""
+    flow: FlowConfig
+    """what it predicts"""
+    training: dict[str, Any] = field(default_factory=dict)
+    """recipe, steps, samples, data and precision of the training"""
+    model_type: str = MODEL_TYPE
+    """tells other programs which model this is"""
+
+
+def shipped() -> list[str]:
+    """Names of generators that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/model.safetensors"))
+
+
+def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Write the folder of a generator. `weights` are those of the whole RAE by name; of them the network and the statistics are kept.
+
+    `dtype` torch.bfloat16 halves the network; statistics stay in fp32. A folder that is not finished is removed.
+    """
+    config = rae.config
+    record = GeneratorConfig(
+        FORMAT, config.size, config.tokens, rae.space.sha256, config.condition, label_names, config.drop, config.dit, config.flow, training
+    )
+    path.mkdir(parents=True)
+    try:
+        save_config(record, path / "config.json")
+        kept = {name: value for name, value in weights.items() if name.startswith(("dit.", "statistics."))}
+        state = {name: value.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous() for name, value in kept.items()}
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
+        (path / "README.md").write_text(card(record), encoding="utf-8", errors="backslashreplace")
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def find(name: str | Path) -> Path:
+    """A shipped generator, the folder of one, or a run (its newest checkpoint) -> the folder with config.json. Raises FileNotFoundError."""
+    if str(name) in shipped():
+        return SHIPPED / str(name)
+    folder = Path(name)
+    if (folder / "checkpoints").is_dir():
+        newest = hub.latest_checkpoint(folder)
+        if newest is None:
+            raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
+        return newest
+    if folder.is_dir() and str(name):
+        if missing := [file for file in NEEDED if not (folder / file).is_file()]:
+            raise FileNotFoundError(f"{folder} is no generator: it holds no {missing[0]}; name the folder or the run of one")
+        return folder
+    choices = ", ".join([*shipped(), "the folder of a generator or a run of one"])
+    raise FileNotFoundError(str(unknown("generator", str(name), () if "/" in str(name) else shipped(), f"Choose one of {choices}")))
+
+
+def read(folder: Path) -> GeneratorConfig:
+    """Raises FileNotFoundError; ValueError for a config that is none of a generator, or of another version."""
+    path = folder / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != MODEL_TYPE:
+        other = "a model that rebuilds and understands; name a generator" if values.get("model_type") == "openvision3" else "not the config of a generator"
+        raise ValueError(f"{path} is {other}, such as the folder that openvision3 train drawings_dit_mini writes")
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {values.get('format')}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
+    training = values.pop("training", {})
+    try:
+        config = from_dict(GeneratorConfig, values)
+        config.training = check_fields(training, "training")
+    except (ValueError, TypeError) as error:  # TypeError: a field is missing
+        raise ValueError(f"{path} cannot be used: {str(error).replace('GeneratorConfig.__init__()', 'config')}") from error
+    return config
+
+
+def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tuple[RAE, GeneratorConfig, Path]:
+    """Read a generator strictly, with the model whose tokens it draws; `tokens` names that one, if the name in its config is not found.
+
+    Raises:
+        FileNotFoundError, ValueError: one line on what is missing or does not fit.
+    """
+    folder = find(name)
+    config = read(folder)
+    try:
+        space = open_space(tokens or config.tokens, precision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the model whose tokens {folder} draws is not found: {error}; name it with --tokens") from error
+    rae = RAE(_settings(config), space, len(config.label_names))
+    if space.sha256 != config.tokens_sha256:
+        raise ValueError(
+            f"{folder} draws tokens of {config.tokens} with sha256 {config.tokens_sha256[:12]}..., "
+            f"but {tokens or config.tokens} has {space.sha256[:12]}... now; name the model it was trained with in --tokens"
+        )
+    load_weights(rae, folder)
+    return rae.eval(), config, folder
+
+
+def _settings(config: GeneratorConfig) -> GenerateConfig:
+    """The settings that a network of this folder is built by."""
+    condition: Any = config.condition
+    settings = GenerateConfig(size=config.size, condition=condition, drop=config.drop, flow=config.flow)
+    settings.tokens, settings.dit = config.tokens, config.dit
+    return settings
+
+
+def load_weights(rae: RAE, folder: Path, *, statistics: bool = True) -> None:
+    """Copy model.safetensors into the network and, with `statistics`, into the statistics. Raises FileNotFoundError, ValueError."""
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
+    own = {name: value for name, value in rae.state_dict().items() if name.startswith(("dit.", "statistics."))}
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
+        )
+    for name, value in own.items():
+        if name.startswith("statistics.") and not statistics:
+            continue
+        if value.shape != state[name].shape:
+            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, this network needs {tuple(value.shape)}")
+        value.copy_(state[name])
+
+
+def start_from(rae: RAE, name: str) -> None:
+    """Copy the network of another generator, which may be of another size of images, into one that is to be trained further.
+
+    Raises:
+        FileNotFoundError. ValueError: it draws other tokens, on another condition, or is another network.
+    """
+    folder = find(name)
+    before, now = read(folder), rae.config
+    if before.tokens_sha256 != rae.space.sha256:
+        raise ValueError(
+            f"{folder} draws the tokens of {before.tokens} with sha256 {before.tokens_sha256[:12]}..., not those of {now.tokens}; set --tokens alike"
+        )
+    pairs = {"condition": (before.condition, now.condition)}
+    pairs |= {name: (value, flat(to_dict(now))[name]) for part in ("dit", "flow") for name, value in flat({part: to_dict(getattr(before, part))}).items()}
+    for field_name, (seen, wanted) in pairs.items():
+        if seen != wanted and field_name not in ("flow.shift", "flow.time_mean", "flow.time_deviation", "flow.least_time"):
+            raise ValueError(f"{folder} was trained with {field_name} {seen}, not {wanted}; set --{field_name.replace('_', '-')} {seen}")
+    load_weights(rae, folder, statistics=False)
+
+
+def card(config: GeneratorConfig) -> str:
+    """A hub model card: what it draws, from what, how it was trained."""
+    training = "\n".join(f"- {name}: {value}" for name, value in flat(config.training).items()) or "- not recorded"
+    source = "latents of the VAE" if config.tokens.startswith(VAE_TOKENS) else "tokens of"
+    return f"""---
+library_name: openvision3
+pipeline_tag: {"text-to-image" if config.condition == "text" else "unconditional-image-generation"}
+license: other
+---
+# A generator of images of {config.size} px
+
+A diffusion transformer (RAE, arXiv 2510.11690) that draws {source} `{config.tokens.removeprefix(VAE_TOKENS)}`, sha256 `{config.tokens_sha256}`,
+saved by `openvision3`.
+
+```python
+import openvision3 as ov3
+
+generator = ov3.load_generator("THIS FOLDER")
+```
+
+## Training
+{training}
+"""

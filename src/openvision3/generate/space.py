@@ -1,0 +1,149 @@
+"""The frozen space that images are drawn in: the tokens of a model of ours, or the latents of a VAE in squares; and the exact statistics of its values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openvision3 import distributed, hub
+from openvision3.data.identity import digest
+from openvision3.data.text import TextTokenizer
+from openvision3.device import dtype_of
+from openvision3.generate.config import VAE_TOKENS
+from openvision3.model.openvision3 import OpenVision3
+from openvision3.model.vae import VAE
+
+SQUARE = 2
+"""side of the squares of latents that are one token where there is no encoder"""
+EPSILON = 1e-5
+"""added to variances"""
+
+
+class TokenSpace(nn.Module):
+    """images or latents <-> tokens, and texts -> words; all of it frozen.
+
+    `model` is None for the latents of a VAE alone.
+    """
+
+    def __init__(self, name: str, vae: VAE, model: OpenVision3 | None = None, tokenizer: TextTokenizer | None = None, *, size: int = 0, sha256: str = ""):
+        super().__init__()
+        self.name, self.sha256, self.size = name, sha256, size
+        """the name it was opened by; the sha256 of its weights; side of its training images in pixels, 0 for any"""
+        self.tokenizer = tokenizer
+        self.vae = vae
+        self.encoder = model.encoder if model is not None else None
+        self.latent_decoder = model.latent_decoder if model is not None else None
+        self.text_encoder = model.text_encoder if model is not None else None
+        self.channels = vae.latent_channels * SQUARE**2 if model is None else model.encoder.size.width
+        self.stride = vae.stride * SQUARE if model is None else 16
+        self.word_width = 0 if model is None else model.text_encoder.embedding.embedding_dim
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> TokenSpace:
+        """Frozen: stays in evaluation mode."""
+        return super().train(False)
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """(rows, columns) of the tokens of square images. Raises ValueError for a side that tokens do not fill."""
+        if size < self.stride or size % self.stride:
+            raise ValueError(f"images of {size} px are not filled by tokens of {self.stride} px; choose a multiple of {self.stride}")
+        return size // self.stride, size // self.stride
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, h, w) -> tokens (B, N, D)."""
+        if self.encoder is not None:
+            return self.encoder(latents)[0].float()
+        return F.pixel_unshuffle(latents.float(), SQUARE).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """tokens (B, N, D) of a grid -> images (B, 3, H, W), not clamped."""
+        if self.latent_decoder is not None:
+            return self.vae.decode(self.latent_decoder(tokens, grid).float())
+        return self.vae.decode(F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), SQUARE).float())
+
+    @torch.no_grad()
+    def words(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """text_ids (B, T) -> features of their pieces (B, T, W), and which of them are no padding (B, T)."""
+        assert self.text_encoder is not None
+        return self.text_encoder.words(text_ids)
+
+
+def open_space(name: str, precision: str = "fp32", folder: Path | None = None) -> TokenSpace:
+    """`vae:NAME`, or a model of ours by its name; `folder` is where that lies, if it is known already.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or wrong, in one line.
+    """
+    if name.startswith(VAE_TOKENS):
+        vae = hub.load_vae(name.removeprefix(VAE_TOKENS), dtype=dtype_of(precision))
+        return TokenSpace(name, vae, sha256=digest(vae.sha256, vae.scale, vae.shift))
+    folder = folder or hub.find_folder(name)
+    model, tokenizer, config = hub.load_model(folder, vae_dtype=dtype_of(precision))
+    return TokenSpace(name, model.vae, model, tokenizer, size=config.size, sha256=hub.weights_sha256(folder))
+
+
+class TokenStatistics(nn.Module):
+    """Mean and variance of each channel at each position, (N, C) in fp32, from exact sums in float64; saved with the network's weights.
+
+    A count of 0 leaves tokens as they are.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, tokens: int, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(tokens, channels))
+        self.register_buffer("variance", torch.ones(tokens, channels))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    def normalise(self, tokens: Tensor) -> Tensor:
+        return (tokens - self.mean) * (self.variance + EPSILON).rsqrt() if self.count else tokens
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        return tokens * (self.variance + EPSILON).sqrt() + self.mean if self.count else tokens
+
+    def set(self, moments: Moments) -> None:
+        """Raises ValueError: tokens that are not finite, or fewer than two images."""
+        if moments.count < 2 or not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+            raise ValueError(f"the statistics of {moments.count} images cannot be used: give two or more, with finite tokens")
+        self.mean.copy_(moments.mean)
+        self.variance.copy_(moments.scatter / moments.count)
+        self.count.fill_(moments.count)
+
+
+class Moments:
+    """Count, mean and sum of squares about the mean of tokens (N, C) in float64, batch by batch (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, tokens: int, channels: int):
+        self.count = 0
+        self.mean = torch.zeros(tokens, channels, dtype=torch.float64)
+        self.scatter = torch.zeros(tokens, channels, dtype=torch.float64)
+
+    def add(self, tokens: Tensor) -> None:
+        """tokens (B, N, C)."""
+        rows = tokens.detach().cpu().double()
+        mean = rows.mean(0)
+        self._merge(len(rows), mean, (rows - mean).square().sum(0))
+
+    def over_ranks(self) -> Moments:
+        """The moments of all ranks' tokens, on every rank."""
+        joined = Moments(*self.mean.shape)
+        for count, mean, scatter in distributed.gather_objects((self.count, self.mean, self.scatter)):
+            joined._merge(count, mean, scatter)
+        return joined
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        if not count:
+            return
+        before, step = self.count, mean - self.mean
+        self.count += count
+        self.mean = self.mean + step * (count / self.count)
+        self.scatter = self.scatter + scatter + step.square() * (before * count / self.count)
