@@ -12,14 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openvision3.data.images import to_pil as to_pil
+    from openvision3.generate.flow import Sampling as Sampling
+    from openvision3.generate.generator import Generator as Generator
+    from openvision3.generate.generator import load_generator as load_generator
     from openvision3.model.openvision3 import OpenVision3 as OpenVision3
     from openvision3.pipeline import Pipeline as Pipeline
     from openvision3.pipeline import load as load
 
 __version__ = "0.1.0"
-__all__ = ["OpenVision3", "Pipeline", "__version__", "load", "to_pil"]
+__all__ = ["Generator", "OpenVision3", "Pipeline", "Sampling", "__version__", "load", "load_generator", "to_pil"]
 
-_HOMES = {"load": "pipeline", "Pipeline": "pipeline", "OpenVision3": "model.openvision3", "to_pil": "data.images"}
+_HOMES = {
+    "load": "pipeline",
+    "Pipeline": "pipeline",
+    "OpenVision3": "model.openvision3",
+    "to_pil": "data.images",
+    "load_generator": "generate.generator",
+    "Generator": "generate.generator",
+    "Sampling": "generate.flow",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from openvision3.cli.paths import check_apart
 from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
+    from openvision3.generate.config import GenerateConfig
     from openvision3.train.config import PretrainConfig
 
 
@@ -38,22 +39,29 @@ def demo(minutes: float = 5.0, out: PathName = "demo", seed: int = 0) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """Train a model: openvision3 train RECIPE [--field value ...]"""
+    from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.recipes import IN_TURN, RECIPES
 
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:16s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in RECIPES.items()]
-        lines += [f"  {name:16s} {', then '.join(recipe.__name__ for recipe in recipes)}, in one command" for name, recipes in IN_TURN.items()]
+        recipes: dict[str, Any] = RECIPES | GENERATORS
+        lines = [f"  {name:17s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
+        lines += [f"  {name:17s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
         print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
         return 0 if argv else 2
     name, rest = argv[0], list(argv[1:])
     if name in IN_TURN:
         return _train_in_turn(name, rest)
+    configure = configure_generator if name in GENERATORS else configure_run
+    config: Any = configure(name, rest)
+    if config.resume:  # fields that the command line does not set keep the run's values
+        config = configure(name, rest, started=Path(config.out or f"runs/{name}"))
+    check_apart(config.out or f"runs/{name}", (*config.data, *config.val))
+    if name in GENERATORS:
+        from openvision3.generate.training import train_generator
+
+        return STOPPED if train_generator(config, name).status == "stopped" else 0
     from openvision3.train.pretrain import pretrain
 
-    config = configure_run(name, rest)
-    if config.resume:  # fields that the command line does not set keep the run's values
-        config = configure_run(name, rest, started=Path(config.out or f"runs/{name}"))
-    check_apart(config.out or f"runs/{name}", (*config.data, *config.val))
     return STOPPED if pretrain(config, name).status == "stopped" else 0
 
 
@@ -86,14 +94,30 @@ def _train_in_turn(name: str, rest: Sequence[str]) -> int:
 
 def configure_run(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> PretrainConfig:
     """The recipe, or the config of a run that was `started`, with the fields that the command line sets. Raises ValueError for an unknown recipe."""
-    from openvision3.settings import load_config
+    from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.config import PretrainConfig
     from openvision3.train.recipes import IN_TURN, RECIPES
 
     if name not in RECIPES:
-        raise unknown("recipe", name, [*RECIPES, *IN_TURN])
-    default = load_config(PretrainConfig, started / "config.json") if started and (started / "config.json").is_file() else RECIPES[name]()
-    return parse(PretrainConfig, rest, program or f"openvision3 train {name}", default=default, description=RECIPES[name].__doc__)
+        if name in GENERATORS:
+            raise ValueError(f"recipe {name} trains a generator, which this command does not take; choose one of {', '.join(RECIPES)}")
+        raise unknown("recipe", name, [*RECIPES, *IN_TURN, *GENERATORS])
+    return _configure(PretrainConfig, RECIPES[name], rest, program, started)
+
+
+def configure_generator(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> GenerateConfig:
+    """As `configure_run`, for the recipe of a generator."""
+    from openvision3.generate.config import GenerateConfig
+    from openvision3.generate.recipes import RECIPES
+
+    return _configure(GenerateConfig, RECIPES[name], rest, program, started)
+
+
+def _configure(kind: Any, recipe: Callable[[], Any], rest: Sequence[str], program: str, started: Path | None) -> Any:
+    from openvision3.settings import load_config
+
+    default = load_config(kind, started / "config.json") if started and (started / "config.json").is_file() else recipe()
+    return parse(kind, rest, program or f"openvision3 train {recipe.__name__}", default=default, description=recipe.__doc__)
 
 
 def _parse_options(kind: Any, argv: Sequence[str], program: str, description: str) -> tuple[Any, list[str]]:

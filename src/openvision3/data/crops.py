@@ -77,8 +77,11 @@ CROPS = {"square": center_square, "adm": adm_square}
 def random_crop_box(width: int, height: int, generator: torch.Generator, area: tuple[float, float], aspect: tuple[float, float] = (3 / 4, 4 / 3)) -> Box:
     """A box (left, top, right, bottom) covering a random share `area` of the image at a random aspect ratio.
 
-    After ten failed tries, the largest centred box within `aspect`, as in the usual random resized crop.
+    After ten failed tries, the largest centred box within `aspect`, as in the usual random resized crop. An `area` of (1, 1) is the central square.
     """
+    if area == (1.0, 1.0):
+        side = min(width, height)
+        return (width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2
     for _ in range(10):
         share, stretch, x, y = torch.rand(4, generator=generator).tolist()
         target = width * height * (area[0] + (area[1] - area[0]) * share)

@@ -74,16 +74,17 @@ class DiTConfig:
         return TransformerSize(self.head_width, self.head_depth, self.head_heads, self.head_mlp or int(self.head_width * 8 / 3)) if self.head_depth else None
 
 
-_TRUNKS = {"tiny": (64, 2, 2), "mini": (256, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-_HEADS = {"tiny": (96, 1, 2), "mini": (384, 2, 6)}
+_TRUNKS = {"tiny": (256, 8, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+_TINY_HEAD = (384, 2, 6)
+_WIDE_HEAD = (2048, 2, 16)
 
 
 def dit_config(size: str, *, head: bool = True, qk_norm: bool = False) -> DiTConfig:
-    """S, B, L and XL are RAE's sizes; `mini` is for two cores, `tiny` for tests. Raises ValueError for another name."""
+    """S, B, L and XL are RAE's sizes, `tiny` is ours for two cores. Raises ValueError for another name."""
     if size not in _TRUNKS:
         raise unknown("size of a DiT", size, _TRUNKS)
     width, depth, heads = _TRUNKS[size]
-    head_width, head_depth, head_heads = _HEADS.get(size, (2048, 2, 16))
+    head_width, head_depth, head_heads = _TINY_HEAD if size == "tiny" else _WIDE_HEAD
     return DiTConfig(width, depth, heads, head_width=head_width, head_depth=head_depth if head else 0, head_heads=head_heads, qk_norm=qk_norm)
 
 

@@ -86,7 +86,15 @@ def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[s
 
 
 def find(name: str | Path) -> Path:
-    """A shipped generator, the folder of one, or a run (its newest checkpoint) -> the folder with config.json. Raises FileNotFoundError."""
+    """A shipped generator ("" is the first), the folder of one, or a run (its newest checkpoint) -> the folder with config.json.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+    """
+    if not str(name):
+        if not shipped():
+            raise FileNotFoundError("no generator comes with this version; name the folder or the run of one with --model")
+        name = shipped()[0]
     if str(name) in shipped():
         return SHIPPED / str(name)
     folder = Path(name)
@@ -95,7 +103,7 @@ def find(name: str | Path) -> Path:
         if newest is None:
             raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
         return newest
-    if folder.is_dir() and str(name):
+    if folder.is_dir():
         if missing := [file for file in NEEDED if not (folder / file).is_file()]:
             raise FileNotFoundError(f"{folder} is no generator: it holds no {missing[0]}; name the folder or the run of one")
         return folder

@@ -28,9 +28,9 @@ BATCH = 32
 class Generator:
     """A trained generator. `rae` is the whole network with the token space it draws in; `weaker` is a generator to guide by, or None."""
 
-    def __init__(self, rae: RAE, config: GeneratorConfig, path: Path, *, precision: str = "fp32", weaker: RAE | None = None):
+    def __init__(self, rae: RAE, config: GeneratorConfig, path: Path, *, name: str = "", precision: str = "fp32", weaker: RAE | None = None):
         self.rae, self.config, self.folder, self.precision, self.weaker = rae, config, path, precision, weaker
-        self.name = path.name
+        self.name = name or path.name
         self.size, self.condition, self.label_names = config.size, config.condition, config.label_names
         self.licence = str(config.training.get("licence", "unknown"))
 
@@ -119,7 +119,9 @@ class Generator:
         labels = [labels] if isinstance(labels, str | int) else list(labels)
         wanted, other = (texts, labels) if self.condition == "text" else (labels, texts)
         if other or not wanted:
-            example = "a text, such as 'a red heart'" if self.condition == "text" else f"labels, such as {', '.join(self.label_names[:3])} or their numbers"
+            example = "texts, such as 'a red heart', and no labels"
+            if self.condition == "label":
+                example = f"labels, such as {', '.join(self.label_names[:3])} or their numbers, and no texts"
             raise ValueError(f"{self.name} draws by {self.condition}: give {example}")
         if self.condition == "label":
             return [self._number(label) for label in labels]
@@ -162,4 +164,4 @@ def load_generator(name: str | Path, *, device: str | torch.device = "auto", pre
             if getattr(config, what) != getattr(theirs, what):
                 raise ValueError(f"{other_path} cannot guide {path}: they differ in {what}; choose a smaller or shorter training of the same kind")
         other = other.to(place)
-    return Generator(rae.to(place), config, path, precision=precision, weaker=other)
+    return Generator(rae.to(place), config, path, name=str(name), precision=precision, weaker=other)

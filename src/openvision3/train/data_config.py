@@ -40,7 +40,7 @@ class DataConfig:
     size: int = 128
     """side of the training images in pixels, a multiple of 16"""
     crop_area: tuple[float, float] = (0.4, 1.0)
-    """smallest and largest share of an image that a random crop covers"""
+    """smallest and largest share of an image that a random crop covers; 1 1: the central square"""
     latents: PathName = ""
     """a latent cache written by data latents; only images whose pixels are compared are then decoded (none with pixel_share 0, where data may be empty)"""
     lanes: int = 0

@@ -26,6 +26,8 @@ class OptimizerConfig:
     """peak learning rate, reached after the warm-up"""
     warmup_steps: int = 100
     """steps over which the learning rate rises linearly from zero"""
+    schedule: Literal["cosine", "flat"] = "cosine"
+    """after the warm-up, the learning rate falls to zero as half a cosine; or stays, for runs whose weights are averaged"""
     beta1: float = 0.9
     """decay of AdamW's first moment"""
     beta2: float = 0.95
@@ -157,8 +159,10 @@ class Optimizers:
 
 
 def rate_at(step: int, config: OptimizerConfig, steps: int) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine that reaches zero after the last step."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then half a cosine that reaches zero after the last step, or no change."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "flat":
+        return config.learning_rate
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
