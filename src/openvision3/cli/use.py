@@ -214,11 +214,10 @@ def generate(
     conditions = [*(texts or label or ("",))]
     target.parent.mkdir(parents=True, exist_ok=True)
     files = [target] if len(images) == 1 else [target.with_name(f"{target.stem}-{number}.png") for number in range(1, len(images) + 1)]
-    sheets = (
-        {}
-        if len(images) == 1
-        else {target: grid(list(zip(*(images[i : i + count] for i in range(0, len(images), count)), strict=True)), [c[:40] for c in conditions])}
-    )
+    sheets: dict[Path, Any] = {}
+    if len(images) > 1:
+        columns = [images[i : i + count] for i in range(0, len(images), count)]
+        sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
     if strip:
         sheets[target.with_name(f"{target.stem}-strip.png")] = grid([[way[step] for step in sorted(shown)]], [f"step {step}" for step in sorted(shown)])
     for file, image in [*zip(files, images, strict=True), *sheets.items()]:

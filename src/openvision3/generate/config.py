@@ -55,7 +55,7 @@ class GenerateConfig(LoopConfig, _TokensAndNetwork):
         check_numbers(self, 0, "statistics")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop {self.drop} must be at least 0 and below 1")
-        if self.dit.stored_positions:
-            raise ValueError(f"dit.stored_positions {self.dit.stored_positions} come with imported weights; leave it at 0 to train")
+        if self.dit.stored_positions and not self.init:
+            raise ValueError(f"dit.stored_positions {self.dit.stored_positions} come with weights, and there are none; name a file with --init, or set 0")
         if self.condition == "text" and self.tokens.startswith(VAE_TOKENS):
             raise ValueError(f"tokens {self.tokens} have no text encoder to read texts; set --condition label or none, or name a model of ours in --tokens")

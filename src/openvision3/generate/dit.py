@@ -242,7 +242,7 @@ class DiT(nn.Module):
         if self.null_word is not None:
             nn.init.normal_(self.null_word, std=0.02)
         if self.stored_positions is not None:
-            raise ValueError(f"stored_positions {self.config.stored_positions} come with weights; set 0 to train a new network")
+            nn.init.zeros_(self.stored_positions)  # they come with weights
         return self
 
     def forward(self, noisy: Tensor, t: Tensor, grid: tuple[int, int], condition: Condition = Condition()) -> Tensor:

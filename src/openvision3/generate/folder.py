@@ -6,6 +6,7 @@ It names the model whose tokens it draws, with the sha256 of its weights, and is
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from openvision3.contents import why_not
 from openvision3.generate.config import VAE_TOKENS, GenerateConfig
 from openvision3.generate.dit import DiTConfig
 from openvision3.generate.flow import FlowConfig
+from openvision3.generate.public import SUFFIXES, read_public
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import open_space
 from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown
@@ -168,38 +170,60 @@ def load_weights(rae: RAE, folder: Path, *, statistics: bool = True) -> None:
         raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
-    own = {name: value for name, value in rae.state_dict().items() if name.startswith(("dit.", "statistics."))}
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    parts = ("dit.", "statistics.") if statistics else ("dit.",)
+    unused = set() if statistics else {name for name in state if name.startswith("statistics.")}
+    _copy({name: value for name, value in rae.state_dict().items() if name.startswith(parts)}, state, path, unused)
+
+
+def _copy(own: dict[str, Tensor], state: dict[str, Tensor], path: Path, unused: Collection[str] = ()) -> None:
+    """Copy the tensors of a file into those of the same names, strictly but for `unused`. Raises ValueError."""
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - set(unused))
     if missing or extra:
         raise ValueError(
             f"{path} does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
         )
     for name, value in own.items():
-        if name.startswith("statistics.") and not statistics:
-            continue
         if value.shape != state[name].shape:
             raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, this network needs {tuple(value.shape)}")
         value.copy_(state[name])
 
 
 def start_from(rae: RAE, name: str) -> None:
-    """Copy the network of another generator, which may be of another size of images, into one that is to be trained further.
+    """Copy the network of another generator, which may be of another size of images, into one that is to be trained further; or RAE's public weights.
 
     Raises:
         FileNotFoundError. ValueError: it draws other tokens, on another condition, or is another network.
     """
+    now = rae.config
+    if name.endswith(SUFFIXES):
+        public = read_public(name)
+        _refuse_other(name, {"dit": to_dict(public.config)}, now)
+        return _copy(rae.dit.state_dict(), public.weights, Path(name))
     folder = find(name)
-    before, now = read(folder), rae.config
+    before = read(folder)
     if before.tokens_sha256 != rae.space.sha256:
         raise ValueError(
             f"{folder} draws the tokens of {before.tokens} with sha256 {before.tokens_sha256[:12]}..., not those of {now.tokens}; set --tokens alike"
         )
-    pairs = {"condition": (before.condition, now.condition)}
-    pairs |= {name: (value, flat(to_dict(now))[name]) for part in ("dit", "flow") for name, value in flat({part: to_dict(getattr(before, part))}).items()}
-    for field_name, (seen, wanted) in pairs.items():
-        if seen != wanted and field_name not in ("flow.shift", "flow.time_mean", "flow.time_deviation", "flow.least_time"):
-            raise ValueError(f"{folder} was trained with {field_name} {seen}, not {wanted}; set --{field_name.replace('_', '-')} {seen}")
+    _refuse_other(str(folder), {"condition": before.condition, "dit": to_dict(before.dit), "flow": {"predict": before.flow.predict}}, now)
     load_weights(rae, folder, statistics=False)
+
+
+def _refuse_other(name: str, before: dict[str, Any], now: GenerateConfig) -> None:
+    """Raises ValueError for the first setting of these weights that the config does not have: they would mean something else there."""
+    settings = flat(to_dict(now))
+    for setting, seen in flat(before).items():
+        if seen != settings[setting] and not (setting.endswith("mlp") and seen == _hidden(now, setting)):
+            option = setting.replace("_", "-")
+            part, _, last = option.rpartition(".")
+            words = f"--{part}.{'' if seen else 'no-'}{last}" if isinstance(seen, bool) else f"--{option} {seen}"
+            raise ValueError(f"{name} was trained with {setting} {seen}, not {settings[setting]}; set {words}")
+
+
+def _hidden(config: GenerateConfig, setting: str) -> int:
+    """The hidden channels that dit.mlp or dit.head_mlp stand for."""
+    size = config.dit.head if "head" in setting else config.dit.trunk
+    return size.mlp if size is not None else 0
 
 
 def card(config: GeneratorConfig) -> str:

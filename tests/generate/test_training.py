@@ -1,0 +1,182 @@
+"""Training a generator: the run, the loop and the ranks are those of any training, and what is special to it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import Crash, assert_same_run, crash_at, metrics
+from tiny_generator import small_dit, small_generator, tokens_folder
+
+from openvision3.cli import main
+from openvision3.generate.flow import FlowConfig
+from openvision3.generate.space import Moments
+from openvision3.generate.training import Generation, train_generator
+from openvision3.hub import complete_checkpoints
+from openvision3.train.run import Start
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generator")
+    tokens_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    train_generator(small_generator(root, "whole", ema=0.9))
+    return root / "whole"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(complete_checkpoints(run)[-1] / "model.safetensors")
+
+
+def test_a_run_that_dies_goes_on_bit_for_bit(root, whole, monkeypatch):
+    with pytest.raises(Crash), monkeypatch.context() as dying:
+        crash_at(dying, 5)
+        train_generator(small_generator(root, "broken", ema=0.9))
+    assert [path.name for path in complete_checkpoints(root / "broken")] == ["step-00000003"]
+    train_generator(small_generator(root, "broken", ema=0.9, resume=True))
+    assert_same_run(whole, root / "broken")
+
+
+def test_the_model_folder_holds_the_averaged_network_the_statistics_and_nothing_that_is_frozen(whole):
+    saved = weights(whole)
+    assert all(name.startswith(("dit.", "statistics.")) for name in saved) and int(saved["statistics.count"]) == 8
+    config = json.loads((complete_checkpoints(whole)[-1] / "config.json").read_text())
+    assert config["model_type"] == "openvision3-generator" and config["training"]["steps"] == 6
+
+
+def test_what_is_evaluated_is_the_averaged_network(root):
+    """With averaging that never moves, the exported weights are the first ones, and so is the held-out loss after any step."""
+    train_generator(small_generator(root, "still", ema=0.999999, eval_every=1, log_every=6))
+    losses = [row["val/loss"] for row in metrics(root / "still") if "val/loss" in row]
+    train_generator(small_generator(root, "moving", eval_every=1, log_every=6))
+    others = [row["val/loss"] for row in metrics(root / "moving") if "val/loss" in row]
+    assert max(losses) - min(losses) < max(others) - min(others)
+    assert others[-1] != losses[-1]
+
+
+def test_statistics_are_exact_and_of_the_images_that_the_run_begins_with(root):
+    config = small_generator(root, "statistics", statistics=7)
+    training = Generation(config, Start(root / "statistics"))
+    moments = Moments(4, 64)
+    for position in range(7):
+        batch, _ = training.batches.collate([training.batches.sample(position)])
+        moments.add(training.model.encode({"images": batch["images"].float() / 127.5 - 1}))
+    statistics = training.model.statistics
+    assert int(statistics.count) == 7
+    torch.testing.assert_close(statistics.mean, moments.mean.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.variance, (moments.scatter / 7).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_noise_time_and_dropping_are_functions_of_the_rows_key(root):
+    """Rows in another order, or in other company, have the same errors: a sample never learns from the draws of its neighbour."""
+    training = Generation(small_generator(root, "draws", drop=0.5), Start(root / "draws"))
+    for parameter in training.model.dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    batch = next(training.batches.from_step(0))
+    batch["images"] = batch["images"].float() / 127.5 - 1
+    with torch.no_grad():
+        together = training.model(batch)[0]
+        apart = [training.model({name: value[i : i + 1] for name, value in batch.items() if name != "word_positions"})[0] for i in (3, 1, 0, 2)]
+    torch.testing.assert_close(together, torch.stack(apart).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("predict", ["velocity", "tokens"])
+def test_a_generator_learns(root, predict):
+    """One picture with one caption: the held-out loss of that picture falls far below that of knowing nothing."""
+    from small_runs import pictures
+
+    one = str(pictures(root / "one", 1))
+    config = small_generator(
+        root, f"learns-{predict}", data=(one,), val=(str(root / "held"),), steps=60, statistics=0, drop=0.0, flow=FlowConfig(predict=predict), eval_every=0
+    )
+    config.optimizer.learning_rate, config.optimizer.kind = 3e-3, "muon"
+    train_generator(config)
+    losses = [row["train/loss"] for row in metrics(root / f"learns-{predict}") if "train/loss" in row]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_micro_batches_and_two_processes_train_what_one_does(root, whole):
+    def start(*more: str, processes: int = 1) -> None:
+        out = Path(more[-1])
+        config = small_generator(root, out.name, ema=0.9)
+        words = ["train", "drawings_dit_tiny", "--data", *config.data, "--val", *config.val, "--tokens", config.tokens, "--size", "32", "--batch", "4"]
+        words += ["--steps", "6", "--statistics", "8", "--precision", "fp32", "--device", "cpu", "--log-every", "2", "--save-every", "3", "--eval-every", "3"]
+        words += ["--dit.width", "64", "--dit.depth", "2", "--dit.heads", "2", "--dit.head-width", "64", "--dit.head-depth", "1", "--dit.head-heads", "2"]
+        words += ["--optimizer.kind", "adamw", "--optimizer.learning-rate", "1e-3", "--optimizer.warmup-steps", "2", "--optimizer.weight-decay", "0.2"]
+        words += ["--ema", "0.9", "--crop-area", "0.4", "1", "--no-aliases", *more[:-1], "--out", str(out)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, *launcher, "-m", "openvision3", *words], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    start("--micro-batch", "1", str(root / "micro"))
+    start(str(root / "copies"), processes=2)
+    start("--parallel", "fsdp", "--micro-batch", "1", "--checkpointing", str(root / "shards"), processes=2)
+    for name in ("micro", "copies", "shards"):
+        for one, other in zip(metrics(whole), metrics(root / name), strict=True):
+            for metric in ("train/loss", "val/loss"):
+                assert metric not in one or one[metric] == pytest.approx(other[metric], rel=1e-3), (name, one["step"], metric)
+        for tensor, value in weights(whole).items():
+            assert (value.float() - weights(root / name)[tensor].float()).abs().max() < 5e-4, (name, tensor)
+
+
+def test_latents_of_a_cache_train_as_their_images_would(root, capsys):
+    config = small_generator(root, "cached")
+    assert main(["data", "latents", *config.data, "--size", "32", "--crops", "1", "--precision", "fp32", "--out", str(root / "latents")]) == 0
+    train_generator(small_generator(root, "cached", latents=str(root / "latents")))
+    assert "no image is read" in (root / "cached" / "log.txt").read_text()
+    first = [row["train/loss"] for row in metrics(root / "cached") if "train/loss" in row]
+    assert len(first) == 3 and all(map(torch.isfinite, torch.tensor(first)))
+
+
+def test_a_run_goes_on_with_another_generators_network_at_another_size(root, whole):
+    train_generator(small_generator(root, "larger", size=64, init=str(whole), steps=1, eval_every=0))
+    saved = weights(root / "larger")
+    assert saved["statistics.mean"].shape == (16, 64) and saved["dit.enter.weight"].shape == weights(whole)["dit.enter.weight"].shape
+    assert (saved["dit.enter.weight"] - weights(whole)["dit.enter.weight"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dit": small_dit(width=32)}, "was trained with dit.width 64, not 32; set --dit.width 64"),
+        ({"dit": small_dit(qk_norm=False)}, "set --dit.qk-norm"),
+        ({"flow": FlowConfig()}, "was trained with flow.predict tokens, not velocity"),
+        ({"tokens": "mini"}, "draws the tokens of"),
+        ({"condition": "none"}, "was trained with condition text, not none"),
+    ],
+)
+def test_weights_that_would_mean_something_else_are_refused(root, whole, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train_generator(small_generator(root, "other", init=str(whole), **changes))
+    assert not (root / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--drop", "1"], "drop 1.0 must be at least 0 and below 1"),
+        (["--tokens", "vae:embedded"], "no text encoder to read texts"),
+        (["--tokens", "nowhere"], "unknown model 'nowhere'"),
+        (["--dit.stored-positions", "9"], "come with weights"),
+        (["--size", "40"], "multiple of 16"),
+        (["--init", "nowhere"], "unknown generator 'nowhere'"),
+        (["--dit.depht", "3"], "Did you mean '--dit.depth'"),
+    ],
+)
+def test_bad_settings_are_one_line_and_nothing_is_written(root, tmp_path, capsys, arguments, words):
+    config = small_generator(root, "bad")
+    code = main(["train", "drawings_dit_tiny", "--data", *config.data, "--val", *config.val, "--out", str(tmp_path / "run"), *arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and words in lines[0] and not (tmp_path / "run").exists()
