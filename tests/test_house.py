@@ -13,7 +13,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("experiments",),
     ("estimate", "doctor"),
-    ("train.pretrain", "train.recipes", "train.config", "train.held_out", "train.trial", "train.encode_latents", "recaption"),
+    ("train.pretrain", "train.recipes", "train.config", "train.held_out", "train.trial", "train.encode_latents", "recaption", "generate"),
     ("train", "evaluate"),
     ("pipeline",),
     ("hub",),

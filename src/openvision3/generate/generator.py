@@ -58,25 +58,40 @@ class Generator:
         count: int = 1,
         sampling: Sampling = Sampling(),
         each: Callable[[int, list[Image.Image]], object] | None = None,
-        tokens: bool = False,
-    ) -> list[Image.Image] | Tensor:
+    ) -> list[Image.Image]:
         """`count` images of each text or label, or `count` images in all of a generator without a condition.
 
         Image number i of the answer depends on (sampling.seed, i) and its condition alone. `each` is called after every step of a batch with its number
-        and the images that are promised from there. With `tokens` the answer is the tokens (B, N, D).
+        and the images that are promised from there.
 
         Raises:
             ValueError: a condition that this generator does not take, an unknown label (names the nearest), guidance that it has not learnt.
         """
+        report = None if each is None else lambda number, tokens: each(number, _pil(self.decode(tokens)))
+        tokens = self.draw_tokens(texts, labels=labels, count=count, sampling=sampling, each=report)
+        return [image for part in tokens.split(BATCH) for image in _pil(self.decode(part))]
+
+    def draw_tokens(
+        self,
+        texts: str | Sequence[str] = (),
+        *,
+        labels: int | str | Sequence[int | str] = (),
+        count: int = 1,
+        sampling: Sampling = Sampling(),
+        each: Callable[[int, Tensor], object] | None = None,
+    ) -> Tensor:
+        """As `generate`, but the tokens (B, N, D) of the images, which `decode` makes images of."""
         conditions = [one for one in self._conditions(texts, labels) for _ in range(count)] if self.condition != "none" else [""] * count
         if not conditions:
             raise ValueError(f"count {count} draws no image; give 1 or more")
-        drawn = []
-        for first in range(0, len(conditions), BATCH):
-            indices = range(first, min(first + BATCH, len(conditions)))
-            drawn.append(self._draw(indices, [conditions[i] for i in indices], sampling, each))
-        answer = torch.cat(drawn)
-        return answer.cpu() if tokens else [image for part in answer.split(BATCH) for image in to_pil(self._decode(part))]
+        batches = [range(first, min(first + BATCH, len(conditions))) for first in range(0, len(conditions), BATCH)]
+        return torch.cat([self._draw(indices, [conditions[i] for i in indices], sampling, each) for indices in batches])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, D) -> images (B, 3, H, W) in [-1, 1], on the CPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.rae.space.decode(tokens.to(self.device), self.rae.grid).float().clamp(-1, 1).cpu()
 
     def sample(self, indices: Sequence[int], conditions: Sequence[int] | Sequence[str] | None, sampling: Sampling) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] on the CPU: number indices[i] of the seed, by conditions[i] (numbers of classes, or texts).
@@ -84,25 +99,17 @@ class Generator:
         Raises:
             ValueError: as `generate`.
         """
-        return self._decode(self._draw(indices, [""] * len(indices) if conditions is None else list(conditions), sampling, None))
+        return self.decode(self._draw(indices, [""] * len(indices) if conditions is None else list(conditions), sampling, None))
 
     @torch.no_grad()
-    def _draw(
-        self, indices: Sequence[int], conditions: Sequence[int | str], sampling: Sampling, each: Callable[[int, list[Image.Image]], object] | None
-    ) -> Tensor:
+    def _draw(self, indices: Sequence[int], conditions: Sequence[int | str], sampling: Sampling, each: Callable[[int, Tensor], object] | None) -> Tensor:
         if sampling.guidance != 1 and not self.can_guide:
             why = "draws on no condition" if self.condition == "none" else "was trained without dropped conditions (drop 0)"
             raise ValueError(f"guidance {sampling.guidance:g} cannot be used: {self.name} {why}; leave out --guidance")
         rows, columns = self.rae.statistics.mean.shape
         noise = noise_of(indices, sampling.seed, (rows, columns)).to(self.device)
-        report = None if each is None else lambda number, tokens: each(number, to_pil(self._decode(tokens)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.rae.draw(noise, self._condition(conditions), sampling, self.weaker, report)
-
-    @torch.no_grad()
-    def _decode(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.rae.space.decode(tokens, self.rae.grid).float().clamp(-1, 1).cpu()
+            return self.rae.draw(noise, self._condition(conditions), sampling, self.weaker, each)
 
     def _condition(self, conditions: Sequence[int | str]) -> Condition:
         if self.condition == "label":
@@ -142,6 +149,10 @@ class Generator:
             return int(label)
         choices = f"{len(self.label_names)} classes: give a name or a number from 0 to {len(self.label_names) - 1}"
         raise unknown("label", str(label), self.label_names, choices)
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    return [*to_pil(images)]  # type: ignore[misc]
 
 
 def load_generator(name: str | Path, *, device: str | torch.device = "auto", precision: str = "fp32", tokens: str = "", weaker: str | Path = "") -> Generator:

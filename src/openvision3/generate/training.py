@@ -151,12 +151,12 @@ class Generation(Training):
         """Draw the first DRAWN conditions; all ranks compute, one writes."""
         model, count = self.model, min(DRAWN, len(texts))
         first = Condition(*(value if value is None else value[:count] for value in condition))
-        noise = noise_of(range(count), self.config.seed, tuple(model.statistics.mean.shape)).to(self.start.device)
+        noise = noise_of(range(count), self.config.seed, (model.statistics.mean.shape[0], self.space.channels)).to(self.start.device)
         images = self.space.decode(model.draw(noise, first, Sampling(steps=25)), model.grid).clamp(-1, 1).cpu()
         if run.writes:
             path = run.path / "samples" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            grid([to_pil(images)], [text[:24] for text in texts[:count]]).save(path)
+            grid([[*to_pil(images)]], [text[:24] for text in texts[:count]]).save(path)
             run.image(step, "val/sheet", path)
 
     def export(self, path: Path, weights: dict[str, Tensor], state: RunState) -> None:
