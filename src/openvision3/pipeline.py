@@ -33,6 +33,7 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.reconstruction import noisy
 from openvision3.model.understanding import check_sampling, class_embedding
 from openvision3.model.vae import VAE
+from openvision3.settings import check_templates
 
 Images = str | os.PathLike | bytes | Image.Image | Tensor | Sequence[Any] | Iterator[Any]
 
@@ -295,8 +296,9 @@ class Pipeline:
             ValueError: different labels that the model cannot tell apart, because their words are unknown or cut off; a template without {}.
         """
         names = _names_of_classes(labels)
-        if isinstance(templates, str) or not templates or not all(isinstance(template, str) and "{}" in template for template in templates):
-            raise ValueError(f"templates must be texts with {{}} in the place of the label, such as ['a drawing of {{}}']; seen {templates!r:.80}")
+        if isinstance(templates, str) or not templates or not all(isinstance(template, str) for template in templates):
+            raise ValueError(f"templates must be a list of texts, such as ['a drawing of {{}}']; seen {templates!r:.80}")
+        check_templates(templates)
         texts = [[template.replace("{}", name) for template in templates for name in of_one] for of_one in names]
         positions = self.model.text_encoder.config.positions - 1
         for place in range(len(templates)):  # the texts of each class that one template makes, by its first name

@@ -35,6 +35,12 @@ def fits(values: dict[str, Any], rules: dict[str, str]) -> bool:
     return all((str(values.get(name.removesuffix("!"))) == value) != name.endswith("!") for name, value in rules.items())
 
 
+def check_templates(templates: Iterable[str]) -> None:
+    """Raises ValueError for a text of zero-shot classification without {} in the place of the class."""
+    if wrong := [text for text in templates if "{}" not in text]:
+        raise ValueError(f"template {wrong[0]!r} has no {{}} in the place of the class, as in 'a photo of {{}}'")
+
+
 def unknown(what: str, name: str, choices: Iterable[str], choose: str | None = None) -> ValueError:
     """The error for a name that is none of `choices`: names the most similar one, and all of them, or instead of them says `choose`."""
     choices = [*choices]

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from openvision3.settings import PathName, read_rules, unknown
+from openvision3.settings import PathName, check_templates, read_rules, unknown
 
 if TYPE_CHECKING:
     from openvision3.data.names import DataOptions
@@ -111,8 +111,7 @@ class Options:
             from openvision3.data.crops import check_size
 
             check_size(self.size)
-        if wrong := [text for text in self.template if "{}" not in text]:
-            raise ValueError(f"template {wrong[0]!r} has no {{}} in the place of the class, as in 'a photo of {{}}'")
+        check_templates(self.template)
         if self.template and self.prompts not in ("auto", "templates"):
             raise ValueError(f"template is not used with prompts {self.prompts}; leave out one of them")
         if any(not 0 <= sigma < 100 for sigma in self.sigmas):

@@ -1,0 +1,84 @@
+"""A finished training goes into the package whole, without the names of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import small
+
+from openvision3 import hub
+from openvision3.pipeline import load
+from openvision3.train.pretrain import pretrain
+
+spec = importlib.util.spec_from_file_location("ship", Path(__file__).parents[2] / "tools" / "ship.py")
+ship = importlib.util.module_from_spec(spec)
+sys.modules["ship"] = ship
+spec.loader.exec_module(ship)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("ship")
+    pretrain(small(root, "run", steps=2))
+    return root / "run"
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch) -> Path:
+    """A package of its own with an older mini in it."""
+    monkeypatch.setattr(hub, "ASSETS", tmp_path / "assets")
+    (tmp_path / "assets" / "mini").mkdir(parents=True)
+    (tmp_path / "assets" / "mini" / "old").write_text("")
+    return tmp_path / "assets"
+
+
+def test_the_mini_is_replaced_by_the_run_with_its_command_and_no_path_of_this_machine(run, assets):
+    (run / "command.txt").write_text(f"openvision3 train tiny --data {run.parent}/train\n2026-01-01\n")
+    ship.main(ship.Options("mini", (run,), rename=(f"{run.parent}=DATA",), licence="CC BY-SA 4.0"))
+    shipped = assets / "mini"
+    assert (shipped / "command.txt").read_text() == "openvision3 train tiny --data DATA/train\n"
+    assert not (shipped / "old").exists() and not (shipped / "vae").exists() and [path.name for path in assets.iterdir()] == ["mini"]
+    for path in ("config.json", "command.txt", "README.md"):
+        assert str(run.parent) not in (shipped / path).read_text()
+    model = load(shipped)
+    assert model.training["licence"] == "CC BY-SA 4.0" and model.fingerprint is not None and model.fingerprint.data == ("DATA/train",)
+
+
+def test_what_cannot_ship_leaves_the_old_one(run, assets):
+    with pytest.raises((ValueError, OSError)):
+        ship.main(ship.Options("mini", (run.parent / "nowhere",)))
+    assert (assets / "mini" / "old").exists() and len([*assets.iterdir()]) == 1
+
+
+def test_the_stages_of_a_vae_are_recorded_one_in_the_other(assets, tmp_path, run):
+    from openvision3.data.fingerprint import FILE
+
+    stages = []
+    for name in ("first", "more"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            (folder / file).write_bytes((hub.EMBEDDED / file).read_bytes())
+        (folder / "training.json").write_text(json.dumps({"command": f"{tmp_path}/{name}"}))
+        stages.append(folder)
+    prints = (next((run / "checkpoints").glob("step-*")) / FILE,)
+    ship.main(ship.Options("vae", tuple(stages), rename=(f"{tmp_path}=DATA",), fingerprints=prints))
+    training = json.loads((assets / "vae" / "training.json").read_text())
+    assert training == {"command": "DATA/more", "started_from": {"command": "DATA/first"}} and hub.load_vae(assets / "vae").sha256
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"which": "mini", "runs": ()}, "at least one run"),
+        ({"which": "vae", "runs": (Path("x"),)}, "--fingerprints"),
+        ({"which": "mini", "runs": (Path("x"),), "rename": ("=y",)}, "must look like OLD=NEW"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        ship.Options(**fields)
