@@ -13,10 +13,11 @@ from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
-from openvision3.cli.train import configure_run
+from openvision3.cli.train import configure_generator, configure_run
 from openvision3.estimate.planned import Options
 from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
+from openvision3.generate.recipes import RECIPES as GENERATORS
 from openvision3.train.recipes import IN_TURN, RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ def check(words: list[str]) -> None:
         if verb == "estimate":
             _, fields = parse(Options, fields, "estimate", return_unknown_args=True)
         for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
-            configure_run(recipe, fields)
+            (configure_generator if recipe in GENERATORS else configure_run)(recipe, fields)
     elif verb == "ablate":
         options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
         ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
