@@ -32,6 +32,8 @@ from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown, write_json
 
 FORMAT = 1
+GENERATOR = "openvision3-generator"
+"""the model type of generators, which `generate/folder.py` reads and writes"""
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ASSETS / "vae"
 FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE, FAMILIARITY}
@@ -243,6 +245,8 @@ def read_config(folder: Path) -> FolderConfig:
     """Raises FileNotFoundError; ValueError for another format version, or a config that is not ours."""
     path = folder / "config.json"
     values = read_json(path)
+    if values.get("model_type") == GENERATOR:
+        raise ValueError(f"{folder} is a generator, which draws images; use it with openvision3 generate --model {folder}")
     if values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")

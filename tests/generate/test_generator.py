@@ -177,7 +177,7 @@ def _changed(place: Path, name: str, value: object) -> None:
 
 
 def test_names_of_the_other_kind_of_model_are_told_apart(place):
-    with pytest.raises(ValueError, match="is not the config of an openvision3 model"):
+    with pytest.raises(ValueError, match="is a generator, which draws images; use it with openvision3 generate --model"):
         ov3.load(place)
     with pytest.raises(ValueError, match="is a model that rebuilds and understands; name a generator"):
         folder.read(hub.find_folder("mini"))
@@ -234,3 +234,11 @@ def test_a_condition_of_a_network_that_was_never_given_one_is_not_guided(root):
     with pytest.raises(ValueError, match=r"trained without dropped conditions \(drop 0\)"):
         sure.generate("red heart", sampling=Sampling(steps=2, guidance=2.0))
     assert isinstance(sure._condition(["red heart"]), Condition)
+
+
+def test_info_describes_it(place, capsys):
+    assert main(["info", str(place)]) == 0
+    told = capsys.readouterr().out
+    assert "draws images of 32 px by text: 4 tokens of 64" in told and "guidance        learnt" in told and "steps: 3" in told
+    assert main(["info", str(place), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_type"] == "openvision3-generator"

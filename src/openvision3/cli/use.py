@@ -269,11 +269,14 @@ def encode(
 
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
-    """Describe a model: parts, sizes, VAE, licence, training."""
-    from openvision3.hub import find_folder, load_model
-    from openvision3.settings import flat, to_dict
+    """Describe a model or a generator: parts, sizes, VAE, licence, training."""
+    from openvision3.generate.folder import SHIPPED
+    from openvision3.hub import GENERATOR, find_folder, load_model
+    from openvision3.settings import flat, read_json, to_dict
 
-    folder = find_folder(model)
+    folder = SHIPPED / model if (SHIPPED / model).is_dir() and model else find_folder(model)
+    if read_json(folder / "config.json").get("model_type") == GENERATOR:
+        return _info_of_generator(folder, json)
     network, tokenizer, config = load_model(folder)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
     side, vae, width = config.size // 16, network.vae, network.encoder.size.width
@@ -290,6 +293,28 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     for name, value in flat(config.training).items():
         if name != "licence":
             print(f"  {name}: {value}")
+    return 0
+
+
+def _info_of_generator(folder: Path, json: bool) -> int:
+    from openvision3.generate.folder import load
+    from openvision3.settings import flat, to_dict
+
+    rae, config, _ = load(folder)
+    parts = {"network": rae.dit, "tokens": rae.space}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    if json:
+        print(dumps({"folder": str(folder), **to_dict(config), "parameters": counts, "grid": rae.grid}, indent=2))
+        return 0
+    rows, columns = rae.grid
+    print(f"{folder}\n  draws images of {config.size} px by {config.condition}: {rows * columns} tokens of {rae.space.channels}")
+    print(f"  network         {counts['network'] / 1e6:7.2f} M parameters, predicts {config.flow.predict}")
+    print(f"  tokens          of {config.tokens}, sha256 {config.tokens_sha256[:12]}, normalised by {int(rae.statistics.count):,} images")
+    if config.label_names:
+        print(f"  classes         {len(config.label_names)}: {', '.join(config.label_names[:5])}{' ...' if len(config.label_names) > 5 else ''}")
+    print(f"  guidance        {'learnt' if config.drop else 'not learnt'}: {config.drop:.0%} of the rows without their condition")
+    for name, value in flat(config.training).items():
+        print(f"  {name}: {value}")
     return 0
 
 

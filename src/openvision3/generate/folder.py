@@ -24,10 +24,10 @@ from openvision3.generate.flow import FlowConfig
 from openvision3.generate.public import SUFFIXES, read_public
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import open_space
+from openvision3.hub import GENERATOR
 from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown
 
 FORMAT = 1
-MODEL_TYPE = "openvision3-generator"
 SHIPPED = hub.ASSETS / "generators"
 NEEDED = ("config.json", "model.safetensors")
 
@@ -56,7 +56,7 @@ class GeneratorConfig:
     """what it predicts"""
     training: dict[str, Any] = field(default_factory=dict)
     """recipe, steps, samples, data and precision of the training"""
-    model_type: str = MODEL_TYPE
+    model_type: str = GENERATOR
     """tells other programs which model this is"""
 
 
@@ -117,7 +117,7 @@ def read(folder: Path) -> GeneratorConfig:
     """Raises FileNotFoundError; ValueError for a config that is none of a generator, or of another version."""
     path = folder / "config.json"
     values = read_json(path)
-    if values.get("model_type") != MODEL_TYPE:
+    if values.get("model_type") != GENERATOR:
         other = "a model that rebuilds and understands; name a generator" if values.get("model_type") == "openvision3" else "not the config of a generator"
         raise ValueError(f"{path} is {other}, such as the folder that openvision3 train drawings_dit_mini writes")
     if values.get("format") != FORMAT:
