@@ -261,8 +261,8 @@ def test_one_random_sentence_is_contrasted_and_the_whole_caption_fills_in_and_is
     for count, expected in ((1, {("red heart",), ("blue car, sign",)}), (2, {(part, "red heart. blue car, sign") for part in ("red heart", "blue car, sign")})):
         made = TrainingBatches(broken, words, BatchPlan(TextShape(8, 10, count, sentences=True), size=16, batch=5, seed=0))
         samples_made = [made.sample(position) for position in range(30)]
-        assert {contrasted for _, _, _, contrasted, _ in samples_made} == expected
-        assert {caption for _, _, caption, _, _ in samples_made} == {"red heart. blue car, sign"}
+        assert {sample.texts for sample in samples_made} == expected
+        assert {sample.caption for sample in samples_made} == {"red heart. blue car, sign"}
 
 
 def test_other_captions_stand_beside_the_random_sentence(words):
