@@ -20,6 +20,7 @@ from openvision3.data import openmoji
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, evaluation_batches, to_device
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import to_tensor
+from openvision3.data.labelled import Classes, read_classes
 from openvision3.data.openmoji import EmojiSource
 from openvision3.data.order import Mix, ShardShuffle, Shuffle
 from openvision3.data.problems import Problems, count_reasons
@@ -261,8 +262,8 @@ def test_one_random_sentence_is_contrasted_and_the_whole_caption_fills_in_and_is
     for count, expected in ((1, {("red heart",), ("blue car, sign",)}), (2, {(part, "red heart. blue car, sign") for part in ("red heart", "blue car, sign")})):
         made = TrainingBatches(broken, words, BatchPlan(TextShape(8, 10, count, sentences=True), size=16, batch=5, seed=0))
         samples_made = [made.sample(position) for position in range(30)]
-        assert {contrasted for _, _, _, contrasted, _ in samples_made} == expected
-        assert {caption for _, _, caption, _, _ in samples_made} == {"red heart. blue car, sign"}
+        assert {sample.texts for sample in samples_made} == expected
+        assert {sample.caption for sample in samples_made} == {"red heart. blue car, sign"}
 
 
 def test_other_captions_stand_beside_the_random_sentence(words):
@@ -309,6 +310,66 @@ def test_illegal_sizes_are_named(emoji, words, options, message):
 def test_an_empty_source_is_an_error_at_once(words):
     with pytest.raises(ValueError, match="holds no sample"):
         batches(EmojiSource(()), words)
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(broken) -> tuple[FolderSource, Classes]:
+    """`broken` with a class for each picture, cat for even numbers and dog for odd ones; 8 has none, and 10 is of another class."""
+    labels = [("cat", "dog")[i % 2] for i in range(12)]
+    labels[8], labels[10] = "", "fox"
+    (broken.folder / "captions.csv").write_text("\n".join(["file,label", *(f"{i:02d}.png,{label}" for i, label in enumerate(labels))]))
+    return FolderSource(broken.folder), Classes(("cat", "dog"), {"cat": 0, "dog": 1})
+
+
+def test_each_row_has_the_class_of_its_sample_whatever_the_workers_and_ranks(labelled, words):
+    source, classes = labelled
+    of = {draw_seed(source.sample_key(i)): i % 2 for i in range(12)}
+    whole = take(batches(source, words, batch=6, labels=classes), 0, 6)
+    for batch in whole:
+        assert batch["labels"].dtype == torch.int64
+        assert batch["labels"].tolist() == [of[int(key)] for key in batch["sample_key"]]
+    assert {int(label) for batch in whole for label in batch["labels"]} == {0, 1}
+    for rank in range(2):
+        made = batches(source, words, batch=6, labels=classes, ranks=Ranks(rank, 2), workers=2 * rank)
+        assert [batch["labels"].tolist() for batch in take(made, 2, 2)] == [batch["labels"][3 * rank : 3 * rank + 3].tolist() for batch in whole[2:4]]
+
+
+def test_a_sample_without_a_class_is_replaced_and_counted(labelled, words):
+    source, classes = labelled
+    made = batches(source, words, batch=6, labels=classes)
+    take(made, 0, 6)
+    assert count_reasons(made.problems) == {"no caption": 2, "not an image": 1, "no label": 1, "too small": 1, "class not in the list": 1}
+    assert {p["key"][-6:]: p["reason"] for p in made.problems if "caption" not in p["reason"]} == {
+        "03.png": "not an image",
+        "08.png": "no label",
+        "09.png": "too small",
+        "10.png": "class not in the list",
+    }
+    nothing = batches(source, words, labels=Classes(("catt",), {"catt": 0}))
+    with pytest.raises(
+        ValueError, match=r"256 samples in a row cannot be used, the last because of: class not in the list \(class \w+ is none of the 1 classes"
+    ):
+        nothing.check_room()
+
+
+def test_labels_and_the_lack_of_a_tokenizer_change_nothing_else(emoji, words):
+    classes = read_classes(emoji, "name")
+    plain, labelled, textless = (
+        take(batches(emoji, tokenizer, pixel_share=0.5, labels=labels), 0, 4) for tokenizer, labels in ((words, None), (words, classes), (None, classes))
+    )
+    assert same(plain, [{name: value for name, value in batch.items() if name != "labels"} for batch in labelled])
+    assert all(batch.keys() == {"images", "labels", "sample_key", "draw_key", "pixel_rows"} for batch in textless)
+    assert same(textless, [{name: batch[name] for name in textless[0]} for batch in labelled])
+
+
+def test_without_a_tokenizer_no_caption_is_needed(labelled):
+    source, classes = labelled
+    made = batches(source, None, batch=6, labels=classes)
+    seen = {int(key) for batch in take(made, 0, 6) for key in batch["sample_key"]}
+    assert seen == {draw_seed(source.sample_key(i)) for i in (0, 1, 2, 4, 5, 6, 7, 11)} and "no caption" not in count_reasons(made.problems)
 
 
 def test_evaluation_sees_every_usable_picture_once_in_order_and_names_the_rest(broken):

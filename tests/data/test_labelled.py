@@ -1,20 +1,21 @@
-"""Class labels from emoji groups, sub-folders, JSON fields and .cls members; nothing is left out without a word."""
+"""Class labels from emoji groups, sub-folders, tables, JSON fields and .cls members; nothing is left out without a word."""
 
 import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shard_files import jpeg, write_shard
+from shard_files import jpeg, reasons, write_shard
 
-from openvision3.data import openmoji
+from openvision3.data import labelled, openmoji
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError
-from openvision3.data.labelled import TEMPLATES, Labels, prompts, read_labels, read_names
+from openvision3.data.labelled import TEMPLATES, Classes, LabelError, Labels, prompts, read_classes, read_labels, read_names
 from openvision3.data.openmoji import EmojiSource
-from openvision3.data.shards import tars
+from openvision3.data.shards import index, tars
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.sources import MixedSource
 
@@ -80,12 +81,30 @@ def test_cls_members_are_found_though_no_index_lists_them(tmp_path):
     assert found.names == ("zero", "one", "three") and found.classes == (2, 0, 1, 2) and found.indices == (0, 1, 3, 4)
 
 
-def test_the_headers_of_a_shard_are_read_once_for_all_its_labels(tmp_path, monkeypatch):
-    source = ShardSource([shard(tmp_path / f"{n}.tar", [b"1"] * 5, "cls", start=5 * n) for n in range(3)])
+def of_an_older_version(path: str) -> str:
+    """The shard, with an index beside it that does not list `.cls` members."""
+    scanned = index.scan(path)
+    replace(scanned, offsets=scanned.offsets[:, :3], sizes=scanned.sizes[:, :3]).save(index.index_path(path))
+    return path
+
+
+def test_an_index_of_an_older_version_costs_one_reading_of_the_headers_of_each_shard(tmp_path, monkeypatch):
+    paths = [shard(tmp_path / f"{n}.tar", [b"%d" % n, b"7"], "cls", start=2 * n) for n in range(3)]
     read = []
     extra = tars.extra_members
     monkeypatch.setattr(tars, "extra_members", lambda path, ending: read.append(path) or extra(path, ending))
-    assert [source.value(i) for i in range(15)] == ["1"] * 15 and len(read) == 3
+    turns = (0, 2, 4, 1, 3, 5, 0)
+    new = ShardSource(paths)
+    assert [new.value(i) for i in turns] == ["0", "1", "2", "7", "7", "7", "0"] and not read and reasons(new) == {}
+    old = ShardSource([of_an_older_version(path) for path in paths])
+    assert [old.value(i) for i in turns] == ["0", "1", "2", "7", "7", "7", "0"] and sorted(read) == paths
+    assert reasons(old) == {"stale index": 3} and {p["key"] for p in old.problems} == set(paths)
+
+
+def test_an_index_lists_classes_only_where_there_are_any(tmp_path):
+    with_class, without = (index.scan(shard(tmp_path / f"{kind}.tar", [b"1", None], kind)) for kind in ("cls", "txt"))
+    assert with_class.kinds == ("image", "txt", "json", "cls") and without.kinds == ("image", "txt", "json")
+    assert with_class.member(0, "cls") and with_class.member(1, "cls") is None
 
 
 def test_labels_of_samples_that_a_rule_keeps_are_theirs(tmp_path):
@@ -112,11 +131,47 @@ def test_a_shard_that_vanishes_is_counted(tmp_path):
         source.value(0)
 
 
-def test_the_cls_members_of_a_remote_shard_are_refused(tmp_path):
-    source = ShardSource([shard(tmp_path / "0.tar", [b"1"], "cls")])
-    source.tars.paths[0] = "https://example.org/0.tar"
-    with pytest.raises(ValueError, match="copy the shard to this machine, or name a JSON field"):
-        source.tars.extra(0, "cls")
+def table(root: Path, text: str, names=("a", "b", "c"), file="captions.csv") -> FolderSource:
+    root.mkdir(exist_ok=True)
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / f"{name}.jpg").write_bytes(jpeg())
+    (root / file).write_text(text, encoding="utf-8")
+    return FolderSource(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("captions.csv", "file,caption,label,kind\na.jpg,a cat,cat,7\na.jpg,one more, cat ,7\nb.jpg,a dog,,8\n"),
+        ("metadata.csv", "file_name,label,kind\na.jpg,cat,7\nb.jpg,,8\n"),
+        ("captions.jsonl", '{"file": "a.jpg", "label": "cat", "kind": 7}\n{"file": "b.jpg", "label": ["x"], "kind": 8}\n'),
+    ],
+)
+def test_the_columns_of_a_table_label_a_folder(tmp_path, file, text):
+    source = table(tmp_path, text, file=file)
+    assert [source.value(i) for i in range(3)] == [source.value(i, "label") for i in range(3)] == ["cat", None, None]
+    assert [source.value(i, "kind") for i in range(3)] == ["7", "8", None]
+    assert read_labels(source, least=0).left_out == {"no label": 2}
+    assert reasons(source) == {}
+
+
+def test_a_label_column_goes_before_sub_folders_which_have_a_name_of_their_own(tmp_path):
+    source = table(tmp_path, "file,label\nx/a.jpg,cat\n", ("x/a", "x/b"))
+    assert [source.value(i) for i in range(2)] == ["cat", None] and [source.value(i, "folder") for i in range(2)] == ["x", "x"]
+
+
+def test_rows_that_label_an_image_differently_are_counted_and_neither_is_taken(tmp_path):
+    source = table(tmp_path, "file,label\na.jpg,cat\na.jpg,dog\na.jpg,cat\nb.jpg,dog\nb.jpg,dog\n")
+    labels = read_labels(source, least=0)
+    assert labels.left_out == {"several labels": 1, "no label": 1} and labels.indices == (1,) and labels.names == ("dog",)
+
+
+def test_a_label_that_is_no_text_is_counted(tmp_path):
+    table(tmp_path, "file\na.jpg\n")
+    (tmp_path / "captions.csv").write_bytes("file,label\na.jpg,caf\u00e9\n".encode() + "b.jpg,caf\u00e9\n".encode("latin-1"))
+    labels = read_labels(FolderSource(tmp_path), least=0)
+    assert labels.names == ("caf\u00e9",) and labels.left_out == {"not UTF-8": 1, "no label": 1}
 
 
 # -- which class it is ------------------------------------------------------------------------------------------------
@@ -158,7 +213,7 @@ def test_another_set_is_read_with_the_classes_of_the_first(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "names", "message"),
     [
-        ({"": 2}, (), "none of the 2 images has a group, a sub-folder or a .cls member"),
+        ({"": 2}, (), "none of the 2 images has a group, a label column, a sub-folder or a .cls member"),
         ({"cat": 1}, ("dog",), "classes are called cat ... \\(1 of them\\) and none of them is among the 1 names \\(dog ...\\)"),
         ({"5": 1}, ("a", "b"), "class number 5 has no name: the 2 names are for 0 to 1"),
         ({"n01440764": 1}, ("a", "b"), "as many WordNet ids as names"),
@@ -172,8 +227,115 @@ def test_labels_that_fit_no_class_are_refused(tmp_path, classes, names, message)
 
 
 def test_a_field_that_no_sample_has_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none of the 1 images has a label under colour; name a field of the shards' JSON with --label-key"):
+    message = "none of the 1 images has a label under colour; name a field of the shards' JSON, or a column of captions.csv, with --label-key"
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_labels(ShardSource([shard(tmp_path / "0.tar", [{"category": "x"}])]), "colour")
+
+
+# -- the classes of a training ----------------------------------------------------------------------------------------
+
+
+def numbers(classes: Classes, source) -> list[int | str]:
+    """The number of each sample's class, or the reason why it has none."""
+
+    def one(i: int) -> int | str:
+        try:
+            return classes.number(source, i)
+        except ImageError as error:
+            return error.reason
+
+    return [one(i) for i in range(len(source))]
+
+
+def names_file(tmp_path: Path, *names: str) -> str:
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    return str(tmp_path / "names.txt")
+
+
+def test_every_label_of_the_source_is_a_class_and_what_has_none_is_listed_at_the_start(tmp_path):
+    source = folder(tmp_path, {"dog": 2, "cat": 1, "": 1})
+    classes = read_classes(source)
+    assert classes.names == ("cat", "dog") and numbers(classes, source) == ["no label", 0, 1, 1]
+    assert [(p["reason"], p["detail"]) for p in source.problems] == [("no label", "no group, label column, sub-folder or .cls member")]
+    assert numbers(pickle.loads(pickle.dumps(classes)), source) == ["no label", 0, 1, 1]
+
+
+def test_the_classes_of_training_are_those_of_evaluation(tmp_path):
+    for source, names in (
+        (folder(tmp_path / "a", {"dog": 2, "cat": 1}), ()),
+        (folder(tmp_path / "b", {"n01443537": 1, "n01440764": 2}), ("tench", "goldfish")),
+    ):
+        labels, classes = read_labels(source, names=names, least=0), read_classes(source, classes=names_file(tmp_path, *names) if names else "")
+        assert classes.names == labels.names and numbers(classes, source) == list(labels.classes)
+
+
+def test_numbers_without_names_are_classes_in_the_order_of_numbers(tmp_path):
+    source = ShardSource([shard(tmp_path / "0.tar", [str(i).encode() for i in (10, 2, 0, 1, *range(3, 10))], "cls")])
+    classes = read_classes(source)
+    assert classes.names == tuple(map(str, range(11))) and numbers(classes, source)[:3] == [10, 2, 0]
+    assert read_labels(source, least=0).names == classes.names
+
+
+def test_with_names_only_a_few_samples_are_read_at_the_start(tmp_path, monkeypatch):
+    source = ShardSource([shard(tmp_path / "0.tar", [b"%d" % (i % 3) for i in range(100)], "cls")])
+    read = []
+    value = ShardSource.value
+    monkeypatch.setattr(ShardSource, "value", lambda self, index, name="": read.append(index) or value(self, index, name))
+    for classes in (names_file(tmp_path, "ant", "bee", "cat"), "3"):
+        read.clear()
+        made = read_classes(source, classes=classes)
+        assert len(read) <= 20 and numbers(made, source) == [i % 3 for i in range(100)]
+    assert made.names == ("0", "1", "2")
+    read.clear()
+    read_classes(source)
+    assert len(read) == 100
+
+
+def test_a_label_of_no_class_is_a_problem_of_its_sample_that_names_the_nearest(tmp_path):
+    source = ShardSource([shard(tmp_path / "0.tar", [{"kind": v} for v in ("tench", "goldfsh", 1, "0002", 2, 7, "kite", True)])])
+    classes = read_classes(source, "kind", names_file(tmp_path, "tench", "goldfish", "kite", "kite"))
+    unknown = "class not in the list"
+    assert numbers(classes, source) == [0, unknown, 1, 2, 2, unknown, unknown, "no label"]
+    for sample, message in (
+        (1, "class goldfsh is none of the 4 classes; nearest is goldfish"),
+        (5, "class number 7 has no name: the 4 names are for 0 to 3"),
+        (6, "kite is more than once among the class names; label by numbers"),
+        (7, "nothing under kind"),
+    ):
+        with pytest.raises(LabelError, match=f"^{message}$"):
+            classes.number(source, sample)
+
+
+def test_names_that_are_other_numbers_are_no_line_numbers(tmp_path):
+    source = ShardSource([shard(tmp_path / "0.tar", [b"20", b"10", b"0"], "cls")])
+    assert numbers(read_classes(source, classes=names_file(tmp_path, "10", "20")), source) == [1, 0, "class not in the list"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        ({"": 2}, "", "none of the 2 images has a group, a label column, a sub-folder or a .cls member"),
+        ({"": 2}, "10", "none of the 2 images has a group"),
+        ({"cat": 1}, ("dog",), "classes are called cat ... \\(1 of them\\) and none of them is among the 1 names"),
+        ({"5": 1}, ("a", "b"), "class number 5 has no name: the 2 names are for 0 to 1"),
+        ({"n01440764": 1}, ("a", "b"), "as many WordNet ids as names"),
+        ({"cat": 1}, "0", "classes 0 is not from 1 to 100,000; give the number of classes, or a file of class names"),
+        ({"cat": 1}, "none.txt", "no file of class names at none.txt"),
+    ],
+)
+def test_labels_that_fit_no_class_end_a_training_at_its_start(tmp_path, labels, classes, message):
+    source = folder(tmp_path / "data", labels)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        read_classes(source, classes=names_file(tmp_path, *classes) if isinstance(classes, tuple) else classes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_field_of_which_each_sample_has_its_own_value_is_no_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "MOST_CLASSES", 5)
+    source = ShardSource([shard(tmp_path / "0.tar", [{"url": f"u{i}", "kind": i % 5, "pair": i // 2} for i in range(12)])])
+    with pytest.raises(ValueError, match="12 samples have 12 labels under url, such as u0: these are no classes; name another field with --label-key"):
+        read_classes(source, "url")
+    assert len(read_classes(source, "kind").names) == 5 and len(read_classes(source, "pair").names) == 6
 
 
 def test_numbers_alone_are_no_words():

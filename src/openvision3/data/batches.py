@@ -24,6 +24,7 @@ from torch import Tensor
 
 from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, damage_seen, to_tensor
+from openvision3.data.labelled import Classes
 from openvision3.data.order import Order
 from openvision3.data.problems import Problem, Problems
 from openvision3.data.sources import Source
@@ -56,6 +57,8 @@ class Sample(NamedTuple):
     """the captions to contrast"""
     problems: list[Problem]
     """of the samples that were tried before it"""
+    label: int | None = None
+    """the number of its class, where the batches have labels"""
 
 
 Collated = tuple[dict[str, Tensor], list[Problem]]
@@ -81,6 +84,7 @@ class BatchPlan:
     """What the batches of a run hold. Equal plans give equal batches, however they are prepared."""
 
     text: TextShape
+    """of batches with a tokenizer"""
     size: int
     """side of the images, in pixels"""
     batch: int
@@ -113,7 +117,8 @@ def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
 class TrainingBatches:
     """Endless micro-batches, `pieces` of them a step; `problems` collects the samples that were skipped.
 
-    With a cache of `latents`, batches hold latents, and only images whose pixels are compared are opened.
+    With a cache of `latents`, batches hold latents, and only images whose pixels are compared are opened. With the classes of `labels`, they
+    hold `labels` (B,), and a sample without a class is skipped. Without a `tokenizer`, they hold no text, and samples need no caption.
     Images stay uint8 until `to_device`. `pinned` puts batches into pinned memory, for asynchronous copies to a GPU.
     A wait for a batch ends soon after `stopping()` becomes true.
 
@@ -124,9 +129,10 @@ class TrainingBatches:
     def __init__(
         self,
         source: Source,
-        tokenizer: TextTokenizer,
+        tokenizer: TextTokenizer | None,
         plan: BatchPlan,
         *,
+        labels: Classes | None = None,
         ranks: Ranks = Ranks(),
         latents: LatentCache | None = None,
         workers: int = 0,
@@ -140,7 +146,7 @@ class TrainingBatches:
             raise ValueError(f"lanes {plan.lanes} do not divide the batch of {plan.batch}")
         if not len(source):
             raise ValueError("the data holds no sample; name a source that has some")
-        self.source, self.tokenizer, self.plan = source, tokenizer, plan
+        self.source, self.tokenizer, self.plan, self.labels = source, tokenizer, plan, labels
         self.batch, self.size, self.shape = plan.batch, plan.size, plan.text
         self.workers, self.latents, self.pinned = workers, latents, pinned
         self.stopping, self._processes = stopping, Workers(self, workers, stopping)
@@ -200,11 +206,14 @@ class TrainingBatches:
                 name = self.source.key(index)
                 key = self.latents.key_of(self.source, index) if self.latents is not None else self.source.sample_key(index)
                 generator = torch.Generator().manual_seed(draw_seed(self.plan.seed, epoch, key))
-                captions = self.source.captions(index)
-                if not captions:
-                    problems.append({"key": name, "reason": "no caption", "detail": "missing or empty"})
-                    continue
-                captions = captions.led_by(draw_seed(self.plan.seed, "caption", epoch, key))
+                captions = Captions()
+                if self.tokenizer is not None:
+                    captions = self.source.captions(index)
+                    if not captions:
+                        problems.append({"key": name, "reason": "no caption", "detail": "missing or empty"})
+                        continue
+                    captions = captions.led_by(draw_seed(self.plan.seed, "caption", epoch, key))
+                label = self.labels.number(self.source, index) if self.labels is not None else None
                 if self.latents is not None:
                     pixels = self._has_pixels(*divmod(position, self.batch))
                     view: Tensor | CachedView = self.latents.view(self.source, index, key=key, seed=self.plan.seed, epoch=epoch, pixels=pixels)
@@ -215,7 +224,8 @@ class TrainingBatches:
                 continue
             if damage := damage_seen():
                 problems.append({"key": name, **damage})
-            return Sample(key, view, captions[0], self._choose_texts(captions, generator), problems)
+            caption, texts = (captions[0], self._choose_texts(captions, generator)) if captions else ("", ())
+            return Sample(key, view, caption, texts, problems, label)
         raise ValueError(f"{TRIES} samples in a row cannot be used, the last because of: {problems[-1]['reason']} ({problems[-1]['detail']}); check the data")
 
     def _instead(self, entry: int, attempt: int) -> int:
@@ -248,18 +258,25 @@ class TrainingBatches:
 
     def collate(self, rows: list[Sample]) -> Collated:
         """Samples -> a batch, without the random draws of a step. Images stay uint8, a quarter of their size as floats."""
-        count = self.shape.captions
-        texts = [text for row in rows for text in (*row.texts, *[""] * (count - len(row.texts)))]
-        caption_ids = self.tokenizer.caption_ids([row.caption for row in rows], self.shape.caption_positions)
         batch = {
             **self._stack([row.view for row in rows]),
-            "text_ids": self.tokenizer.text_ids(texts, self.shape.text_positions).unflatten(0, (len(rows), count)),
-            "text_present": torch.tensor([[k < len(row.texts) for k in range(count)] for row in rows]),
-            "caption_ids": caption_ids,
-            "word_positions": (caption_ids[:, 1:] != self.tokenizer.pad_id).flatten().nonzero()[:, 0],
+            **(self._texts(rows, self.tokenizer) if self.tokenizer is not None else {}),
             "sample_key": torch.tensor([draw_seed(row.key) for row in rows]),
         }
+        if self.labels is not None:
+            batch["labels"] = torch.tensor([row.label for row in rows])
         return batch, [problem for row in rows for problem in row.problems]
+
+    def _texts(self, rows: list[Sample], tokenizer: TextTokenizer) -> dict[str, Tensor]:
+        count = self.shape.captions
+        texts = [text for row in rows for text in (*row.texts, *[""] * (count - len(row.texts)))]
+        caption_ids = tokenizer.caption_ids([row.caption for row in rows], self.shape.caption_positions)
+        return {
+            "text_ids": tokenizer.text_ids(texts, self.shape.text_positions).unflatten(0, (len(rows), count)),
+            "text_present": torch.tensor([[k < len(row.texts) for k in range(count)] for row in rows]),
+            "caption_ids": caption_ids,
+            "word_positions": (caption_ids[:, 1:] != tokenizer.pad_id).flatten().nonzero()[:, 0],
+        }
 
     def _stack(self, views: list[Tensor | CachedView]) -> dict[str, Tensor]:
         images = [view for view in views if isinstance(view, Tensor)]

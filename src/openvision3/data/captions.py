@@ -135,6 +135,11 @@ def is_visible(text: str) -> bool:
     return any(unicodedata.category(letter)[0] in "LNPS" and letter != "\ufffd" for letter in text)
 
 
+def field_text(value: object) -> str | None:
+    """The text of one field of JSON or of a table; numbers are texts too. None for blanks, truth values, lists and objects."""
+    return str(value).strip() or None if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
 def json_object(text: str | bytes) -> dict:
     """The JSON object in `text`; {} if it is not JSON or not an object. The encoding of bytes is detected as the JSON standard says."""
     try:

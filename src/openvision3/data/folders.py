@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from openvision3.contents import holds
-from openvision3.data.captions import Captions, clean_captions, decode_text, encoding_of, json_object, read_text, text_captions
+from openvision3.data.captions import Captions, checked_text, clean_captions, decode_text, encoding_of, field_text, json_object, read_text, text_captions
 from openvision3.data.identity import digest
 from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS, ImageError
 from openvision3.data.problems import Problem, reasons_in_words
@@ -170,28 +170,13 @@ def read_table(folder: Path, path: str) -> Table:
     """
     table, used, columns = Table(), 0, "nothing"
     place = folder / path
-    with open(place, "rb") as file:
-        encoding = encoding_of(file.read(4))
-    inside = str(PurePosixPath(path).parent)
-    # Bytes that are not in this encoding become surrogates, which `clean_captions` refuses for the images concerned.
-    with open(place, newline="", encoding=encoding, errors="surrogateescape") as lines:
-        rows: Iterator[dict] = iter(csv.DictReader(lines)) if place.suffix.lower() == ".csv" else (json_object(line) for line in lines if line.strip())
-        try:
-            for number, row in enumerate(rows, 1):
-                name = row.get("file") or row.get("file_name")
-                if name:
-                    named = os.path.normpath(os.path.join(inside, str(name)))
-                    table.captions.setdefault(named, []).append(row.get("caption") or row.get("text"))
-                    used += 1
-                else:
-                    columns = ", ".join(map(str, row)) or "no JSON object"
-                    table.problems.append(
-                        {"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"it names no file; its columns: {columns:.200}"}
-                    )
-        except csv.Error as error:
-            raise ValueError(f"{place} is not a CSV file that can be read: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{place} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
+    for number, (named, row) in enumerate(_read_rows(folder, path), 1):
+        if named:
+            table.captions.setdefault(named, []).append(row.get("caption") or row.get("text"))
+            used += 1
+        else:
+            columns = ", ".join(map(str, row)) or "no JSON object"
+            table.problems.append({"key": f"{path} row {number}", "reason": "broken caption row", "detail": f"it names no file; its columns: {columns:.200}"})
     if not used:
         decode_text(columns.encode("utf-8", "surrogateescape"), str(place))
         contents = f"; it {holds(place)}" if not columns.isprintable() else ""
@@ -199,11 +184,34 @@ def read_table(folder: Path, path: str) -> Table:
     return table
 
 
+def _read_rows(folder: Path, path: str) -> Iterator[tuple[str, dict]]:
+    """(path of the image, "" if it names none; the row) of a table. Raises ValueError: it is no CSV, or no text."""
+    place = folder / path
+    with open(place, "rb") as file:
+        encoding = encoding_of(file.read(4))
+    inside = str(PurePosixPath(path).parent)
+    # Bytes that are not in this encoding become surrogates, which `clean_captions` and `checked_text` refuse for the images concerned.
+    with open(place, newline="", encoding=encoding, errors="surrogateescape") as lines:
+        rows: Iterator[dict] = iter(csv.DictReader(lines)) if place.suffix.lower() == ".csv" else (json_object(line) for line in lines if line.strip())
+        try:
+            for row in rows:
+                name = row.get("file") or row.get("file_name")
+                yield os.path.normpath(os.path.join(inside, str(name))) if name else "", row
+        except csv.Error as error:
+            raise ValueError(f"{place} is not a CSV file that can be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place} is not {encoding.upper()} text ({error.reason}); save it as UTF-8") from error
+
+
+SEVERAL = ""
+"""stands for the texts of rows that differ"""
+
+
 class FolderSource(EncodedSource):
     """A folder of images: `x.jpg` beside `x.txt`, or tables `captions.csv` / `captions.jsonl` with columns `file` and `caption`.
 
-    Sub-folders are read too; a file in several rows has several captions. Hugging Face's `metadata.csv` / `.jsonl` are read if the
-    folder has no such table. Keys begin with `label` (default: the folder's name). `problems` lists the files that are not used.
+    Sub-folders are read too; a file in several rows has several captions; `value` reads other columns. Hugging Face's `metadata.csv` /
+    `.jsonl` are read if the folder has no such table. Keys begin with `label` (default: the folder's name). `problems` lists the files that are not used.
 
     Raises:
         ValueError: the folder has no images, or no row of a caption table can be used.
@@ -223,6 +231,8 @@ class FolderSource(EncodedSource):
         self.texts = Names(contents.texts)
         self._text_of = contents.texts
         self.table: dict[str, list] = {}
+        self._tables: list[str] = []
+        self._columns: dict[str, dict[str, str] | None] = {}
         self._add_problems(contents.unused)
         self._read_tables(contents.tables)
 
@@ -241,6 +251,7 @@ class FolderSource(EncodedSource):
                 # a metadata.csv may hold anything
                 self._add_problems([{"key": path, "reason": "table without captions, which is not used", "detail": str(error)}])
                 continue
+            self._tables.append(path)
             self._add_problems(table.problems)
             for name, captions in table.captions.items():
                 known = present.find(name)
@@ -276,9 +287,35 @@ class FolderSource(EncodedSource):
             raise ImageError("unreadable", f"{text} cannot be read: {error}") from error
 
     def value(self, index: int, name: str = "") -> str | None:
-        """The first sub-folder, which is the class in torchvision's ImageFolder layout; files have no other fields."""
-        parts = self.names[index].split("/")
+        """The text in the column `name` of the tables ("": `label`). Where there is no such column, "" and "folder" are the first sub-folder,
+        which is the class in torchvision's ImageFolder layout.
+
+        Raises:
+            ImageError: reason `several labels` if the rows of the image differ, or `not UTF-8`.
+        """
+        path, column = self.names[index], name or "label"
+        if column not in self._columns:
+            self._columns[column] = self._read_column(column)
+        texts = self._columns[column]
+        if texts is not None:
+            text = texts.get(path)
+            if text == SEVERAL:
+                raise ImageError("several labels", f"the rows of {path} differ in the column {column}")
+            return checked_text(text, f"the {column} of {path}") if text else None
+        parts = path.split("/")
         return parts[0] if len(parts) > 1 and name in ("", "folder") else None
+
+    def _read_column(self, column: str) -> dict[str, str] | None:
+        """{path of an image: its text in this column of the tables, or SEVERAL}; None if no table has the column."""
+        texts: dict[str, str] = {}
+        has_column, present = False, Names(self.names if self._tables else ())
+        for path in self._tables:
+            for named, row in _read_rows(self.folder, path):
+                has_column = has_column or column in row
+                known, text = present.find(named), field_text(row.get(column))
+                if known is not None and text is not None:
+                    texts[known] = text if texts.get(known, text) == text else SEVERAL
+        return texts if has_column else None
 
     def files(self) -> list[str]:
         return [str(self.folder / name) for name in self.names]

@@ -91,7 +91,7 @@ class Source(ABC):
     def value(self, index: int, name: str = "") -> str | None:
         """The value of the field `name` of a sample, None where it has none. "" is the field that classes are taken from by default:
 
-        the group of an emoji, the sub-folder of an image in a folder, the `.cls` member of a sample in a shard.
+        the group of an emoji, the column `label` of a folder's table, else the sub-folder, the `.cls` member of a sample in a shard.
         """
         return None
 

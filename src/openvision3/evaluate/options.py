@@ -76,7 +76,7 @@ class Options:
     tokenizer: Literal["auto", "simple", "ptb"] = "auto"
     """captioning: the tokenizer that splits captions into words; ptb needs Java"""
     label_key: str = ""
-    """zeroshot, probe: the JSON field with the class. Not set: the emoji's group, the sub-folder or the .cls member"""
+    """zeroshot, probe: the JSON field or table column with the class. Not set: the emoji's group, the column label, the sub-folder or the .cls member"""
     classes: PathName = ""
     """zeroshot, probe: a file of class names, one per line; several names of one class are separated by |: rose|roses"""
     least: int = 20

@@ -33,6 +33,7 @@ from openvision3.data import openmoji, sources
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, to_device
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, to_tensor
+from openvision3.data.labelled import Classes, read_classes
 from openvision3.data.latents.files import AGAIN, TENSORS, Part
 from openvision3.data.latents.read import CachedSource, LatentCache
 from openvision3.data.latents.settings import LatentJob, LatentSettings
@@ -448,7 +449,7 @@ def words(folder) -> TextTokenizer:
     return TextTokenizer.train([text for i in range(len(source)) for text in source.captions(i)], 200)
 
 
-def batches(source: Source, words: TextTokenizer, cache: LatentCache | None, **changes) -> TrainingBatches:
+def batches(source: Source, words: TextTokenizer | None, cache: LatentCache | None, **changes) -> TrainingBatches:
     plan = {"size": SIZE, "batch": 4, "seed": 3, "pixel_share": 0.5} | {name: changes.pop(name) for name in BatchPlan.__dataclass_fields__ if name in changes}
     return TrainingBatches(source, words, BatchPlan(TextShape(12, 16), **plan), latents=cache, **changes)
 
@@ -459,6 +460,21 @@ def first(made: TrainingBatches, steps: int) -> list[dict[str, torch.Tensor]]:
         return [to_device(next(found), "cpu") for _ in range(steps * made.pieces)]
     finally:
         found.close()  # type: ignore[attr-defined]
+
+
+def test_labels_of_cached_samples_come_from_the_data_and_a_cache_alone_says_so(cache, folder):
+    source = FolderSource(folder)
+    source.value = lambda index, name="": f"class {index}"  # type: ignore[method-assign]
+    names = tuple(f"class {i}" for i in range(10))
+    classes = Classes(names, {name: i for i, name in enumerate(names)})
+    of = {draw_seed(source.sample_key(i)): i for i in range(10)}
+    for batch in first(batches(source, None, cache, labels=classes, pixel_share=0.0), 5):
+        assert batch.keys() == {"latents", "pixel_images", "labels", "sample_key", "draw_key"}
+        assert batch["labels"].tolist() == [of[int(key)] for key in batch["sample_key"]]
+    alone = CachedSource(cache)
+    for labels in (lambda: read_classes(alone), lambda: batches(alone, None, cache, labels=classes, pixel_share=0.0).check_room()):
+        with pytest.raises(ValueError, match=r"holds no class labels; name the data that it was made from with --data"):
+            labels()
 
 
 def test_every_crop_is_seen_in_turn_and_its_order_is_the_samples_own(cache, folder):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -16,16 +17,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from shard_files import captions, jpeg, keys, three, write_shard
-from small_runs import small
+from small_runs import small, take
 
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
 from openvision3.data.images import ImageError
+from openvision3.data.labelled import read_classes
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.openmoji import EmojiSource
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards import remote, tars
 from openvision3.data.shards.check import check_shard, write_index
-from openvision3.data.shards.index import Stamp
+from openvision3.data.shards.index import Stamp, index_path, read_head
 from openvision3.data.shards.remote import ShardCache, expand_remote
 from openvision3.data.shards.source import choose_lanes
 from openvision3.data.sources import MixedSource
@@ -191,6 +193,28 @@ def test_training_goes_on_without_a_shard_that_vanished(server, tmp_path, worker
     iterator.close()
     assert all(len(batch["images"]) == 4 for batch in batches)
     assert count_reasons(made.problems) == {"vanished": 3}
+
+
+def test_classes_of_remote_shards_are_read_with_their_images(server, tmp_path):
+    for shard in range(4):
+        members = {f"{3 * shard + n:09d}.{kind}": data for n in range(3) for kind, data in (("cls", b"%d" % n), ("jpg", jpeg()))}
+        write_shard(server.folder / f"{shard:05d}.tar", members)
+    source = opened(server, tmp_path)
+    server.gets.clear()
+    with pytest.raises(ValueError, match="remote shards are not searched for their classes; name a file of class names with --classes"):
+        read_classes(source)
+    classes = read_classes(source, classes="3")
+    assert not server.gets
+    made = TrainingBatches(source, None, BatchPlan(TextShape(0, 0), size=16, batch=4, seed=0), labels=classes)
+    for step, batch in enumerate(take(made, 0, 6)):
+        assert batch["labels"].tolist() == [made.index(4 * step + row) % 3 for row in range(4)]
+    assert set(server.gets.values()) == {1}
+
+    place = index_path(f"{server.url}/00000.tar", str(tmp_path / "index"))
+    listed = read_head(place).load()
+    replace(listed, offsets=listed.offsets[:, :3].copy(), sizes=listed.sizes[:, :3].copy()).save(place)  # as older versions wrote it
+    with pytest.raises(ValueError, match=r"lists no \.cls members.*older version: write it again with openvision3 data index SHARDS --index FOLDER --again"):
+        opened(server, tmp_path, shards=1).value(0)
 
 
 def test_all_gone_stops_with_the_reason(server, tmp_path):

@@ -166,7 +166,7 @@ class LatentCache:
 
 
 class CachedSource(Source):
-    """The samples of a cache without its images: keys, captions and families only."""
+    """The samples of a cache without its images: keys, captions and families only, and no classes."""
 
     def __init__(self, cache: LatentCache):
         self.cache = cache
@@ -192,6 +192,11 @@ class CachedSource(Source):
     def captions(self, index: int) -> Captions:
         words = self.cache.sample(index)[1]
         return Captions(words["captions"], words.get("alike", 1))
+
+    def value(self, index: int, name: str = "") -> str | None:
+        """Raises ValueError: a cache has no fields."""
+        data = " ".join(self.cache.settings.data)
+        raise ValueError(f"the latent cache {self.cache.folder} holds no class labels; name the data that it was made from with --data ({data})")
 
     def image(self, index: int, size: int) -> Image.Image:
         raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")

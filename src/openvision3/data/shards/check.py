@@ -179,7 +179,7 @@ def _check_samples(source: ShardSource | FolderSource, checked: Checked, no_capt
                 if len(captions) > 1:
                     checked.captions[len(captions)] += 1
                 if not captions and (label := source.value(sample)) is not None:
-                    checked.add("class but no caption", f"class {label:.60}: it serves zeroshot and probe, not training", key)
+                    checked.add("class but no caption", f"class {label:.60}: it serves zeroshot, probe and generation from labels, not pre-training", key)
                 elif not captions:
                     checked.add("no caption", no_caption, key)
             except TextError as error:

@@ -19,8 +19,9 @@ from openvision3.data.tensor_file import TensorFile
 from openvision3.files import write_whole
 
 FORMAT = "openvision3 shard index 2"
-KINDS = ("image", "txt", "json")
-"""The members of a sample that are read; its image is the first member with an image's extension."""
+KINDS = ("image", "txt", "json", "cls")
+"""The members of a sample that are read; its image is the first member with an image's extension. The index of a shard without `.cls` members
+lacks their column, as do indexes of older versions, which did not list them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 class ShardIndex:
     """The samples of one shard in the order of the tar.
 
-    `offsets` (N, 3) and `sizes` (N, 3) say where the members of KINDS lie; offset 0 means that there is none. Sample i has the name
+    `offsets` and `sizes`, (N, 4) or (N, 3), say where the members of KINDS lie; offset 0 means that there is none. Sample i has the name
     `names[name_ends[i - 1]:name_ends[i]]`. The keys of `problems` lack the shard's label.
     """
 
@@ -66,10 +67,15 @@ class ShardIndex:
         start = int(self.name_ends[sample - 1]) if sample else 0
         return bytes(self.names[start : int(self.name_ends[sample])]).decode("utf-8", "surrogateescape")
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The members that it lists."""
+        return KINDS[: self.offsets.shape[1]]
+
     def member(self, sample: int, kind: str) -> tuple[int, int] | None:
-        """(offset, size) of a member, None if the sample has none."""
+        """(offset, size) of a member, None if the sample has none, or none that is listed."""
         column = KINDS.index(kind)
-        offset = int(self.offsets[sample, column])
+        offset = int(self.offsets[sample, column]) if kind in self.kinds else 0
         return (offset, int(self.sizes[sample, column])) if offset else None
 
     @property
@@ -114,7 +120,8 @@ def read_head(path: str | Path) -> IndexFile:
         if {name: place.dtype for name, place in file.places.items()} != ARRAYS:
             raise ValueError("its arrays are of another kind")
         (count,) = file.places["name_ends"].shape
-        if not file.places["offsets"].shape == file.places["sizes"].shape == (count, len(KINDS)):
+        shape = file.places["offsets"].shape
+        if shape not in ((count, len(KINDS)), (count, len(KINDS) - 1)) or file.places["sizes"].shape != shape:
             raise ValueError("its arrays differ in length")
         return IndexFile(file, count, Stamp(**notes["stamp"]), notes["problems"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -154,13 +161,15 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
         images = [extension for extension in members if is_image(extension)]
         if not images:
             continue
-        row = [(member.offset, member.size) if member else (0, 0) for member in (members[images[0]], members.get("txt"), members.get("json"))]
+        row = [(member.offset, member.size) if member else (0, 0) for member in (members[images[0]], *map(members.get, KINDS[1:]))]
         if max(length for _, length in row) >= 2**32:
             problems.append({"key": stem, "reason": "too large", "detail": "a member of 4 GiB or more"})
             continue
         rows.append(row)
         names.append(stem.encode("utf-8", "surrogateescape"))
     table = np.array(rows, dtype=np.uint64).reshape(len(rows), len(KINDS), 2)
+    if not table[:, -1].any():
+        table = table[:, :-1]
     ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
     joined = np.frombuffer(b"".join(names), np.uint8)
     stamp = stamp or (stamp_of(tar.status) if tar.status else Stamp(0))

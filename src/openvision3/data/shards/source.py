@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openvision3.data.captions import Captions, clean_captions, decode_text, json_object, text_captions
+from openvision3.data.captions import Captions, clean_captions, decode_text, field_text, json_object, text_captions
 from openvision3.data.identity import digest
 from openvision3.data.order import Order, ShardShuffle
 from openvision3.data.shards.tars import WINDOW, Tars, Watch, plain
@@ -109,13 +109,13 @@ class ShardSource(EncodedSource):
         """A text or a number of the JSON under `name`; where there is none, the `.cls` member for "" and "cls".
 
         Raises:
-            ImageError: as `Tars.read`. ValueError: the `.cls` members of a remote shard.
+            ImageError, ValueError: as `Tars.read`.
         """
         place = self._place(index)
-        value = self._json(place).get(name) if name else None
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            value = decode_text(self.tars.extra(place, "cls") or b"", "the .cls member") if name in ("", "cls") else ""
-        return str(value).strip() or None
+        value = field_text(self._json(place).get(name)) if name else None
+        if value is None and name in ("", "cls"):
+            value = field_text(decode_text(self.tars.read(place, "cls") or b"", "the .cls member"))
+        return value
 
     def drawing(self, index: int) -> tuple[str, str] | None:
         """The JSON fields `style` and `family`; None without both."""

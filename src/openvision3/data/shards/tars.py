@@ -85,10 +85,10 @@ class Tars:
     def _open_caches(self) -> None:
         self._open_tar = functools.lru_cache(OPEN_TARS)(_OpenTar)
         self._load_index = functools.lru_cache(OPEN_INDEXES)(IndexFile.load)
-        self._extra: tuple[int, str, dict[str, tuple[int, int]]] = (-1, "", {})
+        self._scan_members = functools.lru_cache(OPEN_INDEXES)(extra_members)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open_tar", "_load_index", "_extra")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open_tar", "_load_index", "_scan_members")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -141,14 +141,15 @@ class Tars:
 
         Raises:
             ImageError: the shard has `vanished` or `changed` since it was opened, or is `unreadable`. TextError: a text is `too large`.
+            ValueError: a remote shard whose index does not list members of this kind.
         """
         shard, sample, index = self._find(number)
-        place = index.member(sample, kind)
+        path = self.paths[shard]
+        place = index.member(sample, kind) if kind in index.kinds else self._unlisted(path, index.name(sample), kind)
         if place is None:
             return None
         if kind != "image" and place[1] > captions.MAX_BYTES:
             raise captions.too_large(f"the .{kind} member")
-        path = self.paths[shard]
         if sum(place) > index.stamp.size:
             raise ImageError("unreadable", f"the index of {path} is damaged: it names a place behind its end; run: openvision3 data index --again")
         if is_remote(path):
@@ -157,25 +158,23 @@ class Tars:
                 return _read(descriptor, *place, path)
         return self._read_local(path, index.stamp, *place)
 
-    def extra(self, number: int, extension: str) -> bytes | None:
-        """The bytes of a member that no index lists, such as `cls`, None if the sample has none.
-
-        Its place comes from the headers of the tar, which are read once for consecutive samples of a shard.
-
-        Raises:
-            ImageError: as `read`. ValueError: the shard is remote.
-        """
-        shard, sample, index = self._find(number)
-        path = self.paths[shard]
+    def _unlisted(self, path: str, name: str, kind: str) -> tuple[int, int] | None:
+        """(offset, size) of a member that the index does not list, None if the sample has none: from the headers of the tar, read once for many samples."""
         if is_remote(path):
-            raise ValueError(f"the .{extension} members of {path} cannot be read remotely; copy the shard to this machine, or name a JSON field")
-        if self._extra[:2] != (shard, extension):
-            try:
-                self._extra = (shard, extension, extra_members(path, extension))
-            except OSError as error:
-                raise ImageError("unreadable", f"{path} cannot be read: {error}") from error
-        place = self._extra[2].get(index.name(sample))
-        return None if place is None else self._read_local(path, index.stamp, *place)
+            raise ValueError(
+                f"the index of {path} lists no .{kind} members: name a field of the JSON with --label-key; if the shards have .{kind} members, "
+                "the index is of an older version: write it again with openvision3 data index SHARDS --index FOLDER --again"
+            )
+        try:
+            members = self._scan_members(path, kind)
+            if members:
+                detail = f"it does not list .{kind} members, which makes reading them slow; run: openvision3 data index --again"
+                self.problems.add({"key": path, "reason": "stale index", "detail": detail})
+            return members.get(name)
+        except FileNotFoundError as error:
+            raise ImageError("vanished", f"{path} no longer exists") from error
+        except OSError as error:
+            raise ImageError("unreadable", f"{path} cannot be read: {error}") from error
 
     def _read_local(self, path: str, stamp: Stamp, offset: int, size: int) -> bytes:
         try:
