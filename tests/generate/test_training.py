@@ -180,3 +180,35 @@ def test_bad_settings_are_one_line_and_nothing_is_written(root, tmp_path, capsys
     code = main(["train", "drawings_dit_tiny", "--data", *config.data, "--val", *config.val, "--out", str(tmp_path / "run"), *arguments])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and len(lines) == 1 and words in lines[0] and not (tmp_path / "run").exists()
+
+
+def classes(root: Path, name: str, count: int, labels: tuple[str, ...]) -> str:
+    """`count` pictures of one colour a class, in a folder each."""
+    from PIL import Image
+
+    for number, label in enumerate(labels):
+        (root / name / label).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (40, 36), (80 * number, 20 * i, 100)).save(root / name / label / f"{i}.png")
+    return str(root / name)
+
+
+def test_by_label_of_vae_latents_without_captions_and_an_image_of_another_class_is_counted(root):
+    data, val = classes(root, "by class", 4, ("apple", "banana", "cherry")), classes(root, "held by class", 1, ("banana", "durian"))
+    common = {"data": (data,), "val": (val,), "condition": "label", "tokens": "vae:embedded", "steps": 2, "save_every": 2, "eval_every": 2}
+    train_generator(small_generator(root, "labels", **common))
+    config = json.loads((complete_checkpoints(root / "labels")[-1] / "config.json").read_text())
+    assert config["label_names"] == ["apple", "banana", "cherry"] and config["tokens"] == "vae:embedded"
+    assert metrics(root / "labels")[-1]["val/skipped"] == 1
+    assert "class durian is none of the 3 classes" in (root / "labels" / "skipped.jsonl").read_text()
+    assert (root / "labels" / "samples" / "step-00000002.png").is_file()
+
+
+def test_labels_reach_the_network_by_their_row(root):
+    data = classes(root, "by class", 4, ("apple", "banana", "cherry"))
+    val = classes(root, "held by class", 1, ("banana", "durian"))
+    config = small_generator(root, "rows", data=(data,), val=(val,), condition="label", tokens="vae:embedded")
+    training = Generation(config, Start(root / "rows"))
+    batch = next(training.batches.from_step(0))
+    names = [training.source.key(training.batches.index(row)).split("/")[-2] for row in range(4)]
+    assert [training.label_names[label] for label in batch["labels"].tolist()] == names and "text_ids" not in batch

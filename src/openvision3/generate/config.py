@@ -28,7 +28,7 @@ class _TokensAndNetwork(DataConfig):
     label_key: str = ""
     """condition label: the JSON field or column with the class. Not set: the emoji's group, the sub-folder or the .cls member"""
     classes: PathName = ""
-    """condition label: a file of class names, one a line. Not set: the labels of the data, which are then all read once"""
+    """condition label: a file of class names, one a line, or their number, such as 1000. Not set: the labels of the data, all read once"""
     drop: float = 0.1
     """share of the rows that are drawn without their condition, which guidance needs; 0: no guidance"""
     statistics: int = 50_000

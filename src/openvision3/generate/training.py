@@ -13,12 +13,12 @@ from torch import Tensor
 
 from openvision3 import distributed
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, fewer_than_a_batch, to_device
-from openvision3.data.images import to_pil
+from openvision3.data.identity import digest
+from openvision3.data.images import ImageError, to_pil
+from openvision3.data.labelled import read_classes
 from openvision3.data.problems import Problems
 from openvision3.data.shards.source import choose_lanes
-from openvision3.data.text import TextTokenizer
 from openvision3.draws import draw_seed, normal
-from openvision3.files import sha256_of
 from openvision3.generate import flow, folder
 from openvision3.generate.config import GenerateConfig
 from openvision3.generate.dit import Condition
@@ -61,23 +61,25 @@ class Generation(Training):
             self.source, self.cache, self.about_cache = open_data(config, self.space.vae, 0.0)
             self.held_out = open_held_out(config, self.source)
             self.source.problems.extend(self.held_out.problems)
+            labelled = config.condition == "label"
+            self.classes = read_classes(self.source, config.label_key, config.classes, watch=track) if labelled else None
+        self.label_names = self.classes.names if self.classes is not None else ()
         start.check_inputs(config, self._identities)
-        self.label_names: tuple[str, ...] = ()
         torch.manual_seed(config.seed)
         self.model = RAE(config, self.space, len(self.label_names))
         self.model.dit.init_weights()
         if config.init and not checkpoint and ranks.rank == 0:  # the first rank's weights are sent to all
             folder.start_from(self.model, config.init)
-        tokenizer = self.space.tokenizer
-        assert tokenizer is not None and self.space.text_encoder is not None
-        self.tokenizer: TextTokenizer = tokenizer
+        self.tokenizer = self.space.tokenizer if config.condition == "text" else None
         self.lanes = choose_lanes(self.source, config.batch, config.lanes, math.ceil(ranks.world / ranks.local_world))
         config.lanes = config.lanes or self.lanes
-        self.shape = TextShape(self.space.text_encoder.config.positions, 2, config.captions)
+        text_encoder = self.space.text_encoder
+        self.shape = TextShape(text_encoder.config.positions if text_encoder is not None else 2, 2, config.captions)
         self.batches = TrainingBatches(
             self.source,
-            tokenizer,
+            self.tokenizer,
             BatchPlan(self.shape, config.size, config.batch, config.seed, 0.0 if self.cache is not None else 1.0, config.micro_batch, lanes=self.lanes),
+            labels=self.classes,
             ranks=ranks,
             latents=self.cache,
             workers=config.workers,
@@ -89,6 +91,7 @@ class Generation(Training):
             "samples": (len(self.source), self.source.key(0), self.source.key(len(self.source) - 1)),
             "held-out images": len(self.held_out),
             "tokens": self.space.sha256,
+            "classes": digest(self.label_names),
             "latent cache": self.cache.sha256 if self.cache is not None else "",
         }
         if config.statistics and not checkpoint:
@@ -110,6 +113,9 @@ class Generation(Training):
     def begin(self, run: RunFolder) -> None:
         config, source = self.config, self.source
         tokens, channels = self.model.statistics.mean.shape
+        if self.classes is not None:
+            shown = ", ".join(self.label_names[:5])
+            run.say(f"{len(self.label_names)} classes: {shown}{' ...' if len(self.label_names) > 5 else ''}")
         run.say(f"{self.recipe}: {len(source):,} samples; {tokens} tokens of {channels} channels of {config.tokens}, times shifted by {self.model.shift:.3g}")
         if config.statistics:
             run.say(f"tokens are normalised by the statistics of {int(self.model.statistics.count):,} images")
@@ -126,26 +132,50 @@ class Generation(Training):
         model, errors, problems = self.model, [], Problems()
         conditions: list[Condition] = []
         texts: list[str] = []
-        for keys, images, captions in shared_rows(self.held_out, self.config.size, problems):
-            rows = [place for place, of_image in enumerate(captions) if of_image]
+        for indices, keys, images, captions in shared_rows(self.held_out, self.config.size, problems):
+            rows, entries, words = self._held_out_conditions(indices, keys, captions, problems)
             if not rows:
                 continue
-            batch = to_device(self._held_out_batch([captions[place][0] for place in rows], images[rows]), self.start.device)
+            batch = to_device({"images": images[rows], **entries}, self.start.device)
             condition, tokens = model.condition(batch), model.statistics.normalise(model.encode(batch))
             for level in range(LEVELS):
                 t = flow.shift_time(tokens.new_full((len(rows),), (level + 0.5) / LEVELS), model.shift)
                 draw_key = torch.tensor([draw_seed("held out", keys[place], level) for place in rows], device=tokens.device)
                 errors.append(model.errors(tokens, normal(draw_key, tokens[0].numel()).view(tokens.shape), t, condition).cpu())
             conditions.append(condition)
-            texts += [captions[place][0] for place in rows]
+            texts += words
         self.batches.problems.extend(problems, everywhere=True)
         if not errors:
             return {"skipped": len(problems)}
         self._draw_sheet(step, run, conditions[0], texts)
         return {"loss": torch.cat(errors).mean().item()} | ({"skipped": len(problems)} if problems else {})
 
-    def _held_out_batch(self, captions: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-        return {"images": images, "text_ids": self.tokenizer.text_ids(captions, self.shape.text_positions)[:, None]}
+    def _held_out_conditions(
+        self, indices: Sequence[int], keys: Sequence[str], captions: Sequence[Sequence[str]], problems: Problems
+    ) -> tuple[list[int], dict[str, Tensor], list[str]]:
+        """(rows that have a condition, its entries of their batch, the condition in words); the others are added to `problems`."""
+        rows, labels, words = [], [], []
+        for row, (index, key) in enumerate(zip(indices, keys, strict=True)):
+            if self.classes is not None:
+                try:
+                    labels.append(self.classes.number(self.held_out, index))
+                except ImageError as error:
+                    problems.add(error.as_problem(key))
+                    continue
+                words.append(self.label_names[labels[-1]])
+            elif self.tokenizer is not None:
+                if not captions[row]:
+                    problems.add({"key": key, "reason": "no caption", "detail": "missing or empty"})
+                    continue
+                words.append(captions[row][0])
+            else:
+                words.append("")
+            rows.append(row)
+        if self.classes is not None:
+            return rows, {"labels": torch.tensor(labels)}, words
+        if self.tokenizer is not None and rows:
+            return rows, {"text_ids": self.tokenizer.text_ids(words, self.shape.text_positions)[:, None]}, words
+        return rows, {}, words
 
     def _draw_sheet(self, step: int, run: RunFolder, condition: Condition, texts: Sequence[str]) -> None:
         """Draw the first DRAWN conditions; all ranks compute, one writes."""
@@ -187,5 +217,5 @@ class Generation(Training):
             "val": data_digest(self.held_out),
             "latents": self.cache.sha256 if self.cache is not None else "",
             "tokens": self.space.sha256,
-            "classes": sha256_of(self.config.classes) if self.config.classes else "",
+            "classes": digest(self.label_names),
         }

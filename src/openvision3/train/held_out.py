@@ -37,7 +37,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     rows: list[tuple] = []
     held_out = Losses(pipeline)
     pipeline.model.eval()
-    for keys, images, texts in shared_rows(source, batches.size, problems):
+    for _, keys, images, texts in shared_rows(source, batches.size, problems):
         with distributed.alone():
             images_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu()
             vae_hat = pipeline.reconstruct_by_vae(images)

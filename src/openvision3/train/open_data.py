@@ -133,8 +133,8 @@ def data_digest(source: Source) -> str:
     return digest(source.identity(), captions)
 
 
-def shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple[list[str], Tensor, list[tuple[str, ...]]]]:
-    """(keys, images, captions) of up to EVALUATED images in order, the same on all ranks: an image that one rank cannot read is left out on all.
+def shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple[list[int], list[str], Tensor, list[tuple[str, ...]]]]:
+    """(indices, keys, images, captions) of up to EVALUATED images in order, the same on all ranks: an image that one rank cannot read is left out on all.
 
     All ranks compute the parts of a sharded model together; with different rows they would wait for each other forever.
     """
@@ -150,6 +150,11 @@ def shared_rows(source: Source, size: int, problems: Problems) -> Iterator[tuple
         left -= len(usable)
         if usable:
             captioned = [all(rank[here[place]] for rank, _ in everywhere) for place in usable]
-            yield [keys[p] for p in usable], images[usable], [texts[p] if has else () for p, has in zip(usable, captioned, strict=True)]
+            yield (
+                [here[p] for p in usable],
+                [keys[p] for p in usable],
+                images[usable],
+                [texts[p] if has else () for p, has in zip(usable, captioned, strict=True)],
+            )
         if not left:
             return
