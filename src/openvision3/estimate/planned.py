@@ -127,22 +127,20 @@ class PlannedRun:
         """devices that one copy of the weights is spread over"""
 
     def _add_discriminator(self, shapes: Shapes) -> None:
-        """Its operations as means over all steps; of the VAE also those that measure the gradients."""
+        """Its operations, and those of the VAE that measure the gradients."""
         from openvision3.estimate.counts import count_discriminator
         from openvision3.train.adversarial import EVERY
         from openvision3.train.decoder_config import DecoderConfig
 
         if not isinstance(self.config, DecoderConfig) or not self.config.adversarial.weight:
             return
-        learns = 1 - self.config.adversarial.start
         parameters, cost = count_discriminator(shapes)
         self.parameters["discriminator"] = parameters
         self.trainable += parameters
         self.optimiser_bytes += 2.0 * FP32 * parameters
-        self.costs["discriminator"] = replace(cost, forward=cost.forward * learns, backward=cost.backward * learns, modules={})
+        self.costs["discriminator"] = cost
         if decode := self.costs.get("VAE decode"):
-            self.costs["VAE decode"] = replace(decode, again=decode.again + 2 / EVERY * learns * decode.backward)
-        self.assumptions.append(f"the discriminator learns in the last {learns:.0%} of the steps: operations are means over all steps")
+            self.costs["VAE decode"] = replace(decode, again=decode.again + 2 / EVERY * decode.backward)
 
     def _divide(self) -> None:
         config, count = self.config, self.devices.count

@@ -82,7 +82,7 @@ class FeatureDiscriminator(nn.Module):
         return distributed.share(hinge.sum(), count), distributed.share(adversarial.sum(), count)
 
     def idle(self) -> Tensor:
-        """Zero, with a gradient of zero for all heads: for a rank or micro-batch without images, because ranks exchange the gradients of all."""
+        """Zero, with a gradient of zero for all heads: where there are no images to compare, because ranks exchange the gradients of all parameters."""
         return torch.stack([parameter.sum() for parameter in self.heads.parameters()]).sum() * 0.0
 
 

@@ -1,4 +1,4 @@
-"""The adversarial stage of a training of the latent decoder: when each player learns, how strong it is, and when it is given up.
+"""The adversarial stage of a training of the latent decoder: how strong the adversarial loss is in each step, and when the stage is given up.
 
 All of it is a function of the step and of what the run remembers (`RunState.memory`), so that a resumed run takes the same steps.
 """
@@ -32,19 +32,17 @@ class AdversarialConfig:
     """norm of the adversarial gradient on the rebuilt latents, as a multiple of reconstruction's, such as 0.5; 0: no discriminator"""
     largest: float = 100.0
     """largest factor of the adversarial loss that may be needed for that"""
-    start: float = 0.2
-    """share of the steps before the discriminator begins to learn"""
-    warmup: float = 0.1
-    """share of the steps in which it then learns alone"""
+    warmup: float = 0.3
+    """first share of the steps, in which the discriminator learns without the latent decoder learning from it"""
     ramp: float = 0.1
     """share of the steps over which the adversarial loss then gets its full weight"""
     limit: float = 1.5
     """if the mean reconstruction loss rises above this multiple of what it was before the adversarial loss began, training continues without it"""
 
     def __post_init__(self):
-        check_numbers(self, 0, "weight", "largest", "start", "warmup", "ramp")
-        if self.start + self.warmup >= 1:
-            raise ValueError(f"adversarial.start {self.start:g} and warmup {self.warmup:g} leave no steps for the adversarial loss; add up to less than 1")
+        check_numbers(self, 0, "weight", "largest", "ramp")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"adversarial.warmup {self.warmup:g} must be at least 0 and below 1")
         if not 1 < self.limit < math.inf:
             raise ValueError(f"adversarial.limit {self.limit:g} must be above 1")
 
@@ -54,23 +52,22 @@ class Stage:
 
     def __init__(self, config: AdversarialConfig, steps: int, memory: dict[str, float]):
         self.config, self.memory = config, memory
-        self.begin = round(config.start * steps)
-        """the first step of the discriminator"""
-        self.join = self.begin + round(config.warmup * steps)
-        """the first step of the adversarial loss"""
+        self.join = round(config.warmup * steps)
+        """the first step in which the latent decoder learns from the discriminator"""
         self.ramp = max(1, round(config.ramp * steps))
 
-    def runs(self, step: int) -> bool:
-        """Whether the discriminator learns in this step."""
-        return self.config.weight > 0 and step >= self.begin and _ENDED not in self.memory
+    @property
+    def runs(self) -> bool:
+        """Whether the discriminator learns."""
+        return self.config.weight > 0 and _ENDED not in self.memory
 
     def measures(self, step: int) -> bool:
-        """Whether this step measures the gradients, if the discriminator learns in it."""
-        return step % EVERY == 0 or ADVERSARIAL not in self.memory
+        """Whether this step measures the gradients."""
+        return self.runs and (step % EVERY == 0 or ADVERSARIAL not in self.memory)
 
     def factor(self, step: int) -> float:
         """The factor of the adversarial loss in this step."""
-        if not self.runs(step) or step < self.join or not self.memory.get(ADVERSARIAL):
+        if not self.runs or step < self.join or not self.memory.get(ADVERSARIAL):
             return 0.0
         wanted = self.config.weight * self.memory[REBUILDING] / self.memory[ADVERSARIAL]
         return min(1.0, (step - self.join + 1) / self.ramp) * min(self.config.largest, wanted)

@@ -53,7 +53,7 @@ class NoisyDecoding(OpenVision3):
         self.discriminator = discriminator
         self.finishing = True
         self.discriminating = False
-        """whether the discriminator learns in the next step"""
+        """whether the discriminator learns"""
         self.adversarial_factor = 0.0
         """what the adversarial loss is multiplied by in the next step"""
         self.measuring = False
@@ -64,32 +64,32 @@ class NoisyDecoding(OpenVision3):
 
     @property
     def resting(self) -> list[torch.nn.Parameter]:
-        return [] if self.discriminator is None or self.discriminating else list(self.discriminator.parameters())
+        return []
 
     def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         compared = super()._compare_pixels(batch, latents_hat, count, parts)
         if self.discriminator is None or not (self.training and self.discriminating):
             return compared
-        measured = tuple(SQUARES.values()) if self.measuring else ()
-        parts |= dict.fromkeys(("adversarial", *measured), latents_hat.new_zeros(()))
+        terms = {REBUILDING: super().weigh(parts)}
         if compared is None:
-            parts["discriminator"] = self.discriminator.idle()
-            return None
-        parts["discriminator"], parts["adversarial"] = self.discriminator(*compared, count)
-        if measured and torch.is_grad_enabled():
-            terms = {REBUILDING: super().weigh(parts), ADVERSARIAL: parts["adversarial"]}
-            for norm, term in terms.items():  # on the rows of the latents, so that squares add up over micro-batches and ranks
-                (gradient,) = torch.autograd.grad(term, latents_hat, retain_graph=True)
-                parts[SQUARES[norm]] = gradient.float().square().sum()
+            parts["discriminator"], parts["adversarial"] = self.discriminator.idle(), latents_hat.new_zeros(())
+        else:
+            parts["discriminator"], parts["adversarial"] = self.discriminator(*compared, count)
+            terms[ADVERSARIAL] = parts["adversarial"]
+        if self.measuring and torch.is_grad_enabled():
+            for norm, part in SQUARES.items():  # of the gradients on the rows of the latents, so that squares add up over micro-batches and ranks
+                gradients = torch.autograd.grad(terms[norm], latents_hat, retain_graph=True) if norm in terms else ()
+                parts[part] = sum((gradient.float().square().sum() for gradient in gradients), latents_hat.new_zeros(()))
         return compared
 
     def weigh(self, parts: dict[str, Tensor]) -> Tensor:
         loss = super().weigh(parts)
-        if "discriminator" in parts:
-            loss = loss + parts["discriminator"]
-            if self.adversarial_factor:
-                loss = loss + self.adversarial_factor * parts["adversarial"]
-        return loss
+        if self.discriminator is None or not self.training:
+            return loss
+        if "discriminator" not in parts:  # without a gradient in any step, its optimiser would have no state, and a checkpoint could not be loaded
+            return loss + self.discriminator.idle()
+        loss = loss + parts["discriminator"]
+        return loss + self.adversarial_factor * parts["adversarial"] if self.adversarial_factor else loss
 
 
 class DecoderTraining(Pretraining):
@@ -116,7 +116,7 @@ class DecoderTraining(Pretraining):
         stage = Stage(self.config.adversarial, self.config.steps, {})
         run.say(f"only the latent decoder of {self.config.init} trains, on tokens with noise up to {self.config.model.loss.tau:g}")
         if self.config.adversarial.weight:
-            run.say(f"a discriminator learns from step {stage.begin} on; the latent decoder learns to deceive it from step {stage.join} on")
+            run.say(f"a discriminator learns beside it; the latent decoder learns to deceive it from step {stage.join} on")
         source = hub.find_folder(self.config.init) / FAMILIARITY if not self.config.resume else None
         if run.writes and source is not None and source.is_file():  # kept in the run folder, because the model may move before the run is resumed
             write_whole(run.path / FAMILIARITY, source.read_bytes())
@@ -124,10 +124,10 @@ class DecoderTraining(Pretraining):
     def before_step(self, state: RunState, optimizers: Optimizers) -> None:
         super().before_step(state, optimizers)
         stage = Stage(self.config.adversarial, self.config.steps, state.memory)
-        if stage.runs(state.step) and (reason := stage.diverged(state.skipped_in_a_row)):
+        if stage.runs and (reason := stage.diverged(state.skipped_in_a_row)):
             stage.end(state.step)
             self.run.say(f"step {state.step}: {reason}; training continues without the discriminator")
-        self.model.discriminating, self.model.measuring = stage.runs(state.step), stage.measures(state.step)
+        self.model.discriminating, self.model.measuring = stage.runs, stage.measures(state.step)
         self.model.adversarial_factor = stage.factor(state.step)
 
     def after_step(self, state: RunState, values: dict[str, float]) -> None:
