@@ -58,7 +58,7 @@ class FeatureDiscriminator(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) in [-1, 1] -> (B, C, h, w) of each stage, of length sqrt(C) at every place."""
         (network,) = self._network
-        outputs = network.to(images.device).features(images, max(CHANNELS) + 1)  # type: ignore[arg-type]
+        outputs = network.to(images.device).features(images, max(CHANNELS) + 1)
         return [F.normalize(outputs[stage].float(), dim=1, eps=1e-6) * channels**0.5 for stage, channels in CHANNELS.items()]
 
     def scores(self, features: Sequence[Tensor], *, trained: bool = True) -> list[Tensor]:

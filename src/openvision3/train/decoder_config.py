@@ -39,7 +39,7 @@ def latent_decoder(init: str = "mini") -> DecoderConfig:
     """Train only the latent decoder of a finished model, on noisy tokens, as drawn tokens are not exact (RAE, arXiv 2510.11690).
 
     openvision3 train latent_decoder --init mini --data openmoji SHARDS [--adversarial.weight 0.5]
-    Two CPU cores for the shipped mini, about 10 minutes. Expected on the val emoji: see docs/training.md.
+    Two CPU cores for the shipped mini, about 60 minutes (5 samples/s). Expected: PSNR rises at noise above the model's own tau and falls without noise.
     Encoder, VAE, text encoder and captioner stay as they are; --model.loss.tau is the largest noise.
     """
     saved = hub.read_config(hub.find_folder(init))
@@ -52,7 +52,7 @@ def latent_decoder(init: str = "mini") -> DecoderConfig:
         steps=1000,
         batch=32,
         pixel_share=0.25,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=50, weight_decay=0.0),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from openvision3 import hub
 from openvision3.data.familiarity import FILE as FAMILIARITY
+from openvision3.data.familiarity import Familiarity
 from openvision3.data.text import TextTokenizer
 from openvision3.files import write_whole
 from openvision3.model.openvision3 import ModelConfig, OpenVision3
@@ -117,9 +117,15 @@ class DecoderTraining(Pretraining):
         run.say(f"only the latent decoder of {self.config.init} trains, on tokens with noise up to {self.config.model.loss.tau:g}")
         if self.config.adversarial.weight:
             run.say(f"a discriminator learns beside it; the latent decoder learns to deceive it from step {stage.join} on")
-        source = hub.find_folder(self.config.init) / FAMILIARITY if not self.config.resume else None
-        if run.writes and source is not None and source.is_file():  # kept in the run folder, because the model may move before the run is resumed
-            write_whole(run.path / FAMILIARITY, source.read_bytes())
+        if run.writes:
+            self._keep_calibration(run.path / FAMILIARITY)
+
+    def _keep_calibration(self, kept: Path) -> None:
+        """What the calibration was measured on, the encoder and the captioner, does not change. The run has a copy: the first model may move."""
+        if not self.config.resume and (source := hub.find_folder(self.config.init) / FAMILIARITY).is_file():
+            write_whole(kept, source.read_bytes())
+        if kept.is_file():
+            self.pipeline.familiarity = Familiarity.load(kept)
 
     def before_step(self, state: RunState, optimizers: Optimizers) -> None:
         super().before_step(state, optimizers)
@@ -139,11 +145,9 @@ class DecoderTraining(Pretraining):
             values["adversarial_factor"] = self.model.adversarial_factor
 
     def export(self, folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
-        """The model without the discriminator. What its calibration was measured on, the encoder and the captioner, has not changed: it is kept."""
         super().export(folder, {name: value for name, value in weights.items() if not name.startswith("discriminator.")}, state)
-        kept = self.start.out / FAMILIARITY
-        if kept.is_file():
-            shutil.copyfile(kept, folder / FAMILIARITY)
+        if self.pipeline.familiarity is not None:
+            self.pipeline.familiarity.save(folder / FAMILIARITY)
 
     def _record(self, state: RunState) -> dict[str, Any]:
         adversarial = Stage(self.config.adversarial, self.config.steps, state.memory).record(state.step)
