@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class DecoderTraining(Pretraining):
     def export(self, folder: Path, weights: dict[str, Tensor], state: RunState) -> None:
         super().export(folder, {name: value for name, value in weights.items() if not name.startswith("discriminator.")}, state)
         if self.pipeline.familiarity is not None:
-            self.pipeline.familiarity.save(folder / FAMILIARITY)
+            shutil.copyfile(self.start.out / FAMILIARITY, folder / FAMILIARITY)
 
     def _record(self, state: RunState) -> dict[str, Any]:
         adversarial = Stage(self.config.adversarial, self.config.steps, state.memory).record(state.step)
