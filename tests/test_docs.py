@@ -13,11 +13,11 @@ from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
-from openvision3.cli.train import configure_generator, configure_run
+from openvision3.cli.train import configure, configure_run
 from openvision3.estimate.planned import Options
 from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
-from openvision3.generate.recipes import RECIPES as GENERATORS
+from openvision3.train.decoder_config import RECIPES as DECODERS
 from openvision3.train.recipes import IN_TURN, RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def check(words: list[str]) -> None:
         if verb == "estimate":
             _, fields = parse(Options, fields, "estimate", return_unknown_args=True)
         for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
-            (configure_generator if recipe in GENERATORS else configure_run)(recipe, fields)
+            configure(recipe, fields)
     elif verb == "ablate":
         options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
         ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
@@ -78,9 +78,9 @@ def test_the_commands_of_a_page_are_taken(page):
             raise AssertionError(f"openvision3 {shlex.join(words)}: {error}") from error
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *DECODERS])
 def test_a_recipe_says_its_command_its_hardware_its_time_and_what_to_expect(name):
-    told = RECIPES[name].__doc__ or ""
+    told = (RECIPES | DECODERS)[name].__doc__ or ""
     [words] = [words for words in commands(told) if words[0] == "train"]
     assert words[1] == name
     check(words)

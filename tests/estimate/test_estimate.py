@@ -30,8 +30,10 @@ from openvision3.estimate.units import flops, gigabytes, hours
 from openvision3.hub import load_distance, load_vae
 from openvision3.model.openvision3 import LossConfig, OpenVision3
 from openvision3.model.vae import VAE
+from openvision3.networks.discriminator import Heads
 from openvision3.networks.perceptual import EfficientNetDistance, EfficientNetLite0, Lpips
 from openvision3.train.config import PretrainConfig
+from openvision3.train.decoder_config import latent_decoder
 from openvision3.train.optimizer import Muon, Optimizers
 from openvision3.train.recipes import RECIPES, base_high_res, base_low_res, folder, mini, small_model, tiny
 
@@ -572,3 +574,15 @@ def test_a_recipe_of_two_phases_is_estimated_phase_by_phase(capsys):
 def test_every_recipe_can_be_estimated(recipe):
     plan = of(recipe, gpus="8xh100")
     assert plan.hours > 0 and plan.largest_micro_batch > 0
+
+
+def test_of_a_latent_decoder_that_trains_alone_nothing_else_is_counted_as_trained():
+    plain, config = latent_decoder(), latent_decoder()
+    config.adversarial.weight = 0.5
+    one, other = (estimate(each, "latent_decoder", Options(gpus="h100:1"), advise=False) for each in (plain, config))
+    parts = {part.name: part for part in other.parts}
+    assert set(parts) == {"VAE encode", "encoder", "latent decoder", "VAE decode", "perceptual", "discriminator"}
+    assert parts["encoder"].backward == parts["encoder"].again == 0 and one.memory["frozen parts"] > 0
+    heads = sum(parameter.numel() for parameter in Heads().parameters())
+    assert other.parameters == one.parameters | {"discriminator": heads} and set(one.parameters) == {"latent decoder"}
+    assert other.memory["optimiser"] - one.memory["optimiser"] == 2 * 4 * heads

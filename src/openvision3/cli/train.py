@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
@@ -16,6 +17,7 @@ from openvision3.settings import PathName, unknown
 if TYPE_CHECKING:
     from openvision3.generate.config import GenerateConfig
     from openvision3.train.config import PretrainConfig
+    from openvision3.train.decoder_config import DecoderConfig
 
 
 STOPPED = 75
@@ -40,10 +42,11 @@ def demo(minutes: float = 5.0, out: PathName = "demo", seed: int = 0) -> int:
 def train(argv: Sequence[str]) -> int:
     """Train a model: openvision3 train RECIPE [--field value ...]"""
     from openvision3.generate.recipes import RECIPES as GENERATORS
+    from openvision3.train.decoder_config import RECIPES as DECODERS
     from openvision3.train.recipes import IN_TURN, RECIPES
 
     if not argv or argv[0] in ("-h", "--help"):
-        recipes: dict[str, Any] = RECIPES | GENERATORS
+        recipes: dict[str, Any] = RECIPES | DECODERS | GENERATORS
         lines = [f"  {name:17s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
         lines += [f"  {name:17s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
         print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
@@ -51,7 +54,6 @@ def train(argv: Sequence[str]) -> int:
     name, rest = argv[0], list(argv[1:])
     if name in IN_TURN:
         return _train_in_turn(name, rest)
-    configure = configure_generator if name in GENERATORS else configure_run
     config: Any = configure(name, rest)
     if config.resume:  # fields that the command line does not set keep the run's values
         config = configure(name, rest, started=Path(config.out or f"runs/{name}"))
@@ -60,6 +62,10 @@ def train(argv: Sequence[str]) -> int:
         from openvision3.generate.training import train_generator
 
         return STOPPED if train_generator(config, name).status == "stopped" else 0
+    if name in DECODERS:
+        from openvision3.train.latent_decoder import train_decoder
+
+        return STOPPED if train_decoder(config, name).status == "stopped" else 0
     from openvision3.train.pretrain import pretrain
 
     return STOPPED if pretrain(config, name).status == "stopped" else 0
@@ -92,16 +98,27 @@ def _train_in_turn(name: str, rest: Sequence[str]) -> int:
     return STOPPED if pretrain_in_turn(phases).status == "stopped" else 0
 
 
+def configure(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> Any:
+    """As `configure_run`, for a recipe of any kind."""
+    from openvision3.generate.recipes import RECIPES as GENERATORS
+    from openvision3.train.decoder_config import RECIPES as DECODERS
+
+    kinds = (configure_generator, GENERATORS), (configure_decoder, DECODERS)
+    return next((kind for kind, recipes in kinds if name in recipes), configure_run)(name, rest, program, started)
+
+
 def configure_run(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> PretrainConfig:
     """The recipe, or the config of a run that was `started`, with the fields that the command line sets. Raises ValueError for an unknown recipe."""
     from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.config import PretrainConfig
+    from openvision3.train.decoder_config import RECIPES as DECODERS
     from openvision3.train.recipes import IN_TURN, RECIPES
 
     if name not in RECIPES:
-        if name in GENERATORS:
-            raise ValueError(f"recipe {name} trains a generator, which this command does not take; choose one of {', '.join(RECIPES)}")
-        raise unknown("recipe", name, [*RECIPES, *IN_TURN, *GENERATORS])
+        if name in GENERATORS or name in DECODERS:
+            what = "a generator" if name in GENERATORS else "the latent decoder of a finished model"
+            raise ValueError(f"recipe {name} trains {what}, which this command does not take; choose one of {', '.join(RECIPES)}")
+        raise unknown("recipe", name, [*RECIPES, *IN_TURN, *DECODERS, *GENERATORS])
     return _configure(PretrainConfig, RECIPES[name], rest, program, started)
 
 
@@ -111,6 +128,17 @@ def configure_generator(name: str, rest: Sequence[str], program: str = "", start
     from openvision3.generate.recipes import RECIPES
 
     return _configure(GenerateConfig, RECIPES[name], rest, program, started)
+
+
+def configure_decoder(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> DecoderConfig:
+    """As `configure_run`, for the recipe of a latent decoder: settings of the model are those of the model that --init names."""
+    from openvision3.train.decoder_config import RECIPES, DecoderConfig
+
+    config = _configure(DecoderConfig, RECIPES[name], rest, program, started)
+    if config.resume or started:
+        return config
+    recipe = functools.wraps(RECIPES[name])(functools.partial(RECIPES[name], config.init))
+    return _configure(DecoderConfig, recipe, rest, program, started)
 
 
 def _configure(kind: Any, recipe: Callable[[], Any], rest: Sequence[str], program: str, started: Path | None) -> Any:
@@ -142,7 +170,7 @@ def estimate(argv: Sequence[str]) -> int:
 
     options, rest = _parse_options(Options, argv[1:], f"{program} {argv[0]}", about)
     phases = [recipe.__name__ for recipe in IN_TURN.get(argv[0], [])] or [argv[0]]
-    plans = [estimate(configure_run(name, rest, f"{program} {argv[0]}"), name, options) for name in phases]
+    plans = [estimate(configure(name, rest, f"{program} {argv[0]}"), name, options) for name in phases]
     if options.json:
         print(to_json(plans))
     else:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openvision3.model import losses, transformer
 from openvision3.model.openvision3 import OpenVision3
+from openvision3.networks.discriminator import FeatureDiscriminator
 from openvision3.networks.perceptual import EfficientNetDistance, EfficientNetLite0, Lpips
 from openvision3.train.optimizer import OptimizerConfig, Optimizers
 
@@ -132,6 +133,19 @@ def count_parts(model: OpenVision3, shapes: Shapes, captions: int, batch: int) -
             costs[name] = _counted[key]
     pairs = 2.0 * 2 * captions * config.encoder.embed_dim * batch  # both ways, with the rows of all devices
     return costs | {"contrast": Cost(pairs, 2 * pairs, modules={f"both ways: 2 x {2 * captions} x {config.encoder.embed_dim} x {batch}": (1, pairs)})}
+
+
+def count_discriminator(shapes: Shapes) -> tuple[int, Cost]:
+    """(trained parameters, the cost of a sample) of a discriminator on EfficientNet's features."""
+    side = shapes.side
+    with torch.device("meta"):
+        discriminator = FeatureDiscriminator(EfficientNetLite0())
+    one = torch.ones((), device="meta")
+
+    def call(part: Any, rows: int) -> Tensor:
+        return torch.stack(part(torch.empty(rows, 3, side, side), torch.empty(rows, 3, side, side, requires_grad=True), one))
+
+    return sum(p.numel() for p in discriminator.parameters()), count(discriminator, call, shapes)
 
 
 def count(network: nn.Module, call: Callable[[Any, int], Tensor], shapes: Shapes) -> Cost:

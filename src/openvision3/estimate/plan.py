@@ -106,7 +106,8 @@ def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Dev
         result.formulas += [(part.name, f"{count} x {name}" if count > 1 else name, flops(value)) for name, (count, value) in cost.modules.items()]
         result.formulas.append((part.name, f"{f'{times:g} x ' if times != 1 else ''}(forward {flops(cost.forward)}{backward}){again}", flops(part.flops)))
     sizes = " + ".join(f"{name} {count:,}" for name, count in run.parameters.items())
-    result.formulas.append(("parameters", f"{sizes} + temperature 1, those that are trained", f"{run.trainable:,}"))
+    temperature = "" if run.decoder_alone else " + temperature 1"
+    result.formulas.append(("parameters", f"{sizes}{temperature}, those that are trained", f"{run.trainable:,}"))
     result.formulas += [("memory", f"{name}: {formula}", gigabytes(value)) for name, (value, formula) in memory.items()]
     room = (run.devices.device.memory or 0.0) * (1 - RESERVE)
     if room:
@@ -126,8 +127,8 @@ def split_work(run: PlannedRun) -> list[Part]:
     """Operations of each part, which may see only a share of the samples or see some twice."""
     from openvision3.model.losses import CHUNK
 
-    understood = 1 - run.config.decoder_finish  # share of the steps that train more than the latent decoder
-    shares = {"VAE decode": run.config.pixel_share, "perceptual": run.config.pixel_share, "text encoder": run.config.captions * understood}
+    understood = 1 - run.config.decoder_share  # share of the steps that train more than the latent decoder
+    shares = dict.fromkeys(("VAE decode", "perceptual", "discriminator"), run.config.pixel_share) | {"text encoder": run.config.captions * understood}
     shares |= dict.fromkeys(("captioner", "vocabulary head", "contrast"), understood)
     chunked = {
         "vocabulary head": run.micro * run.caption_length * run.vocabulary > CHUNK,
@@ -156,6 +157,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         "gradients": weights,
         "optimiser": (run.optimiser_bytes / run.shards, f"{run.optimiser_bytes:,.0f} bytes of {config.optimizer.kind}{shards}"),
         "averaged weights": (weights[0] if config.ema else 0.0, weights[1]),
+        "frozen parts": (float(FP32 * run.frozen if run.decoder_alone else 0), f"{run.frozen:,} x {FP32} bytes, whole on each device"),
         "VAE": (run.vae_parameters * b, f"{run.vae_parameters:,} x {b} bytes, whole on each device"),
     }
     outside = run.trainable - run.in_blocks
@@ -166,14 +168,14 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
     elif run.precision == "bf16":  # autocast's copies, until the end of the step
         memory["weights in bf16"] = 2.0 * run.in_blocks, f"{run.in_blocks:,} in blocks x 2"
     rows = dict.fromkeys(("encoder", "latent decoder", "captioner"), float(micro)) | {"text encoder": float(micro * config.captions)}
-    rows |= dict.fromkeys(("VAE decode", "perceptual"), micro * config.pixel_share)
+    rows |= dict.fromkeys(("VAE decode", "perceptual", "discriminator"), micro * config.pixel_share)
     for name, cost in costs.items():
-        if name in rows:
+        if name in rows and cost.saved:
             memory[f"activations: {name}"] = rows[name] * cost.saved, f"{rows[name]:g} x {cost.saved / 1e6:.2f} MB kept, in a micro-batch of {micro:,}"
-    head, width = costs["vocabulary head"], 3 * FP32 + (b if b != FP32 else 0)
-    logits = min(CHUNK, micro * run.caption_length * run.vocabulary)
-    formula = f"min({CHUNK:,} at a time, {micro} x {run.caption_length} x {run.vocabulary:,}) x {width} bytes, and their features"
-    memory["logits"] = logits * width + micro * head.saved, formula
+    if head := costs.get("vocabulary head"):
+        width, logits = 3 * FP32 + (b if b != FP32 else 0), min(CHUNK, micro * run.caption_length * run.vocabulary)
+        formula = f"min({CHUNK:,} at a time, {micro} x {run.caption_length} x {run.vocabulary:,}) x {width} bytes, and their features"
+        memory["logits"] = logits * width + micro * head.saved, formula
     kept = sum(value for name, (value, _) in memory.items() if name.startswith(("activations", "logits")))
     backward = 3 * max(rows[name] * costs[name].largest for name in rows if name in costs and name != "text encoder")
     encoding = 4 * micro * costs["VAE encode"].largest - kept if "VAE encode" in costs else 0.0  # comes first, when nothing is kept yet
@@ -188,7 +190,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         run.local * (latent + image * config.pixel_share) + micro * image if pieces > 1 else whole,
         f"of a {'step' if pieces > 1 else 'batch'}, and their latents",
     )
-    if run.devices.count > 1 or pieces > 1:
+    if "contrast" in costs and (run.devices.count > 1 or pieces > 1):
         numbers = (1 + config.captions) * config.model.encoder.embed_dim
         formula = f"2 x {FP32} x {config.batch:,} x {1 + config.captions} x {config.model.encoder.embed_dim}"
         memory["embeddings of all pairs"] = 2.0 * FP32 * config.batch * numbers, formula
@@ -224,17 +226,19 @@ def count_network(run: PlannedRun) -> Explained:
             formula = f"2 x {gradients} / {run.shards} shards x {nodes - 1}/{nodes}"
             between["gradients between machines"] = 2 * FP32 * run.trainable / run.shards * (nodes - 1) / nodes, formula
     embed_dim, sets = config.model.encoder.embed_dim, 1 + config.captions  # gathered, and their gradients summed
-    send("embeddings", 3.0 * FP32 * config.batch * sets * embed_dim, f"3 x {FP32} x {config.batch:,} x {sets} x {embed_dim}", n, nodes)
+    if "contrast" in run.costs:
+        send("embeddings", 3.0 * FP32 * config.batch * sets * embed_dim, f"3 x {FP32} x {config.batch:,} x {sets} x {embed_dim}", n, nodes)
     return inside | between
 
 
 def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     config = run.config
     copies = ("state", "plain model", *(("average",) if config.ema else ()))  # of the weights
-    checkpoint = run.optimiser_bytes + len(copies) * FP32 * run.trainable
+    frozen = FP32 * run.frozen if run.decoder_alone else 0
+    checkpoint = run.optimiser_bytes + len(copies) * FP32 * run.trainable + frozen
     side = config.size // run.vae.stride
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
-    weights = f"weights {run.trainable:,} x {FP32} x {len(copies)} ({', '.join(copies)})"
+    weights = f"weights {run.trainable:,} x {FP32} x {len(copies)} ({', '.join(copies)})" + (f" + frozen parts {frozen:,} bytes" if frozen else "")
     return {
         "one checkpoint": (checkpoint, f"{weights} + optimiser {run.optimiser_bytes:,.0f} bytes"),
         "checkpoints": (checkpoint * (config.keep + config.keep_best + 1), f"{config.keep} newest, {config.keep_best} best and one that is being written"),

@@ -7,12 +7,15 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openvision3.estimate.devices import Devices
 from openvision3.estimate.units import FP32
 from openvision3.settings import check_numbers
 from openvision3.train.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from openvision3.estimate.counts import Shapes
 
 BERT = 30_524
 """word pieces of bert-base-uncased and the two special tokens that it lacks: begin and end"""
@@ -91,7 +94,13 @@ class PlannedRun:
         with torch.device("meta"):
             model = OpenVision3(config.model, self.vae, self.vocabulary)
         parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder, "text encoder": model.text_encoder, "captioner": model.captioner}
+        self.decoder_alone = config.decoder_share == 1
+        if self.decoder_alone:
+            model.requires_grad_(False)
+            model.latent_decoder.requires_grad_(True)
+            parts = {"latent decoder": model.latent_decoder}
         self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        self.frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("vae."))
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         blocks = [sum(p.numel() for p in block.parameters()) for blocks in block_lists(model) for block in blocks]
         self.in_blocks, self.largest_block = sum(blocks), max(blocks)
@@ -100,10 +109,15 @@ class PlannedRun:
             self.optimiser_flops, self.optimiser_bytes = count_muon(model, config.optimizer)
         shapes = Shapes(config.size, self.text_length, self.caption_length, self.precision == "bf16", devices.device.name == "cpu", config.checkpointing)
         self.costs = count_parts(model, shapes, config.captions, config.batch)
-        if config.decoder_finish:
-            encoder, all_train = self.costs["encoder"], 1 - config.decoder_finish
-            self.costs["encoder"] = replace(encoder, backward=encoder.backward * all_train, again=encoder.again * all_train)
-            self.assumptions.append(f"the last {config.decoder_finish:.0%} of the steps train the latent decoder alone: operations are means over all steps")
+        if config.decoder_share:
+            encoder, all_train = self.costs["encoder"], 1 - config.decoder_share
+            saved = 0.0 if self.decoder_alone else encoder.saved
+            self.costs["encoder"] = replace(encoder, backward=encoder.backward * all_train, again=encoder.again * all_train, saved=saved)
+        if self.decoder_alone:
+            self.costs = {name: cost for name, cost in self.costs.items() if name not in ("text encoder", "captioner", "vocabulary head", "contrast")}
+            self._add_discriminator(shapes)
+        elif config.decoder_share:
+            self.assumptions.append(f"the last {config.decoder_share:.0%} of the steps train the latent decoder alone: operations are means over all steps")
         if options.cached:
             self.costs.pop("VAE encode", None)
         count = devices.count
@@ -111,6 +125,22 @@ class PlannedRun:
         self.parallel = "one" if count == 1 else choose_parallel(config.parallel, self.trainable, ranks)
         self.shards = {"fsdp": count, "hsdp": devices.in_node}.get(self.parallel, 1)
         """devices that one copy of the weights is spread over"""
+
+    def _add_discriminator(self, shapes: Shapes) -> None:
+        """Its operations, and those of the VAE that measure the gradients."""
+        from openvision3.estimate.counts import count_discriminator
+        from openvision3.train.adversarial import EVERY
+        from openvision3.train.decoder_config import DecoderConfig
+
+        if not isinstance(self.config, DecoderConfig) or not self.config.adversarial.weight:
+            return
+        parameters, cost = count_discriminator(shapes)
+        self.parameters["discriminator"] = parameters
+        self.trainable += parameters
+        self.optimiser_bytes += 2.0 * FP32 * parameters
+        self.costs["discriminator"] = cost
+        if decode := self.costs.get("VAE decode"):
+            self.costs["VAE decode"] = replace(decode, again=decode.again + 2 / EVERY * decode.backward)
 
     def _divide(self) -> None:
         config, count = self.config, self.devices.count

@@ -216,13 +216,13 @@ class OpenVision3(nn.Module):
         omega_rec = self.omega_rec if self.training else weights.omega_rec
         return omega_rec * reconstruction + weights.omega_und * understanding
 
-    def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> None:
-        """Put the pixel and the perceptual term into `parts`; they are zero if none of these rows is compared."""
+    def _compare_pixels(self, batch: dict[str, Tensor], latents_hat: Tensor, count: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Put the pixel and the perceptual term into `parts` -> (images, images_hat) of the rows that are compared; if there is none, the terms are zero."""
         weights, target = self.config.loss, self._pixel_images(batch)
         names = ("pixel", "perceptual") if weights.lambda_perceptual else ("pixel",)
         parts |= dict.fromkeys(names, latents_hat.new_zeros(()))
         if target is None:
-            return
+            return None
         chosen = latents_hat[batch["pixel_rows"]] if "pixel_rows" in batch else latents_hat
         images_hat = self.vae.decode(chosen.float())  # (P, 3, H, W)
         parts["pixel"] = losses.pixel_loss(target, images_hat, count)
@@ -232,6 +232,7 @@ class OpenVision3(nn.Module):
                 raise ValueError(f"lambda_perceptual {weights.lambda_perceptual:g} needs a distance: OpenVision3(..., distance=hub.load_distance(config.loss))")
             mean = distance.to(target.device)(target, images_hat).float()
             parts["perceptual"] = distributed.share(mean * len(target), count)
+        return target, images_hat
 
     def prepare(self, batches: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The micro-batches of one step, each with what it needs to know of the others, ready for `forward` and backward.

@@ -20,12 +20,17 @@ def measure(memory: dict[str, float], values: dict[str, float], omega_rec: float
     """
     squares = values.pop("reconstruction_squares"), values.pop("understanding_squares")
     norms = {RECONSTRUCTION: math.sqrt(squares[0] / ranks) / omega_rec, UNDERSTANDING: math.sqrt(squares[1] / ranks)}
-    memory[STEPS] = memory.get(STEPS, 0.0) + 1
-    share = max(1 / WINDOW, 1 / memory[STEPS])
-    for name, norm in norms.items():
-        before = memory.get(name, norm)
-        memory[name] = before + share * (norm - before)
+    running_mean(memory, STEPS, norms)
     values |= norms | {"omega_rec": omega_rec}
+
+
+def running_mean(memory: dict[str, float], count: str, numbers: dict[str, float]) -> None:
+    """Move the means that `memory` has of these numbers; `count` names the number of times that they were moved."""
+    memory[count] = memory.get(count, 0.0) + 1
+    share = max(1 / WINDOW, 1 / memory[count])
+    for name, number in numbers.items():
+        before = memory.get(name, number)
+        memory[name] = before + share * (number - before)
 
 
 def omega_rec(memory: dict[str, float], ratio: float, default: float) -> float:

@@ -68,4 +68,9 @@ class PretrainConfig(LoopConfig, _ModelAndData):
     @property
     def finish_from(self) -> int:
         """Steps before those that train the latent decoder alone."""
-        return self.steps - round(self.decoder_finish * self.steps)
+        return self.steps - round(self.decoder_share * self.steps)
+
+    @property
+    def decoder_share(self) -> float:
+        """Share of the steps that train the latent decoder alone."""
+        return self.decoder_finish

@@ -12,10 +12,12 @@ from openvision3.data.batches import Sample, TrainingBatches, to_device
 from openvision3.data.images import to_pil
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
+from openvision3.draws import draw_seed
 from openvision3.evaluate import protocol
 from openvision3.evaluate.metrics.reconstruction import psnr
 from openvision3.evaluate.metrics.zeroshot import evaluate_retrieval
 from openvision3.model import losses
+from openvision3.model.reconstruction import noisy
 from openvision3.pipeline import Pipeline
 from openvision3.report.sheets import grid
 from openvision3.train.open_data import shared_rows
@@ -25,8 +27,11 @@ MEASURE = 2
 
 
 @torch.no_grad()
-def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, sheet: Path | None) -> dict[str, float]:
+def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatches, sheet: Path | None, noise: float | None = None) -> dict[str, float]:
     """Losses, PSNR (of the model and of its VAE) and retrieval, the same on all ranks; a sheet original | VAE | rebuilt is written to `sheet`, if given.
+
+    With `noise` the losses are of noisy tokens, as in training, and there is one more PSNR and column, of tokens with noise of that standard deviation.
+    The noise of an image is the same in every evaluation.
 
     The losses are those of all images as one batch: each term over its own count, the contrast over all `contrastive_candidates` images with a caption
     (guessing gives the logarithm of that number). An image that any rank cannot use is left out on all, counted, and added to the problems of the run.
@@ -35,28 +40,39 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     captions: list[str] = []
     problems = Problems()
     rows: list[tuple] = []
+    noisy_values: list[Tensor] = []
     held_out = Losses(pipeline)
     pipeline.model.eval()
     for _, keys, images, texts in shared_rows(source, batches.size, problems):
         with distributed.alone():
-            images_hat = pipeline.decode(pipeline.encode(images), (images.shape[2], images.shape[3])).cpu()
+            tokens, size = pipeline.encode(images), (images.shape[2], images.shape[3])
+            images_hat = pipeline.decode(tokens, size).cpu()
             vae_hat = pipeline.reconstruct_by_vae(images)
             values.append(psnr(images, images_hat))
             vae_values.append(psnr(images, vae_hat))
+            columns = [images, vae_hat, images_hat]
+            draw_key = torch.tensor([draw_seed("sigma", key) for key in keys])
+            if noise is not None:
+                columns.append(pipeline.decode(noisy(tokens, noise, draw_key.to(tokens.device)), size).cpu())
+                noisy_values.append(psnr(images, columns[-1]))
             captioned = [i for i, t in enumerate(texts) if t]
             if captioned:
                 batch, _ = batches.collate([Sample(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
+                if noise is not None:
+                    batch["draw_key"] = draw_key[captioned]
                 held_out.add(to_device(batch, pipeline.device))
                 captions += [texts[i][0] for i in captioned]
         if not rows:
-            rows = list(zip(*(to_pil(t[:8]) for t in (images, vae_hat, images_hat)), strict=True))
+            rows = list(zip(*(to_pil(column[:8]) for column in columns), strict=True))
     batches.problems.extend(problems, everywhere=True)
     if not values:  # the images were there when the run began; it continues without them
         return {"skipped": len(problems)}
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        grid(rows, ("original", "VAE", "rebuilt")).save(sheet)
+        grid(rows, ("original", "VAE", "rebuilt", f"with noise {noise}")[: len(rows[0])]).save(sheet)
     results = {"psnr": torch.cat(values).mean().item(), "vae_psnr": torch.cat(vae_values).mean().item()}
+    if noisy_values:
+        results["noisy_psnr"] = torch.cat(noisy_values).mean().item()
     if problems:
         results["skipped"] = len(problems)
     if captions:

@@ -91,6 +91,8 @@ class Pretraining(Training):
     """OpenVision 3, its data, its held-out images and its tokenizer, opened as `config` says."""
 
     val_measure = MEASURE
+    noise: float | None = None
+    """standard deviation of the noise on the tokens in one more evaluation"""
     model: OpenVision3
     batches: TrainingBatches
 
@@ -112,7 +114,7 @@ class Pretraining(Training):
         if checkpoint and recorded:
             self.source.relabel(recorded[LABELS]["data"])
             self.held_out.relabel(recorded[LABELS]["val"])
-        self.model = initial_model(config, vae, tokenizer)
+        self.model = self.create_model(vae, tokenizer)
         if checkpoint:
             hub.load_weights(self.model, checkpoint)
         elif config.init and ranks.rank == 0:  # the first rank's weights are sent to all
@@ -143,6 +145,10 @@ class Pretraining(Training):
             "latent cache": self.cache.sha256 if self.cache is not None else "",
         }
         self.pipeline = Pipeline(self.model, tokenizer, config.size, precision=start.precision)
+
+    def create_model(self, vae: VAE, tokenizer: TextTokenizer) -> OpenVision3:
+        """The model that is trained, before the weights of `init` or of a checkpoint are loaded."""
+        return initial_model(self.config, vae, tokenizer)
 
     def begin(self, run: RunFolder) -> None:
         config, source = self.config, self.source
@@ -178,7 +184,7 @@ class Pretraining(Training):
 
     def evaluate(self, step: int, run: RunFolder) -> dict[str, float]:
         sheet = run.path / "samples" / f"step-{step:08d}.png" if run.writes else None
-        scores = quick_evaluation(self.pipeline, self.held_out, self.batches, sheet)
+        scores = quick_evaluation(self.pipeline, self.held_out, self.batches, sheet, self.noise)
         if sheet is not None and "psnr" in scores:
             run.image(step, "val/sheet", sheet)
         return scores
