@@ -159,6 +159,8 @@ def generation(options: DrawnOptions, command: str) -> int:
                 else:
                     print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
                     print_left_out(evaluation.results)
+                    if not options.is_drawn:
+                        print("samples: " + " ".join(str(out / f"{column.file}.npz") for column in evaluation.samples))
                     print(f"results: {out / 'results.json'}\nreport: {page.resolve()}")
     return 0
 

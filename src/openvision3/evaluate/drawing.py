@@ -30,7 +30,7 @@ from openvision3.evaluate.image_set import Watch, on_first
 from openvision3.evaluate.protocol import Conditions
 from openvision3.files import half_written, left_behind, write_whole
 
-PART = 256
+PART = 128
 """images in a part; it does not depend on the batch or the number of processes"""
 PARTS, SETTINGS = ".parts", "drawing.json"
 

@@ -351,6 +351,8 @@ def _measure(evaluation: Generation, column: Samples, of_reference: Sequence[Set
         if evaluation.train is not None:
             new, scores = _count_duplicates(column.images, evaluation.train)
             numbers, columns = numbers + new, columns | scores
+        else:
+            missing.append(("near_duplicates", "training images; name them with --train"))
         return [with_interval(one, columns) for one in numbers], columns, missing
 
     numbers, evaluation.scores[column.name], missing = on_first(compute)
