@@ -149,7 +149,7 @@ def evaluate_generation(
         reference = _open_reference(options, size, watch)
         train = ImageSet(open_source(options.train, options.data_options()), size, options.batch, watch=watch) if options.train else reference.images
     samples = [_of_file(options, watch)] if model is None else _draw_all(options, model, reference, watch)
-    results = Results(command=command, environment=environment())
+    results = Results(not_run=[NotRun(samples[0].name, metric, what) for metric, what in missing], command=command, environment=environment())
     evaluation = Generation(options, samples, reference, train, extractors, results)
     for column in {id(one): one for one in (samples[0], samples[-1])}.values() if train is not None else ():
         shown = column.images.subset(range(min(options.shown, len(column.images.chosen))))
@@ -157,7 +157,6 @@ def evaluate_generation(
     of_reference = _read_reference(evaluation)
     for column in samples:
         _measure(evaluation, column, of_reference)
-        results.not_run += [NotRun(column.name, metric, what) for metric, what in missing]
         results.seconds = time.perf_counter() - start
         if distributed.rank() == 0:
             with distributed.alone():
