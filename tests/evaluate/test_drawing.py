@@ -70,6 +70,13 @@ def test_texts_are_kept_with_the_samples(tmp_path):
     assert ArraySource(tmp_path / "t.npz").record()["texts"] == texts
 
 
+def test_samples_without_conditions_have_no_labels(tmp_path):
+    model = of_squares(lambda indices, conditions: squares(indices, conditions or [0] * len(indices)), conditions=None)
+    draw(model, tmp_path / "s.npz", 3, without_progress)
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert sorted(arrays.files) == ["arr_0", "drawing"] and len(arrays["arr_0"]) == COUNT
+
+
 class Fails:
     """Draws squares until sample `at`."""
 

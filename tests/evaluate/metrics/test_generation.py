@@ -10,6 +10,7 @@ from openvision3.data.images import to_uint8
 from openvision3.evaluate.metrics import generation
 from openvision3.evaluate.metrics.distances import Statistics
 from openvision3.evaluate.metrics.generation import Nearest, SetFeatures, compare, random_rows
+from openvision3.evaluate.statistics import best_first
 from openvision3.networks.inception import Inception, InceptionFeatures
 
 
@@ -133,6 +134,11 @@ def test_few_samples_are_told_of():
     numbers, _, missing = compare(seen(FAKE[:3]), seen(REAL), "")
     assert "mostly bias" in numbers[0].how and "precision" in dict(missing)
     assert dict(compare(seen(FAKE[:1]), seen(REAL), "")[2])["gfid"].startswith("statistics of 1 and 30")
+
+
+def test_small_distances_large_scores_and_few_copies_are_the_best():
+    best = {metric: best_first(metric, {"small": 1.0, "large": 2.0})[0] for metric in (*generation.ADM, "FID on Other features", "near_duplicates")}
+    assert [metric for metric, model in best.items() if model == "large"] == ["inception_score", "precision", "recall"]
 
 
 def test_a_random_choice_is_a_function_of_count_and_seed_and_not_periodic():
