@@ -277,11 +277,12 @@ def _of_file(options: GenerationOptions, watch: Watch) -> Samples:
 
 def _samples(name: str, images: ImageSet, record: dict[str, Any], titles: Sequence[str] = (), licence: str = "unknown") -> Samples:
     """A column of the table, as the record of its drawing has it."""
-    known = {key: str(record.get(key, NOT_RECORDED)) for key in ("labels", "captions", "dtype")}
+    labels, captions, dtype = (str(record.get(key, NOT_RECORDED)) for key in ("labels", "captions", "dtype"))
     guidance = float(record.get("guidance", 1.0))
     settings = [*record.get("sampler", {}).items(), *([("guidance", f"{guidance:g}"), ("seed", record.get("seed"))] if record else [])]
     note = ", ".join(f"{key} {value}" for key, value in settings) or "drawn by others"
-    return Samples(name, images, file_name(guidance), guidance, titles, str(record.get("model_sha256", "")), note, licence, **known)
+    sha256 = str(record.get("model_sha256", ""))
+    return Samples(name, images, file_name(guidance), guidance, titles, sha256, note, licence, labels, captions, dtype)
 
 
 def file_name(guidance: float) -> str:
