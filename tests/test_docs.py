@@ -11,7 +11,7 @@ from openvision3.cli import data as cli_data
 from openvision3.cli import verbs
 from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
-from openvision3.cli.evaluate import KINDS, TableOptions
+from openvision3.cli.evaluate import KINDS, DrawnOptions, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.train import configure, configure_run
 from openvision3.estimate.planned import Options
@@ -55,8 +55,9 @@ def check(words: list[str]) -> None:
         options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
         ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
     elif verb == "evaluate":
-        parse(TableOptions if rest[0] == "table" else EvaluateOptions, rest[1:], f"evaluate {rest[0]}")
-        assert rest[0] in (*KINDS, "all", "table")
+        options = {"table": TableOptions, "generation": DrawnOptions}
+        parse(options.get(rest[0], EvaluateOptions), rest[1:], f"evaluate {rest[0]}")
+        assert rest[0] in (*KINDS, "all", *options)
     elif verb == "calibrate":
         parse(CalibrateOptions, rest, "calibrate")
     elif verb == "data":

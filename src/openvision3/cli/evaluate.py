@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from openvision3.cli.common import output_folder, parse
-from openvision3.evaluate.options import KINDS
+from openvision3.evaluate.options import GENERATION, KINDS, GenerationOptions
 from openvision3.evaluate.options import Options as Settings
 from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
+    from openvision3.evaluate.protocol import DrawingFunctions
     from openvision3.evaluate.results import NotRun, Results, Row
     from openvision3.evaluate.subjects import Subject
 
@@ -35,6 +36,15 @@ class Options(Settings):
 
 
 @dataclass
+class DrawnOptions(GenerationOptions):
+    """Which samples to draw and score, and against what."""
+
+    model: Positional[Annotated[PathName, arg(metavar="MODEL", help="a generator (a shipped name, a folder or a run), or samples in an .npz")]] = ""
+    json: bool = False
+    """print results.json on stdout instead of the table"""
+
+
+@dataclass
 class TableOptions:
     """Put the results of several evaluations on one page."""
 
@@ -46,6 +56,7 @@ class TableOptions:
 
 
 WHAT = KINDS | {
+    "generation": GENERATION,
     "all": "everything that the data permit; what could not be run is listed with what it needs",
     "table": f"results of several evaluations on one page: {PROGRAM} table RESULTS ... --out PAGE.html",
 }
@@ -67,10 +78,13 @@ def evaluate(argv: Sequence[str]) -> int:
         raise unknown("evaluation", kind, WHAT)
     if kind == "table":
         return table(parse(TableOptions, rest, f"{PROGRAM} table"))
+    command = shlex.join([*PROGRAM.split(), *argv])
+    if kind == "generation":
+        return generation(parse(DrawnOptions, rest, f"{PROGRAM} {kind}", description=f"{kind}: {WHAT[kind]}"), command)
     options = parse(Options, rest, f"{PROGRAM} {kind}", description=f"{kind}: {WHAT[kind]}")
     if options.protocol and kind not in ("reconstruction", "all"):
         raise ValueError(f"protocol {options.protocol} is one of reconstruction; leave it out of {kind}")
-    return measure(tuple(KINDS) if kind == "all" else (kind,), options, shlex.join([*PROGRAM.split(), *argv]))
+    return measure(tuple(KINDS) if kind == "all" else (kind,), options, command)
 
 
 def measure(kinds: Sequence[str], options: Options, command: str) -> int:
@@ -119,6 +133,66 @@ def open_model(options: Settings) -> Subject:
         vae_folders = (folder / "vae", hub.EMBEDDED if name == "embedded" else Path(name), Path(name) / "vae")
         subject.known, subject.unknown = recorded_training(options.model, folder, vae_folders)
     return subject
+
+
+def generation(options: DrawnOptions, command: str) -> int:
+    """Draw samples (or take those of a file), score them, print the tables, write the folder. Under torchrun the processes share the work."""
+    from openvision3 import distributed
+    from openvision3.device import choose_device
+    from openvision3.evaluate.generation import evaluate_generation
+    from openvision3.evaluate.generation_page import write_generation_report
+    from openvision3.evaluate.image_set import without_progress
+    from openvision3.progress import track
+
+    if not options.model:
+        raise ValueError("no MODEL named; name a generator, or samples in an .npz")
+    out = output_folder(options.out, (*options.data, *options.train))
+    options.device = choose_device(options.device)
+    with distributed.started(options.device) as ranks:
+        evaluation = evaluate_generation(options, open_generator, command, without_progress if options.json else track)
+        if ranks.rank == 0:
+            with distributed.alone():
+                tables = evaluation.save(out)
+                page = write_generation_report(out, evaluation, tables)
+                if options.json:
+                    print((out / "results.json").read_text(encoding="utf-8"), end="")
+                else:
+                    print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
+                    print_left_out(evaluation.results)
+                    if not options.is_drawn:
+                        print("samples: " + " ".join(str(out / f"{column.file}.npz") for column in evaluation.samples))
+                    print(f"results: {out / 'results.json'}\nreport: {page.resolve()}")
+    return 0
+
+
+def open_generator(options: GenerationOptions) -> DrawingFunctions:
+    """A generator as a function of the numbers of samples."""
+    from dataclasses import replace
+
+    from openvision3.evaluate.protocol import Conditions, DrawingFunctions
+    from openvision3.generate.flow import Sampling
+    from openvision3.generate.generator import load_generator
+
+    generator = load_generator(options.model, device=options.device, precision=options.precision, tokens=options.tokens, weaker=options.weaker)
+    unguided = Sampling(steps=options.steps, method=options.method, grid=options.grid, seed=options.seed)
+
+    def sample(indices: Sequence[int], conditions: Conditions | None, guidance: float) -> Any:
+        sampling = unguided if guidance == 1 else replace(unguided, guidance=guidance, interval=options.interval)
+        return generator.sample(indices, conditions, sampling)
+
+    return DrawingFunctions(
+        generator.name,
+        generator.size,
+        sample,
+        generator.condition,
+        generator.label_names,
+        generator.can_guide,
+        {"steps": options.steps, "method": options.method, "grid": options.grid},
+        {"interval": list(options.interval), "weaker": options.weaker},
+        options.precision,
+        generator.sha256,
+        generator.licence,
+    )
 
 
 def table(options: TableOptions) -> int:

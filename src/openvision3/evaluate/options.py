@@ -18,6 +18,7 @@ KINDS = {
     "zeroshot": "classification by the nearest class text",
     "probe": "k-NN and a linear probe on frozen tokens, beside raw latents as the floor",
 }
+GENERATION = "images drawn by a generator, or in an .npz: gFID, sFID, Inception Score, precision, recall, KID, the nearest training images"
 METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
 """Metrics of the kind reconstruction."""
 PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation images of ImageNet"), "rfid-coco": (5_000, "the images of COCO val2017")}
@@ -135,3 +136,87 @@ class Options:
         """Split --train into (fingerprint files, names of data)."""
         files = [name for name in self.train if name.endswith(".safetensors") and os.path.isfile(name)]
         return files, tuple(name for name in self.train if name not in files)
+
+
+@dataclass
+class GenerationOptions:
+    """Which samples to draw and score, and against what."""
+
+    model: PathName = ""
+    """a generator (a shipped name, a folder or a run); or samples in an .npz, drawn by anyone: arr_0, uint8 (N, H, W, 3)"""
+    data: tuple[PathName, ...] = ()
+    """the reference: openmoji, folders, shards and globs; or an .npz as ADM's reference files: mu, sigma, mu_s, sigma_s, arr_0, or arr_0 alone"""
+    out: PathName = "evaluation"
+    """the folder of the samples (samples*.npz), results.json, report.html and sheets. The same command goes on from samples that are there"""
+    count: int = 1000
+    """samples to draw, for each guidance; published numbers have 50,000"""
+    guidance: tuple[float, ...] = ()
+    """guidance scales to draw with as well, such as 1.5 2 4: each is a column beside the unguided one; they also give a curve"""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """guide between these times only (0: data, 1: noise)"""
+    weaker: PathName = ""
+    """a weaker generator of the same tokens to guide by (AutoGuidance). Not set: guide by the generator without its condition"""
+    tokens: PathName = ""
+    """the model whose tokens are drawn. Not set: the one that the generator names"""
+    steps: int = 50
+    """steps of the sampler"""
+    method: Literal["euler", "heun"] = "euler"
+    """the sampler"""
+    grid: Literal["full", "rae49"] = "full"
+    """times of the sampler: full: STEPS intervals down to 0; rae49: the 49 steps of RAE"""
+    labels: Literal["balanced", "random"] = "balanced"
+    """classes of the samples: in turn, or drawn. Texts are captions of DATA, evenly spaced or drawn"""
+    protocol: Literal["", "gfid-adm50k"] = ""
+    """the published protocol of gFID: 50,000 samples of 256 px in fp32 against the statistics in ADM's reference file of ImageNet's training set"""
+    train: tuple[PathName, ...] = ()
+    """the data that the generator was trained on, in which the nearest images are looked for. Not set: DATA"""
+    shown: int = 16
+    """samples that are shown beside their nearest training images"""
+    crop: Literal["square", "adm"] = "square"
+    """reference images: square: crop the central square and resize it; adm: crop as the evaluation of guided diffusion (ADM) does"""
+    batch: int = 32
+    """images per batch"""
+    inception: PathName = ""
+    """weights-inception-2015-12-05-6726825d.pth. Not set: the file of `openvision3 fetch`; without it, scores on other features remain"""
+    caption_keys: tuple[str, ...] = ()
+    """JSON fields of shards that hold captions. Not set: the .txt member"""
+    only: tuple[str, ...] = ()
+    """keep the shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)"""
+    index: PathName = ""
+    """the folder in which `data index` wrote the indexes of shards. Not set: beside each shard"""
+    cache: PathName = ""
+    """the folder that remote shards are fetched into"""
+    cache_gb: float = 100.0
+    """size limit of that folder, in GB"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """precision of the generator"""
+    seed: int = 0
+    """seed of the samples, of their classes and of subsets"""
+
+    def __post_init__(self):
+        for name, low in (("count", 1), ("steps", 1), ("batch", 1), ("shown", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")
+        if any(not 0 <= scale < 1000 for scale in self.guidance):
+            raise ValueError(f"guidance {' '.join(f'{scale:g}' for scale in self.guidance)} must be numbers from 0 to 1000; 1 is none, which is always drawn")
+        self.guidance = tuple(dict.fromkeys(scale for scale in self.guidance if scale != 1))
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"interval {self.interval[0]:g} {self.interval[1]:g} must be two times from 0 to 1, the smaller one first")
+        if self.protocol and self.precision != "fp32":
+            raise ValueError(f"protocol {self.protocol} needs fp32; leave out --precision, or --protocol")
+        if self.protocol:
+            self.count = 50_000
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether MODEL is a file of samples and not a generator."""
+        return self.model.endswith(".npz")
+
+    def data_options(self) -> DataOptions:
+        """The options for reading the reference and the training data."""
+        from openvision3.data.names import DataOptions
+
+        places = {"index": self.index, "cache": self.cache, "cache_gb": self.cache_gb}
+        return DataOptions(caption_keys=self.caption_keys, only=read_rules(self.only), crop=self.crop, **places)  # type: ignore[arg-type]

@@ -29,28 +29,28 @@ AMPLIFIED = 4
 def write_report(out: Path, evaluation: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
     """Write report.html into `out`, and pictures.jsonl (the scores of each image) if images have scores. Returns the path of the page."""
     results = evaluation.results
-    sections = [("Numbers", _numbers(tables, results.rows, results.not_run) + _left_out([results])), *_differences(tables)]
+    sections = [("Numbers", numbers_and_needs(tables, results.rows, results.not_run) + left_out([results])), *differences(tables)]
     if scores := _per_picture(evaluation):
         write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
         (out / SCORES).unlink(missing_ok=True)  # written by an earlier evaluation
     for kind, section in (("reconstruction", _rebuilt), ("retrieval", _retrieved), ("captioning", _captions), ("zeroshot", _classes)):
         sections += section(evaluation, {name: done for (which, name), done in evaluation.measured.items() if which == kind})
-    sections += _published(results.rows)
-    sections.append(("How it was measured", _protocols(results.rows)))
+    sections += published_numbers(results.rows)
+    sections.append(("How it was measured", protocols(results.rows)))
     skipped = f"; {len(results.skipped)} images skipped" if results.skipped else ""
     sizes = list(dict.fromkeys(row.setting.resolution for row in results.rows))
     seen = f"{len(evaluation.images.chosen):,} images of {' and '.join(sizes)} px{skipped}"
     lead = f"{', '.join(model.name for model in evaluation.models)} on {', '.join(evaluation.options.data)}: {seen}."
-    footer = (results.command, f"{_machine(results.environment)}, {results.seconds:.0f} s")
+    footer = (results.command, f"{machine(results.environment)}, {results.seconds:.0f} s")
     return html.write_page(out / "report.html", "Evaluation", lead, sections, footer)
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine(environment: dict[str, Any]) -> str:
     return ", ".join(f"{name} {environment[name]}" for name in ("processor", "torch", "python") if environment.get(name))
 
 
-def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> Markup:
+def numbers_and_needs(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> Markup:
     """One table per setting with one column per model. Metrics that were not run are listed below."""
     content = html.note(how) if (how := how_to_read(line for _, lines in tables for line in lines)) else Markup()
     for title, (_, lines) in zip(titles(tables, rows), tables, strict=True):
@@ -61,7 +61,7 @@ def _numbers(tables: Sequence[tuple[Setting, Sequence[Line]]], rows: Sequence[Ro
     return content
 
 
-def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, Markup]]:
+def differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple[str, Markup]]:
     """A section with the paired differences of models, their intervals and tests; none without differences."""
     rows = [
         (one.metric, f"{one.a} - {one.b}", f"{one.difference:.4g} [{one.low:.4g}, {one.high:.4g}]", spoken_p(one.p), one.test, one.count, one.part or "all")
@@ -74,7 +74,7 @@ def _differences(tables: Sequence[tuple[Setting, Sequence[Line]]]) -> list[tuple
     return [("Differences", note + html.table(header, rows))] if rows else []
 
 
-def _left_out(results: Sequence[Results]) -> Markup:
+def left_out(results: Sequence[Results]) -> Markup:
     """Images that could not be read and images that a metric leaves out; for several evaluations, with the number of the evaluation."""
     rows: list[tuple[Any, ...]] = []
     for number, one in enumerate(results, start=1):
@@ -86,7 +86,7 @@ def _left_out(results: Sequence[Results]) -> Markup:
     return html.note("Left out:") + table if rows else Markup()
 
 
-def _protocols(rows: Sequence[Row]) -> Markup:
+def protocols(rows: Sequence[Row]) -> Markup:
     seen: dict[tuple, Row] = {}
     for row in rows:
         seen.setdefault(row.protocol, row)
@@ -104,7 +104,7 @@ def _protocols(rows: Sequence[Row]) -> Markup:
     return head + html.table(("model", "sha256 of its weights", "licence", "note"), who) + sets
 
 
-def _published(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
+def published_numbers(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     """A section with the paper's numbers for these metrics, if any. Their protocols differ from those of the numbers above."""
     header, listed = published.compact({row.metric for row in rows})
     note = html.note(f"From the paper ({published.SOURCE}), not comparable with numbers of other sets, sizes or networks.")
@@ -226,17 +226,17 @@ def write_summary(path: Path, tables: Sequence[tuple[Setting, Sequence[Line]]], 
     rows = [row for one in results for row in one.rows]
     drawn = figure_one(rows)
     note = html.note("Bars of one protocol stand side by side; groups with the same label and different protocols are numbered in the order of the list below.")
-    commands = [(i, one.command, _machine(one.environment), f"{one.seconds:.0f}") for i, one in enumerate(results, start=1)]
+    commands = [(i, one.command, machine(one.environment), f"{one.seconds:.0f}") for i, one in enumerate(results, start=1)]
     write_whole(path.with_suffix(".png"), drawn)
     sections = [
         (
             "Reconstruction, generation, understanding: the paper's first figure for the measured models",
             html.embed_image(drawn, "reconstruction, generation and understanding of each model") + note,
         ),
-        ("Numbers", _numbers(tables, rows, not_run) + _left_out(results)),
-        *_differences(tables),
-        *_published(rows),
-        ("How it was measured", _protocols(rows)),
+        ("Numbers", numbers_and_needs(tables, rows, not_run) + left_out(results)),
+        *differences(tables),
+        *published_numbers(rows),
+        ("How it was measured", protocols(rows)),
         ("Commands", html.table(("evaluation", "command", "machine", "seconds"), commands)),
     ]
     return html.write_page(path, "Evaluations", f"{len(results)} evaluation{'s' if len(results) > 1 else ''}.", sections)

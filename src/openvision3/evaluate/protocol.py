@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -87,3 +88,32 @@ class Functions:
     """a remark for all its rows, such as that it has never run on real weights"""
     fixed: bool = False
     """the model takes squares of `size` only: other images are resized to be embedded, and are not reconstructed"""
+
+
+Conditions = Sequence[int] | Sequence[str]
+"""classes by number, or texts: one for each sample"""
+
+
+@dataclass
+class DrawingFunctions:
+    """A model that draws, as a function of numbers of samples."""
+
+    name: str
+    size: int
+    """side of its images in pixels"""
+    sample: Callable[[Sequence[int], Conditions | None, float], Tensor]
+    """numbers of samples, their conditions, the guidance scale (1: none) -> images (B, 3, size, size) in [-1, 1]. A sample depends on its number, its
+    condition and the guidance alone"""
+    condition: str = "none"
+    """what an image is drawn from: label, text or none"""
+    label_names: Sequence[str] = ()
+    """of its classes, by number"""
+    can_guide: bool = False
+    sampler: dict[str, Any] = field(default_factory=dict)
+    """the settings of its sampler, which the images depend on, too"""
+    guiding: dict[str, Any] = field(default_factory=dict)
+    """further settings that only guided images depend on"""
+    dtype: str = "fp32"
+    sha256: str = ""
+    """sha256 of its weights"""
+    licence: str = "unknown"

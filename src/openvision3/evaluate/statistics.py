@@ -7,7 +7,7 @@
     over_seeds(values_a, values_b)                                 # paired over seeds
 
 All metrics that are functions of sums, means or ranks of single samples support this. A Frechet distance does not (resampled sets
-are further apart than the sets), nor does METEOR (Java returns one number for the whole set).
+are further apart than the sets), nor does the Inception Score, nor METEOR (Java returns one number for the whole set).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Definition:
 
 def definition(metric: str) -> Definition | None:
     """The definition of a metric; None if it cannot be computed from scores of single samples."""
-    if metric in ("rfid", "meteor") or metric.endswith("largest_class_share"):
+    if metric in ("rfid", "gfid", "sfid", "inception_score", "meteor") or metric.startswith("FID") or metric.endswith("largest_class_share"):
         return None
     for pattern, kind in ((r"(.*)_r@(\d+)", "share"), (r"(.*_|)top_(\d+)", "share"), (r"bleu_(\d)", "bleu")):
         if found := re.fullmatch(pattern, metric):
@@ -167,6 +167,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return (middle - half) / scale if share else 0.0, (middle + half) / scale if share < 1 else 1.0
 
 
+ZERO_OR_ONE = ("exact_match", "precision", "recall", "near_duplicates")
+"""prefixes of metrics that are the mean of scores of 0 or 1"""
 HOW_WILSON = "95 %, Wilson's interval of a share"
 FIXED = {
     "cider": "; document frequencies of the whole set held fixed",
@@ -182,7 +184,7 @@ def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
     if what is None or column is None or len(set(column.samples)) < 2:
         return number
     samples, values = len(set(column.samples)), column.values
-    if number.metric == "exact_match":
+    if number.metric.startswith(ZERO_OR_ONE):
         what = Definition(what.column, "share of ones")
     if what.kind.startswith("share") and (len(values) == samples or number.value in (0, 1)):
         low, high = wilson(number.value, samples)
@@ -347,7 +349,10 @@ def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str
     return [replace(one, part=part) for one in all_differences if one is not None]
 
 
-LOWER_IS_BETTER = ("distance", "KID", "lpips", "rfid", "median_rank", "loss", "pixel", "latent", "perceptual", "contrastive", "caption")
+LOWER_IS_BETTER = (
+    *("distance", "KID", "FID", "lpips", "rfid", "gfid", "sfid", "near_duplicates", "median_rank"),
+    *("loss", "pixel", "latent", "perceptual", "contrastive", "caption"),
+)
 
 
 def best_first(metric: str, values: Mapping[str, float]) -> list[str]:

@@ -88,7 +88,7 @@ def by_need(not_run: Iterable[NotRun]) -> list[tuple[str, list[str]]]:
     return [(what, list(who)) for what, who in names.items()]
 
 
-PERCENT = ("exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
+PERCENT = ("near_duplicates", "exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
 """Metrics that are shares of 1 and are shown in %."""
 
 
@@ -145,13 +145,17 @@ def with_differences(tables: Sequence[tuple[Setting, list[Line]]], evaluations: 
 
 
 def shown(metric: str, number: Number) -> str:
-    """A value with its unit and interval: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0]. KID without an interval is shown with its spread: 0.0195 ± 0.0015."""
+    """A value with its unit and interval: 29.81 dB [29.52, 30.10], 37.9 % [30.1, 46.0].
+
+    KID without an interval and the Inception Score are shown with their spread: 0.0195 ± 0.0015.
+    """
     if any(part in metric for part in PERCENT):
         return f"{100 * number.value:.1f} %" + _interval(number, 1, 100)
     unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
         metric.split(",")[0].split(" ")[0], ("", 4)
     )
-    error = f" ± {number.spread:.{digits}f}" if number.spread is not None and metric.startswith("KID") else ""  # the spread of other metrics is over images
+    has_error = number.spread is not None and metric.startswith(("KID", "inception_score"))  # the spread of other metrics is over images
+    error = f" ± {number.spread:.{digits}f}" if has_error else ""
     return f"{number.value:.{digits}f}{unit}{_interval(number, digits) or error}"
 
 

@@ -10,15 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openvision3.data.images import to_uint8
 from openvision3.evaluate.metrics.distances import (
     Statistics,
     frechet_distance,
     frechet_warning,
     inception_score,
     kernel_distance,
+    kernel_distance_sample_shares,
     precision_recall,
-    read_pictures,
 )
 
 
@@ -105,27 +104,6 @@ def test_files_that_hold_no_statistics_are_one_line(tmp_path):
         Statistics.load(tmp_path / "nowhere.npz")
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_pictures_of_an_adm_file_are_read_in_batches(tmp_path, save):
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
-    save(tmp_path / "p.npz", arr_0=pixels, arr_1=np.zeros(5))
-    batches = list(read_pictures(tmp_path / "p.npz", batch=2))
-    assert [len(b) for b in batches] == [2, 2, 1]
-    assert np.array_equal(to_uint8(torch.cat(batches)).permute(0, 2, 3, 1).numpy(), pixels)
-
-
-def test_files_that_hold_no_pictures_are_one_line(tmp_path):
-    np.savez(tmp_path / "floats.npz", np.zeros((1, 2, 2, 3)))
-    np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
-    (tmp_path / "garbage.npz").write_bytes(b"nothing")
-    for name in ("floats", "objects", "other", "garbage"):
-        with pytest.raises(ValueError, match=rf"{name}\.npz is not a file of images, which is arr_0"):
-            next(read_pictures(tmp_path / f"{name}.npz"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        next(read_pictures(tmp_path / "nowhere.npz"))
-
-
 # -- Frechet --------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +180,15 @@ def kernel_by_loops(x, y, paired):
 def test_the_kernel_distance_is_that_of_plain_loops(rows, paired):
     x, y = vectors(rows[0], 4), vectors(rows[1], 4, 1) + 0.2
     assert kernel_distance(x, y, paired=paired).value == pytest.approx(kernel_by_loops(x, y, paired), rel=1e-10)
+
+
+def test_what_samples_add_to_a_kernel_distance_is_its_jackknife_over_them():
+    x, y = vectors(7, 4), vectors(6, 4, 1) + 0.2
+    whole, shares = kernel_distance(x, y).value, kernel_distance_sample_shares(x, y, chunk=4)
+    assert float(shares.mean()) == pytest.approx(whole, rel=1e-10)
+    for row in range(len(y)):
+        without = kernel_by_loops(x, torch.cat([y[:row], y[row + 1 :]]), False)
+        assert float(shares[row]) == pytest.approx(6 * whole - 5 * without, rel=1e-9)
 
 
 def test_the_kernel_distance_is_that_of_torchmetrics():

@@ -5,10 +5,7 @@ Everything takes features (N, D) or their `Statistics` and computes in float64. 
 
 from __future__ import annotations
 
-import math
 import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +14,6 @@ import torch
 from torch import Tensor
 
 from openvision3 import distributed
-from openvision3.data.images import to_tensor
 from openvision3.files import write_whole
 
 
@@ -118,32 +114,6 @@ class Statistics:
         return found
 
 
-def read_pictures(path: str | Path, batch: int = 64) -> Iterator[Tensor]:
-    """The images of an ADM file (`arr_0`, uint8 NHWC) -> images (B, 3, H, W) in [-1, 1], without reading it whole.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not one of images.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file of images: {path}")
-    expected = "which is arr_0 of uint8 (N, H, W, 3) in an .npz"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, transposed, kind = read(file)
-            if kind != np.uint8 or transposed or len(shape) != 4 or shape[3] != 3:
-                raise ValueError(f"it holds {kind} of shape {shape}")
-            for start in range(0, shape[0], batch):
-                rows = min(batch, shape[0] - start)
-                pixels = file.read(rows * math.prod(shape[1:]))
-                if len(pixels) < rows * math.prod(shape[1:]):
-                    raise ValueError(f"it ends before image {start + rows} of {shape[0]}")
-                yield to_tensor(torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(rows, *shape[1:]).copy()).permute(0, 3, 1, 2).contiguous())
-    except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a file of images, {expected}: {' '.join(str(error).split())}") from error
-
-
 # -- distances ------------------------------------------------------------------------------------------------------
 
 
@@ -223,14 +193,10 @@ def kernel_distance_shares(x: Tensor, y: Tensor, chunk: int = 256) -> Tensor:
     """
     x, y = x.detach().double(), y.detach().double()
     count = len(x)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1).pow(3)
-
     rows = []
     for start in range(0, count, chunk):
         a, b = x[start : start + chunk], y[start : start + chunk]
-        pairs = kernel(a, x) + kernel(b, y) - kernel(a, y) - kernel(b, x)
+        pairs = _kernel(a, x) + _kernel(b, y) - _kernel(a, y) - _kernel(b, x)
         pairs[torch.arange(len(a)), start + torch.arange(len(a))] = 0
         rows.append(pairs.sum(1))
     by_row = torch.cat(rows)
@@ -238,30 +204,53 @@ def kernel_distance_shares(x: Tensor, y: Tensor, chunk: int = 256) -> Tensor:
     return total / (count - 1) - (total - 2 * by_row) / (count - 2)
 
 
+def kernel_distance_sample_shares(x: Tensor, y: Tensor, chunk: int = 256) -> Tensor:
+    """Features (N, D) of a reference that is held fixed and (M, D) of samples, M > 2 -> what each sample adds to `kernel_distance(x, y)` (M,).
+
+    The pseudo-values of the jackknife over the samples, as in `kernel_distance_shares`: their mean is the estimate.
+    """
+    x, y = x.detach().double(), y.detach().double()
+    count = len(y)
+    of_pairs = torch.cat([_kernel(rows, y).sum(1) - _kernel(rows, rows).diagonal() for rows in y.split(chunk)])
+    between = torch.cat([_kernel(rows, x).sum(1) for rows in y.split(chunk)])
+    total = of_pairs.sum()
+    return _within(x, chunk) + total / (count - 1) - (total - 2 * of_pairs) / (count - 2) - 2 * between / len(x)
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1).pow(3)
+
+
+def _within(a: Tensor, chunk: int) -> float:
+    """Mean of the kernel over pairs of two different rows, each computed once."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for start in range(0, len(a), chunk):
+        block = _kernel(a[start : start + chunk], a[start:])
+        total += block[:, :chunk].triu(1).sum() + block[:, chunk:].sum()
+    return float(total) * 2 / (len(a) * (len(a) - 1))
+
+
 def _squared_discrepancy(x: Tensor, y: Tensor, paired: bool, chunk: int = 256) -> float:
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1).pow(3)
-
-    def within(a: Tensor) -> float:
-        """Mean over pairs of two different ones, each computed once."""
-        total = torch.zeros((), dtype=torch.float64, device=a.device)
-        for start in range(0, len(a), chunk):
-            block = kernel(a[start : start + chunk], a[start:])
-            total += block[:, :chunk].triu(1).sum() + block[:, chunk:].sum()
-        return float(total) * 2 / (len(a) * (len(a) - 1))
-
-    between = sum(float(kernel(rows, y).sum()) for rows in x.split(chunk))
+    between = sum(float(_kernel(rows, y).sum()) for rows in x.split(chunk))
     if paired:
         between -= float(((x * y).sum(1) / x.shape[1] + 1).pow(3).sum())
-    return within(x) + within(y) - 2 * between / (len(x) * (len(y) - paired))
+    return _within(x, chunk) + _within(y, chunk) - 2 * between / (len(x) * (len(y) - paired))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D) and (M, D), as ADM's evaluator has it.
 
     Precision is the share of fakes that lie in the ball of some real image up to its k-th nearest other real one; recall the
-    share of reals within the balls of fakes. Distances are taken chunk by chunk about the mean of the reals, in the dtype and on
-    the device of `real`.
+    share of reals within the balls of fakes. Raises ValueError as `within_manifolds`.
+    """
+    precise, recalled = within_manifolds(real, fake, k, chunk)
+    return precise.double().mean().item(), recalled.double().mean().item()
+
+
+def within_manifolds(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and (M, D) -> which fakes lie within a ball of the reals (M,), and which reals within one of the fakes (N,).
+
+    Distances are taken chunk by chunk about the mean of the reals, in the dtype and on the device of `real`.
 
     Raises:
         ValueError: unlike widths, or a side with no more than k samples.
@@ -280,7 +269,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, chunk: int = 2048) 
         distance = _squared_distances(fake[rows], real)
         in_real.append((distance <= radii[0]).any(1))
         in_fake |= (distance <= radii[1][rows, None]).any(0)
-    return torch.cat(in_real).double().mean().item(), in_fake.double().mean().item()
+    return torch.cat(in_real), in_fake
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

@@ -95,7 +95,16 @@ def rows(model: str) -> list[Published]:
 ONLY = ("rae-clip", "omnitokenizer")
 """Models that the paper compares with and nobody can load here: they have published numbers only."""
 
-NAMES = {"rFID": "rfid", "PSNR": "psnr", "SSIM": "ssim", "LPIPS": "lpips"}
+NAMES = {
+    "rFID": "rfid",
+    "PSNR": "psnr",
+    "SSIM": "ssim",
+    "LPIPS": "lpips",
+    "gFID": "gfid",
+    "IS": "inception_score",
+    "precision": "precision",
+    "recall": "recall",
+}
 """A published metric -> ours of that name. The protocols are not the same."""
 
 

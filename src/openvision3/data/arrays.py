@@ -1,0 +1,86 @@
+"""Images in one array of an `.npz`, as guided diffusion (ADM) writes its samples and reference sets: `arr_0`, uint8 (N, H, W, 3)."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openvision3.data.captions import Captions
+from openvision3.data.identity import digest
+from openvision3.data.images import ImageError
+from openvision3.data.sources import EncodedSource
+
+IMAGES = "arr_0"
+RECORD = "drawing"
+"""the array in which our own files hold, as JSON, how their images were drawn"""
+
+
+class ArraySource(EncodedSource):
+    """The images of such a file, read one by one: the file may be larger than the memory.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one without images.
+    """
+
+    def __init__(self, path: str | Path, crop: str = "square"):
+        super().__init__(crop=crop)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file of images: {path}")
+        self.path, self.labels = Path(path), [Path(path).name]
+        try:
+            self._file = zipfile.ZipFile(path).open(f"{IMAGES}.npy")
+            version = np.lib.format.read_magic(self._file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, transposed, kind = read(self._file)
+            if kind != np.uint8 or transposed or len(shape) != 4 or shape[3] != 3:
+                raise ValueError(f"it holds {kind} of shape {shape}")
+            self._start, there = self._file.tell(), self._file.seek(0, 2)
+            if there < self._start + math.prod(shape):
+                raise ValueError(f"it ends before image {(there - self._start) // math.prod(shape[1:]) + 1} of {shape[0]}")
+        except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            expected = f"which is {IMAGES} of uint8 (N, H, W, 3) in an .npz"
+            raise ValueError(f"{path} is not a file of images, {expected}: {' '.join(str(error).split())}") from error
+        self.count, self.height, self.width = shape[:3]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def key(self, index: int) -> str:
+        return f"{self.labels[0]}/{index}"
+
+    def identity(self) -> str:
+        return digest("array", self.count, self.height, self.width, self.probed_keys())
+
+    def captions(self, index: int) -> Captions:
+        return Captions()
+
+    def data(self, index: int) -> bytes:
+        """The image as a PPM file."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        length = self.height * self.width * 3
+        try:
+            self._file.seek(self._start + index * length)
+            pixels = self._file.read(length)
+        except (EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ImageError("undecodable", f"{self.key(index)}: {error}") from error
+        return b"P6 %d %d 255\n" % (self.width, self.height) + pixels
+
+    def record(self) -> dict[str, Any]:
+        """How our own drawing of these images is recorded; empty for images drawn by others."""
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return json.loads(arrays[RECORD].tobytes()) if RECORD in arrays.files else {}
+
+
+def holds_arrays(path: str | Path, *names: str) -> bool:
+    """Whether the file holds arrays of all these names. False for a file that is no `.npz`."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {f"{name}.npy" for name in names} <= set(archive.namelist())
