@@ -270,8 +270,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def to_pil(images: Tensor) -> list[Image.Image] | Image.Image:
     """images (B, 3, H, W) in [-1, 1] -> a list of PIL images; a single (3, H, W) -> one PIL image."""
-    if images.ndim == 3:
-        return to_pil(images[None])[0]  # type: ignore[index]
+    return pil_images(images[None])[0] if images.ndim == 3 else pil_images(images)
+
+
+def pil_images(images: Tensor) -> list[Image.Image]:
+    """images (B, 3, H, W) in [-1, 1] -> PIL images. Raises ValueError for other shapes and for whole numbers."""
     if not images.is_floating_point():
         raise ValueError(f"images of {images.dtype} cannot be used; pass floats in [-1, 1] (from 0..255: images / 127.5 - 1)")
     if images.ndim != 4 or images.shape[1] != 3:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openvision3 import hub
 from openvision3.data.captions import checked_text
-from openvision3.data.images import to_pil
+from openvision3.data.images import pil_images
 from openvision3.device import choose_device
 from openvision3.generate import folder
 from openvision3.generate.dit import Condition
@@ -67,9 +67,9 @@ class Generator:
         Raises:
             ValueError: a condition that this generator does not take, an unknown label (names the nearest), guidance that it has not learnt.
         """
-        report = None if each is None else lambda number, tokens: each(number, _pil(self.decode(tokens)))
+        report = None if each is None else lambda number, tokens: each(number, pil_images(self.decode(tokens)))
         tokens = self.draw_tokens(texts, labels=labels, count=count, sampling=sampling, each=report)
-        return [image for part in tokens.split(BATCH) for image in _pil(self.decode(part))]
+        return [image for part in tokens.split(BATCH) for image in pil_images(self.decode(part))]
 
     def draw_tokens(
         self,
@@ -149,10 +149,6 @@ class Generator:
             return int(label)
         choices = f"{len(self.label_names)} classes: give a name or a number from 0 to {len(self.label_names) - 1}"
         raise unknown("label", str(label), self.label_names, choices)
-
-
-def _pil(images: Tensor) -> list[Image.Image]:
-    return [*to_pil(images)]  # type: ignore[misc]
 
 
 def load_generator(name: str | Path, *, device: str | torch.device = "auto", precision: str = "fp32", tokens: str = "", weaker: str | Path = "") -> Generator:

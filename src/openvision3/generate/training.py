@@ -14,7 +14,7 @@ from torch import Tensor
 from openvision3 import distributed
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, fewer_than_a_batch, to_device
 from openvision3.data.identity import digest
-from openvision3.data.images import ImageError, to_pil
+from openvision3.data.images import ImageError, pil_images
 from openvision3.data.labelled import read_classes
 from openvision3.data.problems import Problems
 from openvision3.data.shards.source import choose_lanes
@@ -186,7 +186,7 @@ class Generation(Training):
         if run.writes:
             path = run.path / "samples" / f"step-{step:08d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            grid([[*to_pil(images)]], [text[:24] for text in texts[:count]]).save(path)
+            grid([pil_images(images)], [text[:24] for text in texts[:count]]).save(path)
             run.image(step, "val/sheet", path)
 
     def export(self, path: Path, weights: dict[str, Tensor], state: RunState) -> None:
