@@ -219,7 +219,7 @@ REFUSED = {
     "glob without matches": (["encode", "pics/*.tif"], r"no such image: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
     "a name missing": (["classify", "pics", "--labels", "cat|", "dog"], "labels 'cat|', 'dog'"),
-    "template without a place": (["classify", "pics", "--labels", "cat", "--template", "a drawing"], "templates must be texts with {}"),
+    "template without a place": (["classify", "pics", "--labels", "cat", "--template", "a drawing"], r"has no \{\} in the place of the class"),
     "labels empty": (["classify", "pics", "--labels"], "labels none"),
     "top of zero": (["classify", "pics", "--labels", "a", "--top", "0"], "top 0 cannot be used; give one label or more"),
     "unknown model": (["caption", "pics", "--model", "nowhere"], "unknown model 'nowhere'. Choose one of mini, a model folder or a run folder"),

@@ -31,7 +31,7 @@ from openvision3.train.run_folder import RunFolder
 
 TEXTS = {
     *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
-    *("device", "precision", "revision", "shard_split", "track", "size", "compile", "levers", "kinds", "template"),
+    *("device", "precision", "revision", "shard_split", "track", "size", "compile", "levers", "kinds", "template", "texts", "label", "method"),
 }
 """Options that hold words, names or numbers in words. A new option of type str is a path, with the hint `PathName`, or stands here."""
 

@@ -30,6 +30,7 @@ def written(root: Path, name: str, **changes) -> Path:
     """A generator folder with random weights that reach the output."""
     rae = RAE(small_generator(root, "unused", **changes), open_space(tokens_folder(root)))
     torch.manual_seed(0)
+    rae.dit.init_weights()
     for parameter in rae.dit.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     moments = Moments(*rae.statistics.mean.shape)

@@ -106,6 +106,7 @@ def test_a_generator_learns(root, predict):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_micro_batches_and_two_processes_train_what_one_does(root, whole):
     def start(*more: str, processes: int = 1) -> None:
         out = Path(more[-1])

@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(copied):
 
 
 def test_a_new_run_over_an_old_one_is_refused_before_it_is_prepared(finished, monkeypatch):
-    monkeypatch.setattr(module, "open_source", None)
+    monkeypatch.setattr(module, "open_data", None)
     with pytest.raises(ValueError, match="already holds a run"):
         pretrain(finished[0], "tiny")
 

@@ -48,7 +48,8 @@ from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.train.config import PretrainConfig
 from openvision3.train.encode_latents import write_latents
-from openvision3.train.pretrain import _refuse_evaluated, pretrain
+from openvision3.train.open_data import _refuse_evaluated
+from openvision3.train.pretrain import pretrain
 
 SIZE, CROPS, PART = 32, 3, 4
 
