@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from openvision3.report import plots
-from openvision3.report.plots import PALETTE, Bar, Bars, Histogram, Line, Lines, draw
+from openvision3.report.plots import PALETTE, Bar, Bars, Histogram, Intervals, Line, Lines, draw
 
 
 def colours(data: bytes) -> set[tuple[int, int, int]]:
@@ -63,3 +63,16 @@ def test_any_name_can_stand_in_a_legend_and_below_bars():
         warnings.simplefilter("error")
         draw([Bars("t", [(name, {name: Bar(1.0)}) for name in names])], names)
     assert [plots.chart_label(name) for name in names] == [" _a", r"\$x^{\$", r"a\$b", "<b>[red]", r"r\udcff"]
+
+
+def test_more_names_than_colours_differ_in_their_dashes():
+    names = [str(i) for i in range(len(PALETTE) + 1)]
+    first, ninth = (draw([Lines("title", {name: Line([0, 1, 2], [0, 1, 0])})], names) for name in (names[0], names[-1]))
+    assert rgb(PALETTE[0]) in colours(first) & colours(ninth) and first != ninth
+
+
+def test_intervals_have_the_colours_of_their_names_and_share_one_list_of_labels():
+    rows = [("one", "better", Bar(1.0, 0.5, 1.5)), ("two", "worse", Bar(-1.0))]
+    panels = [Intervals("title", rows), Intervals("title", rows, labelled=False)]
+    assert {rgb(PALETTE[0]), rgb(PALETTE[1])} <= colours(draw(panels, ["better", "worse"]))
+    assert draw(panels, ["better", "worse"]) != draw([panels[0]] * 2, ["better", "worse"])

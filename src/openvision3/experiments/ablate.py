@@ -26,7 +26,7 @@ from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, le
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_run, parse_sets, read_measures
-from openvision3.experiments.verdicts import choose_levers, format_markdown, judge_fork, write_section
+from openvision3.experiments.verdicts import choose_levers, draw_verdicts, format_markdown, judge_fork, write_section
 from openvision3.files import write_whole
 from openvision3.hub import complete_checkpoints
 from openvision3.progress import console
@@ -385,6 +385,7 @@ def _write_page(
     for claim, verdict, lines, _ in verdicts:
         print(f"{verdict}: {claim.says} ({'; '.join(f'{part} {value}' for part, value, _ in lines)})")
     if judged_forks:
+        write_whole(out / f"{name}-verdicts.png", draw_verdicts(judged_forks))
         print(format_markdown(judged_forks))
     for why, which in (("are not finished; the same command continues them", missing), ("ended early, because their loss did not stay finite", diverged)):
         if which:

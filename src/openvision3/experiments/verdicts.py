@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from markupsafe import Markup
 from openvision3.evaluate.statistics import OverSeeds, over_seeds, spoken_p
 from openvision3.experiments.ablations import Fork
 from openvision3.experiments.compare import format_mean
-from openvision3.report import html
+from openvision3.report import html, plots
+from openvision3.report.plots import Bar, Intervals
 
 Values = Mapping[int, Mapping[str, float]]
 """{seed: {metric: value}} of one fork, with the names of measures.json"""
@@ -138,13 +140,40 @@ def write_section(values: Mapping[str, Values], verdicts: Sequence[Verdict]) -> 
     ]
     made = html.note("Mean ± standard deviation over seeds.") + html.table(("", *values), rows)
     if verdicts:
-        made += html.note(NOTE)
+        made += html.note(NOTE) + html.figures([([html.embed_image(draw_verdicts(verdicts), "differences with their intervals")], "")], wide=True)
         made += html.table(("fork - parent", *SCORES, "seeds", "verdict"), verdict_rows(verdicts))
         made += html.table(
             ("measure", *(verdict.fork.label for verdict in verdicts)),
             [(metric, *(_of(verdict, metric) for verdict in verdicts)) for metric in metrics if metric not in SCORES],
         )
     return made
+
+
+OUTCOMES = {"better, p < .05": True, "worse, p < .05": False, "undecided": None}
+"""names in the legend of the figure"""
+
+
+def draw_verdicts(verdicts: Sequence[Verdict]) -> bytes:
+    """A PNG of the tested differences, a panel a score and a row a fork; a cross is a single seed, which has no interval."""
+
+    def row(verdict: Verdict, test: Test | None) -> tuple[str, str, Bar]:
+        if test is None:
+            return verdict.fork.label, "", Bar(math.nan)
+        outcome = True if test.wins else False if test.loses else None
+        ends = (test.factor * test.over.low, test.factor * test.over.high) if test.over.seeds > 1 else (None, None)
+        return verdict.fork.label, next(name for name, meant in OUTCOMES.items() if meant is outcome), Bar(test.factor * test.over.difference, *ends)
+
+    panels = [
+        Intervals(
+            f"{name} ({'+' if is_higher_better else '-'} is better)",
+            [row(verdict, next((test for test in verdict.scores if test.what == name), None)) for verdict in verdicts],
+            labelled=not place,
+        )
+        for place, (name, (_, _, _, is_higher_better)) in enumerate(SCORES.items())
+    ]
+    better, worse, undecided = OUTCOMES
+    names = [undecided, worse, better, ""]  # blue, orange, green
+    return plots.draw(panels, names, width=3.7, height=0.6 + 0.25 * len(verdicts))
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
