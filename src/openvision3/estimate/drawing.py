@@ -116,7 +116,7 @@ class PlannedGenerator(PlannedRun):
         config, draw = self.config, self.costs["DiT"].forward
         encode = sum(cost.forward for name, cost in self.costs.items() if name in ("VAE encode", "encoder"))
         plain, guided = (DRAWN * (times * STEPS * draw + self.decoding) for times in (1, 2))
-        work = {"statistics, once": config.statistics * encode, f"drawing {DRAWN:,} images": plain}
+        work = {"statistics, once": min(config.statistics, self.options.samples or config.statistics) * encode, f"drawing {DRAWN:,} images": plain}
         if config.drop and config.condition != "none":
             work["drawing them guided"] = guided
         return {name: operations for name, operations in work.items() if operations}
