@@ -17,6 +17,7 @@ from openvision3.cli.train import configure, configure_run
 from openvision3.estimate.planned import Options
 from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
+from openvision3.generate.recipes import RECIPES as GENERATORS
 from openvision3.train.decoder_config import RECIPES as DECODERS
 from openvision3.train.recipes import IN_TURN, RECIPES
 
@@ -79,9 +80,9 @@ def test_the_commands_of_a_page_are_taken(page):
             raise AssertionError(f"openvision3 {shlex.join(words)}: {error}") from error
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *DECODERS])
+@pytest.mark.parametrize("name", [*RECIPES, *DECODERS, *GENERATORS])
 def test_a_recipe_says_its_command_its_hardware_its_time_and_what_to_expect(name):
-    told = (RECIPES | DECODERS)[name].__doc__ or ""
+    told = (RECIPES | DECODERS | GENERATORS)[name].__doc__ or ""
     [words] = [words for words in commands(told) if words[0] == "train"]
     assert words[1] == name
     check(words)

@@ -24,7 +24,7 @@ from openvision3.distributed import wrap_blocks
 from openvision3.estimate.counts import Cost, Shapes, count_muon, count_parts
 from openvision3.estimate.devices import DEVICES, Devices, parse_devices
 from openvision3.estimate.plan import RESERVE, count_memory, estimate, split_work, values
-from openvision3.estimate.planned import BERT, FLUX, Options, PlannedRun, build_vae, divisors
+from openvision3.estimate.planned import BERT, FLUX, Options, PlannedPretraining, build_vae, divisors
 from openvision3.estimate.show import bar, show, to_json
 from openvision3.estimate.units import flops, gigabytes, hours
 from openvision3.hub import load_distance, load_vae
@@ -40,13 +40,13 @@ from openvision3.train.recipes import RECIPES, base_high_res, base_low_res, fold
 VOCABULARY = 300
 
 
-def run_of(device: str = "h100", **fields) -> PlannedRun:
+def run_of(device: str = "h100", **fields) -> PlannedPretraining:
     config = base_low_res()
     config.batch = 8
     options = Options(**{k: fields.pop(k) for k in list(fields) if k in {f.name for f in dataclasses.fields(Options)}})
     for name, value in fields.items():
         setattr(config, name, value)
-    return PlannedRun(config, options, Devices(DEVICES[device]) if device in DEVICES else parse_devices("cpu"))
+    return PlannedPretraining(config, options, Devices(DEVICES[device]) if device in DEVICES else parse_devices("cpu"))
 
 
 # -- operations and kept bytes against real runs --------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_frozen_encoder_has_no_backward_pass_but_that_of_its_pooling():
 def test_the_operations_of_a_whole_step_are_those_that_torch_counts():
     config = tiny()
     config.captions, config.pixel_share, config.batch, config.model.loss.lambda_perceptual = 2, 1.0, 4, 0.5
-    run = PlannedRun(config, Options(), parse_devices("cpu"))
+    run = PlannedPretraining(config, Options(), parse_devices("cpu"))
     parts = split_work(run)
     model = OpenVision3(config.model, load_vae("embedded"), config.vocabulary, distance=load_distance(config.model.loss)).init_weights()
     words = lambda *shape: torch.randint(5, 500, shape)  # noqa: E731
@@ -216,7 +216,7 @@ def test_the_operations_of_a_whole_step_are_those_that_torch_counts():
     assert 4 * sum(p.flops for p in parts) == pytest.approx(all_train, rel=1e-6)
     config.decoder_finish, model.finishing = 0.25, True
     finishing = operations(lambda: model(batch)[0].backward())
-    parts = split_work(PlannedRun(config, Options(), parse_devices("cpu")))
+    parts = split_work(PlannedPretraining(config, Options(), parse_devices("cpu")))
     assert 4 * sum(p.flops for p in parts) == pytest.approx(0.75 * all_train + 0.25 * finishing, rel=1e-3)  # no gradient for the tokens
 
 
@@ -272,7 +272,7 @@ def test_the_design_s_table_of_the_base_model_is_met():
         assert totals == pytest.approx(expected, rel=0.015)
     high = base_high_res()
     high.batch = 8
-    assert PlannedRun(high, Options(), Devices(DEVICES["h100"])).costs["perceptual"].saved == pytest.approx(120e6, rel=0.01)
+    assert PlannedPretraining(high, Options(), Devices(DEVICES["h100"])).costs["perceptual"].saved == pytest.approx(120e6, rel=0.01)
 
 
 # -- the whole estimate --------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ from openvision3.train.optimizer import OptimizerConfig, Optimizers
 HALVED = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 """functions of the model that autocast computes in bf16"""
 
+BLOCKS = ("blocks", "trunk", "head")
+"""names of the lists of equal blocks in our networks"""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -47,14 +50,16 @@ class Cost:
     modules: dict[str, tuple[int, float]] = field(default_factory=dict)
     """{modules: (how many, operations of their forward pass)}"""
 
-    def extended(self, other: Cost, times: int) -> Cost:
-        """This cost and `times` its difference to `other`."""
-        numbers = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name not in ("largest", "modules")}
-        modules = {}
-        for name, (number, operations) in other.modules.items():
-            own_number, own_operations = self.modules.get(name, (0, 0.0))
-            modules[name] = own_number + times * (number - own_number), own_operations + times * (operations - own_operations)
-        return Cost(**{name: a + times * (b - a) for name, (a, b) in numbers.items()}, largest=self.largest, modules=modules)
+    def extended(self, one: Cost, two: Cost, times: int) -> Cost:
+        """This cost and `times` the difference of two others."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("largest", "modules")}
+        modules = dict(self.modules)
+        for name, (number, operations) in two.modules.items():
+            before, before_operations = one.modules.get(name, (0, 0.0))
+            own_number, own_operations = modules.get(name, (0, 0.0))
+            modules[name] = own_number + times * (number - before), own_operations + times * (operations - before_operations)
+        numbers = {name: value + times * (getattr(two, name) - getattr(one, name)) for name, value in own.items()}
+        return Cost(**numbers, largest=self.largest, modules=modules)
 
 
 @dataclass(frozen=True)
@@ -151,25 +156,35 @@ def count_discriminator(shapes: Shapes) -> tuple[int, Cost]:
 def count(network: nn.Module, call: Callable[[Any, int], Tensor], shapes: Shapes) -> Cost:
     """The cost of a sample in `call(network, rows)`, which returns what the backward pass starts from.
 
-    Of equal blocks one and two are counted: each further block adds the difference.
+    Of each list of equal blocks one and two are counted: each further block adds the difference.
     """
-    blocks = getattr(network, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
+    lists = {name: part for name, part in network.named_children() if isinstance(part, nn.ModuleList) and name in BLOCKS}
+    if not lists:
         return _count(network, call, shapes)
-    trained = any(p.requires_grad for p in blocks.parameters())
-    network.blocks = blocks[:1]
-    one, network.blocks = _count(network, call, shapes), blocks[:2]
-    two, more = _count(network, call, shapes), len(blocks) - 1
-    cost = one.extended(two, more)
+    trained = any(p.requires_grad for blocks in lists.values() for p in blocks.parameters())
+
+    def shorten(lengths: dict[str, int], wrap: bool = False) -> Cost:
+        for name, blocks in lists.items():
+            kept = blocks[: lengths.get(name, 1)]
+            # A backward pass suspends function modes: each recomputation enters its own.
+            wrapped = (checkpoint_wrapper(block, context_fn=lambda: (contextlib.nullcontext(), _AsOnDevice(shapes))) for block in kept)
+            setattr(network, name, nn.ModuleList(wrapped) if wrap else kept)
+        return _count(network, call, shapes)
+
+    one, inputs_of_one = shorten({}), shorten({}, True) if shapes.checkpointing and trained else Cost()
+    cost, inputs, block = one, inputs_of_one, 0.0
+    for name, blocks in lists.items():
+        if len(blocks) < 2:
+            continue
+        two, more = shorten({name: 2}), len(blocks) - 1
+        cost, block = cost.extended(one, two, more), max(block, two.saved - one.saved)
+        if shapes.checkpointing and trained:
+            inputs = inputs.extended(inputs_of_one, shorten({name: 2}, True), more)
+    for name, blocks in lists.items():
+        setattr(network, name, blocks)
     if shapes.checkpointing and trained:
-        # A backward pass suspends function modes: each recomputation enters its own.
-        wrapped = [checkpoint_wrapper(block, context_fn=lambda: (contextlib.nullcontext(), _AsOnDevice(shapes))) for block in blocks[:2]]
-        network.blocks = nn.ModuleList(wrapped[:1])
-        one_kept, network.blocks = _count(network, call, shapes), nn.ModuleList(wrapped)
-        inputs = one_kept.extended(_count(network, call, shapes), more)
         # In the backward pass one block at a time is whole again.
-        cost = replace(cost, again=inputs.backward - cost.backward, saved=inputs.saved + two.saved - one.saved)
-    network.blocks = blocks
+        cost = replace(cost, again=inputs.backward - cost.backward, saved=inputs.saved + block)
     return cost
 
 
@@ -273,7 +288,7 @@ def operations_by_module(counter: FlopCounterMode) -> dict[str, tuple[int, float
     return {name or "output": (len(operations), sum(operations) / 2) for name, operations in groups.items()}
 
 
-def count_muon(model: OpenVision3, config: OptimizerConfig) -> tuple[float, float]:
+def count_muon(model: nn.Module, config: OptimizerConfig) -> tuple[float, float]:
     """(operations of a step, bytes of the state), for a model on the meta device. AdamW beside it has no matrix product."""
     optimizers = Optimizers(model, config)
     for parameter in model.parameters():

@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openvision3.estimate.devices import Devices, parse_devices
-from openvision3.estimate.planned import Options, PlannedRun, divisors
+from openvision3.estimate.planned import UNDERSTANDING, Options, PlannedPretraining, PlannedRun, divisors
 from openvision3.estimate.units import FP32, flops, gigabytes, hours
 from openvision3.train.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from openvision3.generate.config import GenerateConfig
 
 RESERVE = 0.1
 """share of a device's memory for its driver, gaps of the allocator and the workspace of convolutions"""
@@ -69,6 +72,8 @@ class Estimate:
     formulas: list[tuple[str, str, str]] = field(default_factory=list)
     """(section, formula with numbers, result)"""
     advice: list[dict[str, Any]] = field(default_factory=list)
+    extra: list[tuple[str, float, float | None]] = field(default_factory=list)
+    """(what, operations, hours) of work beside the steps, which `hours` is without"""
 
     @property
     def memory_total(self) -> float:
@@ -83,16 +88,24 @@ def values(explained: Explained) -> dict[str, float]:
     return {name: value for name, (value, _) in explained.items()}
 
 
-def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
+def plan_run(config: PretrainConfig | GenerateConfig, options: Options, devices: Devices) -> PlannedRun:
+    if isinstance(config, PretrainConfig):
+        return PlannedPretraining(config, options, devices)
+    from openvision3.estimate.drawing import PlannedGenerator
+
+    return PlannedGenerator(config, options, devices)
+
+
+def estimate(config: PretrainConfig | GenerateConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
     """Count everything. Nothing is loaded and nothing is computed.
 
     Raises:
         ValueError, FileNotFoundError: an unknown device or VAE, or a batch that cannot be divided among the devices.
     """
-    run = PlannedRun(config, options, devices or parse_devices(options.gpus, options.per_node))
+    run = plan_run(config, options, devices or parse_devices(options.gpus, options.per_node))
     parts = split_work(run)
     memory, network, disk = count_memory(run, run.micro), count_network(run), count_disk(run)
-    vae = f"{config.model.vae.name}, {run.vae_parameters / 1e6:.1f} M parameters, frozen; counted from {run.vae_source}"
+    vae = f"{run.vae.name or 'pixels'}, {run.vae_parameters / 1e6:.1f} M parameters, frozen; counted from {run.vae_source}"
     result = Estimate(
         recipe, run.devices, run.parallel, run.precision, config.batch, run.local, run.micro, config.steps, run.parameters, run.vocabulary, vae,
         parts, sum(part.flops for part in parts), run.optimiser_flops, values(memory), None, None, values(network), None, None, None, None, None,
@@ -106,7 +119,7 @@ def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Dev
         result.formulas += [(part.name, f"{count} x {name}" if count > 1 else name, flops(value)) for name, (count, value) in cost.modules.items()]
         result.formulas.append((part.name, f"{f'{times:g} x ' if times != 1 else ''}(forward {flops(cost.forward)}{backward}){again}", flops(part.flops)))
     sizes = " + ".join(f"{name} {count:,}" for name, count in run.parameters.items())
-    temperature = "" if run.decoder_alone else " + temperature 1"
+    temperature = " + temperature 1" if "contrast" in run.costs else ""
     result.formulas.append(("parameters", f"{sizes}{temperature}, those that are trained", f"{run.trainable:,}"))
     result.formulas += [("memory", f"{name}: {formula}", gigabytes(value)) for name, (value, formula) in memory.items()]
     room = (run.devices.device.memory or 0.0) * (1 - RESERVE)
@@ -125,22 +138,11 @@ def estimate(config: PretrainConfig, recipe: str, options: Options, devices: Dev
 
 def split_work(run: PlannedRun) -> list[Part]:
     """Operations of each part, which may see only a share of the samples or see some twice."""
-    from openvision3.model.losses import CHUNK
-
-    understood = 1 - run.config.decoder_share  # share of the steps that train more than the latent decoder
-    shares = dict.fromkeys(("VAE decode", "perceptual", "discriminator"), run.config.pixel_share) | {"text encoder": run.config.captions * understood}
-    shares |= dict.fromkeys(("captioner", "vocabulary head", "contrast"), understood)
-    chunked = {
-        "vocabulary head": run.micro * run.caption_length * run.vocabulary > CHUNK,
-        "contrast": run.local * run.config.batch > CHUNK,
-        "encoder": run.pieces > 1,  # the pass that embeds the whole batch first
-        "text encoder": run.pieces > 1,
-    }
-    parts = []
+    repeated, parts = run.repeated(), []
     for name, cost in run.costs.items():
-        share = shares.get(name, 1)
+        share = run.passes.get(name, 1) * (run.understood if name in UNDERSTANDING else 1)
         if share:
-            again = cost.again + (cost.forward * (understood if name == "encoder" else 1) if chunked.get(name) else 0.0)
+            again = cost.again + cost.forward * repeated.get(name, 0.0)
             parts.append(Part(name, cost.forward * share, cost.backward * share, again * share))
     return parts
 
@@ -157,7 +159,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         "gradients": weights,
         "optimiser": (run.optimiser_bytes / run.shards, f"{run.optimiser_bytes:,.0f} bytes of {config.optimizer.kind}{shards}"),
         "averaged weights": (weights[0] if config.ema else 0.0, weights[1]),
-        "frozen parts": (float(FP32 * run.frozen if run.decoder_alone else 0), f"{run.frozen:,} x {FP32} bytes, whole on each device"),
+        "frozen parts": (float(FP32 * run.frozen), f"{run.frozen:,} x {FP32} bytes, whole on each device"),
         "VAE": (run.vae_parameters * b, f"{run.vae_parameters:,} x {b} bytes, whole on each device"),
     }
     outside = run.trainable - run.in_blocks
@@ -167,8 +169,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         memory["gathered weights and gradients"] = gathered, formula
     elif run.precision == "bf16":  # autocast's copies, until the end of the step
         memory["weights in bf16"] = 2.0 * run.in_blocks, f"{run.in_blocks:,} in blocks x 2"
-    rows = dict.fromkeys(("encoder", "latent decoder", "captioner"), float(micro)) | {"text encoder": float(micro * config.captions)}
-    rows |= dict.fromkeys(("VAE decode", "perceptual", "discriminator"), micro * config.pixel_share)
+    rows = {name: micro * run.passes.get(name, 1.0) for name in costs if name not in ("VAE encode", "vocabulary head", "contrast")}
     for name, cost in costs.items():
         if name in rows and cost.saved:
             memory[f"activations: {name}"] = rows[name] * cost.saved, f"{rows[name]:g} x {cost.saved / 1e6:.2f} MB kept, in a micro-batch of {micro:,}"
@@ -177,7 +178,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         formula = f"min({CHUNK:,} at a time, {micro} x {run.caption_length} x {run.vocabulary:,}) x {width} bytes, and their features"
         memory["logits"] = logits * width + micro * head.saved, formula
     kept = sum(value for name, (value, _) in memory.items() if name.startswith(("activations", "logits")))
-    backward = 3 * max(rows[name] * costs[name].largest for name in rows if name in costs and name != "text encoder")
+    backward = 3 * max(rows[name] * costs[name].largest for name in rows if name != "text encoder")
     encoding = 4 * micro * costs["VAE encode"].largest - kept if "VAE encode" in costs else 0.0  # comes first, when nothing is kept yet
     memory["workspace"] = (
         max(backward, encoding),
@@ -187,10 +188,10 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
     # one step's images as they come, or, in pieces, its latents and the images that are compared
     whole = micro * (latent if run.options.cached else image + latent)
     memory["pictures"] = (
-        run.local * (latent + image * config.pixel_share) + micro * image if pieces > 1 else whole,
-        f"of a {'step' if pieces > 1 else 'batch'}, and their latents",
+        run.local * (run.kept_numbers * FP32 + image * run.pixel_share) + micro * image if pieces > 1 else whole,
+        f"of a {'step' if pieces > 1 else 'batch'}, and their latents or tokens",
     )
-    if "contrast" in costs and (run.devices.count > 1 or pieces > 1):
+    if isinstance(config, PretrainConfig) and "contrast" in costs and (run.devices.count > 1 or pieces > 1):
         numbers = (1 + config.captions) * config.model.encoder.embed_dim
         formula = f"2 x {FP32} x {config.batch:,} x {1 + config.captions} x {config.model.encoder.embed_dim}"
         memory["embeddings of all pairs"] = 2.0 * FP32 * config.batch * numbers, formula
@@ -225,8 +226,8 @@ def count_network(run: PlannedRun) -> Explained:
         if run.parallel == "hsdp" and nodes > 1:  # each machine's shard meets its counterparts
             formula = f"2 x {gradients} / {run.shards} shards x {nodes - 1}/{nodes}"
             between["gradients between machines"] = 2 * FP32 * run.trainable / run.shards * (nodes - 1) / nodes, formula
-    embed_dim, sets = config.model.encoder.embed_dim, 1 + config.captions  # gathered, and their gradients summed
-    if "contrast" in run.costs:
+    if isinstance(config, PretrainConfig) and "contrast" in run.costs:
+        embed_dim, sets = config.model.encoder.embed_dim, 1 + config.captions  # gathered, and their gradients summed
         send("embeddings", 3.0 * FP32 * config.batch * sets * embed_dim, f"3 x {FP32} x {config.batch:,} x {sets} x {embed_dim}", n, nodes)
     return inside | between
 
@@ -234,7 +235,7 @@ def count_network(run: PlannedRun) -> Explained:
 def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     config = run.config
     copies = ("state", "plain model", *(("average",) if config.ema else ()))  # of the weights
-    frozen = FP32 * run.frozen if run.decoder_alone else 0
+    frozen = FP32 * run.frozen_saved
     checkpoint = run.optimiser_bytes + len(copies) * FP32 * run.trainable + frozen
     side = config.size // run.vae.stride
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
@@ -280,6 +281,7 @@ def _time(result: Estimate, run: PlannedRun) -> None:
     peak = device.bf16 if run.precision == "bf16" else device.fp32
     if peak is None:
         run.assumptions.append(f"the peak of {device.name} is unknown: no hours")
+        result.extra = [(name, operations, None) for name, operations in run.extra_work().items()]
         return
     result.compute_seconds = (result.sample_flops * run.local + result.optimiser_flops) / (peak * options.utilisation)
     result.step_seconds = max(result.compute_seconds, result.network_seconds or 0.0)
@@ -288,6 +290,11 @@ def _time(result: Estimate, run: PlannedRun) -> None:
         run.assumptions.append(f"--minutes {config.minutes:g} sets the steps: {result.steps:,} at this speed")
     result.hours = result.steps * result.step_seconds / 3600
     result.cost = result.hours * devices.count * options.price_per_hour if options.price_per_hour else None
+    for name, operations in run.extra_work().items():
+        reached = peak * options.utilisation * devices.count
+        result.extra.append((name, operations, operations / reached / 3600))
+        formula = f"{name}: {flops(operations)} / ({devices.count} x {flops(peak)}/s x {options.utilisation:g})"
+        result.formulas.append(("beside the steps", formula, hours(operations / reached / 3600)))
     optimiser = f" + {flops(result.optimiser_flops)} of the optimiser" if result.optimiser_flops else ""
     computing = f"({flops(result.sample_flops)} x {run.local} samples{optimiser}) / ({flops(peak)}/s x {options.utilisation:g})"
     result.formulas.append(("time", f"computing a step: {computing}", f"{result.compute_seconds:.4g} s"))
@@ -297,7 +304,7 @@ def _time(result: Estimate, run: PlannedRun) -> None:
         result.formulas.append(("cost", f"{result.hours:.2f} h x {devices.count} x {options.price_per_hour:g}", f"{result.cost:,.0f}"))
 
 
-def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[dict[str, Any]]:
+def _advice(result: Estimate, config: PretrainConfig | GenerateConfig, options: Options) -> list[dict[str, Any]]:
     """Changes that would help, each with the new totals."""
     advice: list[dict[str, Any]] = []
 
@@ -311,10 +318,10 @@ def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[
         advice.append(row | {"largest_micro_batch": new.largest_micro_batch})
         return new
 
-    shares = [s for s in (1 / 2, 1 / 4, 1 / 8) if s < config.pixel_share and s * config.batch >= 1]
+    shares = [s for s in (1 / 2, 1 / 4, 1 / 8) if isinstance(config, PretrainConfig) and s < config.pixel_share and s * config.batch >= 1]
     for share in shares:
         consider(f"decode 1/{round(1 / share)} of the batch to pixels", f"--pixel-share {share:g}", pixel_share=share)
-    if not options.cached and config.model.vae.name != "pixels":
+    if any(part.name == "VAE encode" for part in result.parts):
         consider("read latents from a cache", "openvision3 data latents", cached=True)
         if shares:
             consider(f"both: cached latents, 1/{round(1 / shares[-1])} to pixels", f"--pixel-share {shares[-1]:g}", cached=True, pixel_share=shares[-1])
@@ -329,6 +336,6 @@ def _advice(result: Estimate, config: PretrainConfig, options: Options) -> list[
                 micro = new.largest_micro_batch
                 what = "checkpointing, and the largest pieces that fit then"
                 consider(what, f"--checkpointing --micro-batch {micro}", checkpointing=True, micro_batch=micro)
-    elif result.micro_batch < result.local_batch and result.largest_micro_batch == result.local_batch:
+    elif isinstance(config, PretrainConfig) and result.micro_batch < result.local_batch and result.largest_micro_batch == result.local_batch:
         consider("the whole batch fits at once: no second pass", "--micro-batch 0", micro_batch=0)
     return advice

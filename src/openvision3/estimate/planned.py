@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,11 @@ from openvision3.settings import check_numbers
 from openvision3.train.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from openvision3.estimate.counts import Shapes
+    from torch import nn
+
+    from openvision3.estimate.counts import Cost, Shapes
+    from openvision3.generate.config import GenerateConfig
+    from openvision3.model.vae import VAE
 
 BERT = 30_524
 """word pieces of bert-base-uncased and the two special tokens that it lacks: begin and end"""
@@ -26,6 +31,9 @@ FLUX = {
 }  # fmt: skip
 """FLUX.1's published config, so that no download is needed; `ae_params` of its repository say the same."""
 PUBLISHED = dict.fromkeys(("black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-dev"), FLUX)
+
+UNDERSTANDING = ("text encoder", "captioner", "vocabulary head", "contrast")
+"""parts that steps of the latent decoder alone leave out"""
 
 
 @dataclass
@@ -66,58 +74,49 @@ class Options:
         check_numbers(self, 1, "crops")
 
 
-class PlannedRun:
-    """What all numbers of an estimate are computed from.
+class PlannedRun(ABC):
+    """What all numbers of an estimate are computed from. Each kind of training counts its own model, in `_count_model`.
 
     Raises:
         ValueError, FileNotFoundError: the batch cannot be divided so, the VAE is unknown, or a length exceeds the model's positions.
     """
 
-    def __init__(self, config: PretrainConfig, options: Options, devices: Devices):
-        import torch
+    config: PretrainConfig | GenerateConfig
+    vae: VAE
+    vae_source: str
+    vocabulary = 0
+    """word pieces; 0: no texts are read"""
+    caption_length = 0
+    pixel_share = 0.0
+    """share of the images that are decoded to pixels"""
+    parameters: dict[str, int]
+    """of each trained part"""
+    frozen = 0
+    """parameters of frozen parts, without the VAE's"""
+    frozen_saved = 0
+    """those of them that every checkpoint holds"""
+    in_blocks: int
+    largest_block: int
+    costs: dict[str, Cost]
+    passes: dict[str, float]
+    """{part: passes through it for each sample}, of a step that trains everything"""
+    kept_numbers: int
+    """of a sample whose batch is computed in pieces, from the first pass to its own piece"""
+    understood = 1.0
+    """share of the steps that train more than the latent decoder"""
 
-        from openvision3.distributed import Ranks, block_lists, choose_parallel
-        from openvision3.estimate.counts import Shapes, count_muon, count_parts
-        from openvision3.model.openvision3 import OpenVision3
+    def __init__(self, config: PretrainConfig | GenerateConfig, options: Options, devices: Devices):
+        from openvision3.distributed import Ranks, choose_parallel
 
         self.config, self.options, self.devices = config, options, devices
         self.assumptions: list[str] = []
         bf16, fp32 = devices.device.bf16, devices.device.fp32
         self.precision = config.precision if config.precision != "auto" else "bf16" if bf16 is None or bf16 > (fp32 or 0) else "fp32"
         self.width_bytes = 2 if self.precision == "bf16" else FP32
-        self.vae, self.vae_source = build_vae(config.model.vae.name, torch.bfloat16 if self.precision == "bf16" else torch.float32)
-        self.vae_parameters = sum(p.numel() for p in self.vae.parameters())
-        self.vocabulary = self._vocabulary()
-        self.text_length = self._length("text", options.text_length, config.model.text_encoder.positions)
-        self.caption_length = self._length("caption", options.caption_length, config.model.captioner.positions)
+        self.trainable, self.optimiser_flops, self.optimiser_bytes = 0, 0.0, 0.0
         self._divide()
-        with torch.device("meta"):
-            model = OpenVision3(config.model, self.vae, self.vocabulary)
-        parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder, "text encoder": model.text_encoder, "captioner": model.captioner}
-        self.decoder_alone = config.decoder_share == 1
-        if self.decoder_alone:
-            model.requires_grad_(False)
-            model.latent_decoder.requires_grad_(True)
-            parts = {"latent decoder": model.latent_decoder}
-        self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        self.frozen = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("vae."))
-        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        blocks = [sum(p.numel() for p in block.parameters()) for blocks in block_lists(model) for block in blocks]
-        self.in_blocks, self.largest_block = sum(blocks), max(blocks)
-        self.optimiser_flops, self.optimiser_bytes = 0.0, 2.0 * FP32 * self.trainable
-        if config.optimizer.kind == "muon":
-            self.optimiser_flops, self.optimiser_bytes = count_muon(model, config.optimizer)
-        shapes = Shapes(config.size, self.text_length, self.caption_length, self.precision == "bf16", devices.device.name == "cpu", config.checkpointing)
-        self.costs = count_parts(model, shapes, config.captions, config.batch)
-        if config.decoder_share:
-            encoder, all_train = self.costs["encoder"], 1 - config.decoder_share
-            saved = 0.0 if self.decoder_alone else encoder.saved
-            self.costs["encoder"] = replace(encoder, backward=encoder.backward * all_train, again=encoder.again * all_train, saved=saved)
-        if self.decoder_alone:
-            self.costs = {name: cost for name, cost in self.costs.items() if name not in ("text encoder", "captioner", "vocabulary head", "contrast")}
-            self._add_discriminator(shapes)
-        elif config.decoder_share:
-            self.assumptions.append(f"the last {config.decoder_share:.0%} of the steps train the latent decoder alone: operations are means over all steps")
+        self._count_model()
+        self.vae_parameters = sum(p.numel() for p in self.vae.parameters())
         if options.cached:
             self.costs.pop("VAE encode", None)
         count = devices.count
@@ -125,6 +124,119 @@ class PlannedRun:
         self.parallel = "one" if count == 1 else choose_parallel(config.parallel, self.trainable, ranks)
         self.shards = {"fsdp": count, "hsdp": devices.in_node}.get(self.parallel, 1)
         """devices that one copy of the weights is spread over"""
+
+    @abstractmethod
+    def _count_model(self) -> None:
+        """Set everything that is declared above, and call `_count_trained`."""
+
+    def repeated(self) -> dict[str, float]:
+        """{part: share of its forward pass that is computed twice}."""
+        return {}
+
+    def extra_work(self) -> dict[str, float]:
+        """{what: operations} of work beside the steps, of all devices together."""
+        return {}
+
+    def _count_trained(self, model: nn.Module) -> None:
+        """Trained parameters, their blocks and their optimiser."""
+        from openvision3.distributed import block_lists
+        from openvision3.estimate.counts import count_muon
+
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        blocks = [sum(p.numel() for p in block.parameters()) for blocks in block_lists(model) for block in blocks]
+        self.in_blocks, self.largest_block = sum(blocks), max(blocks)
+        self.optimiser_flops, self.optimiser_bytes = 0.0, 2.0 * FP32 * self.trainable
+        if self.config.optimizer.kind == "muon":
+            self.optimiser_flops, self.optimiser_bytes = count_muon(model, self.config.optimizer)
+
+    def _shapes(self, text_length: int, caption_length: int) -> Shapes:
+        from openvision3.estimate.counts import Shapes
+
+        config = self.config
+        return Shapes(config.size, text_length, caption_length, self.precision == "bf16", self.devices.device.name == "cpu", config.checkpointing)
+
+    def _build_vae(self, name: str) -> None:
+        import torch
+
+        self.vae, self.vae_source = build_vae(name, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+
+    def _divide(self) -> None:
+        config, count = self.config, self.devices.count
+        if config.batch % count:
+            raise ValueError(f"batch {config.batch} cannot be divided among {count} devices; choose a multiple of {count}")
+        self.local = config.batch // count
+        self.micro = config.micro_batch or self.local
+        if self.local % self.micro:
+            raise ValueError(
+                f"micro_batch {self.micro} does not divide the {self.local} images of a device (batch {config.batch} / {count}); "
+                f"choose one of 0, {', '.join(map(str, divisors(self.local)))}"
+            )
+        self.pieces = self.local // self.micro
+        # Sharded weights are made whole in forward and backward of each piece.
+        self.gathers = 2 * self.pieces
+
+    def _length(self, what: str, length: int, positions: int) -> int:
+        if length > positions:
+            raise ValueError(f"{what}-length {length} is more than the model's {positions} positions")
+        if not length:
+            self.assumptions.append(f"{what}s fill all {positions} positions (shorter ones cost less, see --{what}-length)")
+        return length or positions
+
+
+class PlannedPretraining(PlannedRun):
+    """A training of our model, whole or its latent decoder alone."""
+
+    config: PretrainConfig
+
+    def _count_model(self) -> None:
+        import torch
+
+        from openvision3.estimate.counts import count_parts
+        from openvision3.model.openvision3 import OpenVision3
+
+        config, options = self.config, self.options
+        self._build_vae(config.model.vae.name)
+        self.vocabulary = self._vocabulary()
+        self.text_length = self._length("text", options.text_length, config.model.text_encoder.positions)
+        self.caption_length = self._length("caption", options.caption_length, config.model.captioner.positions)
+        with torch.device("meta"):
+            model = OpenVision3(config.model, self.vae, self.vocabulary)
+        parts = {"encoder": model.encoder, "latent decoder": model.latent_decoder, "text encoder": model.text_encoder, "captioner": model.captioner}
+        self.pixel_share, self.understood = config.pixel_share, 1 - config.decoder_share
+        self.passes = dict.fromkeys(("VAE decode", "perceptual", "discriminator"), config.pixel_share) | {"text encoder": config.captions}
+        self.kept_numbers = self.vae.latent_channels * (config.size // self.vae.stride) ** 2
+        if self.pieces > 1:
+            self.gathers += 1  # the pass that embeds all pieces first
+        decoder_alone = config.decoder_share == 1
+        if decoder_alone:
+            model.requires_grad_(False)
+            model.latent_decoder.requires_grad_(True)
+            parts = {"latent decoder": model.latent_decoder}
+            self.frozen = self.frozen_saved = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("vae."))
+        self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        self._count_trained(model)
+        shapes = self._shapes(self.text_length, self.caption_length)
+        self.costs = count_parts(model, shapes, config.captions, config.batch)
+        if config.decoder_share:
+            encoder, all_train = self.costs["encoder"], self.understood
+            saved = 0.0 if decoder_alone else encoder.saved
+            self.costs["encoder"] = replace(encoder, backward=encoder.backward * all_train, again=encoder.again * all_train, saved=saved)
+        if decoder_alone:
+            self.costs = {name: cost for name, cost in self.costs.items() if name not in UNDERSTANDING}
+            self._add_discriminator(shapes)
+        elif config.decoder_share:
+            self.assumptions.append(f"the last {config.decoder_share:.0%} of the steps train the latent decoder alone: operations are means over all steps")
+
+    def repeated(self) -> dict[str, float]:
+        from openvision3.model.losses import CHUNK
+
+        chunked = {
+            "vocabulary head": self.micro * self.caption_length * self.vocabulary > CHUNK,
+            "contrast": self.local * self.config.batch > CHUNK,
+            "encoder": self.pieces > 1,  # the pass that embeds the whole batch first
+            "text encoder": self.pieces > 1,
+        }
+        return {name: self.understood if name == "encoder" else 1.0 for name, twice in chunked.items() if twice}
 
     def _add_discriminator(self, shapes: Shapes) -> None:
         """Its operations, and those of the VAE that measure the gradients."""
@@ -142,21 +254,6 @@ class PlannedRun:
         if decode := self.costs.get("VAE decode"):
             self.costs["VAE decode"] = replace(decode, again=decode.again + 2 / EVERY * decode.backward)
 
-    def _divide(self) -> None:
-        config, count = self.config, self.devices.count
-        if config.batch % count:
-            raise ValueError(f"batch {config.batch} cannot be divided among {count} devices; choose a multiple of {count}")
-        self.local = config.batch // count
-        self.micro = config.micro_batch or self.local
-        if self.local % self.micro:
-            raise ValueError(
-                f"micro_batch {self.micro} does not divide the {self.local} images of a device (batch {config.batch} / {count}); "
-                f"choose one of 0, {', '.join(map(str, divisors(self.local)))}"
-            )
-        self.pieces = self.local // self.micro
-        # Sharded weights are made whole in forward and backward of each piece, and in the pass that embeds all pieces first.
-        self.gathers = 2 * self.pieces + (1 if self.pieces > 1 else 0)
-
     def _vocabulary(self) -> int:
         """Of the tokenizer.json of the run or of the model it starts from; if it is not here, bert's for the paper's captions."""
         config = self.config
@@ -169,13 +266,6 @@ class PlannedRun:
             self.assumptions.append(f"{config.tokenizer or 'the tokenizer'} is missing here and is taken for bert-base-uncased, {BERT:,} pieces")
             return BERT
         return config.vocabulary
-
-    def _length(self, what: str, length: int, positions: int) -> int:
-        if length > positions:
-            raise ValueError(f"{what}-length {length} is more than the model's {positions} positions")
-        if not length:
-            self.assumptions.append(f"{what}s fill all {positions} positions (shorter ones cost less, see --{what}-length)")
-        return length or positions
 
 
 def divisors(count: int) -> list[int]:

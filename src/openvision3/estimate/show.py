@@ -69,12 +69,13 @@ def show(phases: Sequence[Estimate], explain: bool = False, screen: Console | No
 def _head(result: Estimate) -> Text:
     how = {"one": "one device", "replicate": "a copy on each", "fsdp": "FSDP, weights in shards", "hsdp": "HSDP, shards within a machine"}[result.parallel]
     pieces = f", in pieces of {result.micro_batch}" if result.micro_batch < result.local_batch else ""
+    vocabulary = f", vocabulary {result.vocabulary:,}" if result.vocabulary else ""
     trained = sum(result.parameters.values()) / 1e6
     return Text.assemble(
         (f"{result.recipe} on {result.devices}", "bold"),
         f" ({how}), {result.precision}\n",
         f"{result.steps:,} steps of {result.batch:,} images ({result.local_batch:,} a device{pieces})\n",
-        f"{trained:.1f} M parameters to train, vocabulary {result.vocabulary:,}\nVAE {result.vae}",
+        f"{trained:.1f} M parameters to train{vocabulary}\nVAE {result.vae}",
     )
 
 
@@ -132,6 +133,8 @@ def _totals(result: Estimate) -> Table:
         )
     else:
         table.add_row("time", "unknown: see below")
+    for name, operations, value in result.extra:
+        table.add_row(name, f"{hours(value) if value is not None else 'unknown'} ({flops(operations)}), not part of the time")
     if result.cost is not None:
         table.add_row("cost", f"{result.cost:,.0f} (in the unit of --price-per-hour)")
     if result.network:

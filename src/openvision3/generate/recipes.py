@@ -15,7 +15,8 @@ def drawings_dit_tiny() -> GenerateConfig:
     """Draw small drawings from words, in the tokens of the shipped mini, at 64 px.
 
     openvision3 train drawings_dit_tiny --data openmoji 'drawings/*-train-*.tar' --caption-keys caption captions
-    Two CPU cores; predicts clean tokens with Muon, as small runs do better (docs/generation.md). Then --size 128 --init runs/drawings_dit_tiny.
+    Two CPU cores, about 6 hours with AMX and 28 hours without, computed at the speed of the recipes mini and mini_low_res. Predicts clean tokens
+    with Muon, as small runs do better (docs/generation.md). Then --size 128 --init runs/drawings_dit_tiny. Expected: not measured yet, watch val/loss.
     """
     return GenerateConfig(
         dit=dit_config("tiny", qk_norm=True),
@@ -36,7 +37,8 @@ def dit_tiny() -> GenerateConfig:
     """Draw images of classes at 64 px, on two cores.
 
     openvision3 train dit_tiny --data IMAGES --val OTHER_IMAGES [--label-key category]
-    Classes are sub-folders, .cls members or a field. Two CPU cores; expected: depends on the images, watch val/loss and the sheets.
+    Classes are sub-folders, .cls members or a field. Two CPU cores, about 60 minutes with AMX and 5 hours without (see drawings_dit_tiny);
+    expected: depends on the images, watch val/loss and the sheets.
     """
     config = drawings_dit_tiny()
     config.data, config.val = (), ()
@@ -73,15 +75,17 @@ def imagenet_dit_xl() -> GenerateConfig:
     """The paper's generator: DiT-XL with the wide head on ImageNet at 256 px, 80 epochs of batch 1024.
 
     torchrun --nproc-per-node 8 ... -m openvision3 train imagenet_dit_xl --data 'imagenet/train/*.tar' --val 'imagenet/val/*.tar' --classes NAMES
-    --tokens names the model whose tokens are drawn. Expected, of the paper: gFID 1.87 (guided, kind and strength not published).
+    --tokens names the model whose tokens are drawn. 80 epochs: about 93 H100-hours at 40 % of their peak, 73 with cached latents (42 GB); on 8 of them
+    in --micro-batch 64, which 80 GB hold. Expected, of the paper: gFID 1.87 (guided, kind and strength not published).
     """
     return _imagenet("XL", 1024)
 
 
 def imagenet_dit_b() -> GenerateConfig:
-    """DiT-B with the wide head on ImageNet at 256 px, 80 epochs of batch 1024: a third of the cost of XL.
+    """DiT-B with the wide head on ImageNet at 256 px, 80 epochs of batch 1024: about half of the cost of XL.
 
     torchrun --nproc-per-node 8 ... -m openvision3 train imagenet_dit_b --data ... (as imagenet_dit_xl)
+    80 epochs: about 51 H100-hours at 40 % of their peak, 32 with cached latents. Expected: not published for these tokens.
     """
     return _imagenet("B", 1024)
 
@@ -90,6 +94,7 @@ def one_gpu_dit_b() -> GenerateConfig:
     """imagenet_dit_b for one GPU of 24 GB: batch 256 in micro-batches of 32, with cached latents if --latents names some.
 
     openvision3 train one_gpu_dit_b --data ... (as imagenet_dit_xl) [--latents CACHE]
+    80 epochs: about 51 H100-hours at 40 % of their peak, 32 with cached latents; on a 4090 307 and 189. Expected: as imagenet_dit_b.
     """
     config = _imagenet("B", 256)
     config.micro_batch = 32
