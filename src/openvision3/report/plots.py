@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c8c8c")
 """The colours of Okabe and Ito, which colour-blind readers can tell apart; grey stands for their yellow, which is too light on white."""
-DASHES = ("-", "--", ":")
+DASHES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 """styles of lines: of the first names, of those after all colours have been used, and so on"""
 
 
@@ -20,7 +20,7 @@ class Look(NamedTuple):
     """How a name is drawn, in every panel alike."""
 
     colour: str
-    dash: str = "-"
+    dash: Literal["-", "--", ":"] = "-"
 
 
 @dataclass(frozen=True)
