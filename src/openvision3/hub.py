@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -399,17 +400,24 @@ def other_vae(saved: FolderConfig, vae: VAE) -> str:
 
 def load_weights(model: OpenVision3, folder: Path) -> None:
     """Copy model.safetensors into `model`, strictly. Raises FileNotFoundError, ValueError."""
-    path = folder / "model.safetensors"
+    copy_tensors(model.trained_state(), read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder's file. Raises FileNotFoundError; ValueError for a damaged file."""
     try:
-        state = load_file(path)
+        return load_file(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}") from error
     except SafetensorError as error:
         if not str(path).isascii() and "UTF-8" in str(error):
             raise ValueError(f"{str(path)!a} is not UTF-8, which safetensors needs of a path; give the folder another name") from error
         raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
-    own = model.trained_state()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+
+
+def copy_tensors(own: dict[str, Tensor], state: dict[str, Tensor], path: Path, unused: Collection[str] = ()) -> None:
+    """Copy the tensors of the file at `path` into those of the same names, strictly but for `unused`. Raises ValueError."""
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - set(unused))
     if missing or extra:
         raise ValueError(
             f"{path} does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"

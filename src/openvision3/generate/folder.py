@@ -6,18 +6,15 @@ It names the model whose tokens it draws, with the sha256 of its weights, and is
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from openvision3 import hub
-from openvision3.contents import why_not
 from openvision3.generate.config import VAE_TOKENS, GenerateConfig
 from openvision3.generate.dit import DiTConfig
 from openvision3.generate.flow import FlowConfig
@@ -164,28 +161,10 @@ def _settings(config: GeneratorConfig) -> GenerateConfig:
 def load_weights(rae: RAE, folder: Path, *, statistics: bool = True) -> None:
     """Copy model.safetensors into the network and, with `statistics`, into the statistics. Raises FileNotFoundError, ValueError."""
     path = folder / "model.safetensors"
-    try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no model.safetensors") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
+    state = hub.read_tensors(path)
     parts = ("dit.", "statistics.") if statistics else ("dit.",)
-    unused = set() if statistics else {name for name in state if name.startswith("statistics.")}
-    _copy({name: value for name, value in rae.state_dict().items() if name.startswith(parts)}, state, path, unused)
-
-
-def _copy(own: dict[str, Tensor], state: dict[str, Tensor], path: Path, unused: Collection[str] = ()) -> None:
-    """Copy the tensors of a file into those of the same names, strictly but for `unused`. Raises ValueError."""
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys() - set(unused))
-    if missing or extra:
-        raise ValueError(
-            f"{path} does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
-        )
-    for name, value in own.items():
-        if value.shape != state[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(state[name].shape)}, this network needs {tuple(value.shape)}")
-        value.copy_(state[name])
+    unused = () if statistics else [name for name in state if name.startswith("statistics.")]
+    hub.copy_tensors({name: value for name, value in rae.state_dict().items() if name.startswith(parts)}, state, path, unused)
 
 
 def start_from(rae: RAE, name: str) -> None:
@@ -198,7 +177,7 @@ def start_from(rae: RAE, name: str) -> None:
     if name.endswith(SUFFIXES):
         public = read_public(name)
         _refuse_other(name, {"dit": to_dict(public.config)}, now)
-        return _copy(rae.dit.state_dict(), public.weights, Path(name))
+        return hub.copy_tensors(rae.dit.state_dict(), public.weights, Path(name))
     folder = find(name)
     before = read(folder)
     if before.tokens_sha256 != rae.space.sha256:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from openvision3.contents import why_not
 from openvision3.generate.dit import DiT, DiTConfig
+from openvision3.hub import read_tensors
 from openvision3.networks.perceptual import load_foreign_pickle
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -83,10 +81,7 @@ def read_public(path: str | Path) -> PublicDiT:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no model: {why_not(path, 'safetensors', error)}") from error
+        return read_tensors(path)
     state: dict = load_foreign_pickle(path)
     for part in ("ema", "model"):
         if isinstance(state.get(part), dict):
