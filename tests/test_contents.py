@@ -90,7 +90,7 @@ PAGE = b"<!DOCTYPE html><html><body>Log in</body></html>"
 @pytest.mark.parametrize(("data", "phrase"), [(LFS, "git lfs pull"), (PAGE, "web page"), (b"", "0 bytes")])
 def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase, tmp_path):
     from openvision3.data.text import TextTokenizer
-    from openvision3.hub import load_vae, load_weights, read_config
+    from openvision3.hub import load_vae, read_config, read_tensors
     from openvision3.networks.perceptual import load_foreign_pickle
     from openvision3.settings import load_config
     from openvision3.train.config import PretrainConfig
@@ -102,7 +102,7 @@ def test_every_reader_of_a_model_says_what_lies_in_place_of_a_file(data, phrase,
     readers = [
         lambda: read_config(tmp_path),
         lambda: load_config(PretrainConfig, tmp_path / "config.json"),
-        lambda: load_weights(None, tmp_path),
+        lambda: read_tensors(tmp_path / "model.safetensors"),
         lambda: TextTokenizer.load(tmp_path / "tokenizer.json"),
         lambda: load_foreign_pickle(tmp_path / "weights.pth"),
         lambda: load_vae(vae),
