@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -18,7 +19,7 @@ from small_runs import metrics, pictures
 from openvision3 import cli
 from openvision3.cli.train import configure_run
 from openvision3.data.text import TextTokenizer
-from openvision3.hub import complete_checkpoints, read_config
+from openvision3.hub import complete_checkpoints, find_folder, read_config
 from openvision3.train.recipes import IN_TURN, RECIPES, base_low_res, kept_at_another_batch
 
 BERT_WORDS = 30_522
@@ -163,3 +164,12 @@ def test_another_batch_says_what_stays_as_the_recipe_has_it_and_nothing_that_was
     config.optimizer.warmup_steps *= 2
     assert not kept_at_another_batch("base_low_res", config)
     assert not kept_at_another_batch("of one's own", config)
+
+
+def test_a_run_from_a_model_has_the_parts_of_that_model_where_the_command_line_does_not_set_them():
+    saved = read_config(find_folder("mini")).model
+    recipe = RECIPES["tiny"]()
+    config = configure_run("tiny", ["--init", "mini", "--model.encoder.size", "tiny"])
+    assert config.model.encoder == replace(saved.encoder, size="tiny") and config.model.text_encoder == saved.text_encoder != recipe.model.text_encoder
+    assert (config.model.loss, config.model.vae, config.model.captioner.token_share) == (recipe.model.loss, recipe.model.vae, 1.0)
+    assert configure_run("tiny", ["--init", "runs/not_there_yet"]).model == recipe.model  # the run says that it is missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -108,18 +109,28 @@ def configure(name: str, rest: Sequence[str], program: str = "", started: Path |
 
 
 def configure_run(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> PretrainConfig:
-    """The recipe, or the config of a run that was `started`, with the fields that the command line sets. Raises ValueError for an unknown recipe."""
+    """The recipe, or the config of a run that was `started`, with the fields that the command line sets.
+
+    With --init, settings of the parts that the command line does not set are those of that model. Raises ValueError for an unknown recipe.
+    """
     from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.config import PretrainConfig
     from openvision3.train.decoder_config import RECIPES as DECODERS
-    from openvision3.train.recipes import IN_TURN, RECIPES
+    from openvision3.train.recipes import IN_TURN, RECIPES, with_parts_of
 
     if name not in RECIPES:
         if name in GENERATORS or name in DECODERS:
             what = "a generator" if name in GENERATORS else "the latent decoder of a finished model"
             raise ValueError(f"recipe {name} trains {what}, which this command does not take; choose one of {', '.join(RECIPES)}")
         raise unknown("recipe", name, [*RECIPES, *IN_TURN, *DECODERS, *GENERATORS])
-    return _configure(PretrainConfig, RECIPES[name], rest, program, started)
+    config = _configure(PretrainConfig, RECIPES[name], rest, program, started)
+    if not config.init or config.resume or started:
+        return config
+
+    def continued() -> PretrainConfig:
+        return with_parts_of(replace(RECIPES[name](), init=config.init))
+
+    return _configure(PretrainConfig, functools.wraps(RECIPES[name])(continued), rest, program, None)
 
 
 def configure_generator(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> GenerateConfig:
@@ -269,8 +280,6 @@ def doctor(
 
 
 def _try_training(recipe: str, batch: int | None, fields: dict[str, Any], json: bool) -> int:
-    from dataclasses import replace
-
     from openvision3 import distributed
     from openvision3.train.trial import try_training
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from openvision3 import hub
 from openvision3.fetch.store import at_hand
 from openvision3.model.encoder import EncoderConfig
 from openvision3.model.openvision3 import LossConfig, ModelConfig
@@ -251,6 +253,19 @@ IN_TURN = {
     "paper_one_gpu": (one_gpu_low_res, one_gpu_high_res),
 }
 """Both phases, the second from the weights of the first: `openvision3 train paper_base`."""
+
+
+def with_parts_of(config: PretrainConfig) -> PretrainConfig:
+    """The recipe with parts of the sizes and kinds that the model of `init` has, so that its weights fit.
+
+    The VAE, the losses and the captioner's share of tokens stay the recipe's; so does everything if that model is not there (yet), which a run says.
+    """
+    try:
+        saved = hub.read_config(hub.find_folder(config.init)).model
+    except FileNotFoundError:
+        return config
+    captioner = replace(saved.captioner, token_share=config.model.captioner.token_share)
+    return replace(config, model=replace(saved, vae=config.model.vae, captioner=captioner, loss=config.model.loss))
 
 
 def kept_at_another_batch(name: str, config: PretrainConfig) -> str:
