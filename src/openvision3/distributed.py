@@ -279,6 +279,11 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
         register_fsdp_forward_method(model, "prepare")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parts of the module are in pieces: they must then be called in step on all ranks, and once a pass."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def full(value: Tensor) -> Tensor:
     """The whole tensor of a shard (a collective: all ranks take part); any other tensor unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -15,7 +15,7 @@ from openvision3 import distributed
 from openvision3.model import losses
 from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
-from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
+from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig, by_length
 from openvision3.model.vae import VAE, VAEConfig
 from openvision3.settings import PathName, unknown
 
@@ -312,7 +312,12 @@ class OpenVision3(nn.Module):
 
     def _caption(self, tokens: Tensor, batch: dict[str, Tensor], count: Tensor) -> Tensor:
         targets = batch["caption_ids"][:, 1:].flatten()  # position i predicts word i + 1
-        features = self.captioner.features(tokens, batch["caption_ids"])[:, :-1].flatten(0, 1)  # (B (L - 1), W)
+        length = batch["caption_ids"].shape[1]
+
+        def features_of(rows: Tensor, ids: Tensor) -> Tensor:
+            return F.pad(self.captioner.features(tokens[rows], ids), (0, 0, 0, length - ids.shape[1]))
+
+        features = by_length(self.captioner, features_of, batch["caption_ids"], self.pad_id)[:, :-1].flatten(0, 1)  # (B (L - 1), W)
         if "word_positions" in batch:  # (M,): no logits for padding. Looking for the words here would wait for the device
             features, targets = features[batch["word_positions"]], targets[batch["word_positions"]]
         else:
