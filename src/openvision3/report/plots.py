@@ -123,6 +123,7 @@ class Intervals:
             axes.plot([bar.value], [-place], "o" if bar.low is not None else "x", color=looks[name].colour, markersize=5)
         axes.set_yticks([-place for place in range(len(self.rows))], [chart_label(label) if self.labelled else "" for label, *_ in self.rows])
         axes.set_ylim(0.6 - len(self.rows), 0.4)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", alpha=0.25)
 
 
