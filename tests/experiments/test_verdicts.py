@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from openvision3.experiments.ablations import Fork
+from openvision3.experiments.ablations import WITHOUT_LEVERS, Fork, Parent, levers, levers_together
 from openvision3.experiments.verdicts import Verdict, choose_levers, format_markdown, judge_fork, score, write_section
+from openvision3.train.recipes import RECIPES
 
 PARENT = {"PSNR": 20.0, "KID": 0.3, "image to text R@1": 0.2, "text to image R@1": 0.3, "flow loss": 1.0}
 NOISE = (0.00, 0.01, -0.01)
@@ -70,6 +72,15 @@ def test_of_forks_that_change_the_same_fields_the_best_kept_one_is_joined():
     weak, strong = judge({"PSNR": 1.0}, label="weak"), judge({"PSNR": 1.0, "flow loss": -0.2}, label="strong")
     other, lost = judge({"KID": -0.1}, label="other", fields=("x", "y")), judge({"KID": 0.1}, label="lost", fields=("z",))
     assert choose_levers([verdict.record() for verdict in (weak, strong, other, lost)]) == ["strong", "other"]
+
+
+def test_levers_are_judged_against_a_parent_without_those_of_its_recipe_and_joined_though_all_forks_turn_them_off():
+    parent = Parent("mini", RECIPES["mini"](), ("sum of the last 2 blocks", "decoder alone at the end"))
+    first, *forks = levers(parent).forks
+    assert first.changes == WITHOUT_LEVERS and all(fork.equal_compute and set(WITHOUT_LEVERS) <= set(fork.changes) for fork in forks)
+    won = [replace(judge({"PSNR": 1.0}), fork=fork).record() for fork in forks if fork.label in parent.levers]
+    assert choose_levers(won) == list(parent.levers)
+    assert levers_together(parent).forks[1].changes == {"model.encoder.sum_blocks": 2, "decoder_finish": 0.15}
 
 
 def test_the_section_and_the_docs_table_show_every_measure_and_verdict():

@@ -48,8 +48,8 @@ def train(argv: Sequence[str]) -> int:
 
     if not argv or argv[0] in ("-h", "--help"):
         recipes: dict[str, Any] = RECIPES | DECODERS | GENERATORS
-        lines = [f"  {name:17s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
-        lines += [f"  {name:17s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
+        lines = [f"  {name:18s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
+        lines += [f"  {name:18s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
         print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
         return 0 if argv else 2
     name, rest = argv[0], list(argv[1:])

@@ -6,7 +6,7 @@ Each docstring is the question, then hypothesis, source (sections and tables of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openvision3.model.encoder import SIZES
@@ -54,6 +54,10 @@ class Grid:
 
     forks: Sequence[Fork]
     claims: Sequence[Claim] = ()
+
+    def without_levers(self) -> Grid:
+        """The same forks of a parent that has none of WITHOUT_LEVERS, all at the compute of the recipe."""
+        return replace(self, forks=[replace(fork, changes=WITHOUT_LEVERS | fork.changes, equal_compute=True) for fork in self.forks])
 
 
 def synergy(parent: Parent) -> Grid:
@@ -198,6 +202,10 @@ def _second_phase(parent: Parent) -> tuple[dict[str, Any], dict[str, Any]]:
     return then, alone
 
 
+WITHOUT_LEVERS = {"model.encoder.sum_blocks": 1, "decoder_finish": 0.0}
+"""turns off the levers that our own recipes use"""
+
+
 def levers(parent: Parent) -> Grid:
     """Which change beats the recipe at equal compute?
 
@@ -208,18 +216,18 @@ def levers(parent: Parent) -> Grid:
     Result: at mini scale the sum of two blocks (+0.24 dB) and the decoder alone at the end (+0.31 dB) win and lose nothing; a gradient ratio of 3
     wins 1.7 dB and loses understanding; four levers have one seed so far (docs/ablations.md).
     """
-    forks = [Fork(f"gradient ratio {ratio:g}", {"model.loss.gradient_ratio": ratio}, equal_compute=True) for ratio in (0.3, 1.0, 3.0)]
-    forks += [Fork(f"sum of the last {count} blocks", {"model.encoder.sum_blocks": count}, equal_compute=True) for count in (2, 3)]
+    forks = [Fork(f"gradient ratio {ratio:g}", {"model.loss.gradient_ratio": ratio}) for ratio in (0.3, 1.0, 3.0)]
+    forks += [Fork(f"sum of the last {count} blocks", {"model.encoder.sum_blocks": count}) for count in (2, 3)]
     decay = max(0.9, min(0.9999, 1 - 10 / max(1, parent.config.steps)))  # an average over a tenth of the run
     rope = {f"model.{part}.{field}": value for part in ("encoder", "latent_decoder") for field, value in (("positions", "rope"), ("qk_norm", True))}
     forks += [
-        Fork("averaged weights", {"ema": round(decay, 4)}, equal_compute=True),
-        Fork("captioner sees 35 % of the tokens", {"model.captioner.token_share": 0.35}, equal_compute=True),
-        Fork("decoder alone at the end", {"decoder_finish": 0.15}, equal_compute=True),
-        Fork("rope and QK-norm", rope, equal_compute=True),
-        Fork("equal captions are no negatives", {"model.loss.equal_captions": "ignore"}, equal_compute=True),
+        Fork("averaged weights", {"ema": round(decay, 4)}),
+        Fork("captioner sees 35 % of the tokens", {"model.captioner.token_share": 0.35}),
+        Fork("decoder alone at the end", {"decoder_finish": 0.15}),
+        Fork("rope and QK-norm", rope),
+        Fork("equal captions are no negatives", {"model.loss.equal_captions": "ignore"}),
     ]
-    return Grid([Fork("parent", {}), *forks])
+    return Grid([Fork("parent", {}), *forks]).without_levers()
 
 
 def levers_together(parent: Parent) -> Grid:
@@ -230,8 +238,8 @@ def levers_together(parent: Parent) -> Grid:
     Result: to be measured (docs/ablations.md).
     """
     by_label = {fork.label: fork for fork in levers(parent).forks}
-    changes = {name: value for label in parent.levers for name, value in by_label[label].changes.items()}
-    return Grid([Fork("parent", {}), *([Fork(" + ".join(parent.levers), changes, equal_compute=True)] if changes else [])])
+    changes = {name: value for label in parent.levers for name, value in by_label[label].changes.items() if (name, value) not in WITHOUT_LEVERS.items()}
+    return Grid([Fork("parent", {}), *([Fork(" + ".join(parent.levers), changes)] if changes else [])]).without_levers()
 
 
 SCHEDULE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")

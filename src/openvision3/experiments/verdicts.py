@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from openvision3.evaluate.statistics import OverSeeds, over_seeds, spoken_p
-from openvision3.experiments.ablations import Fork
+from openvision3.experiments.ablations import WITHOUT_LEVERS, Fork
 from openvision3.experiments.compare import format_mean
 from openvision3.report import html, plots
 from openvision3.report.plots import Bar, Intervals
@@ -117,7 +117,7 @@ def choose_levers(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in verdicts:
         if record["kept"]:
             won = [test["p"] for test in record["scores"] if test["outcome"] == "wins"]
-            rank, fields = (-len(won), min(won)), tuple(record["changes"])
+            rank, fields = (-len(won), min(won)), tuple(name for name, value in record["changes"].items() if (name, value) not in WITHOUT_LEVERS.items())
             if fields not in best or rank < best[fields][0]:
                 best[fields] = (rank, record["fork"])
     return [label for _, label in best.values()]
