@@ -130,11 +130,15 @@ def test_fresh_weights_are_drawn_as_for_training():
 def test_settings_that_contradict_the_encoder_are_refused():
     config = vision_model(pipeline()).config
     assert (config.patch_size, config.hidden_size, config.image_size) == (16, 64, 64)
-    for wrong, message in (({"hidden_size": 65}, "hidden_size"), ({"encoder": {"sise": "B"}}, "encoder.size"), ({"encoder": {"size": "Z"}}, "Choose one of")):
+    for wrong, message in (
+        ({"hidden_size": 65}, "hidden_size"),
+        ({"encoder_settings": {"sise": "B"}}, "encoder_settings.size"),
+        ({"encoder_settings": {"size": "Z"}}, "Choose one of"),
+    ):
         with pytest.raises(ValueError, match=message):
             OpenVision3VisionConfig(**{**config.to_dict(), **wrong})
     with pytest.raises(ValueError, match="choose one of AutoencoderKL"):
-        OpenVision3VisionModel(OpenVision3VisionConfig(encoder={"size": "tiny"}, vae={"_class_name": "VQModel"}))
+        OpenVision3VisionModel(OpenVision3VisionConfig(encoder_settings={"size": "tiny"}, vae_settings={"_class_name": "VQModel"}))
 
 
 # -- LLaVA -----------------------------------------------------------------------------------------------------------
