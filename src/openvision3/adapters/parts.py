@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from typing import Any
 
@@ -33,8 +34,9 @@ def vae_settings(vae: VAE) -> dict[str, Any]:
     """The config of a VAE in diffusers' layout, with `_class_name`; empty for no VAE."""
     if vae.network is None:
         return {}
+    taken = inspect.signature(type(vae.network).__init__).parameters  # diffusers also keeps attributes that it would not take
     values = json.loads(vae.network.to_json_string())  # type: ignore[operator]
-    return {name: value for name, value in values.items() if name[0] != "_" or name == "_class_name"}
+    return {name: value for name, value in values.items() if name in taken or name == "_class_name"}
 
 
 def make_vae(settings: dict[str, Any], shift: bool | None, origin: dict[str, Any], *, decoder: bool) -> VAE:

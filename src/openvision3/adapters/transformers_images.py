@@ -67,8 +67,7 @@ class OpenVision3ImageProcessor(PilBackend):
         **_: Any,
     ) -> BatchFeature:
         side = _side(size)
-        if fit not in FITS:
-            raise ValueError(f"fit cannot be {fit!r}. Choose one of {', '.join(FITS)}")
+        check_fit(fit)
         rows = []
         for image in images:
             pixels = uint8_tensor(_fitted(image, side, fit, image_mean) if do_resize else image).float()
@@ -81,6 +80,12 @@ class OpenVision3ImageProcessor(PilBackend):
                 f"these images have different padded sizes ({seen}), so they cannot be one batch; take them one by one, or with fit='pad' or 'crop'"
             )
         return BatchFeature(data={"pixel_values": rows}, tensor_type=return_tensors)
+
+
+def check_fit(name: str) -> None:
+    """Raises ValueError for an unknown way to make images square."""
+    if name not in FITS:
+        raise ValueError(f"fit cannot be {name!r}. Choose one of {', '.join(FITS)}")
 
 
 def _side(size: SizeDict) -> int:
