@@ -92,11 +92,11 @@ class AutoencoderOpenVision3(ModelMixin, AutoencoderMixin, ConfigMixin):
             tokens, _ = self.encoder(self.vae.encode(images))
         grid = (images.shape[2] // 16, images.shape[3] // 16)
         mean, scale = self._statistics(tokens)
-        return ((tokens.transpose(1, 2).unflatten(2, grid) - mean) / scale * self.config.scaling_factor).to(self.dtype)
+        return ((tokens.transpose(1, 2).unflatten(2, grid) - mean) / scale * self.config["scaling_factor"]).to(self.dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
         mean, scale = self._statistics(latents)
-        tokens = (latents / self.config.scaling_factor * scale + mean).flatten(2).transpose(1, 2)
+        tokens = (latents / self.config["scaling_factor"] * scale + mean).flatten(2).transpose(1, 2)
         with precision(self.device, self.dtype):
             latents_hat = self.latent_decoder(tokens, (latents.shape[2], latents.shape[3]))
         return self.vae.decode(latents_hat.float()).to(self.dtype)

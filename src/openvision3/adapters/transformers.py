@@ -7,6 +7,7 @@ tower = vision_model(openvision3.load("mini"))    # shares the weights
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
@@ -78,7 +79,8 @@ def dual_encoder(pipeline: Pipeline) -> OpenVision3Model:
 
 def image_processor(pipeline: Pipeline, fit: str = "crop") -> OpenVision3ImageProcessor:
     """An image processor for the size at which the model was trained."""
-    return OpenVision3ImageProcessor(size={"height": pipeline.size, "width": pipeline.size}, fit=fit)
+    settings: dict[str, Any] = {"size": {"height": pipeline.size, "width": pipeline.size}, "fit": fit}
+    return OpenVision3ImageProcessor(**settings)
 
 
 def text_tokenizer(tokenizer: TextTokenizer, positions: int) -> PreTrainedTokenizerFast:

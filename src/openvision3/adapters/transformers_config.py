@@ -7,7 +7,7 @@ the VAE's diffusers config. What other code reads of a tower, such as `hidden_si
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -75,7 +75,7 @@ class OpenVision3Config(PreTrainedConfig):
     """
 
     model_type = "openvision3"
-    sub_configs_defaults = {"vision_config": OpenVision3VisionConfig}  # noqa: RUF012  # transformers declares it as a ClassVar
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"vision_config": OpenVision3VisionConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_settings: dict | None = None

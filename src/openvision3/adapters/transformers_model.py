@@ -25,10 +25,10 @@ from openvision3.model.understanding import TextEncoder, TextEncoderConfig, at_c
 class OpenVision3PreTrainedModel(PreTrainedModel):
     """What both models share: how fresh weights are drawn, and that the VAE stays in fp32."""
 
-    config_class = OpenVision3Config
+    config_class: Any = OpenVision3Config
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012
@@ -60,7 +60,7 @@ class OpenVision3VisionModel(OpenVision3PreTrainedModel):
     base_model_prefix = "vision_model"
     """so that it also loads from a saved dual encoder"""
 
-    def __init__(self, config: OpenVision3VisionConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
         vae = make_vae(config.vae_settings, config.vae_shift, config.vae_origin, decoder=False)
         self.encoder = Encoder(EncoderConfig(**config.encoder_settings), vae.latent_channels)  # first: `dtype` is that of the first parameter
@@ -112,7 +112,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
 
     input_modalities = ("image", "text")
 
-    def __init__(self, config: OpenVision3Config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.vision_model = OpenVision3VisionModel(config.vision_config)
         self.text_encoder = TextEncoder(TextEncoderConfig(**config.text_settings), config.vocab_size, config.projection_dim, config.pad_token_id)
@@ -146,7 +146,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
     ) -> OpenVision3Output | tuple:
         """Embeddings of images and texts, and the logits of all pairs. `return_loss` adds the contrastive loss, where row i of both belongs together."""
         images, texts = self.get_image_features(pixel_values, **options), self.get_text_features(input_ids, attention_mask)
-        image_embeds, text_embeds = (F.normalize(features.pooler_output.float(), dim=-1) for features in (images, texts))
+        image_embeds, text_embeds = (F.normalize(pooled.float(), dim=-1) for pooled in (images["pooler_output"], texts["pooler_output"]))
         logits = temperature(self.log_temperature) * image_embeds @ text_embeds.T
         loss = None
         if return_loss:

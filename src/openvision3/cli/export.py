@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from json import dumps
 from typing import Annotated, Any, Literal
 
@@ -80,4 +80,4 @@ def _tell(out: str, files: list[str], opened_by: str, json: bool) -> int:
     return 0
 
 
-VERBS = {"transformers": transformers, "diffusers": diffusers}
+VERBS: dict[str, Callable[..., int]] = {"transformers": transformers, "diffusers": diffusers}

@@ -67,7 +67,8 @@ def _legal_file(name: str) -> bytes:
 def card(pipeline: Pipeline, library: str, title: str, usage: str) -> str:
     """A hub model card: what it is, how it is opened, from what it was trained."""
     training, vae, width = pipeline.training, pipeline.vae, pipeline.encoder.size.width
-    needs = ", ".join(dict.fromkeys(("torch", "diffusers", "pillow", "numpy", library)))
+    others = [name for name in ("torch", "diffusers", "pillow", "numpy") if name != library]
+    needs = f"{library} (tested with {importlib.metadata.version(library)}), {', '.join(others)}"
     sources = " and ".join(name for name in ("NOTICE", CREDITS) if name == "NOTICE" or _has_credits(pipeline))
     return f"""---
 library_name: {library}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from openvision3.export.folder import card, new_folder, write_legal
 from openvision3.export.modules import write_modules
@@ -48,9 +49,11 @@ def export(pipeline: Pipeline, out: str | Path, fit: str = "crop") -> list[str]:
     from openvision3.adapters.transformers_images import check_fit
 
     check_fit(fit)
-    model, both = dual_encoder(pipeline), processor(pipeline, fit)
+    model: Any = dual_encoder(pipeline)
+    both: Any = processor(pipeline, fit)
     model.config.auto_map, model.config.vision_config.auto_map = CLASSES, TOWER
-    both.auto_map = both.image_processor.auto_map = PROCESSORS
+    for part in (both, both.image_processor):
+        part.auto_map = PROCESSORS
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         both.save_pretrained(folder)
