@@ -12,7 +12,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("experiments",),
-    ("estimate", "doctor"),
+    ("estimate", "doctor", "export"),
     (
         "train.pretrain",
         "train.recipes",
@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "generate",
     ),
     ("train", "evaluate"),
+    ("adapters",),
     ("pipeline",),
     ("hub",),
     ("evaluate.protocol",),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from shapes import BEGIN, END, PAD, VOCABULARY, batch, fitted_network, tiny_config, tiny_model, tiny_network, tiny_vae
 
-from openvision3.model import losses, understanding
+from openvision3.model import losses, openvision3
 from openvision3.model.openvision3 import LossConfig, OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.networks.perceptual import EfficientNetDistance
@@ -51,7 +51,7 @@ def test_texts_that_a_cpu_computes_in_groups_of_like_lengths_give_the_loss_and_g
     rows["caption_ids"] = rows["caption_ids"][[6, 1, 5, 0, 4, 2, 3]]
 
     def results(group: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(understanding, "GROUP", group)
+        monkeypatch.setattr(openvision3, "GROUP", group)
         model.zero_grad()
         loss, _ = model(rows)
         loss.backward()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openvision3 import distributed
 from openvision3.draws import uniform
 from openvision3.model.encoder import named_size
 from openvision3.model.transformer import KeyValueCache, TransformerSize, blocks, init_weights
@@ -64,26 +64,19 @@ class CaptionerConfig:
             raise ValueError(f"positions {self.positions} must be at least 2: a text has a special token and a word")
 
 
-GROUP = 32
-"""texts that a CPU computes together"""
+MAX_TEMPERATURE = 100.0
 
 _CHOICE_STREAM = 0x5851F42D4C957F2D
 """Keeps the choice of tokens apart from other draws of a row."""
 
 
-def by_length(part: nn.Module, compute: Callable[[Tensor, Tensor], Tensor], ids: Tensor, pad_id: int) -> Tensor:
-    """The results (B, ...) of `compute(rows, ids of these rows)`, which calls `part`, for texts ids (B, T), in their order.
+def temperature(log_temperature: Tensor) -> Tensor:
+    """The factor of cosines before a softmax, at most 100 (Radford et al. 2021), in fp32.
 
-    A CPU computes texts of like lengths together, without their common padding: of 256 captions of drawings the longest has 32 pieces and the mean one
-    has 7. Another device computes all at once: reading the lengths would make the host wait, and small products would not fill it; so does a
-    sharded part, which gathers its weights in every call.
+    The gradient passes through the clamp; with a plain clamp, a temperature above the limit would never come back.
     """
-    if ids.device.type != "cpu" or len(ids) <= GROUP or distributed.is_sharded(part):
-        return compute(torch.arange(len(ids), device=ids.device), ids)
-    lengths = (ids != pad_id).sum(1).clamp_min(1)
-    order = lengths.argsort(stable=True)
-    results = [compute(rows, ids[rows, : int(lengths[rows[-1]])]) for rows in order.split(GROUP)]
-    return torch.cat(results)[order.argsort()]
+    log = log_temperature.float()
+    return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 class TextEncoder(nn.Module):
@@ -107,36 +100,33 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.positions, std=0.01)
 
     def forward(self, text_ids: Tensor) -> Tensor:
-        self._check(text_ids)
-        return by_length(self, lambda rows, ids: self._embed(ids), text_ids, self.pad_id)
-
-    def _embed(self, text_ids: Tensor) -> Tensor:
         x, seen = self._features(text_ids)
-        last = seen.sum(1).sub(1).clamp_min(0)
-        x = x[torch.arange(len(x), device=x.device), last]
-        return self.projection(self.norm(x))
+        return self.projection(self.norm(at_class_token(x, seen)))
 
     def words(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """text_ids (B, T) -> normalised features of all pieces (B, T, W), and which of them are no padding (B, T)."""
         x, seen = self._features(text_ids)
         return self.norm(x), seen
 
-    def _check(self, text_ids: Tensor) -> None:
+    def _features(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         if text_ids.ndim != 2 or not text_ids.shape[1]:
             raise ValueError(f"text_ids of shape {tuple(text_ids.shape)} cannot be read; pass (B, T) with at least one piece")
         length = text_ids.shape[1]
         if length > self.config.positions:
             raise ValueError(f"texts of {length} pieces are longer than this text encoder's {self.config.positions} positions")
-
-    def _features(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(text_ids)
         seen = text_ids != self.pad_id  # (B, T)
-        x = self.embedding(text_ids) + self.positions[: text_ids.shape[1]]
+        x = self.embedding(text_ids) + self.positions[:length]
         # A row of padding alone (a missing caption) would attend to nothing: let it see itself.
         mask = (seen | ~seen.any(1, keepdim=True))[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
         return x, seen
+
+
+def at_class_token(x: Tensor, seen: Tensor) -> Tensor:
+    """x (B, T, W) -> (B, W): the row of the last piece that is no padding."""
+    last = seen.sum(1).sub(1).clamp_min(0)
+    return x[torch.arange(len(x), device=x.device), last]
 
 
 class Captioner(nn.Module):
