@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "generate",
     ),
     ("train", "evaluate"),
+    ("adapters",),
     ("pipeline",),
     ("hub",),
     ("evaluate.protocol",),

@@ -6,31 +6,19 @@ averaged gradients are its gradient. The perceptual term is a network, which is 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openvision3 import distributed
-
-MAX_TEMPERATURE = 100.0
+from openvision3.model.understanding import temperature
 
 IGNORED = -100
 """Target without a loss: the ignore_index of `cross_entropy`."""
 
 CHUNK = 2**24
 """Most logits in memory at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held whole."""
-
-
-def temperature(log_temperature: Tensor) -> Tensor:
-    """The factor of cosines before a softmax, at most 100 (Radford et al. 2021), in fp32.
-
-    The gradient passes through the clamp; with a plain clamp, a temperature above the limit would never come back.
-    """
-    log = log_temperature.float()
-    return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 def with_gradient_squares(tokens: Tensor) -> tuple[Tensor, Tensor]:
