@@ -42,8 +42,9 @@ def connect(settings: Connection, pipeline: Pipeline, language: nn.Module, promp
     """
     import transformers
 
-    from openvision3.adapters.transformers import vision_model
+    from openvision3.adapters.transformers import register, vision_model
 
+    register()
     tower = vision_model(pipeline).requires_grad_(False)
     check_tower(tower, settings)
     _give_token(language, prompts.image_id)
