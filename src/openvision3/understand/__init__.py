@@ -1,4 +1,4 @@
-"""Talking about images: a model of ours as the eye of a language model (LLaVA-1.5, arXiv 2310.03744; LLaVA-NeXT), its training and its use.
+"""Talk about images: a language model behind our encoder as in LLaVA, its training, its data and the chat.
 
-May import train.run and what lies below it, adapters, pipeline, hub, data and model.
+May import: pipeline and what lies below it, adapters, train.run and what it needs, evaluate.protocol. Knows no command line.
 """
