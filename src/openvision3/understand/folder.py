@@ -172,9 +172,7 @@ def start_from(network: Any, name: str, config: ChatConfig) -> str:
     for part in ("tower_sha256", "language_sha256", "layer"):
         if getattr(before, part) != getattr(config, part):
             what = part.removesuffix("_sha256")
-            raise ValueError(
-                f"{folder} was trained with --{what} {getattr(before, what)}, not {getattr(config, what)}: its projector would mean another thing"
-            )
+            raise ValueError(f"{folder} was trained with --{what} {getattr(before, what)}, not {getattr(config, what)}: its projector would mean another thing")
     own = {name: value.data for name, value in trained_tensors(network).items()}
     path = folder / "model.safetensors"
     state = hub.read_tensors(path)
