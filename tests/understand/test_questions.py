@@ -18,7 +18,7 @@ from openvision3.understand.questions import ASKERS, BRIEFLY, LETTER, write_conv
 
 SHADES = {"red": (220, 30, 40), "orange": (245, 150, 30), "yellow": (250, 215, 50), "green": (60, 170, 70), "blue": (40, 110, 220), "purple": (140, 60, 190),
           "pink": (240, 110, 180), "brown": (120, 75, 40), "black": (20, 20, 20), "grey": (128, 128, 130), "white": (255, 255, 255)}  # fmt: skip
-THINGS = "apple bear car drum egg fan goat hat ink jug kite lamp mug nut owl pan quilt rat sock tent urn van wig yak".split()
+THINGS = re.findall(r"\w+", "apple bear car drum egg fan goat hat ink jug kite lamp mug nut owl pan quilt rat sock tent urn van wig yak")
 
 
 def disc(colour, background=(255, 255, 255)) -> Image.Image:
@@ -183,7 +183,7 @@ def test_a_few_questions_ask_for_a_short_answer_as_benchmarks_do(drawings, tmp_p
 def test_what_cannot_be_asked_about_is_counted_and_the_kind_is_that_of_the_caption(tmp_path):
     members = sample(0, "a photo of an apple", disc("red")) | sample(1, "Teddy Bear. toy", disc("blue"), source="clipart") | sample(2, "cat", b"\x89PNG no")
     source = open_source((write_shard(tmp_path / "x.tar", members | sample(3, "00031", disc("red")) | sample(4, "some kite", disc("red"))),))
-    written, rows, questions = read(source, tmp_path / "a.json", turns=9)
+    written, _, questions = read(source, tmp_path / "a.json", turns=9)
     assert (written.images, written.unnamed) == (3, 1) and source.problems.counts.total() == 1
     assert [answer for _, kind, _, answer in questions if kind == "image"] == ["a photograph", "clip art"]
     described = [answer for _, kind, _, answer in questions if kind == "describe"]
