@@ -59,7 +59,7 @@ def verbs() -> dict[str, Callable[..., int]]:
     functions: tuple[Callable[..., int], ...] = (
         *(train.demo, train.train, train.estimate, train.watch, train.compare, train.ablate),
         *(use.evaluate, use.calibrate, use.data, use.fetch),
-        *(use.reconstruct, use.caption, use.classify, chat.chat, use.generate, use.encode, use.info, train.doctor),
+        *(use.reconstruct, use.caption, use.classify, chat.chat, use.generate, use.encode, use.export, use.info, train.doctor),
     )
     return {function.__name__: function for function in functions}
 
