@@ -92,19 +92,19 @@ _HASH_FACTOR = 0x5851F42D4C957F2D
 """An odd number, so that its powers are odd, too."""
 
 
-def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+def caption_loss(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: Tensor) -> Tensor:
     """Mean cross-entropy of the next word; features are (M, W), targets (M,) are word ids or IGNORED.
 
-    The logits are features x weight (V, W) + bias (V,). `count` is the number of scored words in the global batch.
+    The logits are features x weight (V, W) + bias (V,), if there is one. `count` is the number of scored words in the global batch.
     """
 
-    def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.cross_entropy(F.linear(some, weight, bias).float(), their_targets, reduction="sum")
 
     return distributed.share(_in_chunks(score, features, targets, len(weight), weight, bias), count)
 
 
-def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor) -> Tensor:
+def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor | None) -> Tensor:
     """The sum of score(rows, targets) over pieces of at most CHUNK logits, which the backward pass computes again."""
     size = max(1, CHUNK // max(1, columns))
     if len(rows) <= size:
