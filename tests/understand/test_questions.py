@@ -181,14 +181,18 @@ def test_a_few_questions_ask_for_a_short_answer_as_benchmarks_do(drawings, tmp_p
 
 
 def test_what_cannot_be_asked_about_is_counted_and_the_kind_is_that_of_the_caption(tmp_path):
-    members = sample(0, "a photo of an apple", disc("red")) | sample(1, "Teddy Bear. toy", disc("blue"), source="clipart") | sample(2, "cat", b"\x89PNG no")
-    source = open_source((write_shard(tmp_path / "x.tar", members | sample(3, "00031", disc("red")) | sample(4, "some kite", disc("red"))),))
+    """Also: another caption is another right answer, and the same in large letters is not."""
+    members = sample(0, "a photo of an apple", disc("red"), captions=["a photo of an Apple", "a photo of a fruit"])
+    members |= sample(1, "Teddy Bear. toy", disc("blue"), source="clipart") | sample(2, "cat", b"\x89PNG no")
+    members |= sample(3, "00031", disc("red")) | sample(4, "some kite", disc("red"))
+    source = open_source((write_shard(tmp_path / "x.tar", members),), DataOptions(caption_keys=("caption", "captions")))
     written, _, questions = read(source, tmp_path / "a.json", turns=9)
     assert (written.images, written.unnamed) == (3, 1) and source.problems.counts.total() == 1
     assert [answer for _, kind, _, answer in questions if kind == "image"] == ["a photograph", "clip art"]
     described = [answer for _, kind, _, answer in questions if kind == "describe"]
     assert described == ["A photograph of an apple. It is mainly red.", "Clip art of a teddy bear. It is mainly blue.",
                          "The image shows a some kite. It is mainly red."]  # fmt: skip
+    assert next(row["accept"][row["kinds"].index("what")] for row, kind, _, _ in questions if kind == "what") == ["apple", "fruit"]
     assert not [kind for _, kind, _, _ in questions if kind == "which"]  # two others are too few
 
 
