@@ -55,7 +55,7 @@ class NamedImages:
                 if place in self._members:
                     if member := self._members[place].get(candidate) or self._members[place].get(PurePosixPath(candidate).name):
                         return place, member
-                elif folder := next((folder for folder in BELOW if (place / folder / candidate).is_file()), None):
+                elif (folder := next((folder for folder in BELOW if (place / folder / candidate).is_file()), None)) is not None:
                     return place, str(Path(folder) / candidate)
         return None
 
