@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "train.encode_latents",
         "recaption",
         "generate",
+        "understand",
     ),
     ("train", "evaluate"),
     ("pipeline",),
