@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "understand",
     ),
     ("train", "evaluate"),
+    ("adapters",),
     ("pipeline",),
     ("hub",),
     ("evaluate.protocol",),

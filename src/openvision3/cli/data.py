@@ -240,7 +240,59 @@ def pope(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint, pope)}
+def conversations(
+    data: Images,
+    out: Annotated[PathName, arg(metavar="FILE.json")] = "conversations.json",
+    turns: int = 3,
+    kinds: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    caption_keys: tuple[str, ...] = (),
+    seed: int = 0,
+    json: Json = False,
+) -> int:
+    """Make questions with answers from images with captions, in LLaVA's JSON, to train and to measure openvision3 chat.
+
+    The images are written beside it, as FILE.zip. Each question has its kind and its right answers in the row's fields kinds and accept.
+
+    Args:
+        out: the JSON file to write
+        turns: most questions in one conversation; 1 where each answer is to be measured by itself
+        kinds: kinds of questions: what, colour, present, which, count, describe, image. Not set: all
+        only: keep only shard samples whose JSON has these values (source=clipart) or other ones (source!=stamps)
+        caption_keys: JSON fields of shards that hold captions: the first names the image, all say what may not be denied. Not set: the .txt member
+        seed: seed of all draws
+    """
+    from openvision3.data.names import DataOptions, open_source
+    from openvision3.files import check_writable
+    from openvision3.progress import track
+    from openvision3.settings import read_rules
+    from openvision3.understand.questions import write_conversations
+
+    path = Path(out)
+    if path.suffix != ".json":
+        raise ValueError(f"{out} does not end in .json; name a file with --out, such as questions.json")
+    check_apart(out, data)
+    check_writable(path.absolute().parent, "--out")
+    source = open_source(data, DataOptions(only=read_rules(only), caption_keys=caption_keys), watch=track)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = write_conversations(source, path, turns=turns, kinds=kinds, seed=seed, watch=track)
+    problems = list(source.problems)
+    if json:
+        counts = {kind: {"questions": answers.total(), "commonest": dict(answers.most_common(3))} for kind, answers in written.answers.items()}
+        totals = {"images": written.images, "unnamed": written.unnamed, "conversations": written.conversations, "kinds": counts, "problems": problems}
+        print(dumps({"file": out, "archive": str(path.with_suffix(".zip"))} | totals, indent=2, ensure_ascii=False))
+        return 0
+    print(f"{out}: {written.conversations:,} conversations on {written.images:,} images, which are in {path.with_suffix('.zip')}")
+    for kind, answers in written.answers.items():
+        [(answer, count)] = answers.most_common(1)
+        print(f"  {kind:8s} {answers.total():7,} questions; the commonest answer, {answer!r}, is {100 * count / answers.total():.1f}%")
+    if written.unnamed:
+        print(f"  {written.unnamed:,} images are left out: their captions give no name")
+    _print_reasons(problems)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint, conversations, pope)}
 
 
 # -- what the verbs print ------------------------------------------------------------------------------------------

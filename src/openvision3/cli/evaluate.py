@@ -258,7 +258,7 @@ def open_answering(options: VqaOptions) -> AnsweringFunctions:
 
     chat = load_chat(options.model, device=options.device, precision=options.precision)
     return AnsweringFunctions(
-        chat.name, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), options.precision, chat.sha256
+        chat.name, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), chat.precision, chat.sha256
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import io
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ class Source(ABC):
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
         """A training view as uint8 (3, size, size), and which part of the upright image it shows. Equal generator states give equal views."""
 
+    def encoded(self, index: int) -> bytes:
+        """The image as its file holds it; of one that is drawn here, a PNG of 256 pixels. Raises ImageError, OSError."""
+        data = io.BytesIO()
+        self.image(index, 256).save(data, "PNG")
+        return data.getvalue()
+
     def drawing(self, index: int) -> tuple[str, str] | None:
         """(style, family) of a named drawing, such as ("noto", "pilot"); None for any other sample. A family is a concept, the same in all styles."""
         return None
@@ -128,6 +135,10 @@ class EncodedSource(Source):
 
     @abstractmethod
     def data(self, index: int) -> bytes | Path: ...
+
+    def encoded(self, index: int) -> bytes:
+        data = self.data(index)
+        return data if isinstance(data, bytes) else data.read_bytes()
 
     def sample_key(self, index: int) -> str:
         return content_key(self.data(index))
@@ -199,6 +210,10 @@ class MixedSource(Source):
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
         source, local = self._find(index)
         return source.crop(local, size, generator)
+
+    def encoded(self, index: int) -> bytes:
+        source, local = self._find(index)
+        return source.encoded(local)
 
     def drawing(self, index: int) -> tuple[str, str] | None:
         source, local = self._find(index)
