@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,29 @@ def gqa(folder: Path) -> list[Path]:
     return [as_json(folder / "testdev_balanced_questions.json", {row.pop("id"): row for row in gqa_rows()})]
 
 
-ORIGINAL: dict[str, Callable[[Path], list[Path]]] = {"pope": pope, "mme": mme, "seedbench": seedbench, "scienceqa": scienceqa, "gqa": gqa}
+def conversations(folder: Path) -> list[Path]:
+    """What `openvision3 data conversations` writes, with the images in an archive of the same name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with zipfile.ZipFile(folder / "c.zip", "w") as archive:
+        for number in range(COUNT):
+            archive.writestr(f"s/{number}.png", encoded(number)["bytes"])
+            asked = (("what", "What is this?", ["cat", "kitten"]), ("present", "Is there a dog?", ["no"]), ("describe", "Describe it.", ["A cat."]))
+            turns = [turn for _, text, right in asked for turn in ({"from": "human", "value": text}, {"from": "gpt", "value": right[0]})]
+            turns[0] = {"from": "human", "value": f"<image>\n{asked[0][1]}"}
+            kinds, accept = [kind for kind, _, _ in asked], [right for _, _, right in asked]
+            rows.append({"id": f"{number}", "image": f"s/{number}.png", "conversations": turns, "kinds": kinds, "accept": accept})
+    return [as_json(folder / "c.json", rows)]
+
+
+ORIGINAL: dict[str, Callable[[Path], list[Path]]] = {
+    "pope": pope,
+    "mme": mme,
+    "seedbench": seedbench,
+    "scienceqa": scienceqa,
+    "gqa": gqa,
+    "conversations": conversations,
+}
 PARQUET: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "pope": pope_rows, "mme": mme_rows, "seedbench": seedbench_rows, "scienceqa": scienceqa_rows, "gqa": gqa_rows,
 }  # fmt: skip

@@ -20,7 +20,7 @@ def names(paths) -> list[str]:
     return [str(path) for path in paths]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*files.PARQUET])
 def both(request, tmp_path) -> tuple[QuestionSet, QuestionSet]:
     original = QuestionSet(request.param, names(files.ORIGINAL[request.param](tmp_path / "original")))
     return original, QuestionSet(request.param, names(files.parquet(tmp_path / "parquet", request.param)))
@@ -52,7 +52,8 @@ def test_what_is_not_part_of_a_benchmark_is_left_out(tmp_path):
 @pytest.mark.parametrize("own", KINDS)
 @pytest.mark.parametrize("other", KINDS)
 def test_a_file_of_another_benchmark_is_refused_with_its_name(tmp_path, own, other):
-    for paths in (files.ORIGINAL[own](tmp_path / "original"), files.parquet(tmp_path / "parquet", own)[:1]):
+    kinds = [files.ORIGINAL[own](tmp_path / "original")] + ([files.parquet(tmp_path / "parquet", own)[:1]] if own in files.PARQUET else [])
+    for paths in kinds:
         if own != other:
             with pytest.raises(ValueError, match=f"is a file of {BENCHMARKS[own].title} by its fields, not of .*evaluate vqa {own}"):
                 QuestionSet(other, names(paths))
@@ -63,6 +64,14 @@ def test_a_folder_of_files_stands_for_them(tmp_path):
     assert {one.part for one in QuestionSet("pope", [str(tmp_path)]).questions} == {"random", "popular", "adversarial"}
     files.scienceqa(tmp_path / "s")
     assert len(QuestionSet("scienceqa", [str(tmp_path / "s")]).questions) == files.COUNT
+
+
+def test_conversations_are_asked_question_by_question_and_descriptions_are_not(tmp_path):
+    questions = QuestionSet("conversations", names(files.conversations(tmp_path)))
+    assert [(one.text, one.answer, one.accept, one.part) for one in questions.questions[:2]] == [
+        ("What is this?", "cat", ("kitten",), "what"), ("Is there a dog?", "no", (), "present")
+    ]  # fmt: skip
+    assert len(questions.questions) == 2 * files.COUNT and questions.image("s/1.png").size == (21, 16)
 
 
 def test_images_are_found_in_archives_and_missing_ones_are_named(tmp_path):

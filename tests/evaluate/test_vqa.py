@@ -94,7 +94,7 @@ def test_the_numbers_stand_in_results_and_every_answer_in_a_line(tmp_path):
     assert rows[0] | {"pixels": "", "model": ""} == {
         "model": "", "benchmark": "pope", "key": "adversarial/0", "part": "adversarial", "image": "COCO_0.jpg", "pixels": "",
         "question": "Is there a dog in the image?",
-        "choices": [], "answer": "yes", "written": "Yes", "read": "yes", "error": None,
+        "choices": [], "answer": "yes", "accept": [], "written": "Yes", "read": "yes", "error": None,
     }  # fmt: skip
     assert not (tmp_path / "out" / answering.PARTS).exists()
 

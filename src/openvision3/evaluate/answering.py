@@ -50,7 +50,7 @@ class Asking:
     def settings(self) -> dict[str, Any]:
         whole = hashlib.sha256()
         for one in self.questions:
-            whole.update(json.dumps([one.key, one.image, self.prompt(one), one.answer]).encode())
+            whole.update(json.dumps([one.key, one.image, self.prompt(one), one.answer, one.accept]).encode())
         return {
             "benchmark": self.set.benchmark,
             "questions_sha256": whole.hexdigest(),
@@ -144,6 +144,7 @@ def _answer(asking: Asking, questions: Sequence[Question]) -> list[dict[str, Any
             "question": one.text,
             "choices": list(one.choices),
             "answer": one.answer,
+            "accept": list(one.accept),
             "written": written.get(one.key, ""),
             "read": BENCHMARKS[asking.set.benchmark].read(written[one.key], one) if one.key in written else "",
             "error": errors.get(one.image) or failed.get(one.key),

@@ -19,7 +19,7 @@ KINDS = {
     "probe": "k-NN and a linear probe on frozen tokens, beside raw latents as the floor",
 }
 GENERATION = "images drawn by a generator, or in an .npz: gFID, sFID, Inception Score, precision, recall, KID, the nearest training images"
-VQA = "answers to questions about images: pope, mme, seedbench, scienceqa, gqa"
+VQA = "answers to questions about images: pope, mme, seedbench, scienceqa, gqa, conversations"
 METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
 """Metrics of the kind reconstruction."""
 PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation images of ImageNet"), "rfid-coco": (5_000, "the images of COCO val2017")}

@@ -66,6 +66,14 @@ def _gqa(row: Row, path: Path) -> Question:
     return Question(str(row["id"]), str(row["imageId"]), row["question"], row["answer"].strip().lower(), kind)
 
 
+def _own(row: Row, path: Path) -> Question | None:
+    """A question of `openvision3 data conversations`; descriptions have no one right answer."""
+    if row["kind"] == "describe":
+        return None
+    answer, *accept = row["accept"]
+    return Question(row["id"], row["image"], row["text"], answer, row["kind"], accept=tuple(accept))
+
+
 def _yes_or_no(value: str) -> str:
     answer = value.strip().lower().rstrip(".")
     if answer not in ("yes", "no"):
@@ -79,6 +87,7 @@ LAYOUTS = (
     Layout("seedbench", frozenset({"question_id", "question", "answer", "choice_a", "choice_d", "data_id", "question_type_id"}), _seedbench),
     Layout("scienceqa", frozenset({"question", "choices", "answer", "hint", "image"}), _scienceqa),
     Layout("gqa", frozenset({"question", "answer", "imageId"}), _gqa),
+    Layout("conversations", frozenset({"id", "image", "text", "kind", "accept"}), _own),
     Layout("mme", frozenset({"question_id", "question", "answer", "category"}), _mme),
 )
 """The first that fits is taken: MME's fields are some of POPE's."""
@@ -104,7 +113,7 @@ class QuestionSet:
         keys = {question.key for question in self.questions}
         if len(keys) < len(self.questions):
             raise ValueError(f"{', '.join(files)}: {len(self.questions) - len(keys)} questions are there twice; name each file once")
-        self.files = NamedImages(images or list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths)))
+        self.files = NamedImages(images or list(dict.fromkeys(place for path in paths for place in _places(path))))
         self.missing = [name for name in dict.fromkeys(one.image for one in self.questions) if name not in self.tables and self.files.find(name) is None]
         if len(self.missing) == len({question.image for question in self.questions}):
             places = ", ".join(map(str, self.files.places))
@@ -162,6 +171,11 @@ def _files(path: Path, benchmark: str) -> list[Path]:
     return files
 
 
+def _places(path: Path) -> list[Path]:
+    """Where the images of a file lie if nothing else is said: in the archive of its name, and in its folder."""
+    return [path] if path.is_dir() else [*filter(Path.is_file, [path.with_suffix(".zip")]), path.parent]
+
+
 Place = tuple[Path, int, int]
 """a Parquet file, the row group, and the row in it"""
 
@@ -197,7 +211,17 @@ def _json_rows(path: Path) -> list[Row]:
         values = [values]
     if not isinstance(values, list) or not all(isinstance(row, dict) for row in values):
         raise ValueError(f"{path} is no list of questions: it {holds(path)}")
-    return values
+    return [question for row in values for question in (_turns(row) if {"conversations", "kinds", "accept"} <= row.keys() else [row])]
+
+
+def _turns(row: Row) -> list[Row]:
+    """The questions of a conversation of LLaVA's JSON whose kinds and right answers stand beside it."""
+    texts = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"] if turn["from"] == "human"]
+    questions = zip(texts, row["kinds"], row["accept"], strict=True)
+    return [
+        {"id": f"{row['id']}/{place}", "image": row["image"], "text": text, "kind": kind, "accept": accept}
+        for place, (text, kind, accept) in enumerate(questions)
+    ]
 
 
 def _mme_rows(folder: Path) -> Iterator[Row]:

@@ -70,6 +70,20 @@ def test_an_answer_is_read_as_the_official_script_reads_it(benchmark, written, r
     assert BENCHMARKS[benchmark].read(written, question(choices=CHOICES)) == read
 
 
+@pytest.mark.parametrize(
+    ("written", "right", "accept", "is_right"),
+    [
+        ("A cat.", "cat", (), True), ("the Cat", "cat", (), True), ("kitten", "cat", ("kitten",), True), ("cat and dog", "cat", (), False),
+        ("", "cat", (), False),
+        ("C", "C", (), True), ("c.", "C", (), True), ("B", "C", (), False), ("A", "A", (), True),
+        ("Yes, it does.", "yes", (), True), ("no", "yes", (), False), ("No cat is there", "no", (), True), ("Nein", "no", (), False),
+    ],
+)  # fmt: skip
+def test_answers_of_our_conversations_are_right_but_for_case_article_and_punctuation(written, right, accept, is_right):
+    one = question(right, accept=accept)
+    assert (BENCHMARKS["conversations"].read(written, one) == one.answer) == is_right
+
+
 def test_prompts_are_those_of_llavas_evaluation():
     one = Question("1", "a.jpg", "What is this? Please answer yes or no.", "B", "x", CHOICES, hint="It is cold.")
     options = "A. rock\nB. sand\nC. water\nD. snow\nAnswer with the option's letter from the given choices directly."
@@ -178,7 +192,8 @@ def test_two_models_are_compared_over_the_same_images(metric):
 def test_columns_of_written_answers_are_those_of_the_evaluation(tmp_path):
     answered = asked(20, ("random", "popular"))
     rows = [
-        {"model": "m", "benchmark": "pope", "key": one.key, "image": one.image, "question": one.text, "answer": one.answer, "part": one.part, "choices": [],
+        {"model": "m", "benchmark": "pope", "key": one.key, "image": one.image, "question": one.text, "answer": one.answer, "part": one.part,
+         "choices": [], "accept": [],
          "written": written, "error": None}
         for one, written in answered
     ]  # fmt: skip

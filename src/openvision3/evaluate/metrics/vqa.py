@@ -8,6 +8,8 @@ Rules and where they come from:
 - SEED-Bench (2307.16125), the part with images: LLaVA lets the model write the letter and compares it as it is (`convert_seed_for_submission.py`).
 - ScienceQA-IMG (2209.09513): LLaVA's `eval_science_qa.py` takes "B", "B. ..." and one "The answer is B."
 - GQA testdev-balanced (1902.09506): exact match in lower case without a full stop at the end (LLaVA's `convert_gqa_for_eval.py`, then GQA's eval.py).
+- conversations (ours): each question of `openvision3 data conversations` by itself, in its own words. An answer is right if it equals one of the right
+  ones but for case, punctuation at its ends and an article; of yes and no, the first word counts.
 Prompts are those of LLaVA's docs/Evaluation.md; the context of ScienceQA precedes its question.
 """
 
@@ -48,6 +50,8 @@ class Question:
     """split, subtask, dimension, subject or kind"""
     choices: tuple[str, ...] = ()
     hint: str = ""
+    accept: tuple[str, ...] = ()
+    """further answers that are right"""
 
 
 # -- prompts and how answers are read -----------------------------------------------------------------------------------
@@ -95,6 +99,23 @@ def _read_scienceqa(written: str, question: Question) -> str:
         named = re.findall(r"The answer is ([A-Z]).", text)
         text = named[0] if len(named) == 1 else ""
     return text if text and text in letters else ""
+
+
+def _read_own(written: str, question: Question) -> str:
+    """The right answer if what is written equals one of the right ones, else what is written, both plain."""
+    plain = _plain(written)
+    if question.answer in ("yes", "no"):
+        return plain.split(" ")[0].strip(",.;:!")
+    return question.answer if plain in {_plain(one) for one in (question.answer, *question.accept)} else plain
+
+
+def _plain(text: str) -> str:
+    words = text.strip().strip(".,;:!?'\"()").lower().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+
+
+def _as_it_is(question: Question) -> str:
+    return question.text
 
 
 def _read_gqa(written: str, question: Question) -> str:
@@ -199,7 +220,7 @@ def _score_accuracy(judged: Sequence[Judged]) -> Scores:
     for name, part in {"": judged, **(parts if len(parts) > 1 else {})}.items():
         rows = [(one.image, float(one.answer == read)) for one, _, read, _ in part]
         scores.mean(f"{name}: accuracy" if name else "accuracy", rows, len(part), "share of right answers")
-    _add_shared(scores, judged, "in no form that the rule can read: wrong")
+    _add_shared(scores, judged, "in no form that the rule can read, or empty: wrong")
     return scores
 
 
@@ -236,6 +257,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "ScienceQA-IMG", _choice_prompt, _read_scienceqa, _score_accuracy, "LLaVA's eval_science_qa.py: B, B. ..., or one The answer is B.", 1024
     ),
     "gqa": Benchmark("GQA testdev-balanced", _short_prompt, _read_gqa, _score_accuracy, "exact match in lower case without a full stop at the end"),
+    "conversations": Benchmark("conversations", _as_it_is, _read_own, _score_accuracy, "ours: one of the right answers, but for case, article and punctuation"),
 }
 
 
@@ -254,6 +276,6 @@ def load_columns(path: Path) -> dict[str, Columns]:
     by_model: dict[tuple[str, str], list[tuple[Question, str]]] = {}
     for row in rows:
         if row["error"] is None:
-            question = Question(row["key"], row["image"], row["question"], row["answer"], row["part"], tuple(row["choices"]))
+            question = Question(row["key"], row["image"], row["question"], row["answer"], row["part"], tuple(row["choices"]), accept=tuple(row["accept"]))
             by_model.setdefault((row["model"], row["benchmark"]), []).append((question, row["written"]))
     return {model: measure(benchmark, answered, 0)[1] for (model, benchmark), answered in by_model.items()}
