@@ -12,10 +12,11 @@ from openvision3.cli import export as cli_export
 from openvision3.cli import verbs
 from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
-from openvision3.cli.evaluate import KINDS, DrawnOptions, TableOptions
+from openvision3.cli.evaluate import KINDS, AskedOptions, DrawnOptions, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.train import configure, configure_run
 from openvision3.estimate.planned import Options
+from openvision3.evaluate.metrics.vqa import BENCHMARKS
 from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
 from openvision3.generate.recipes import RECIPES as GENERATORS
@@ -38,7 +39,7 @@ def commands(text: str) -> Iterator[list[str]]:
         words = shlex.split(told)
         if "slurm.sbatch" in line:
             words = ["train", *words]
-        if words and words[0] in verbs() and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE", "NAME", "WHAT")):
+        if words and words[0] in verbs() and not (len(words) > 1 and words[1] in ("RECIPE", "$RECIPE", "NAME", "WHAT")) and "BENCHMARK" not in words:
             yield words
 
 
@@ -56,6 +57,9 @@ def check(words: list[str]) -> None:
     elif verb == "ablate":
         options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
         ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
+    elif verb == "evaluate" and rest[0] == "vqa":
+        assert rest[1] in BENCHMARKS
+        parse(AskedOptions, rest[2:], "evaluate vqa")
     elif verb == "evaluate":
         options = {"table": TableOptions, "generation": DrawnOptions}
         parse(options.get(rest[0], EvaluateOptions), rest[1:], f"evaluate {rest[0]}")
@@ -63,7 +67,11 @@ def check(words: list[str]) -> None:
     elif verb == "calibrate":
         parse(CalibrateOptions, rest, "calibrate")
     elif verb == "data":
-        targets = {"recaption": (cli_data.RecaptionOptions, ["--model", "x", "--out", "x"]), "latents": (cli_data.LatentOptions, [])}
+        targets = {
+            "recaption": (cli_data.RecaptionOptions, ["--model", "x", "--out", "x"]),
+            "latents": (cli_data.LatentOptions, []),
+            "pope": (cli_data.PopeOptions, ["--out", "x"]),
+        }
         target, needed = targets.get(rest[0], (None, []))
         given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
         missing = [word for option, word in zip(needed[::2], needed[1::2], strict=True) for word in (option, word) if option not in rest]
@@ -103,7 +111,11 @@ def test_commands_that_are_not_taken_are_noticed():
             check(words)
 
 
-NO_FILES_OF_OURS = {"FILE.py", "mine.py"}
+NO_FILES_OF_OURS = {
+    *("FILE.py", "mine.py"),
+    *("evaluate.py", "eval_pope.py", "calculation.py", "convert_seed_for_submission.py", "eval_science_qa.py", "convert_gqa_for_eval.py", "eval.py"),
+}
+"""of the reader, and scripts of the benchmarks' authors"""
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT)))

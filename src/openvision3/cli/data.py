@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from openvision3.cli.common import Device, Json, parse
 from openvision3.cli.paths import check_apart
 from openvision3.data.latents.settings import LatentJob
+from openvision3.data.pope_job import PopeJob
 from openvision3.recaption.job import RecaptionJob
 from openvision3.settings import PathName
 
@@ -216,6 +217,29 @@ def fingerprint(
     return 0
 
 
+@dataclass
+class PopeOptions(PopeJob):
+    """Write questions after objects in the shape of POPE, from captions or labels: openvision3 evaluate vqa pope asks them."""
+
+    data: Images = ()
+
+
+def pope(argv: Sequence[str]) -> int:
+    """Write questions after objects in the shape of POPE, from captions or labels: openvision3 evaluate vqa pope asks them."""
+    job = parse(PopeOptions, argv, "openvision3 data pope")
+    from openvision3.data.pope import write_pope
+
+    if not job.data:
+        raise ValueError("no data named; name folders of images, or shards such as data/*.tar")
+    check_apart(job.out, job.data)
+    counts, problems = write_pope(job.data, job)
+    print(f"{job.out}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} questions; ask them with evaluate vqa pope MODEL --data {job.out}")
+    if "adversarial" not in counts:
+        print("no adversarial questions: no two objects occur in one image; --group-key names a field of labels that are alike", file=sys.stderr)
+    _print_reasons(list(problems))
+    return 0
+
+
 def conversations(
     data: Images,
     out: Annotated[PathName, arg(metavar="FILE.json")] = "conversations.json",
@@ -268,7 +292,7 @@ def conversations(
     return 0
 
 
-VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint, conversations)}
+VERBS: dict[str, Callable[..., int]] = {f.__name__: f for f in (index, check, recaption, latents, fingerprint, conversations, pope)}
 
 
 # -- what the verbs print ------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from openvision3.cli.common import output_folder, parse
-from openvision3.evaluate.options import GENERATION, KINDS, GenerationOptions
+from openvision3.evaluate.options import GENERATION, KINDS, VQA, GenerationOptions, VqaOptions
 from openvision3.evaluate.options import Options as Settings
 from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
-    from openvision3.evaluate.protocol import DrawingFunctions
+    from openvision3.evaluate.protocol import AnsweringFunctions, DrawingFunctions
     from openvision3.evaluate.results import NotRun, Results, Row
     from openvision3.evaluate.subjects import Subject
 
@@ -45,6 +45,15 @@ class DrawnOptions(GenerationOptions):
 
 
 @dataclass
+class AskedOptions(VqaOptions):
+    """Which questions to ask of which model."""
+
+    model: Positional[Annotated[PathName, arg(metavar="MODEL", help="a chat model, a folder of an image-text model of transformers, or FILE.py:FUNCTION")]] = ""
+    json: bool = False
+    """print results.json on stdout instead of the table"""
+
+
+@dataclass
 class TableOptions:
     """Put the results of several evaluations on one page."""
 
@@ -57,6 +66,7 @@ class TableOptions:
 
 WHAT = KINDS | {
     "generation": GENERATION,
+    "vqa": f"{VQA}: {PROGRAM} vqa pope MODEL --data FILES",
     "all": "everything that the data permit; what could not be run is listed with what it needs",
     "table": f"results of several evaluations on one page: {PROGRAM} table RESULTS ... --out PAGE.html",
 }
@@ -81,6 +91,8 @@ def evaluate(argv: Sequence[str]) -> int:
     command = shlex.join([*PROGRAM.split(), *argv])
     if kind == "generation":
         return generation(parse(DrawnOptions, rest, f"{PROGRAM} {kind}", description=f"{kind}: {WHAT[kind]}"), command)
+    if kind == "vqa":
+        return ask_questions(rest, command)
     options = parse(Options, rest, f"{PROGRAM} {kind}", description=f"{kind}: {WHAT[kind]}")
     if options.protocol and kind not in ("reconstruction", "all"):
         raise ValueError(f"protocol {options.protocol} is one of reconstruction; leave it out of {kind}")
@@ -195,6 +207,61 @@ def open_generator(options: GenerationOptions) -> DrawingFunctions:
     )
 
 
+def ask_questions(argv: Sequence[str], command: str) -> int:
+    """Ask the questions of a benchmark, score the answers, print the table, write the folder. Under torchrun the processes share the questions."""
+    from openvision3 import distributed
+    from openvision3.device import choose_device
+    from openvision3.evaluate.image_set import without_progress
+    from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS
+    from openvision3.evaluate.vqa import evaluate_vqa
+    from openvision3.evaluate.vqa_page import write_vqa_report
+    from openvision3.progress import track
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} vqa BENCHMARK MODEL --data FILES [--images FOLDER] [--out FOLDER]\n\nbenchmarks:")
+        print("\n".join(f"  {name:12s} {benchmark.title}" for name, benchmark in BENCHMARKS.items()) + f"\n\nall options: {PROGRAM} vqa pope --help")
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in BENCHMARKS:
+        raise unknown("benchmark", name, BENCHMARKS)
+    options = parse(AskedOptions, rest, f"{PROGRAM} vqa {name}", description=f"{BENCHMARKS[name].title}: {BENCHMARKS[name].rules}")
+    if not options.model:
+        raise ValueError("no MODEL named; name a chat model, a folder of an image-text model of transformers, or FILE.py:FUNCTION")
+    out = output_folder(options.out)
+    options.device = choose_device(options.device)
+    with distributed.started(options.device) as ranks:
+        evaluation = evaluate_vqa(name, options, open_answering, command, without_progress if options.json else track)
+        if ranks.rank == 0:
+            with distributed.alone():
+                tables = evaluation.save(out)
+                page = write_vqa_report(out, evaluation, tables)
+                if options.json:
+                    print((out / "results.json").read_text(encoding="utf-8"), end="")
+                else:
+                    print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
+                    print_left_out(evaluation.results)
+                    print(f"answers: {out / ANSWERS}\nresults: {out / 'results.json'}\nreport: {page.resolve()}")
+    return 0
+
+
+def open_answering(options: VqaOptions) -> AnsweringFunctions:
+    """MODEL as a function of images and prompts."""
+    from openvision3.evaluate.peers.image_text import is_image_text, load_image_text
+    from openvision3.evaluate.peers.own import is_own, load_own_answering
+    from openvision3.evaluate.protocol import AnsweringFunctions
+
+    if is_own(options.model):
+        return load_own_answering(options.model, options.device, options.precision)
+    if is_image_text(options.model):
+        return load_image_text(options.model, options.device, options.precision)
+    from openvision3.understand.chat import load_chat
+
+    chat = load_chat(options.model, device=options.device, precision=options.precision)
+    return AnsweringFunctions(
+        chat.name, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), chat.precision, chat.sha256
+    )
+
+
 def table(options: TableOptions) -> int:
     """Results of several evaluations on one page; only comparable numbers stand side by side."""
     from openvision3.evaluate.page import write_summary
@@ -263,4 +330,7 @@ def print_left_out(results: Results, prefix: str = "") -> None:
     for each in results.left_out:
         print(f"{prefix}left out: {each['of']} of {each['model']}: {each['count']} {each['reason']}")
     if results.skipped:
-        print(f"openvision3: {prefix}{len(results.skipped)} images skipped: {reasons_in_words(results.skipped)}", file=sys.stderr)
+        print(
+            f"openvision3: {prefix}{len(results.skipped)} images skipped: {reasons_in_words(results.skipped)}",
+            file=sys.stderr,
+        )

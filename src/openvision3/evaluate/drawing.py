@@ -6,13 +6,11 @@ run again; the finished file is the same, byte for byte.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,12 +25,14 @@ from openvision3.data.images import ImageError, to_uint8
 from openvision3.data.sources import Source
 from openvision3.draws import draw_seed
 from openvision3.evaluate.image_set import Watch, on_first
+from openvision3.evaluate.parts import check_same, keeping_parts, open_parts
 from openvision3.evaluate.protocol import Conditions
 from openvision3.files import half_written, left_behind, write_whole
 
 PART = 128
 """images in a part; it does not depend on the batch or the number of processes"""
 PARTS, SETTINGS = ".parts", "drawing.json"
+OTHER = "samples of another drawing"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def draw(drawing: Drawing, path: Path, batch: int, watch: Watch, what: str = "dr
             pixels.append(_pixels(drawing, indices))
             last = indices[-1] + 1
             if last % PART == 0 or last == drawing.count:
-                with _keeping_parts():
+                with keeping_parts("the samples drawn so far"):
                     write_whole(_part(path, (last - 1) // PART * PART), np.concatenate(pixels).tobytes())
                 pixels = []
     on_first(lambda: _join(drawing, path))
@@ -107,28 +107,13 @@ def _missing_parts(drawing: Drawing, path: Path) -> list[int] | None:
             unfinished.unlink()
     if path.is_file():
         recorded = ArraySource(path).record()
-        _check_same({name: value for name, value in recorded.items() if name != "texts"}, settings, path)
+        check_same({name: value for name, value in recorded.items() if name != "texts"}, settings, path, OTHER)
         shutil.rmtree(folder, ignore_errors=True)  # the process was killed just after the file was finished
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SETTINGS).is_file():
-        _check_same(json.loads((folder / SETTINGS).read_text(encoding="utf-8")), settings, folder)
-    else:
-        write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    open_parts(folder / SETTINGS, settings, OTHER)
     length = drawing.size**2 * 3
     sizes = {first: (min(first + PART, drawing.count) - first) * length for first in range(0, drawing.count, PART)}
     return [first for first, size in sizes.items() if not _part(path, first).is_file() or _part(path, first).stat().st_size != size]
-
-
-def _check_same(recorded: dict[str, Any], settings: dict[str, Any], place: Path) -> None:
-    settings = json.loads(json.dumps(settings))
-    apart = [name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name)]
-    if apart:
-        name = apart[0]
-        raise ValueError(
-            f"{place} holds samples of another drawing ({name} {recorded.get(name, 'not recorded')}, not {settings.get(name)}); "
-            "name another folder with --out, or remove it"
-        )
 
 
 def _join(drawing: Drawing, path: Path) -> None:
@@ -153,20 +138,9 @@ def _join(drawing: Drawing, path: Path) -> None:
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
 
-    with _keeping_parts():
+    with keeping_parts("the samples drawn so far"):
         write_whole(path, write)
     shutil.rmtree(_folder(path))
-
-
-@contextlib.contextmanager
-def _keeping_parts() -> Iterator[None]:
-    """Where space runs out, the error says that the parts written so far are kept."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; the samples drawn so far are kept, and the same command goes on from them", error.filename) from error
 
 
 # -- conditions ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ KINDS = {
     "probe": "k-NN and a linear probe on frozen tokens, beside raw latents as the floor",
 }
 GENERATION = "images drawn by a generator, or in an .npz: gFID, sFID, Inception Score, precision, recall, KID, the nearest training images"
+VQA = "answers to questions about images: pope, mme, seedbench, scienceqa, gqa, conversations"
 METRICS = ("psnr", "ssim", "distance", "kid", "lpips", "rfid")
 """Metrics of the kind reconstruction."""
 PROTOCOL_COUNTS = {"rfid-val50k": (50_000, "the validation images of ImageNet"), "rfid-coco": (5_000, "the images of COCO val2017")}
@@ -220,3 +221,35 @@ class GenerationOptions:
 
         places = {"index": self.index, "cache": self.cache, "cache_gb": self.cache_gb}
         return DataOptions(caption_keys=self.caption_keys, only=read_rules(self.only), crop=self.crop, **places)  # type: ignore[arg-type]
+
+
+@dataclass
+class VqaOptions:
+    """Which questions to ask of which model."""
+
+    model: PathName = ""
+    """a chat model (a shipped name, a folder or a run), a folder of an image-text model of transformers such as LLaVA, or FILE.py:FUNCTION
+    (docs/evaluation.md)"""
+    data: tuple[PathName, ...] = ()
+    """the files of the benchmark, as its authors or lmms-lab's Parquet files have them, or their folder"""
+    images: tuple[PathName, ...] = ()
+    """folders, .zip or .tar files of the images. Not set: the folders of DATA"""
+    out: PathName = "evaluation"
+    """the folder of answers.jsonl, results.json and report.html. The same command goes on from answers that are there"""
+    count: int = 0
+    """ask the first COUNT questions of each part (split, subtask, dimension); 0: all"""
+    batch: int = 8
+    """questions at a time"""
+    max_tokens: int = 0
+    """the longest answer, in tokens. 0: as LLaVA's scripts have it, 128 (scienceqa: 1024)"""
+    blank: bool = False
+    """show a grey image in place of each: what is right without looking"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """precision of the model"""
+
+    def __post_init__(self):
+        for name, low in (("count", 0), ("batch", 1), ("max_tokens", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {low}")

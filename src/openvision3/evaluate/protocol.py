@@ -117,3 +117,19 @@ class DrawingFunctions:
     sha256: str = ""
     """sha256 of its weights"""
     licence: str = "unknown"
+
+
+@dataclass
+class AnsweringFunctions:
+    """A model that answers questions about images, as one function."""
+
+    name: str
+    answer: Callable[[Sequence[Any], Sequence[str], int], list[str]]
+    """upright RGB images of any sizes, a prompt for each, the largest number of tokens -> what it writes, decoded greedily. An answer does not depend on
+    the others of its batch"""
+    dtype: str = "fp32"
+    sha256: str = ""
+    """sha256 of its weights"""
+    licence: str = "unknown"
+    note: str = ""
+    """a remark for all its rows"""

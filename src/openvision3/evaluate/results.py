@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.contents import holds
+from openvision3.evaluate.metrics import vqa
 from openvision3.evaluate.protocol import Number
 from openvision3.evaluate.statistics import Column, Columns, Difference
 from openvision3.files import write_whole
@@ -192,7 +193,12 @@ class Scores:
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
-        """Load pictures.jsonl of `folder`; without this file the scores are empty. Raises ValueError for a damaged file."""
+        """Load pictures.jsonl of `folder`, or its answers.jsonl; without these files the scores are empty. Raises ValueError for a damaged file."""
+        if (folder / vqa.ANSWERS).is_file():
+            try:
+                return cls(vqa.load_columns(folder / vqa.ANSWERS))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{folder / vqa.ANSWERS} is not a file of answers: {type(error).__name__} {error}; evaluate again") from error
         scores = cls()
         path = folder / SCORES
         if not path.is_file():

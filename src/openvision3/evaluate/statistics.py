@@ -66,7 +66,7 @@ class Definition:
 
     column: str
     kind: str
-    """mean, share (of values up to k), median, class mean (of ranks of 1, by class), bleu (k)"""
+    """mean, share (of values up to k), median, class mean (of ranks of 1, by class), bleu (k), ratio (of two sums), sum of means (of groups)"""
     k: int = 0
 
     def row_values(self, values: Tensor) -> Tensor:
@@ -76,8 +76,16 @@ class Definition:
 
 def definition(metric: str) -> Definition | None:
     """The definition of a metric; None if it cannot be computed from scores of single samples."""
-    if metric in ("rfid", "gfid", "sfid", "inception_score", "meteor") or metric.startswith("FID") or metric.endswith("largest_class_share"):
+    if (
+        metric in ("rfid", "gfid", "sfid", "inception_score", "meteor")
+        or metric.startswith("FID")
+        or metric.endswith(("largest_class_share", "commonest_answer"))
+    ):
         return None
+    if metric.endswith((": precision", ": recall", ": f1")):
+        return Definition(metric, "ratio")
+    if metric in ("perception", "cognition"):
+        return Definition(metric, "sum of means")
     for pattern, kind in ((r"(.*)_r@(\d+)", "share"), (r"(.*_|)top_(\d+)", "share"), (r"bleu_(\d)", "bleu")):
         if found := re.fullmatch(pattern, metric):
             *name, k = found.groups()
@@ -109,6 +117,15 @@ def _estimates(what: Definition, values: Tensor, weights: Tensor) -> Tensor:
         counts.index_add_(1, classes, weights)
         right.index_add_(1, classes, weights * (values[:, 0] <= 1))
         return (right / counts.clamp_min(1)).sum(1) / (counts > 0).sum(1)
+    if what.kind == "ratio":
+        above, below = (weights @ values).unbind(1)
+        return torch.where(below > 0, above / below.clamp_min(1e-12), 0.0)
+    if what.kind == "sum of means":
+        groups = values[:, 1].long()
+        counts, sums = (torch.zeros(len(weights), int(groups.max()) + 1, dtype=torch.float64) for _ in range(2))
+        counts.index_add_(1, groups, weights)
+        sums.index_add_(1, groups, weights * values[:, 0])
+        return (sums / counts.clamp_min(1)).sum(1)
     order = values.argsort(stable=True)
     cumulative, ordered = weights[:, order].cumsum(1), values[order].double()
     half = cumulative[:, -1:] / 2
@@ -169,6 +186,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 ZERO_OR_ONE = ("exact_match", "precision", "recall", "near_duplicates")
 """prefixes of metrics that are the mean of scores of 0 or 1"""
+SHARES = (": accuracy", ": accuracy_plus", ": yes_ratio", "unmatched")
+"""endings of metrics of questions that are, too; several questions may share an image, which is the sample"""
 HOW_WILSON = "95 %, Wilson's interval of a share"
 FIXED = {
     "cider": "; document frequencies of the whole set held fixed",
@@ -184,9 +203,8 @@ def with_interval(number: Number, columns: Mapping[str, Column]) -> Number:
     if what is None or column is None or len(set(column.samples)) < 2:
         return number
     samples, values = len(set(column.samples)), column.values
-    if number.metric.startswith(ZERO_OR_ONE):
-        what = Definition(what.column, "share of ones")
-    if what.kind.startswith("share") and (len(values) == samples or number.value in (0, 1)):
+    is_share = what.kind == "share" or number.metric.startswith(ZERO_OR_ONE) or number.metric.endswith(SHARES) or number.metric == "accuracy"
+    if (is_share and len(values) == samples) or ((is_share or what.kind == "ratio") and number.value in (0, 1)):
         low, high = wilson(number.value, samples)
         return replace(number, low=low, high=high, interval=HOW_WILSON)
     low, high = _bounds(_bootstrap([column], what)[0])
@@ -280,7 +298,7 @@ def _in_order_of(column: Column, like: Column, which: str) -> Column:
 
 def _paired_test(what: Definition, one: Column, other: Column, place: Tensor, samples: int, resampled: Tensor) -> tuple[float, str]:
     """(p, which test)."""
-    if what.kind in ("median", "bleu"):
+    if what.kind in ("median", "bleu", "ratio", "sum of means"):
         return bootstrap_p(resampled), f"paired bootstrap, {resamples(samples):,} resamples"
     values = [torch.tensor(column.values, dtype=torch.float64) for column in (one, other)]
     if what.kind == "class mean":
@@ -356,8 +374,8 @@ LOWER_IS_BETTER = (
 
 
 def best_first(metric: str, values: Mapping[str, float]) -> list[str]:
-    """Models by value, the best first; empty for a metric that does not depend on the model."""
-    if metric.endswith("largest_class_share"):
+    """Models by value, the best first; empty for a metric that does not depend on the model, or where more is neither better nor worse."""
+    if metric.endswith(("largest_class_share", "commonest_answer", "yes_ratio", "unmatched")):
         return []
     sign = 1 if any(part in metric for part in LOWER_IS_BETTER) else -1
     return sorted(values, key=lambda name: sign * values[name])

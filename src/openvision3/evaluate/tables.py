@@ -88,7 +88,25 @@ def by_need(not_run: Iterable[NotRun]) -> list[tuple[str, list[str]]]:
     return [(what, list(who)) for what, who in names.items()]
 
 
-PERCENT = ("near_duplicates", "exact_match", "token_f1", "bleu_", "rouge_l", "meteor", "_r@", "top_", "mean_class_accuracy", "largest_class_share", "accuracy")
+PERCENT = (
+    "near_duplicates",
+    "exact_match",
+    "token_f1",
+    "bleu_",
+    "rouge_l",
+    "meteor",
+    "_r@",
+    "top_",
+    "mean_class_accuracy",
+    "largest_class_share",
+    "accuracy",
+    ": precision",
+    ": recall",
+    ": f1",
+    "yes_ratio",
+    "unmatched",
+    "commonest_answer",
+)
 """Metrics that are shares of 1 and are shown in %."""
 
 
@@ -151,6 +169,8 @@ def shown(metric: str, number: Number) -> str:
     """
     if any(part in metric for part in PERCENT):
         return f"{100 * number.value:.1f} %" + _interval(number, 1, 100)
+    if metric in ("perception", "cognition") or metric.endswith(": score"):
+        return f"{number.value:.1f}" + _interval(number, 1)
     unit, digits = {"psnr": (" dB", 2), "image_to_text_median_rank": ("", 1), "text_to_image_median_rank": ("", 1)}.get(
         metric.split(",")[0].split(" ")[0], ("", 4)
     )

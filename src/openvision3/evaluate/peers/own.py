@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openvision3.contents import short
-from openvision3.evaluate.protocol import Functions
+from openvision3.evaluate.protocol import AnsweringFunctions, Functions
 from openvision3.files import sha256_of
 
 KINDS = tuple(field.name for field in fields(Functions) if "Callable" in str(field.type))
@@ -37,6 +37,34 @@ def load_own(name: str, device: str = "cpu", precision: str = "fp32") -> Functio
     Raises:
         FileNotFoundError: no such file. ValueError: it cannot be run, has no such function, or the function returns something else.
     """
+    model = _built(name, device, precision)
+    if not isinstance(model, Functions):
+        raise ValueError(f"{name} returned a {type(model).__name__}; return openvision3.evaluate.protocol.Functions")
+    able = [kind for kind in KINDS if getattr(model, kind) is not None]
+    if not able:
+        raise ValueError(f"{name} returned Functions without any function; fill at least one of {', '.join(KINDS)}")
+    if not isinstance(model.name, str) or not model.name or not isinstance(model.size, int) or model.size < 1:
+        raise ValueError(f"{name} returned Functions of name {model.name!r} and size {model.size!r}; give it a name and a size in pixels")
+    note = "; ".join(part for part in (model.note, _loaded_by(name)) if part)
+    guarded: dict[str, Any] = {kind: _guarded(model, kind, name) for kind in able}
+    return replace(model, note=note, **guarded)
+
+
+def load_own_answering(name: str, device: str = "cpu", precision: str = "fp32") -> AnsweringFunctions:
+    """The same for a FUNCTION that returns `AnsweringFunctions`: a model that answers questions. What it raises while answering is counted, not guarded."""
+    model = _built(name, device, precision)
+    if not isinstance(model, AnsweringFunctions):
+        raise ValueError(f"{name} returned a {type(model).__name__}; return openvision3.evaluate.protocol.AnsweringFunctions")
+    return replace(model, note="; ".join(part for part in (model.note, _loaded_by(name)) if part))
+
+
+def _loaded_by(name: str) -> str:
+    path = Path(name.rpartition(":")[0])
+    return f"loaded by {path.name}, sha256 {sha256_of(path)[:12]}"
+
+
+def _built(name: str, device: str, precision: str) -> Any:
+    """What FUNCTION of FILE.py returns."""
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -46,17 +74,7 @@ def load_own(name: str, device: str = "cpu", precision: str = "fp32") -> Functio
     if not callable(build):
         defined = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
         raise ValueError(f"{file} defines no function {function!r}; choose one of {', '.join(defined) or 'none: it defines no function'}")
-    model = _called(name, build, device, precision)
-    if not isinstance(model, Functions):
-        raise ValueError(f"{name} returned a {type(model).__name__}; return openvision3.evaluate.protocol.Functions")
-    able = [kind for kind in KINDS if getattr(model, kind) is not None]
-    if not able:
-        raise ValueError(f"{name} returned Functions without any function; fill at least one of {', '.join(KINDS)}")
-    if not isinstance(model.name, str) or not model.name or not isinstance(model.size, int) or model.size < 1:
-        raise ValueError(f"{name} returned Functions of name {model.name!r} and size {model.size!r}; give it a name and a size in pixels")
-    note = "; ".join(part for part in (model.note, f"loaded by {path.name}, sha256 {sha256_of(path)[:12]}") if part)
-    guarded: dict[str, Any] = {kind: _guarded(model, kind, name) for kind in able}
-    return replace(model, note=note, **guarded)
+    return _called(name, build, device, precision)
 
 
 def _imported(path: Path) -> ModuleType:

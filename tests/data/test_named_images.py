@@ -1,0 +1,65 @@
+"""Images by name in folders, zip archives and tars."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+
+import pytest
+from PIL import Image
+
+from openvision3.data.images import ImageError
+from openvision3.data.named_images import NamedImages
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "images/b.jpg", "images/test/7/image.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 9), (len(name), 0, 0)).save(tmp_path / name)
+    return tmp_path
+
+
+def archive(folder, kind: str):
+    path = folder / f"images.{kind}"
+    files = [path for path in sorted(folder.rglob("*.*")) if path.suffix in (".png", ".jpg")]
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as writer:
+            for file in files:
+                writer.write(file, file.relative_to(folder))
+    else:
+        with tarfile.open(path, "w") as writer:
+            for file in files:
+                writer.add(file, f"./{file.relative_to(folder)}")
+    return path
+
+
+def test_names_are_found_below_a_folder_with_or_without_their_ending(folder):
+    images = NamedImages([folder])
+    assert [images.open(name).size for name in ("a.png", "a", "b.jpg", "images/b.jpg", "7/image.png")] == [(8, 9)] * 5
+    assert images.find("c.png") is None
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_are_found_in_archives_by_their_path_or_their_last_part(folder, kind):
+    images = NamedImages([archive(folder, kind)])
+    for name in ("a.png", "a", "b.jpg", "images/b.jpg", "images/test/7/image.png"):
+        assert images.open(name).size == (8, 9), name
+    with pytest.raises(ImageError, match=r"no image c.png in .*images") as seen:
+        images.open("c.png")
+    assert seen.value.reason == "missing"
+
+
+def test_places_are_tried_in_turn(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    Image.new("RGB", (3, 3)).save(other / "a.png")
+    assert NamedImages([other, folder]).open("a.png").size == (3, 3)
+    assert NamedImages([other, folder]).open("b.jpg").size == (8, 9)
+
+
+def test_what_is_no_place_of_images_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"a.txt is no folder, .zip or .tar of images: it holds text"):
+        NamedImages([tmp_path / "a.txt"])
+    with pytest.raises(ValueError, match="no such folder or archive of images"):
+        NamedImages([tmp_path / "none"])
