@@ -273,7 +273,7 @@ def spread(model: nn.Module, parallel: Parallel, ranks: Ranks, device: str, prec
     low = torch.bfloat16 if precision == "bf16" else None
     blocks = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (block for parts in block_lists(model) for block in parts):
-        fully_shard(block, mesh=mesh, mp_policy=blocks)
+        fully_shard(block, mesh=mesh, mp_policy=blocks, ignored_params=frozen & set(block.parameters()))
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False), ignored_params=frozen)
     if hasattr(model, "prepare"):
         register_fsdp_forward_method(model, "prepare")

@@ -33,8 +33,8 @@ from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown, write_json
 
 FORMAT = 1
-GENERATOR = "openvision3-generator"
-"""the model type of generators, which `generate/folder.py` reads and writes"""
+GENERATOR, CHAT = "openvision3-generator", "openvision3-chat"
+"""the model types of generators and of chat models, which `generate/folder.py` and `understand/folder.py` read and write"""
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ASSETS / "vae"
 FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE, FAMILIARITY}
@@ -70,7 +70,7 @@ class FolderConfig:
 
 def shipped() -> list[str]:
     """Names that `load` takes without a path."""
-    return sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
+    return shipped_in(ASSETS)
 
 
 def save_model(
@@ -242,12 +242,46 @@ def find_folder(name: str | Path) -> Path:
     )
 
 
+def shipped_in(place: Path) -> list[str]:
+    """Names of the models that come with the package in a folder of its assets."""
+    return sorted(path.parent.name for path in place.glob("*/model.safetensors"))
+
+
+def find_other(name: str | Path, what: str, place: Path) -> Path:
+    """The folder with config.json of `what`, a generator or a chat model: one shipped in `place` ("" is the first), a folder, or a run's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+    """
+    names = shipped_in(place)
+    if not str(name):
+        if not names:
+            raise FileNotFoundError(f"no {what} comes with this version; name the folder or the run of one with --model")
+        name = names[0]
+    if str(name) in names:
+        return place / str(name)
+    folder = Path(name)
+    if (folder / "checkpoints").is_dir():
+        newest = latest_checkpoint(folder)
+        if newest is None:
+            raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
+        return newest
+    if folder.is_dir():
+        if missing := [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]:
+            raise FileNotFoundError(f"{folder} is no {what}: it holds no {missing[0]}; name the folder or the run of one")
+        return folder
+    choices = ", ".join([*names, f"the folder of a {what} or a run of one"])
+    raise FileNotFoundError(str(unknown(what, str(name), () if "/" in str(name) else names, f"Choose one of {choices}")))
+
+
 def read_config(folder: Path) -> FolderConfig:
     """Raises FileNotFoundError; ValueError for another format version, or a config that is not ours."""
     path = folder / "config.json"
     values = read_json(path)
     if values.get("model_type") == GENERATOR:
         raise ValueError(f"{folder} is a generator, which draws images; use it with openvision3 generate --model {folder}")
+    if values.get("model_type") == CHAT:
+        raise ValueError(f"{folder} is a chat model, which answers questions about images; use it with openvision3 chat --model {folder}")
     if values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
     version = values.get("format")

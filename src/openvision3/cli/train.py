@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from openvision3.generate.config import GenerateConfig
     from openvision3.train.config import PretrainConfig
     from openvision3.train.decoder_config import DecoderConfig
+    from openvision3.understand.config import LlavaConfig
 
 
 STOPPED = 75
@@ -44,11 +45,12 @@ def train(argv: Sequence[str]) -> int:
     from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.decoder_config import RECIPES as DECODERS
     from openvision3.train.recipes import IN_TURN, RECIPES
+    from openvision3.understand.recipes import RECIPES as CHATS
 
     if not argv or argv[0] in ("-h", "--help"):
-        recipes: dict[str, Any] = RECIPES | DECODERS | GENERATORS
-        lines = [f"  {name:17s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
-        lines += [f"  {name:17s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
+        recipes: dict[str, Any] = RECIPES | DECODERS | GENERATORS | CHATS
+        lines = [f"  {name:19s} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items()]
+        lines += [f"  {name:19s} {', then '.join(recipe.__name__ for recipe in phases)}, in one command" for name, phases in IN_TURN.items()]
         print("usage: openvision3 train RECIPE [--field value ...]\n\nrecipes:\n" + "\n".join(lines) + "\n\nfields: openvision3 train RECIPE --help")
         return 0 if argv else 2
     name, rest = argv[0], list(argv[1:])
@@ -57,7 +59,11 @@ def train(argv: Sequence[str]) -> int:
     config: Any = configure(name, rest)
     if config.resume:  # fields that the command line does not set keep the run's values
         config = configure(name, rest, started=Path(config.out or f"runs/{name}"))
-    check_apart(config.out or f"runs/{name}", (*config.data, *config.val))
+    check_apart(config.out or f"runs/{name}", (*config.data, *config.val, *(config.images if name in CHATS else ())))
+    if name in CHATS:
+        from openvision3.understand.training import train_chat
+
+        return STOPPED if train_chat(config, name).status == "stopped" else 0
     if name in GENERATORS:
         from openvision3.generate.training import train_generator
 
@@ -102,8 +108,9 @@ def configure(name: str, rest: Sequence[str], program: str = "", started: Path |
     """As `configure_run`, for a recipe of any kind."""
     from openvision3.generate.recipes import RECIPES as GENERATORS
     from openvision3.train.decoder_config import RECIPES as DECODERS
+    from openvision3.understand.recipes import RECIPES as CHATS
 
-    kinds = (configure_generator, GENERATORS), (configure_decoder, DECODERS)
+    kinds = (configure_generator, GENERATORS), (configure_decoder, DECODERS), (configure_chat, CHATS)
     return next((kind for kind, recipes in kinds if name in recipes), configure_run)(name, rest, program, started)
 
 
@@ -113,12 +120,13 @@ def configure_run(name: str, rest: Sequence[str], program: str = "", started: Pa
     from openvision3.train.config import PretrainConfig
     from openvision3.train.decoder_config import RECIPES as DECODERS
     from openvision3.train.recipes import IN_TURN, RECIPES
+    from openvision3.understand.recipes import RECIPES as CHATS
 
     if name not in RECIPES:
-        if name in GENERATORS or name in DECODERS:
-            what = "a generator" if name in GENERATORS else "the latent decoder of a finished model"
+        others = {"a generator": GENERATORS, "the latent decoder of a finished model": DECODERS, "a chat model": CHATS}
+        if what := next((what for what, recipes in others.items() if name in recipes), None):
             raise ValueError(f"recipe {name} trains {what}, which this command does not take; choose one of {', '.join(RECIPES)}")
-        raise unknown("recipe", name, [*RECIPES, *IN_TURN, *DECODERS, *GENERATORS])
+        raise unknown("recipe", name, [*RECIPES, *IN_TURN, *DECODERS, *GENERATORS, *CHATS])
     return _configure(PretrainConfig, RECIPES[name], rest, program, started)
 
 
@@ -128,6 +136,14 @@ def configure_generator(name: str, rest: Sequence[str], program: str = "", start
     from openvision3.generate.recipes import RECIPES
 
     return _configure(GenerateConfig, RECIPES[name], rest, program, started)
+
+
+def configure_chat(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> LlavaConfig:
+    """As `configure_run`, for the recipe of a chat model."""
+    from openvision3.understand.config import LlavaConfig
+    from openvision3.understand.recipes import RECIPES
+
+    return _configure(LlavaConfig, RECIPES[name], rest, program, started)
 
 
 def configure_decoder(name: str, rest: Sequence[str], program: str = "", started: Path | None = None) -> DecoderConfig:

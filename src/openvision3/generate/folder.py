@@ -22,11 +22,10 @@ from openvision3.generate.public import SUFFIXES, read_public
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import open_space
 from openvision3.hub import GENERATOR
-from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown
+from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict
 
 FORMAT = 1
 SHIPPED = hub.ASSETS / "generators"
-NEEDED = ("config.json", "model.safetensors")
 
 
 @dataclass
@@ -59,7 +58,7 @@ class GeneratorConfig:
 
 def shipped() -> list[str]:
     """Names of generators that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/model.safetensors"))
+    return hub.shipped_in(SHIPPED)
 
 
 def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -85,29 +84,8 @@ def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[s
 
 
 def find(name: str | Path) -> Path:
-    """A shipped generator ("" is the first), the folder of one, or a run (its newest checkpoint) -> the folder with config.json.
-
-    Raises:
-        FileNotFoundError: it is none of these.
-    """
-    if not str(name):
-        if not shipped():
-            raise FileNotFoundError("no generator comes with this version; name the folder or the run of one with --model")
-        name = shipped()[0]
-    if str(name) in shipped():
-        return SHIPPED / str(name)
-    folder = Path(name)
-    if (folder / "checkpoints").is_dir():
-        newest = hub.latest_checkpoint(folder)
-        if newest is None:
-            raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
-        return newest
-    if folder.is_dir():
-        if missing := [file for file in NEEDED if not (folder / file).is_file()]:
-            raise FileNotFoundError(f"{folder} is no generator: it holds no {missing[0]}; name the folder or the run of one")
-        return folder
-    choices = ", ".join([*shipped(), "the folder of a generator or a run of one"])
-    raise FileNotFoundError(str(unknown("generator", str(name), () if "/" in str(name) else shipped(), f"Choose one of {choices}")))
+    """A shipped generator ("" is the first), the folder of one, or a run -> the folder with config.json. Raises FileNotFoundError."""
+    return hub.find_other(name, "generator", SHIPPED)
 
 
 def read(folder: Path) -> GeneratorConfig:

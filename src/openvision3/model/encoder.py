@@ -90,8 +90,11 @@ class Encoder(nn.Module):
         nn.init.xavier_uniform_(self.patchify.weight.view(self.size.width, -1))
         nn.init.normal_(self.class_token, std=0.02)
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises ValueError for latents with another number of channels, or sides that are not multiples of the patch."""
+    def forward(self, latents: Tensor, layers: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """`layers` collects what enters the first block, and what each block returns, without the class token: (B, N, D) each.
+
+        Raises ValueError for latents with another number of channels, or sides that are not multiples of the patch.
+        """
         if latents.ndim != 4:
             raise ValueError(f"latents of shape {tuple(latents.shape)} cannot be encoded; pass (B, {self.patchify.in_channels}, h, w)")
         _, channels, height, width = latents.shape
@@ -110,8 +113,12 @@ class Encoder(nn.Module):
             x = x + positions_on(x, rows, columns, x.shape[2], x.dtype)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         first, summed = len(self.blocks) - self.config.sum_blocks + 1, x
+        if layers is not None:
+            layers.append(x[:, 1:])
         for number, block in enumerate(self.blocks, 1):
             x = block(x, rotation=rotation)
+            if layers is not None:
+                layers.append(x[:, 1:])
             summed = summed + x if number > first else x  # of the blocks from `first` on
         tokens = self.token_norm(summed[:, 1:])
         return tokens, self.pool(tokens)

@@ -6,31 +6,19 @@ averaged gradients are its gradient. The perceptual term is a network, which is 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openvision3 import distributed
-
-MAX_TEMPERATURE = 100.0
+from openvision3.model.understanding import temperature
 
 IGNORED = -100
 """Target without a loss: the ignore_index of `cross_entropy`."""
 
 CHUNK = 2**24
 """Most logits in memory at a time (64 MB in fp32): neither batch x vocabulary nor batch x batch is ever held whole."""
-
-
-def temperature(log_temperature: Tensor) -> Tensor:
-    """The factor of cosines before a softmax, at most 100 (Radford et al. 2021), in fp32.
-
-    The gradient passes through the clamp; with a plain clamp, a temperature above the limit would never come back.
-    """
-    log = log_temperature.float()
-    return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 def with_gradient_squares(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,19 +92,19 @@ _HASH_FACTOR = 0x5851F42D4C957F2D
 """An odd number, so that its powers are odd, too."""
 
 
-def caption_loss(features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, count: Tensor) -> Tensor:
+def caption_loss(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, count: Tensor) -> Tensor:
     """Mean cross-entropy of the next word; features are (M, W), targets (M,) are word ids or IGNORED.
 
-    The logits are features x weight (V, W) + bias (V,). `count` is the number of scored words in the global batch.
+    The logits are features x weight (V, W) + bias (V,), if there is one. `count` is the number of scored words in the global batch.
     """
 
-    def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def score(some: Tensor, their_targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.cross_entropy(F.linear(some, weight, bias).float(), their_targets, reduction="sum")
 
     return distributed.share(_in_chunks(score, features, targets, len(weight), weight, bias), count)
 
 
-def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor) -> Tensor:
+def _in_chunks(score, rows: Tensor, targets: Tensor, columns: int, *others: Tensor | None) -> Tensor:
     """The sum of score(rows, targets) over pieces of at most CHUNK logits, which the backward pass computes again."""
     size = max(1, CHUNK // max(1, columns))
     if len(rows) <= size:

@@ -15,7 +15,7 @@ from openvision3 import distributed
 from openvision3.model import losses
 from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
-from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig
+from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig, temperature
 from openvision3.model.vae import VAE, VAEConfig
 from openvision3.settings import PathName, unknown
 
@@ -156,7 +156,7 @@ class OpenVision3(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """The factor of cosines before a softmax."""
-        return losses.temperature(self.log_temperature)
+        return temperature(self.log_temperature)
 
     # -- one training step -----------------------------------------------------------------------------------------
 

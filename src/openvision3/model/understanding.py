@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -63,8 +64,19 @@ class CaptionerConfig:
             raise ValueError(f"positions {self.positions} must be at least 2: a text has a special token and a word")
 
 
+MAX_TEMPERATURE = 100.0
+
 _CHOICE_STREAM = 0x5851F42D4C957F2D
 """Keeps the choice of tokens apart from other draws of a row."""
+
+
+def temperature(log_temperature: Tensor) -> Tensor:
+    """The factor of cosines before a softmax, at most 100 (Radford et al. 2021), in fp32.
+
+    The gradient passes through the clamp; with a plain clamp, a temperature above the limit would never come back.
+    """
+    log = log_temperature.float()
+    return (log + (log.clamp(max=math.log(MAX_TEMPERATURE)) - log).detach()).exp()
 
 
 class TextEncoder(nn.Module):
@@ -89,9 +101,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, text_ids: Tensor) -> Tensor:
         x, seen = self._features(text_ids)
-        last = seen.sum(1).sub(1).clamp_min(0)
-        x = x[torch.arange(len(x), device=x.device), last]
-        return self.projection(self.norm(x))
+        return self.projection(self.norm(at_class_token(x, seen)))
 
     def words(self, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """text_ids (B, T) -> normalised features of all pieces (B, T, W), and which of them are no padding (B, T)."""
@@ -111,6 +121,12 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return x, seen
+
+
+def at_class_token(x: Tensor, seen: Tensor) -> Tensor:
+    """x (B, T, W) -> (B, W): the row of the last piece that is no padding."""
+    last = seen.sum(1).sub(1).clamp_min(0)
+    return x[torch.arange(len(x), device=x.device), last]
 
 
 class Captioner(nn.Module):

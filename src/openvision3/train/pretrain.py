@@ -15,11 +15,12 @@ from torch import Tensor
 
 from openvision3 import distributed, hub
 from openvision3.data import fingerprint, openmoji
-from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, fewer_than_a_batch, rows_of_a_process
+from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, fewer_than_a_batch
 from openvision3.data.fingerprint import Fingerprint
 from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
 from openvision3.data.latents.read import CachedSource, LatentCache
+from openvision3.data.prepared import rows_of_a_process
 from openvision3.data.shards.source import choose_lanes
 from openvision3.data.sources import Source
 from openvision3.data.text import TextCount, TextTokenizer

@@ -1,0 +1,178 @@
+"""The transformers models: `OpenVision3VisionModel`, which is also a tower for LLaVA, and the dual encoder `OpenVision3Model`.
+
+They are our own modules under other names; nothing is computed anew. The VAE stays in fp32 whatever dtype the model is loaded in, and has no decoder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from openvision3.adapters.transformers_config import STRIDE, OpenVision3Config, OpenVision3VisionConfig
+from openvision3.model.encoder import Encoder, EncoderConfig
+from openvision3.model.transformer import Attention, init_weights
+from openvision3.model.understanding import TextEncoder, TextEncoderConfig, at_class_token, temperature
+from openvision3.model.vae import LEVELS, VAE
+
+
+class OpenVision3PreTrainedModel(PreTrainedModel):
+    """What both models share: how fresh weights are drawn, and that the VAE stays in fp32."""
+
+    config_class = OpenVision3Config
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["vae"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        own = [*module.parameters(recurse=False), *(module.qkv.parameters() if isinstance(module, Attention) else ())]
+        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in own):
+            return  # loaded: transformers calls this for every module
+        if isinstance(module, OpenVision3Model):
+            module.log_temperature.fill_(LOG_TEMPERATURE)
+        elif not isinstance(module, Encoder | TextEncoder):
+            init_weights(module)
+        elif not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+            module.init_weights()
+        else:  # a file without this one tensor, of which transformers warns
+            nn.init.normal_(own[0], std=0.02)
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        """Autocast where the weights are bf16 or fp16: our norms compute in fp32, and matrix products need one dtype."""
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+LOG_TEMPERATURE = 2.6592600369327779
+"""log(1 / 0.07), with which training starts"""
+
+
+class OpenVision3VisionModel(OpenVision3PreTrainedModel):
+    """Images -> tokens, as a vision tower."""
+
+    config_class = OpenVision3VisionConfig
+
+    def __init__(self, config: OpenVision3VisionConfig):
+        super().__init__(config)
+        vae = _vae_encoder(config)
+        self.encoder = Encoder(EncoderConfig(**config.encoder), vae.latent_channels)  # first: `dtype` is that of the first parameter
+        self.vae = vae
+        self.post_init()
+
+    @property
+    def patch_size(self) -> int:
+        return STRIDE
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.patchify
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] | None = None, return_dict: bool | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling | tuple:
+        """pixel_values (B, 3, H, W) in [-1, 1], H and W multiples of 16 -> last_hidden_state (B, N, D), the tokens; pooler_output (B, E), not normalised.
+
+        `output_hidden_states` also returns hidden_states, each (B, N, D) without the class token: what enters the first block, what each block returns, and
+        in the place of the last block the tokens (normalised, and summed over blocks where the encoder does so). LLaVA passes a layer's index here.
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        layers: list[Tensor] | None = [] if wanted is not None and wanted is not False else None
+        with self._precision():
+            tokens, pooled = self.encoder(self.vae.encode(pixel_values), layers)
+        dtype = self.dtype
+        tokens = tokens.to(dtype)
+        states = None if layers is None else (*(state.to(dtype) for state in layers[:-1]), tokens)
+        output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled.to(dtype), hidden_states=states)
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+
+@dataclass
+class OpenVision3Output(ModelOutput):
+    """What OpenVision3Model returns: embeddings are unit vectors (B, E), logits their cosines times the learned temperature."""
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+
+class OpenVision3Model(OpenVision3PreTrainedModel):
+    """Images and texts -> embeddings of one space: the encoder, its pooling, and the text encoder."""
+
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: OpenVision3Config):
+        super().__init__(config)
+        self.vision_model = OpenVision3VisionModel(config.vision_config)
+        self.text_encoder = TextEncoder(TextEncoderConfig(**config.text_encoder), config.vocab_size, config.projection_dim, config.pad_token_id)
+        self.log_temperature = nn.Parameter(torch.full((1,), LOG_TEMPERATURE))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.embedding
+
+    def get_image_features(self, pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
+        """pixel_values (B, 3, H, W) -> tokens as last_hidden_state, the embedding (B, E) as pooler_output, not normalised."""
+        return self.vision_model(pixel_values, **options | {"return_dict": True})
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+        """input_ids (B, T) of the tokenizer -> features of all pieces as last_hidden_state, the embedding (B, E) as pooler_output, not normalised."""
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
+        with self._precision():
+            words, seen = self.text_encoder.words(input_ids)
+            pooled = self.text_encoder.projection(at_class_token(words, seen))
+        return BaseModelOutputWithPooling(last_hidden_state=words.to(self.dtype), pooler_output=pooled.to(self.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> OpenVision3Output | tuple:
+        """Embeddings of images and texts, and the logits of all pairs. `return_loss` adds the contrastive loss, where row i of both belongs together."""
+        images, texts = self.get_image_features(pixel_values, **options), self.get_text_features(input_ids, attention_mask)
+        image_embeds, text_embeds = (F.normalize(features.pooler_output.float(), dim=-1) for features in (images, texts))
+        logits = temperature(self.log_temperature) * image_embeds @ text_embeds.T
+        loss = None
+        if return_loss:
+            rows = torch.arange(len(logits), device=logits.device)
+            loss = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+        output = OpenVision3Output(loss, logits, logits.T, text_embeds, image_embeds, texts, images)
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+
+def _vae_encoder(config: OpenVision3VisionConfig) -> VAE:
+    """The VAE of the config with fresh weights, without its decoder. Raises ValueError for another class of VAE."""
+    name, sha256 = (str((config.vae_origin or {}).get(key, "")) for key in ("name", "sha256"))
+    if not config.vae:
+        return VAE(None, name=name)
+    import diffusers
+
+    settings = dict(config.vae)
+    kind = settings.pop("_class_name", None)
+    if kind not in LEVELS:
+        raise ValueError(f"the config names a VAE of class {kind}; choose one of {', '.join(LEVELS)}")
+    network = getattr(diffusers, kind).from_config(settings)
+    network.decoder = None
+    if kind == "AutoencoderKL":
+        network.post_quant_conv = None
+    return VAE(network, name=name, shift=config.vae_shift, sha256=sha256)

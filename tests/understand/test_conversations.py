@@ -1,0 +1,137 @@
+"""LLaVA's JSON as people have it is read, what cannot be used is named and counted, and images are found in folders and zip files."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_chat import row
+
+from openvision3.data.images import ImageError
+from openvision3.understand.conversations import ConversationError, Conversations, Images, read_conversation
+
+
+def write(folder: Path, rows: object, name: str = "data.json") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(rows))
+    return str(folder / name)
+
+
+def test_an_image_stands_before_the_question_wherever_the_file_has_it():
+    before, after = (read_conversation(row(0, "a.jpg", text, "A cat.")) for text in ("<image>\nWhat?", "What?\n<image>"))
+    assert before == after and before.messages[0] == {"role": "user", "content": "<image>\nWhat?"}
+
+
+def test_several_images_keep_their_places_and_a_conversation_may_have_none():
+    two = read_conversation(row(0, ["a.jpg", "b.jpg"], "<image> and <image>: alike?", "no"))
+    assert two.images == ["a.jpg", "b.jpg"] and two.messages[0]["content"] == "<image> and <image>: alike?"
+    assert read_conversation(row(0, None, "Hello", "Hi")).images == []
+
+
+def test_what_follows_the_last_answer_and_an_answer_before_any_question_are_left_out():
+    entry = row(0, None, "one", "two", "three")
+    entry["conversations"].insert(0, {"from": "gpt", "value": "zero"})
+    assert [message["content"] for message in read_conversation(entry).messages] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (row(0, None, "<image>\nWhat?", "A cat."), "images and <image> differ"),
+        (row(0, "a.jpg", "What?", "A cat."), "images and <image> differ"),
+        (row(0, ["a.jpg", "b.jpg"], "<image>\nWhat?", "A cat."), "images and <image> differ"),
+        (row(0, None, "What?"), "no answer"),
+        (row(0, None, "What?", "  "), "no answer"),
+        ({"conversations": [{"from": "cow", "value": "moo"}]}, "unknown speaker"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}, "not a conversation"),
+        ({"text": "no turns"}, "not a conversation"),
+        ("a word", "not a conversation"),
+        (row(0, 7, "What?", "A cat."), "not a conversation"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_refused_by_its_reason(entry, reason):
+    with pytest.raises(ConversationError) as error:
+        read_conversation(entry)
+    assert error.value.reason == reason and "\n" not in str(error.value)
+
+
+def test_unusable_conversations_are_counted_and_named_and_the_others_keep_their_place(tmp_path):
+    name = write(tmp_path, [row(0, None, "a", "b"), row(1, "x.jpg", "no mark", "b"), row(2, None, "c", "d")])
+    read = Conversations([name])
+    assert len(read) == 2 and read.key(1) == f"{name}:2" and read[1].messages[0]["content"] == "c"
+    assert [problem["key"] for problem in read.problems] == [f"{name}:1"] and read.problems.counts == {"images and <image> differ": 1}
+
+
+def test_one_conversation_a_line_is_read_as_a_list_of_them(tmp_path):
+    rows = [row(0, None, "a", "b"), row(1, None, "c", "d")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    lines, whole = Conversations([str(tmp_path / "data.jsonl")]), Conversations([write(tmp_path, rows)])
+    assert [lines[i] for i in range(2)] == [whole[i] for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "is not LLaVA's JSON: it holds a dict"),
+        ("[]", "holds no conversation that can be used"),
+        ('[{"id": 1}]', "holds no conversation that can be used: it has no list"),
+        ("\x89PNG\r\n\x1a\n", "is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_conversations_is_one_line(tmp_path, content, words):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ValueError, match=words) as error:
+        Conversations([str(tmp_path / "data.json")])
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_found_beside_the_file_in_folders_and_in_zip_files_without_their_first_folder_too(tmp_path):
+    (tmp_path / "a" / "img").mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a" / "img" / "1.png")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("train/2.png", b"two")
+    read = Conversations([write(tmp_path / "a", [row(0, "img/1.png", "<image>\na", "b")])])
+    assert read.image(0, "img/1.png") == tmp_path / "a" / "img" / "1.png"
+    images = Images([str(tmp_path / "a"), str(tmp_path / "b.zip")])
+    assert images.find("coco/train/2.png") == images.find("train/2.png") == b"two" and images.find("x/img/1.png") == tmp_path / "a" / "img" / "1.png"
+    with pytest.raises(ImageError, match=r"no image 3\.png in") as error:
+        images.find("3.png")
+    assert error.value.reason == "missing"
+
+
+def _read_many(store: Images, names: list[str], answers: multiprocessing.Queue) -> None:
+    answers.put([store.find(name) for name in names])
+
+
+def test_a_zip_file_is_read_by_forked_and_by_fresh_processes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for i in range(50):
+            archive.writestr(f"{i}.png", bytes([i]) * 5000)
+    names, wanted = [f"{i}.png" for i in range(50)], [bytes([i]) * 5000 for i in range(50)]
+    store = Images([str(tmp_path / "b.zip")])
+    assert [pickle.loads(pickle.dumps(store)).find(name) for name in names[:2]] == wanted[:2]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    forked = [context.Process(target=_read_many, args=(store, names, answers)) for _ in range(2)]
+    for process in forked:
+        process.start()
+    assert [store.find(name) for name in names] == wanted
+    assert all(answers.get(timeout=60) == wanted for _ in forked)
+    for process in forked:
+        process.join()
+
+
+def test_places_that_hold_no_images_are_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder or zip file of images"):
+        Images([str(tmp_path / "nowhere")])
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(ValueError, match="is no zip file of images"):
+        Images([str(tmp_path / "text.zip")])
+    with pytest.raises(FileNotFoundError, match="no such file of conversations"):
+        Conversations([str(tmp_path / "nowhere.json")])
