@@ -272,6 +272,9 @@ class FolderSource(EncodedSource):
     def data(self, index: int) -> Path:
         return self.folder / self.names[index]
 
+    def file(self, index: int) -> Path:
+        return self.data(index)
+
     def identity(self) -> str:
         files = [(name, path.stat().st_size) for name in self.names if (path := self.folder / name).exists()]
         return digest("folder", len(self.names), files, self.probed_keys())

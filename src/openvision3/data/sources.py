@@ -96,6 +96,10 @@ class Source(ABC):
         """
         return None
 
+    def file(self, index: int) -> Path | None:
+        """The file that holds this image alone; None for an image in a shard, or one that is drawn."""
+        return None
+
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         """The order of an epoch; remote shards are dealt to `lanes` (see `order`)."""
         return Shuffle(len(self), seed, epoch)
@@ -212,6 +216,10 @@ class MixedSource(Source):
     def value(self, index: int, name: str = "") -> str | None:
         source, local = self._find(index)
         return source.value(local, name)
+
+    def file(self, index: int) -> Path | None:
+        source, local = self._find(index)
+        return source.file(local)
 
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         if not self.weights and not self.is_remote:
