@@ -21,6 +21,7 @@ from PIL import Image
 
 from openvision3.data import crops, images
 from openvision3.data.names import DataOptions, find, open_source
+from openvision3.data.view import View
 from openvision3.draws import draw_seed
 
 AREA = (0.4, 1.0)
@@ -32,7 +33,7 @@ def ours(paths: list[str], size: int, batch: int, epoch: int, fast: bool) -> Ite
     if not fast:
         crops.fast_decoder = lambda: None  # type: ignore[assignment]
     try:
-        source = open_source(tuple(paths), DataOptions(area=AREA))
+        source = open_source(tuple(paths), DataOptions(view=View(AREA)))
         order = source.order(0, epoch)
         rows = []
         for position in range(len(source)):

@@ -14,6 +14,7 @@ from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS, AskedOptions, DrawnOptions, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
+from openvision3.cli.search import find_images, index_images
 from openvision3.cli.train import configure, configure_run
 from openvision3.estimate.planned import Options
 from openvision3.evaluate.metrics.vqa import BENCHMARKS
@@ -64,6 +65,8 @@ def check(words: list[str]) -> None:
         options = {"table": TableOptions, "generation": DrawnOptions}
         parse(options.get(rest[0], EvaluateOptions), rest[1:], f"evaluate {rest[0]}")
         assert rest[0] in (*KINDS, "all", *options)
+    elif verb == "search":
+        parse(deferred(index_images if rest[0] == "index" else find_images), rest[1:] if rest[0] == "index" else rest, "search")
     elif verb == "calibrate":
         parse(CalibrateOptions, rest, "calibrate")
     elif verb == "data":

@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "train.trial",
         "train.encode_latents",
         "recaption",
+        "search",
         "generate",
         "understand",
     ),

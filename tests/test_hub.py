@@ -418,3 +418,19 @@ def test_what_is_no_vae_gets_one_clear_line(tmp_path):
             hub.load_vae(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such VAE: \./nowhere"):
         hub.load_vae("./nowhere")
+
+
+def test_every_kind_of_folder_is_found_by_the_one_walk_and_errors_name_its_kind(tmp_path):
+    place, own, step = tmp_path / "shipped", tmp_path / "own", tmp_path / "run" / "checkpoints" / "step-00000002"
+    for folder in (place / "first", place / "second", own, step):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    (step / "run_state.json").touch()
+    for name, expected in (("", place / "first"), ("second", place / "second"), (tmp_path / "run", step), (own, own)):
+        assert hub.find_or_first(name, "generator", place) == expected
+    with pytest.raises(FileNotFoundError, match=r"^unknown generator 'secnd'\. Did you mean 'second'\? Choose one of first, second, a generator folder or"):
+        hub.find_or_first("secnd", "generator", place)
+    with pytest.raises(FileNotFoundError, match=r"is no generator: it holds no model\.safetensors"):
+        hub.find_or_first(place, "generator", place)
+    with pytest.raises(FileNotFoundError, match="no generator comes with this version"):
+        hub.find_or_first("", "generator", own)

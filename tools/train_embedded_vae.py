@@ -38,6 +38,7 @@ from openvision3.data.images import ImageError, from_uint8, to_tensor
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.sources import MixedSource, Source
+from openvision3.data.view import View
 from openvision3.data.workers import outlive_signals
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.evaluate.metrics.reconstruction import psnr
@@ -278,7 +279,7 @@ def train(args: argparse.Namespace) -> None:
         architecture = ARCHITECTURE | json.loads(args.architecture)
     except (ValueError, TypeError) as error:
         raise ValueError(f"architecture {args.architecture!r} is not a JSON object of AutoencoderTiny's settings: {error}") from error
-    source = open_source(tuple(args.data), DataOptions(only=only, area=(0.15, 1.0), weights=tuple(args.weights)))
+    source = open_source(tuple(args.data), DataOptions(only=only, view=View((0.15, 1.0)), weights=tuple(args.weights)))
     parts = source.sources if isinstance(source, MixedSource) else [source]
     trained_on = {Path(path).resolve() for part in parts if isinstance(part, ShardSource) for path in part.files()}
     both = trained_on & {Path(path).resolve() for shards in held_out_shards(args.held_out).values() for path in shards}

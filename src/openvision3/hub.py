@@ -216,17 +216,18 @@ def latest_checkpoint(run: str | Path) -> Path | None:
     return next(reversed(complete_checkpoints(run)), None)
 
 
-def find_folder(name: str | Path) -> Path:
-    """A shipped name, a model folder, or a run folder (its newest checkpoint) -> the folder with config.json.
+def find_folder(name: str | Path, what: str = "model", place: Path = ASSETS) -> Path:
+    """A name shipped in `place`, a folder, or a run folder (its newest checkpoint) -> the folder with config.json. `what` is the kind in words of errors.
 
     Raises:
-        FileNotFoundError: it is none of these; names the most similar shipped model.
+        FileNotFoundError: it is none of these; names the most similar shipped one.
     """
-    name = str(name)
+    name, names = str(name), shipped_in(place)
+    choices = ", ".join([*names, f"a {what} folder or a run folder"])
     if not name:
-        raise FileNotFoundError(f"the name of a model is empty. Choose one of {', '.join(shipped())}, a model folder or a run folder")
-    if name in shipped():
-        return ASSETS / name
+        raise FileNotFoundError(f"the name of a {what} is empty. Choose one of {choices}")
+    if name in names:
+        return place / name
     folder = Path(name)
     if (folder / "model.safetensors").is_file():
         return folder
@@ -235,44 +236,23 @@ def find_folder(name: str | Path) -> Path:
             return newest
         raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
     if folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no model: it holds no model.safetensors; name a model folder or a run folder")
+        raise FileNotFoundError(f"{folder} is no {what}: it holds no model.safetensors; name a {what} folder or a run folder")
     if folder.is_file():
-        raise FileNotFoundError(f"{name} is a file, which {holds(folder)}; name the model folder or run folder that it belongs to")
-    raise FileNotFoundError(
-        str(unknown("model", name, () if "/" in name else shipped(), f"Choose one of {', '.join(shipped())}, a model folder or a run folder"))
-    )
+        raise FileNotFoundError(f"{name} is a file, which {holds(folder)}; name the {what} folder or run folder that it belongs to")
+    raise FileNotFoundError(str(unknown(what, name, () if "/" in name else names, f"Choose one of {choices}")))
+
+
+def find_or_first(name: str | Path, what: str, place: Path) -> Path:
+    """As `find_folder`; "" is the first of those shipped in `place`. Raises FileNotFoundError."""
+    names = shipped_in(place)
+    if not str(name) and not names:
+        raise FileNotFoundError(f"no {what} comes with this version; name the folder or the run of one with --model")
+    return find_folder(str(name) or names[0], what, place)
 
 
 def shipped_in(place: Path) -> list[str]:
     """Names of the models that come with the package in a folder of its assets."""
     return sorted(path.parent.name for path in place.glob("*/model.safetensors"))
-
-
-def find_other(name: str | Path, what: str, place: Path) -> Path:
-    """The folder with config.json of `what`, a generator or a chat model: one shipped in `place` ("" is the first), a folder, or a run's newest checkpoint.
-
-    Raises:
-        FileNotFoundError: it is none of these.
-    """
-    names = shipped_in(place)
-    if not str(name):
-        if not names:
-            raise FileNotFoundError(f"no {what} comes with this version; name the folder or the run of one with --model")
-        name = names[0]
-    if str(name) in names:
-        return place / str(name)
-    folder = Path(name)
-    if (folder / "checkpoints").is_dir():
-        newest = latest_checkpoint(folder)
-        if newest is None:
-            raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
-        return newest
-    if folder.is_dir():
-        if missing := [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]:
-            raise FileNotFoundError(f"{folder} is no {what}: it holds no {missing[0]}; name the folder or the run of one")
-        return folder
-    choices = ", ".join([*names, f"the folder of a {what} or a run of one"])
-    raise FileNotFoundError(str(unknown(what, str(name), () if "/" in str(name) else names, f"Choose one of {choices}")))
 
 
 def read_config(folder: Path) -> FolderConfig:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from openvision3.data import crops, images
 from openvision3.data.images import ImageError, open_image, to_tensor
+from openvision3.data.view import View
 
 
 @settings(deadline=None)
@@ -86,8 +87,8 @@ def decoder(request, monkeypatch):
     return request.param
 
 
-def view(data, size=32, seed=0, area=(0.4, 1.0), **options):
-    return crops.random_view(data, size, torch.Generator().manual_seed(seed), area, **options)
+def view(data, size=32, seed=0, area=(0.4, 1.0), mirror=0.0, **options):
+    return crops.random_view(data, size, torch.Generator().manual_seed(seed), View(area, mirror), **options)
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -161,6 +162,32 @@ def test_jpegs_of_other_colours_are_seen_alike(decoder, mode):
     assert (pixels.permute(1, 2, 0).int() - torch.from_numpy(np.array(cut)).int()).abs().float().mean() < 2
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(30, 300), st.integers(30, 300), st.integers(0, 1000), st.sampled_from(["JPEG", "PNG"]))
+def test_a_mirrored_view_is_the_same_box_from_right_to_left(width, height, seed, kind):
+    data = encoded(smooth(width, height, seed), kind)
+    plain, box = view(data, 24, seed)
+    mirrored, same = view(data, 24, seed, mirror=1.0)
+    assert box == same and torch.equal(mirrored.flip(2), plain) and not torch.equal(mirrored, plain)
+
+
+def test_about_the_share_that_mirror_names_is_mirrored():
+    data = encoded(smooth(90, 60), "PNG")
+    plain = view(data, area=(1.0, 1.0))[0]
+    views = [view(data, seed=seed, area=(1.0, 1.0), mirror=0.25)[0] for seed in range(200)]
+    mirrored = [torch.equal(pixels, plain.flip(2)) for pixels in views]
+    assert all(is_mirrored or torch.equal(pixels, plain) for pixels, is_mirrored in zip(views, mirrored, strict=True))
+    assert 30 <= sum(mirrored) <= 70
+
+
+def test_without_mirror_a_view_draws_its_box_only():
+    """Captions are drawn with the same generator afterwards: those of earlier versions must not change."""
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    crops.random_view(encoded(smooth(90, 60), "PNG"), 32, one, View())
+    crops.random_crop_box(90, 60, other, (0.4, 1.0))
+    assert torch.equal(one.get_state(), other.get_state())
+
+
 def test_a_view_of_what_is_no_picture_names_the_reason(decoder, tmp_path):
     noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")
     (tmp_path / "cut.jpg").write_bytes(noise[:-100])
@@ -231,6 +258,6 @@ def test_a_rotation_is_found_wherever_a_jpeg_may_say_it(layout):
     place = start if layout == "fill byte" else rest.index(b"\xff\xda")
     moved = rest[:place] + (b"\xff" if layout == "fill byte" else b"") + segment + rest[place:]
     assert open_image(moved).size == (200, 300)
-    views = [crops.random_view(each, 64, torch.Generator().manual_seed(1), (0.5, 1.0)) for each in (data, moved)]
+    views = [crops.random_view(each, 64, torch.Generator().manual_seed(1), View((0.5, 1.0))) for each in (data, moved)]
     assert views[0][1] == views[1][1]
     assert torch.equal(torch.as_tensor(views[0][0]), torch.as_tensor(views[1][0]))

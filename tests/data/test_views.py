@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin, features
 from openvision3.data import crops, images
 from openvision3.data.crops import random_view
 from openvision3.data.images import ImageError, open_image
+from openvision3.data.view import View
 
 FORMATS = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -35,7 +36,7 @@ def corners(width: int, height: int) -> Image.Image:
 
 
 def view(data: bytes, size: int, seed: int) -> tuple[np.ndarray, images.Box]:
-    pixels, box = random_view(data, size, torch.Generator().manual_seed(seed), (0.3, 1.0))
+    pixels, box = random_view(data, size, torch.Generator().manual_seed(seed), View((0.3, 1.0)))
     return pixels.permute(1, 2, 0).numpy().astype(int), box
 
 
@@ -93,11 +94,12 @@ def test_sixteen_bits_that_are_dark_stay_dark():
 PEAK = """
 import resource, sys, torch
 from openvision3.data.crops import random_view
+from openvision3.data.view import View
 from openvision3.data.images import ImageError
 data = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    random_view(data, 64, torch.Generator().manual_seed(0), (0.4, 1.0), 8)
+    random_view(data, 64, torch.Generator().manual_seed(0), View((0.4, 1.0)), 8)
 except ImageError as error:
     print(error.reason, end=" ")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -122,7 +124,7 @@ def test_an_image_of_a_few_kilobytes_takes_no_gigabytes():
     assert len(data) < 300_000
     assert peak(data) < 450
     with pytest.raises(ImageError, match="9400 x 9400"):
-        random_view(grey_png(9400, 8), 64, torch.Generator(), (0.4, 1.0))
+        random_view(grey_png(9400, 8), 64, torch.Generator(), View((0.4, 1.0)))
 
 
 def test_a_large_jpeg_is_trained_on_where_it_is_decoded_small(monkeypatch):
@@ -151,9 +153,10 @@ def test_pillow_does_not_write_on_the_terminal(tmp_path):
 import torch
 from pathlib import Path
 from openvision3.data.crops import random_view
+from openvision3.data.view import View
 from openvision3.data.images import ImageError, open_image
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
-    for read in (open_image, lambda p: random_view(p, 16, torch.Generator(), (0.4, 1.0))):
+    for read in (open_image, lambda p: random_view(p, 16, torch.Generator(), View((0.4, 1.0)))):
         try:
             read(path)
         except ImageError as error:
@@ -245,7 +248,7 @@ def test_an_orientation_is_read_alike_by_all_views_where_the_block_is_damaged_be
     whole = exif.tobytes()
     for keep in range(20, len(whole), 5):
         data = encoded(corners(120, 40), "JPEG", exif=whole[:keep])
-        _, (_, _, right, bottom) = random_view(data, 16, torch.Generator().manual_seed(0), (1.0, 1.0))
+        _, (_, _, right, bottom) = random_view(data, 16, torch.Generator().manual_seed(0), View((1.0, 1.0)))
         assert bottom <= open_image(data).height
         assert right <= open_image(data).width
 

@@ -271,10 +271,10 @@ def encode(
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
     """Describe a model or a generator: parts, sizes, VAE, licence, training."""
     from openvision3.generate.folder import SHIPPED
-    from openvision3.hub import GENERATOR, find_folder, load_model
+    from openvision3.hub import GENERATOR, find_folder, load_model, shipped_in
     from openvision3.settings import flat, read_json, to_dict
 
-    folder = SHIPPED / model if (SHIPPED / model).is_dir() and model else find_folder(model)
+    folder = find_folder(model, "generator", SHIPPED) if model in shipped_in(SHIPPED) else find_folder(model)
     if read_json(folder / "config.json").get("model_type") == GENERATOR:
         return _info_of_generator(folder, json)
     network, tokenizer, config = load_model(folder)

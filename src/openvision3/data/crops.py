@@ -27,6 +27,7 @@ from openvision3.data.images import (
     orientation_of,
     to_rgb,
 )
+from openvision3.data.view import View
 
 PATCH = 16
 """pixels that a token spans in each direction: every height and width is a multiple of it"""
@@ -107,15 +108,27 @@ def _resized(pixels: np.ndarray, size: int) -> Tensor:
     return torch.nn.functional.interpolate(planes, size=(size, size), mode="bicubic", antialias=True)[0]
 
 
-def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generator, area: tuple[float, float], min_side: int = 1) -> tuple[Tensor, Box]:
-    """A random crop of an image as uint8 (3, size, size), and the box of the upright image that it shows.
+def mirror_at_random(pixels: Tensor, generator: torch.Generator, probability: float) -> Tensor:
+    """Pixels (..., W), mirrored left to right with this probability. A probability of 0 draws no random number: later draws stay as they were."""
+    return pixels.flip(-1) if probability and torch.rand(1, generator=generator).item() < probability else pixels
+
+
+def random_view(source: bytes | os.PathLike, size: int, generator: torch.Generator, view: View, min_side: int = 1) -> tuple[Tensor, Box]:
+    """A random `view` of an image as uint8 (3, size, size), and the box of the upright image that it shows, mirrored or not.
+
+    Raises:
+        ImageError: as `open_image`, and `too small` for a side of less than `min_side` pixels.
+    """
+    pixels, box = _random_crop(source, size, generator, view.area, min_side)
+    return mirror_at_random(pixels, generator, view.mirror), box
+
+
+def _random_crop(source: bytes | os.PathLike, size: int, generator: torch.Generator, area: tuple[float, float], min_side: int) -> tuple[Tensor, Box]:
+    """`random_view` before it is mirrored.
 
     The box is drawn on the full size in the header. A JPEG is then decoded at 1/8, 1/4 or 1/2 if the box still has `size`
     pixels on each side; its edges move outwards to whole pixels of that scale. simplejpeg decodes JPEGs if it is installed and
     supports them, otherwise Pillow does: boxes and errors are the same, pixels differ by rounding.
-
-    Raises:
-        ImageError: as `open_image`, and `too small` for a side of less than `min_side` pixels.
     """
     box: Box | None = None
     if not isinstance(source, bytes) and Path(source).suffix.lower() in JPEG_EXTENSIONS:

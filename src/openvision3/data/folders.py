@@ -17,6 +17,7 @@ from openvision3.data.identity import digest
 from openvision3.data.images import EXTENSIONS, UNREAD_EXTENSIONS, ImageError
 from openvision3.data.problems import Problem, reasons_in_words
 from openvision3.data.sources import EncodedSource
+from openvision3.data.view import View
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 """tables of captions: this project's, and those of Hugging Face's imagefolder"""
@@ -217,8 +218,8 @@ class FolderSource(EncodedSource):
         ValueError: the folder has no images, or no row of a caption table can be used.
     """
 
-    def __init__(self, folder: str | Path, area: tuple[float, float] = (0.4, 1.0), label: str = "", crop: str = "square"):
-        super().__init__(area, crop)
+    def __init__(self, folder: str | Path, view: View = View(), label: str = "", crop: str = "square"):
+        super().__init__(view, crop)
         self.folder = Path(folder)
         self.labels = [label or self.folder.resolve().name]
         contents = scan_folder(folder)
@@ -270,6 +271,9 @@ class FolderSource(EncodedSource):
 
     def data(self, index: int) -> Path:
         return self.folder / self.names[index]
+
+    def file(self, index: int) -> Path:
+        return self.data(index)
 
     def identity(self) -> str:
         files = [(name, path.stat().st_size) for name in self.names if (path := self.folder / name).exists()]

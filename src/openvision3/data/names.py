@@ -17,6 +17,7 @@ from openvision3.data.shards.remote import ShardCache, expand_remote
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.shards.tars import Tars, Watch, labels, plain
 from openvision3.data.sources import MixedSource, Source
+from openvision3.data.view import View
 
 CHOICES = "choose openmoji, a folder of images, or shards such as data/*.tar"
 
@@ -38,8 +39,8 @@ class DataOptions:
     """on the training side of OpenMoji, all names of an emoji are captions"""
     weights: tuple[float, ...] = ()
     """the share of each name in an epoch. Not set: every sample once"""
-    area: tuple[float, float] = (0.4, 1.0)
-    """the share of an image that a training view shows, from and to"""
+    view: View = field(default_factory=View)
+    """what a training view of an image is"""
     crop: str = "square"
     """one of crops.CROPS: the evaluation view"""
     index: str = ""
@@ -74,11 +75,11 @@ def open_source(names: tuple[str, ...], options: DataOptions = DataOptions(), *,
     def open_parts(part: NamedData) -> Source:
         sources: list[Source] = []
         if part.openmoji:
-            sources.append(openmoji.EmojiSource(getattr(openmoji.load_emoji(), options.side), options.aliases and options.side == "train"))
-        sources += [FolderSource(folder, options.area, label_of[folder], options.crop) for folder in part.folders]
+            sources.append(openmoji.EmojiSource(getattr(openmoji.load_emoji(), options.side), options.aliases and options.side == "train", view=options.view))
+        sources += [FolderSource(folder, options.view, label_of[folder], options.crop) for folder in part.folders]
         if part.tars:
             shards = Tars(part.tars, [label_of[path] for path in part.tars], index=options.index, cache=cache, watch=watch)
-            sources.append(ShardSource(shards, options.caption_keys, options.only, options.area, options.crop, watch))
+            sources.append(ShardSource(shards, options.caption_keys, options.only, options.view, options.crop, watch))
         return sources[0] if len(sources) == 1 else MixedSource(sources)
 
     merged = NamedData(any(part.openmoji for part in data), folders, tars)

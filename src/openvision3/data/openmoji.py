@@ -21,10 +21,12 @@ from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
 from openvision3.data.captions import Captions
+from openvision3.data.crops import mirror_at_random
 from openvision3.data.identity import digest
 from openvision3.data.images import Box, uint8_tensor
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
+from openvision3.data.view import View
 
 Side = Literal["train", "val", "test"]
 
@@ -252,6 +254,8 @@ class EmojiSource(Source):
     emoji: tuple[Emoji, ...]
     aliases: bool = False
     problems: Problems = field(default_factory=Problems)
+    view: View = field(default_factory=View)
+    """only its `mirror` is used: a drawing is placed at random, not cut"""
 
     def __len__(self) -> int:
         return len(self.emoji)
@@ -279,4 +283,5 @@ class EmojiSource(Source):
         return draw(self.emoji[index].character, size)
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
-        return uint8_tensor(draw_random(self.emoji[index].character, size, generator)), (0, 0, size, size)
+        drawing = uint8_tensor(draw_random(self.emoji[index].character, size, generator))
+        return mirror_at_random(drawing, generator, self.view.mirror), (0, 0, size, size)

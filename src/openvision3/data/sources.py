@@ -24,6 +24,7 @@ from openvision3.data.identity import content_key, digest
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.order import Mix, Order, Shuffle
 from openvision3.data.problems import Problems
+from openvision3.data.view import View
 from openvision3.draws import draw_seed
 
 PROBED = 16
@@ -102,6 +103,10 @@ class Source(ABC):
         """
         return None
 
+    def file(self, index: int) -> Path | None:
+        """The file that holds this image alone; None for an image in a shard, or one that is drawn."""
+        return None
+
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         """The order of an epoch; remote shards are dealt to `lanes` (see `order`)."""
         return Shuffle(len(self), seed, epoch)
@@ -126,11 +131,11 @@ class Source(ABC):
 class EncodedSource(Source):
     """A source of encoded images: the bytes or the file of each image, by index.
 
-    `area` is the share of an image that a training view shows, from and to; `crop` is one of CROPS, the evaluation view.
+    `view` says what a training view is; `crop` is one of CROPS, the evaluation view.
     """
 
-    def __init__(self, area: tuple[float, float] = (0.4, 1.0), crop: str = "square"):
-        self.area, self.evaluation_crop = area, CROPS[crop]
+    def __init__(self, view: View = View(), crop: str = "square"):
+        self.view, self.evaluation_crop = view, CROPS[crop]
         self.problems = Problems()
 
     @abstractmethod
@@ -157,7 +162,7 @@ class EncodedSource(Source):
         return self.evaluation_crop(open_image(self.data(index)), size)
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
-        return random_view(self.data(index), size, generator, self.area, MIN_SIDE)
+        return random_view(self.data(index), size, generator, self.view, MIN_SIDE)
 
 
 class MixedSource(Source):
@@ -226,6 +231,10 @@ class MixedSource(Source):
     def value(self, index: int, name: str = "") -> str | None:
         source, local = self._find(index)
         return source.value(local, name)
+
+    def file(self, index: int) -> Path | None:
+        source, local = self._find(index)
+        return source.file(local)
 
     def order(self, seed: int, epoch: int, lanes: int = 1) -> Order:
         if not self.weights and not self.is_remote:

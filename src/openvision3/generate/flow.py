@@ -27,8 +27,8 @@ RAE_END = 0.001
 _TIME_STREAM = 0x2545F4914F6CDD1D
 """Keeps the random stream of times apart from other draws of a row."""
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (B, N, C), t (B,)) -> velocity (B, N, C)"""
+Velocity = Callable[[Tensor, float], Tensor]
+"""(x_t (B, N, C), t of all rows) -> velocity (B, N, C); t is a number of the host, which then decides by it without waiting for a device"""
 
 
 @dataclass
@@ -147,11 +147,10 @@ def integrate(velocity: Velocity, x: Tensor, times: Sequence[float], method: str
     where the last time is 0, as the velocity is not learnt there.
     """
     for number, (now, then) in enumerate(pairwise(times), 1):
-        t = x.new_full((len(x),), now)
-        slope = velocity(x, t)
+        slope = velocity(x, now)
         promised = x - now * slope
         if method == "heun" and then > 0:
-            end = velocity(x + (then - now) * slope, torch.full_like(t, then))
+            end = velocity(x + (then - now) * slope, then)
             slope = (slope + end) / 2
         x = x + (then - now) * slope
         if each is not None:

@@ -85,7 +85,7 @@ def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[s
 
 def find(name: str | Path) -> Path:
     """A shipped generator ("" is the first), the folder of one, or a run -> the folder with config.json. Raises FileNotFoundError."""
-    return hub.find_other(name, "generator", SHIPPED)
+    return hub.find_or_first(name, "generator", SHIPPED)
 
 
 def read(folder: Path) -> GeneratorConfig:

@@ -42,7 +42,7 @@ class RAE(nn.Module):
         `text_present` (B, K), of which a present one is drawn.
         """
         tokens, keys = self._tokens(batch), batch["draw_key"]
-        count = batch["count"] if "count" in batch else distributed.total(keys.new_tensor(len(keys)))
+        count = batch["count"] if "count" in batch else distributed.total(keys.new_full((), len(keys)))
         t = flow.draw_times(keys, self.config.flow, self.shift)
         noise = normal(keys ^ _NOISE_STREAM, tokens[0].numel()).view(tokens.shape)
         condition = self.condition(batch)
@@ -62,7 +62,7 @@ class RAE(nn.Module):
             for batch in batches:
                 small = {name: value for name, value in batch.items() if name in ("draw_key", "labels", "text_ids", "text_present")}
                 kept.append(small | {"tokens": self._tokens(batch)})
-            count = distributed.total(torch.stack([batch["draw_key"].new_tensor(len(batch["draw_key"])) for batch in kept]).sum())
+            count = distributed.total(torch.stack([batch["draw_key"].new_full((), len(batch["draw_key"])) for batch in kept]).sum())
         return [batch | {"count": count} for batch in kept]
 
     def _tokens(self, batch: dict[str, Tensor]) -> Tensor:
@@ -103,11 +103,12 @@ class RAE(nn.Module):
         `each` is called after every step with its number and the tokens promised from there.
         """
         low, high = sampling.interval
-        apart = torch.cat([torch.zeros(len(noise), dtype=torch.bool), torch.ones(len(noise), dtype=torch.bool)]).to(noise.device)
+        apart = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
         both = Condition(*(value if value is None else torch.cat([value, value]) for value in condition)).with_dropped(apart)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if sampling.guidance == 1 or not low <= float(t[0]) <= high:
+        def velocity(x: Tensor, now: float) -> Tensor:
+            t = x.new_full((len(x),), now)
+            if sampling.guidance == 1 or not low <= now <= high:
                 return self._velocity(x, t, condition)
             if weaker is not None:
                 return flow.guided(self._velocity(x, t, condition), weaker._velocity(x, t, condition), sampling.guidance)

@@ -59,6 +59,7 @@ def _imagenet(size: str, batch: int) -> GenerateConfig:
         val=(),
         size=256,
         crop_area=(1.0, 1.0),
+        mirror=0.5,
         dit=dit_config(size),
         batch=batch,
         steps=80 * IMAGENET // batch,
@@ -75,7 +76,7 @@ def imagenet_dit_xl() -> GenerateConfig:
     """The paper's generator: DiT-XL with the wide head on ImageNet at 256 px, 80 epochs of batch 1024.
 
     torchrun --nproc-per-node 8 ... -m openvision3 train imagenet_dit_xl --data 'imagenet/train/*.tar' --val 'imagenet/val/*.tar' --classes NAMES
-    --tokens names the model whose tokens are drawn. 80 epochs: about 93 H100-hours at 40 % of their peak, 73 with cached latents (42 GB); on 8 of them
+    --tokens names the model whose tokens are drawn. 80 epochs: about 93 H100-hours at 40 % of their peak, 73 with cached latents (42 GB a view); on 8 of them
     in --micro-batch 64, which 80 GB hold. Expected, of the paper: gFID 1.87 (guided, kind and strength not published).
     """
     return _imagenet("XL", 1024)

@@ -105,10 +105,11 @@ class TokenStatistics(nn.Module):
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        return (tokens - self.mean) * (self.variance + EPSILON).rsqrt() if self.count else tokens
+        """Whether there are statistics is decided where they lie: the host would wait for the answer in every step."""
+        return (tokens - self.mean) * torch.where(self.count > 0, (self.variance + EPSILON).rsqrt(), 1.0)
 
     def restore(self, tokens: Tensor) -> Tensor:
-        return tokens * (self.variance + EPSILON).sqrt() + self.mean if self.count else tokens
+        return tokens * torch.where(self.count > 0, (self.variance + EPSILON).sqrt(), 1.0) + self.mean
 
     def set(self, moments: Moments) -> None:
         """Raises ValueError: tokens that are not finite, or fewer than two images."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from openvision3.data.crops import check_size
+from openvision3.data.view import View
 from openvision3.settings import PathName, check_numbers, read_rules
 
 
@@ -41,6 +42,8 @@ class DataConfig:
     """side of the training images in pixels, a multiple of 16"""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """smallest and largest share of an image that a random crop covers; 1 1: the central square"""
+    mirror: float = 0.0
+    """probability that a training image is mirrored left to right, such as 0.5"""
     latents: PathName = ""
     """a latent cache written by data latents; only images whose pixels are compared are then decoded (none with pixel_share 0, where data may be empty)"""
     lanes: int = 0
@@ -52,13 +55,17 @@ class DataConfig:
         check_numbers(self, 0, "lanes")
         if self.lanes and batch % self.lanes:
             raise ValueError(f"lanes {self.lanes} do not divide the batch of {batch}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
+        _ = self.view  # raises for what is no view
         if self.weights and (len(self.weights) != len(self.data) or not all(0 < weight < math.inf for weight in self.weights)):
             raise ValueError(f"weights {' '.join(f'{w:g}' for w in self.weights)}: give one positive number for each of the {len(self.data)} names in data")
         if not 0 < self.cache_gb < math.inf:
             raise ValueError(f"cache_gb {self.cache_gb} must be a positive number")
         read_rules(self.only)
+
+    @property
+    def view(self) -> View:
+        """What a training view is. Raises ValueError."""
+        return View(tuple(self.crop_area), self.mirror)  # type: ignore[arg-type]
 
     @property
     def only_values(self) -> dict[str, str]:

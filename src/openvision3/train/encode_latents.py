@@ -38,7 +38,7 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
         caption_keys=job.caption_keys,
         only=read_rules(job.only),
         aliases=job.aliases,
-        area=job.crop_area,
+        view=job.view,
         index=job.index,
         cache=job.cache,
         cache_gb=job.cache_gb,
@@ -66,7 +66,7 @@ def open_writer(job: LatentJob, local_rank: int = 0) -> LatentWriter:
 def settings_of(job: LatentJob, vae: VAE, precision: str, samples: int) -> LatentSettings:
     """What the latents of `job` depend on, for a source of so many samples."""
     network = {"vae": vae.name, "vae_sha256": vae.sha256, "scale": vae.scale, "shift": vae.shift, "channels": vae.latent_channels, "stride": vae.stride}
-    shared = {name: getattr(job, name) for name in ("size", "crops", "crop_area", "seed", "part_samples", "data")}
+    shared = {name: getattr(job, name) for name in ("size", "crops", "crop_area", "mirror", "seed", "part_samples", "data")}
     return LatentSettings(**network, **shared, precision=precision, samples=samples)  # type: ignore[arg-type]
 
 

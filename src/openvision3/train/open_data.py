@@ -34,7 +34,7 @@ def data_options(config: DataConfig, **more: Any) -> DataOptions:
     return DataOptions(
         caption_keys=config.caption_keys,
         only=config.only_values,
-        area=config.crop_area,
+        view=config.view,
         index=config.index,
         cache=config.cache,
         cache_gb=config.cache_gb,
@@ -83,12 +83,16 @@ def open_data(config: DataConfig, vae: VAE, pixel_share: float) -> tuple[Source,
     If the data are not named or not there, the cache replaces them: it has keys and captions, but no images.
 
     Raises:
-        ValueError: no such data; a cache of another VAE, size or crop area; a pixel loss without images.
+        ValueError: no such data; a cache of another VAE, size or other views; a pixel loss without images.
     """
     cache = None
     if config.latents:
         cache = LatentCache.open(config.latents, vae_sha256=vae.sha256, scale=vae.scale, shift=vae.shift, size=config.size)
         _refuse_evaluated(cache)
+        if config.mirror != cache.settings.mirror:
+            raise ValueError(
+                f"mirror is {config.mirror:g}, but the crops in {config.latents} are mirrored with probability {cache.settings.mirror:g}; set --mirror alike"
+            )
     try:
         source = open_source(config.data, data_options(config, aliases=config.aliases, weights=config.weights), watch=track)
     except (ValueError, OSError) as error:

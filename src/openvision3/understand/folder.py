@@ -101,7 +101,7 @@ def save(path: Path, config: ChatConfig, weights: dict[str, Tensor], *, dtype: t
 
 def find(name: str | Path) -> Path:
     """A shipped chat model ("" is the first), the folder of one, or a run -> the folder with config.json. Raises FileNotFoundError."""
-    return hub.find_other(name, "chat model", SHIPPED)
+    return hub.find_or_first(name, "chat model", SHIPPED)
 
 
 def read(folder: Path) -> ChatConfig:

@@ -34,13 +34,14 @@ from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches, to_d
 from openvision3.data.folders import FolderSource
 from openvision3.data.images import ImageError, to_tensor
 from openvision3.data.labelled import Classes, read_classes
-from openvision3.data.latents.files import AGAIN, TENSORS, Part
+from openvision3.data.latents.files import AGAIN, TENSORS, Part, draw_crop
 from openvision3.data.latents.read import CachedSource, LatentCache
 from openvision3.data.latents.settings import LatentJob, LatentSettings
 from openvision3.data.latents.write import LatentWriter
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.sources import Source
 from openvision3.data.text import TextTokenizer
+from openvision3.data.view import View
 from openvision3.distributed import Ranks
 from openvision3.draws import draw_seed
 from openvision3.hub import load_vae
@@ -334,11 +335,53 @@ def test_a_folder_that_cannot_be_written_is_one_line(folder, disk, capsys):
     assert "Read-only file system" in capsys.readouterr().err.splitlines()[-1]
 
 
+# -- mirrored views ------------------------------------------------------------------------------------------------
+
+
+def test_a_mirrored_crop_of_a_cache_is_that_of_its_source_and_its_pixels_show_it(folder, vae, tmp_path):
+    view = View(mirror=0.5)
+    source, plain = FolderSource(folder, view), FolderSource(folder)
+    cache = write(tmp_path / "c", source, vae, mirror=0.5)
+    assert cache.settings.view == view
+    sides = set()
+    for index in (0, 3, 9):
+        key = source.sample_key(index)
+        for epoch in range(CROPS):
+            cached = cache.view(source, index, key=key, seed=3, epoch=epoch, pixels=True)
+            torch.testing.assert_close(cached.latents.float(), vae.encode(to_tensor(cached.image)[None])[0], rtol=2**-8, atol=1e-5)
+        for crop in range(CROPS):
+            same, box = draw_crop(plain, index, key, SIZE, 7, crop)
+            seen, drawn = draw_crop(source, index, key, SIZE, 7, crop)
+            assert drawn == box == cache.read(key, crop)[1]
+            sides.add(torch.equal(seen, same))
+            assert torch.equal(seen, same) or torch.equal(seen, same.flip(2))
+    assert sides == {True, False}
+
+
+def test_a_cache_of_an_older_version_is_not_mirrored(cache, tmp_path):
+    shutil.copytree(cache.folder, tmp_path / "old")
+    for name in ("settings.json", "cache.json"):
+        values = json.loads((tmp_path / "old" / name).read_text())
+        assert values.pop("mirror") == 0
+        (tmp_path / "old" / name).write_text(json.dumps(values))
+    assert LatentCache.open(tmp_path / "old").settings == cache.settings
+
+
+def test_every_kind_of_source_mirrors(folder, tmp_path):
+    write_shard(tmp_path / "0.tar", {"a.png": (folder / "0.png").read_bytes(), "a.txt": b"a heart"})
+    names = ("openmoji", str(folder), str(tmp_path / "0.tar"))
+    plain, mirrored = (open_source(names, DataOptions(view=View(mirror=mirror))) for mirror in (0.0, 1.0))
+    for index in (0, len(plain) - 2, len(plain) - 1):
+        one, other = (source.crop(index, SIZE, torch.Generator().manual_seed(5))[0] for source in (plain, mirrored))
+        assert torch.equal(one, other.flip(2)) and not torch.equal(one, other)
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 64}, {"crops": 2}, {"seed": 8}, {"crop_area": (0.2, 1.0)}, {"part_samples": 5}, {"precision": "bf16"}, {"vae_sha256": "0" * 64}]
+    "change",
+    [{"size": 64}, {"crops": 2}, {"seed": 8}, {"crop_area": (0.2, 1.0)}, {"mirror": 0.5}, {"part_samples": 5}, {"precision": "bf16"}, {"vae_sha256": "0" * 64}],
 )
 def test_a_cache_goes_on_with_its_own_settings_only(cache, folder, vae, change):
     source, (name, value) = FolderSource(folder), next(iter(change.items()))
@@ -647,6 +690,8 @@ def test_a_cache_without_its_pictures_refuses_a_pixel_loss(cached_run, tmp_path)
         pretrain(replace(config, (), config.out))
     with pytest.raises(ValueError, match=r"crop_area is \(0.5, 1.0\), but the crops in .* cover \(0.4, 1.0\)"):
         pretrain(replace(config, config.data, config.out, crop_area=(0.5, 1.0)))
+    with pytest.raises(ValueError, match=r"mirror is 0.5, but the crops in .* are mirrored with probability 0; set --mirror alike"):
+        pretrain(replace(config, config.data, config.out, mirror=0.5))
     assert not Path(config.out).exists()
 
 
@@ -673,6 +718,7 @@ def test_a_cache_of_another_vae_or_size_is_refused_before_anything_is_written(ca
         (["--batch", "0"], "batch 0 must be at least 1"),
         (["--vae", "pixels"], "pixels is no VAE"),
         (["--crop-area", "0.9", "0.1"], "crop_area (0.9, 0.1) must be two shares"),
+        (["--mirror", "1.5"], "mirror 1.5 must be a probability from 0"),
         (["--only", "clipart"], "only 'clipart' must look like name=value"),
         (["--vae", "/nowhere"], "no such VAE: /nowhere"),
     ],

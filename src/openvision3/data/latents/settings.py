@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from openvision3.data.view import View
 from openvision3.settings import PathName, check_numbers, read_rules
 
 FORMAT = "openvision3 latents 2"
@@ -35,6 +36,8 @@ class LatentJob:
     """random crops per image; training takes them in turn"""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """smallest and largest share of an image that a random crop covers"""
+    mirror: float = 0.0
+    """probability that a crop is mirrored left to right, as --mirror of the training run"""
     seed: int = 0
     """seed of the crops"""
     batch: int = 32
@@ -72,6 +75,11 @@ class LatentJob:
             raise ValueError("pixels is no VAE, and a cache would save nothing; choose another VAE with --vae")
         read_rules(self.only)
 
+    @property
+    def view(self) -> View:
+        """What a crop is. Raises ValueError."""
+        return View(self.crop_area, self.mirror)
+
 
 @dataclass(frozen=True)
 class LatentSettings:
@@ -91,15 +99,20 @@ class LatentSettings:
     samples: int
     part_samples: int
     data: tuple[str, ...]
+    mirror: float = 0.0
+    """absent from caches of older versions"""
 
     def __post_init__(self):
         check_numbers(self, 1, "crops", "samples", "part_samples")
         if self.size < 16 or self.size % max(16, self.stride):
             raise ValueError(f"size {self.size} must be a positive multiple of {max(16, self.stride)}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"crop_area {self.crop_area} must be two shares with 0 < first <= second <= 1")
+        _ = self.view  # raises for what is no view
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+
+    @property
+    def view(self) -> View:
+        return View(self.crop_area, self.mirror)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -125,6 +138,7 @@ class LatentSettings:
         values = read_json(path)
         if values.get("format") not in (FORMAT, OLD_FORMAT):
             raise ValueError(f"{path} is of format {values.get('format')!r}; this version reads {FORMAT!r}")
+        values.setdefault("mirror", 0.0)
         if missing := [name for name in cls.__dataclass_fields__ if name not in values]:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         values |= {name: tuple(values[name]) for name in ("crop_area", "data")}

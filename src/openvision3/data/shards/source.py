@@ -11,6 +11,7 @@ from openvision3.data.identity import digest
 from openvision3.data.order import Order, ShardShuffle
 from openvision3.data.shards.tars import WINDOW, Tars, Watch, plain
 from openvision3.data.sources import EncodedSource, Source
+from openvision3.data.view import View
 from openvision3.settings import fits
 
 
@@ -30,11 +31,11 @@ class ShardSource(EncodedSource):
         shards: Tars | list[str],
         caption_keys: tuple[str, ...] = (),
         only: dict[str, str] | None = None,
-        area: tuple[float, float] = (0.4, 1.0),
+        view: View = View(),
         crop: str = "square",
         watch: Watch = plain,
     ):
-        super().__init__(area, crop)
+        super().__init__(view, crop)
         self.tars = shards if isinstance(shards, Tars) else Tars(shards)
         self.problems = self.tars.problems
         self.is_remote = self.tars.remote
