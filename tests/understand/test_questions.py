@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw
 from shard_files import write_shard
 
 from openvision3.cli import main
+from openvision3.data.images import open_image
 from openvision3.data.names import DataOptions, open_source
+from openvision3.understand.conversations import Conversations
 from openvision3.understand.facts import COLOURS, content_words, facts_of, is_plural, main_colours, name_of, with_article
 from openvision3.understand.questions import ASKERS, BRIEFLY, LETTER, write_conversations
 
@@ -143,6 +145,15 @@ def test_rows_are_llavas_with_a_kind_and_answers_for_each_question(drawings, tmp
     assert len({row["id"] for row in rows}) == len(rows)
     singles = read(drawings, tmp_path / "b.json", turns=1)[2]
     assert [rest for _, *rest in singles] == [rest for _, *rest in questions]
+
+
+def test_training_reads_every_row_and_image(drawings, tmp_path):
+    rows = read(drawings, tmp_path / "a.json")[1]
+    conversations = Conversations([str(tmp_path / "a.json")], [str(tmp_path / "a.zip")])
+    assert len(conversations) == len(rows) and not len(conversations.problems)
+    for index, row in enumerate(rows):
+        assert [message["content"] for message in conversations[index].messages] == [turn["value"] for turn in row["conversations"]]
+        assert open_image(conversations.image(index, row["image"])).size == (80, 60)
 
 
 def test_a_no_is_true_a_yes_is_not_the_rule_and_no_thing_says_which(drawings, tmp_path):

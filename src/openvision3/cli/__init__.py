@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
-            print(f"openvision3: not enough memory ({error_message(error)[:120]}); use a smaller --size or --batch", file=sys.stderr)
+            advice = "use a smaller --size or --batch, or in training a smaller --micro-batch, which changes no number"
+            print(f"openvision3: not enough memory ({error_message(error)[:120]}); {advice}", file=sys.stderr)
             return 2
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
