@@ -22,6 +22,7 @@ from openvision3.hub import complete_checkpoints
 from openvision3.model import vae as vae_module
 from openvision3.settings import load_config
 from openvision3.train import identities
+from openvision3.train import run as run_module
 from openvision3.train.config import PretrainConfig
 from openvision3.train.pretrain import pretrain
 
@@ -57,6 +58,26 @@ def test_a_crash_in_bf16_leaves_no_trace(tmp_path, monkeypatch):
     assert [p.name for p in complete_checkpoints(broken.out)] == ["step-00000001"]
     assert go_on(broken).precision == "bf16"
     assert_same_run(whole.out, broken.out)
+
+
+def test_a_run_does_not_start_over_beside_a_checkpoint_that_another_process_wrote_while_it_was_opened(tmp_path, monkeypatch):
+    """The process that is told to stop writes its last checkpoint while the one that goes on is already reading."""
+    config, other = (small(tmp_path, name, batch=2, steps=2, save_every=1, pixel_share=0.5) for name in ("run", "other"))
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        crash_at(patched, 1)
+        pretrain(config, "tiny")
+    pretrain(other, "tiny")
+    set_up = run_module.set_up
+
+    def late(*arguments):
+        setup = set_up(*arguments)
+        shutil.copytree(Path(other.out) / "checkpoints", Path(config.out) / "checkpoints", dirs_exist_ok=True)
+        return setup
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"another process has written to .* start again with --resume"):
+        patched.setattr(run_module, "set_up", late)
+        go_on(config)
+    assert go_on(config).steps == 2
 
 
 def test_a_crash_before_the_first_checkpoint_of_a_second_phase_starts_over_from_the_weights_of_the_first(tmp_path, monkeypatch):

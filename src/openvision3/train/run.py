@@ -137,6 +137,8 @@ def train_run(config: C, build: Build[C, T], out: Path, signals: Signals | None 
             run = RunFolder(out, resume=config.resume, writes=ranks.rank == 0)
         try:
             with distributed.together():
+                if run.writes and config.resume and latest_checkpoint(out) != start.checkpoint:
+                    raise ValueError(f"another process has written to {out} since this one read it; start again with --resume")
                 if run.writes and not (config.resume and (out / identities.FILE).is_file()):
                     write_whole(out / identities.FILE, json.dumps(start.identities, indent=2) + "\n")
                 run.describe(to_dict(config), environment())
