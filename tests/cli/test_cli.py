@@ -405,7 +405,7 @@ def test_help_lists_every_verb_and_each_has_help_of_its_own(capsys):
     text = capsys.readouterr().out
     for verb in cli.verbs():
         assert f"\n  {verb} " in text
-        if verb in ("train", "estimate", "ablate", "evaluate", "data"):
+        if verb in ("train", "estimate", "ablate", "evaluate", "data", "export"):
             assert cli.main([verb, "--help"]) == 0
         else:
             with pytest.raises(SystemExit) as stop:
