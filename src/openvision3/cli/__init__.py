@@ -55,12 +55,12 @@ HELP = f"openvision3 {__version__}: one visual encoder to rebuild images and to 
 
 def verbs() -> dict[str, Callable[..., int]]:
     """{name: function}, in the order of the help. Verbs import what they need when they run, so that the help does not wait for torch."""
-    from openvision3.cli import chat, search, train, use
+    from openvision3.cli import chat, generate, search, train, use
 
     functions: tuple[Callable[..., int], ...] = (
         *(train.demo, train.train, train.estimate, train.watch, train.compare, train.ablate),
         *(use.evaluate, use.calibrate, use.data, use.fetch),
-        *(use.reconstruct, use.caption, use.classify, chat.chat, use.generate, search.search, use.encode, use.export, use.info, train.doctor),
+        *(use.reconstruct, use.caption, use.classify, chat.chat, generate.generate, search.search, use.encode, use.export, use.info, train.doctor),
     )
     return {function.__name__: function for function in functions}
 

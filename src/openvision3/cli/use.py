@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Images = Positional[Annotated[tuple[PathName, ...], arg(metavar="IMAGE ...", help="files, folders and globs")]]
 
-Texts = Positional[Annotated[tuple[str, ...], arg(metavar="TEXT ...", help="what to draw, such as 'a red heart'")]]
-
 Model = Annotated[PathName, arg(metavar="MODEL", help="a shipped name, a model folder or a run folder")]
 
 VaeFolder = Annotated[PathName, arg(metavar="FOLDER", help="folder of the VAE, for a model whose own VAE is not found")]
@@ -155,77 +153,6 @@ def classify(
         return f"{row['picture']}: {_doubted(row, labels, pipeline)}"
 
     return _for_each(paths, choose, json, line)
-
-
-def generate(
-    texts: Texts = (),
-    model: Annotated[PathName, arg(metavar="GENERATOR", help="a folder or run of a generator. Not set: the one that ships")] = "",
-    label: tuple[str, ...] = (),
-    count: Annotated[int, arg(aliases=("-n",))] = 1,
-    out: PathName = "drawn.png",
-    steps: int = 50,
-    method: Annotated[str, arg(metavar="{euler,heun}", help="the sampler; heun computes twice a step and is more exact")] = "euler",
-    guidance: float | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
-    seed: int = 0,
-    strip: int = 0,
-    weaker: PathName = "",
-    tokens: PathName = "",
-    device: Device = "auto",
-    json: Json = False,
-) -> int:
-    """Draw images from texts, or from labels.
-
-    Args:
-        label: names or numbers of classes, for a generator that draws by label
-        count: images of each text or label
-        out: the PNG file; several images lie beside it as NAME-1.png, NAME-2.png, ..., and it is the sheet of all
-        steps: steps from noise to image
-        guidance: 1: none; more follows the text or label more closely, with less variety. Not set: 2, or 1 where there is none to follow
-        interval: the times, from and to, at which guidance applies; 0 is the image, 1 is noise
-        seed: seed of the noise; the same seed draws the same images
-        strip: write so many images of the way from noise to the first image, as NAME-strip.png; 0: none
-        weaker: a smaller or shorter generator of the same tokens to guide by, instead of by drawing without the text or label
-        tokens: the model whose tokens are drawn, if the one that the generator names is not found
-    """
-    from openvision3.generate.flow import Sampling
-    from openvision3.generate.generator import load_generator
-    from openvision3.report.sheets import grid
-
-    target = Path(out)
-    if target.suffix.lower() != ".png" or count < 1 or not 0 <= strip <= steps:
-        raise ValueError(
-            f"out {out}, count {count} and strip {strip} cannot be used; give a name that ends in .png, 1 image or more, and a strip of 0 to {steps} images"
-        )
-    output_folder(str(target.parent))
-    Sampling(steps, method, guidance=guidance or 1.0, interval=interval, seed=seed)  # type: ignore[arg-type]  # refuses bad values before a model is opened
-    generator = load_generator(model, device=device, tokens=tokens, weaker=weaker)
-    strength = guidance if guidance is not None else (2.0 if generator.can_guide else 1.0)
-    sampling = Sampling(steps, method, guidance=strength, interval=interval, seed=seed)  # type: ignore[arg-type]
-    shown = {round(steps * number / strip) for number in range(1, strip + 1)} if strip else set()
-    way: dict[int, Any] = {}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        images: Any = generator.generate(
-            texts, labels=label, count=count, sampling=sampling, each=(lambda step, drawn: way.setdefault(step, drawn[0])) if strip else None
-        )
-    for warning in caught:
-        print(f"openvision3: {warning.message}", file=sys.stderr)
-    conditions = [*(texts or label or ("",))]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files = [target] if len(images) == 1 else [target.with_name(f"{target.stem}-{number}.png") for number in range(1, len(images) + 1)]
-    sheets: dict[Path, Any] = {}
-    if len(images) > 1:
-        columns = [images[i : i + count] for i in range(0, len(images), count)]
-        sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
-    if strip:
-        sheets[target.with_name(f"{target.stem}-strip.png")] = grid([[way[step] for step in sorted(shown)]], [f"step {step}" for step in sorted(shown)])
-    for file, image in [*zip(files, images, strict=True), *sheets.items()]:
-        write_whole(file, lambda handle, image=image: image.save(handle, "PNG"))  # type: ignore[misc]
-    rows = [{"condition": conditions[number // count], "file": str(file)} for number, file in enumerate(files)]
-    answer = {"images": rows, "sheets": [str(file) for file in sheets], "guidance": strength, "steps": steps, "method": method, "seed": seed}
-    print(dumps(answer, indent=2) if json else "\n".join([*(f"{row['condition'] or 'image'} -> {row['file']}" for row in rows), *map(str, sheets)]))
-    return 0
 
 
 def encode(
