@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from openvision3.cli import data as cli_data
+from openvision3.cli import export as cli_export
 from openvision3.cli import verbs
 from openvision3.cli.calibrate import Options as CalibrateOptions
 from openvision3.cli.common import deferred, parse
@@ -75,6 +76,8 @@ def check(words: list[str]) -> None:
         given = rest[1:] if len(rest) > 1 and not rest[1].startswith("-") else ["x", *rest[1:]]
         missing = [word for option, word in zip(needed[::2], needed[1::2], strict=True) for word in (option, word) if option not in rest]
         parse(target or deferred(cli_data.VERBS[rest[0]]), [*given, *missing], "data")
+    elif verb == "export":
+        parse(deferred(cli_export.VERBS[rest[0]]), rest[1:], "export")
     else:
         parse(deferred(verbs()[verb]), rest, verb)
 

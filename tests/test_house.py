@@ -12,7 +12,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
     ("experiments",),
-    ("estimate", "doctor"),
+    ("estimate", "doctor", "export"),
     (
         "train.pretrain",
         "train.recipes",

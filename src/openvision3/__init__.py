@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from openvision3.model.openvision3 import OpenVision3 as OpenVision3
     from openvision3.pipeline import Pipeline as Pipeline
     from openvision3.pipeline import load as load
+    from openvision3.understand.chat import Chat as Chat
+    from openvision3.understand.chat import load_chat as load_chat
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "OpenVision3", "Pipeline", "Sampling", "__version__", "load", "load_generator", "to_pil"]
+__all__ = ["Chat", "Generator", "OpenVision3", "Pipeline", "Sampling", "__version__", "load", "load_chat", "load_generator", "to_pil"]
 
 _HOMES = {
     "load": "pipeline",
@@ -30,6 +32,8 @@ _HOMES = {
     "load_generator": "generate.generator",
     "Generator": "generate.generator",
     "Sampling": "generate.flow",
+    "load_chat": "understand.chat",
+    "Chat": "understand.chat",
 }
 
 

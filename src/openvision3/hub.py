@@ -105,7 +105,7 @@ def save_model(
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
-        origin = _vae_origin(model.vae)
+        origin = vae_origin(model.vae)
         if model.vae.network is not None and (with_vae or (with_vae is None and model.vae.name == "embedded")):
             origin["sha256"] = _save_vae(model.vae, making / "vae")
         vae_config = VAEConfig(model.vae.name or model.config.vae.name, model.vae.uses_shift)  # of the VAE that was loaded, not of the config
@@ -158,7 +158,8 @@ def _take_place(making: Path, folder: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _vae_origin(vae: VAE) -> dict[str, Any]:
+def vae_origin(vae: VAE) -> dict[str, Any]:
+    """What a model's config records of its VAE."""
     return {
         "name": vae.name,
         "sha256": vae.sha256,
@@ -284,6 +285,8 @@ def read_config(folder: Path) -> FolderConfig:
         raise ValueError(f"{folder} is a chat model, which answers questions about images; use it with openvision3 chat --model {folder}")
     if values.get("model_type") != "openvision3":
         raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
+    if "vision_config" in values:
+        raise ValueError(f"{folder} was written for transformers; open it with transformers.AutoModel, or name the model that it was exported from")
     version = values.get("format")
     if version != FORMAT:
         raise ValueError(f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
@@ -323,7 +326,7 @@ def _load_recorded_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, v
         network = load_vae(source, shift=config.model.vae.shift, dtype=dtype)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the VAE of {folder} is not found: {error}; name its folder with --vae, or load(..., vae=FOLDER)") from error
-    own, trained = _vae_origin(network), config.vae
+    own, trained = vae_origin(network), config.vae
     for name in ("latent_channels", "sha256", "latent_scale", "latent_shift"):
         if trained.get(name, own[name]) not in (own[name], ""):  # no sha256: the VAE had no file
             raise ValueError(f"{folder} was trained with a VAE of {name} {trained[name]}, but {source} has {own[name]}; name the VAE of the training")
@@ -423,7 +426,7 @@ def start_from(model: OpenVision3, folder: Path) -> None:
 
 def other_vae(saved: FolderConfig, vae: VAE) -> str:
     """How the VAE of a model's training differs from this one, in words; "" if it does not."""
-    digest, origin = saved.vae["sha256"], _vae_origin(vae)
+    digest, origin = saved.vae["sha256"], vae_origin(vae)
     if digest != vae.sha256:
         return f"with a VAE of sha256 {str(digest)[:12]}..., but {vae.name} has {str(vae.sha256)[:12]}... now"
     for name in ("latent_scale", "latent_shift"):

@@ -116,6 +116,8 @@ def test_loaded_in_half_precision_the_vae_stays_fp32_and_the_tokens_stay_close(d
     exact, output = tower(pixels()), half(pixels().to(dtype), output_hidden_states=True)
     assert {state.dtype for state in (*output.hidden_states, output.pooler_output)} == {dtype}
     assert torch.nn.functional.cosine_similarity(exact.last_hidden_state, output.last_hidden_state.float(), dim=-1).min() > 0.99
+    with pytest.raises(ValueError, match=r"bfloat16 or torch\.float32"):
+        half.half()  # it would round the VAE, whose activations overflow fp16
 
 
 def test_fresh_weights_are_drawn_as_for_training():
@@ -130,11 +132,15 @@ def test_fresh_weights_are_drawn_as_for_training():
 def test_settings_that_contradict_the_encoder_are_refused():
     config = vision_model(pipeline()).config
     assert (config.patch_size, config.hidden_size, config.image_size) == (16, 64, 64)
-    for wrong, message in (({"hidden_size": 65}, "hidden_size"), ({"encoder": {"sise": "B"}}, "encoder.size"), ({"encoder": {"size": "Z"}}, "Choose one of")):
+    for wrong, message in (
+        ({"hidden_size": 65}, "hidden_size"),
+        ({"encoder_settings": {"sise": "B"}}, "encoder_settings.size"),
+        ({"encoder_settings": {"size": "Z"}}, "Choose one of"),
+    ):
         with pytest.raises(ValueError, match=message):
             OpenVision3VisionConfig(**{**config.to_dict(), **wrong})
     with pytest.raises(ValueError, match="choose one of AutoencoderKL"):
-        OpenVision3VisionModel(OpenVision3VisionConfig(encoder={"size": "tiny"}, vae={"_class_name": "VQModel"}))
+        OpenVision3VisionModel(OpenVision3VisionConfig(encoder_settings={"size": "tiny"}, vae_settings={"_class_name": "VQModel"}))
 
 
 # -- LLaVA -----------------------------------------------------------------------------------------------------------

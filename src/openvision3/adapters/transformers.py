@@ -6,7 +6,6 @@ tower = vision_model(openvision3.load("mini"))    # shares the weights
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -22,12 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from openvision3.adapters.parts import filled, vae_settings
 from openvision3.adapters.transformers_config import OpenVision3Config, OpenVision3VisionConfig
 from openvision3.adapters.transformers_images import OpenVision3ImageProcessor
 from openvision3.adapters.transformers_model import OpenVision3Model, OpenVision3VisionModel
 from openvision3.adapters.transformers_processor import OpenVision3Processor
 from openvision3.data.text import TextTokenizer
-from openvision3.hub import vae_licence
+from openvision3.hub import vae_origin
 from openvision3.pipeline import Pipeline
 
 
@@ -45,14 +45,11 @@ def register() -> None:
 def vision_config(pipeline: Pipeline) -> OpenVision3VisionConfig:
     """The config of the tower of an opened model."""
     vae = pipeline.vae
-    settings: dict[str, Any] = {}
-    if vae.network is not None:
-        settings = {name: value for name, value in json.loads(vae.network.to_json_string()).items() if name[0] != "_" or name == "_class_name"}  # type: ignore[operator]
     return OpenVision3VisionConfig(
-        encoder=asdict(pipeline.encoder.config),
-        vae=settings,
+        encoder_settings=asdict(pipeline.encoder.config),
+        vae_settings=vae_settings(vae),
         vae_shift=vae.uses_shift,
-        vae_origin={"name": vae.name, "sha256": vae.sha256, "licence": vae_licence(vae.name)},
+        vae_origin=vae_origin(vae),
         image_size=pipeline.size,
     )
 
@@ -62,7 +59,7 @@ def vision_model(pipeline: Pipeline) -> OpenVision3VisionModel:
     model = pipeline.model
     with torch.device("meta"):
         tower = OpenVision3VisionModel(vision_config(pipeline))
-    return _filled(tower, {name: value for name, value in model.state_dict().items() if name.startswith(("encoder.", "vae."))})
+    return filled(tower, model.state_dict())
 
 
 def dual_encoder(pipeline: Pipeline) -> OpenVision3Model:
@@ -70,27 +67,20 @@ def dual_encoder(pipeline: Pipeline) -> OpenVision3Model:
     text = pipeline.model.text_encoder
     config = OpenVision3Config(
         vision_config=vision_config(pipeline),
-        text_encoder=asdict(text.config),
+        text_settings=asdict(text.config),
         vocab_size=pipeline.model.vocabulary,
         pad_token_id=pipeline.model.pad_id,
     )
     with torch.device("meta"):
         model = OpenVision3Model(config)
-    names = {"encoder": "vision_model.encoder", "vae": "vision_model.vae"}
-    state = {names.get(name.split(".")[0], name.split(".")[0]) + name[len(name.split(".")[0]) :]: value for name, value in pipeline.model.state_dict().items()}
-    return _filled(model, state)
-
-
-def _filled(model: Any, state: dict[str, torch.Tensor]) -> Any:
-    """The model, which was made without memory, with these tensors as its weights; those of parts that it lacks are left out."""
-    own = model.state_dict()
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, assign=True)
-    return model.eval()
+    state = pipeline.model.state_dict()
+    return filled(model, {f"vision_model.{name}" if name.startswith(("encoder.", "vae.")) else name: value for name, value in state.items()})
 
 
 def image_processor(pipeline: Pipeline, fit: str = "crop") -> OpenVision3ImageProcessor:
     """An image processor for the size at which the model was trained."""
-    return OpenVision3ImageProcessor(size={"height": pipeline.size, "width": pipeline.size}, fit=fit)
+    settings: dict[str, Any] = {"size": {"height": pipeline.size, "width": pipeline.size}, "fit": fit}
+    return OpenVision3ImageProcessor(**settings)
 
 
 def text_tokenizer(tokenizer: TextTokenizer, positions: int) -> PreTrainedTokenizerFast:

@@ -1,65 +1,49 @@
 """Configs of the transformers classes: a vision tower, and image and text encoder together.
 
-transformers writes and reads them as config.json. They hold the settings of our own parts as those parts' dataclasses (`encoder`, `text_encoder`) and the
-VAE's diffusers config (`vae`). What other code reads of a tower, such as `hidden_size`, is derived from these.
+transformers writes and reads them as config.json. `encoder_settings` and `text_settings` hold the fields of our own parts' dataclasses, `vae_settings`
+the VAE's diffusers config. What other code reads of a tower, such as `hidden_size`, is derived from these.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from openvision3.adapters.parts import FLUX, STRIDE
 from openvision3.model.encoder import EncoderConfig, named_size
 from openvision3.model.understanding import TextEncoderConfig
 from openvision3.settings import from_dict
-
-FLUX = {
-    "_class_name": "AutoencoderKL",
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-"""The VAE of the paper, FLUX.1's, in diffusers' terms."""
-
-STRIDE = 16
-"""pixels that a token spans: `patch_size` for other code"""
 
 
 class OpenVision3VisionConfig(PreTrainedConfig):
     """Settings of the tower: VAE encoder, then ViT.
 
     Args:
-        encoder: the fields of EncoderConfig
-        vae: the config of the VAE in diffusers' layout, with `_class_name`; empty: no VAE
+        encoder_settings: the fields of EncoderConfig
+        vae_settings: the config of the VAE in diffusers' layout, with `_class_name`; empty: no VAE
         vae_shift: whether the latents are shifted by the VAE's shift_factor; None: as VAEConfig.shift
         vae_origin: name, sha256 and licence of the VAE, for the record
         image_size: side of the training images in pixels; any multiple of 16 can be used
 
     Raises:
-        ValueError: an unknown field or a bad value in `encoder`; a derived field, such as hidden_size, that does not fit it.
+        ValueError: an unknown field or a bad value in `encoder_settings`; a derived field, such as hidden_size, that does not fit it.
     """
 
     model_type = "openvision3_vision"
     base_config_key = "vision_config"
 
-    encoder: dict | None = None
-    vae: dict | None = None
+    encoder_settings: dict | None = None
+    vae_settings: dict | None = None
     vae_shift: bool | None = None
     vae_origin: dict | None = None
     image_size: int = 256
 
     def __post_init__(self, **kwargs: Any):
-        parts = from_dict(EncoderConfig, self.encoder or {}, "encoder.")
-        self.encoder = asdict(parts)
-        self.vae = dict(FLUX) if self.vae is None else self.vae
+        parts = from_dict(EncoderConfig, self.encoder_settings or {}, "encoder_settings.")
+        self.encoder_settings = asdict(parts)
+        self.vae_settings = dict(FLUX) if self.vae_settings is None else self.vae_settings
         self.vae_origin = self.vae_origin or {}
         size = named_size(parts.size)
         derived = {
@@ -82,7 +66,7 @@ class OpenVision3Config(PreTrainedConfig):
 
     Args:
         vision_config: an OpenVision3VisionConfig or its fields
-        text_encoder: the fields of TextEncoderConfig
+        text_settings: the fields of TextEncoderConfig
         vocab_size: number of word pieces, special tokens included
         pad_token_id: id of [PAD]
 
@@ -91,10 +75,10 @@ class OpenVision3Config(PreTrainedConfig):
     """
 
     model_type = "openvision3"
-    sub_configs_defaults = {"vision_config": OpenVision3VisionConfig}  # noqa: RUF012  # transformers declares it as a ClassVar
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"vision_config": OpenVision3VisionConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
-    text_encoder: dict | None = None
+    text_settings: dict | None = None
     vocab_size: int = 30522
     pad_token_id: int = 0
 
@@ -104,7 +88,7 @@ class OpenVision3Config(PreTrainedConfig):
                 "this is a model folder of openvision3 itself; open it with openvision3.load, or write it for transformers: "
                 "openvision3 export transformers MODEL --out FOLDER"
             )
-        self.text_encoder = asdict(from_dict(TextEncoderConfig, self.text_encoder or {}, "text_encoder."))
+        self.text_settings = asdict(from_dict(TextEncoderConfig, self.text_settings or {}, "text_settings."))
         super().__post_init__(**kwargs)
 
     @property
@@ -115,4 +99,4 @@ class OpenVision3Config(PreTrainedConfig):
 def _check_derived(derived: dict[str, Any], given: dict[str, Any]) -> None:
     for name, value in derived.items():
         if given.pop(name, value) != value:
-            raise ValueError(f"{name} is {value}, the encoder's; it cannot be set by itself, choose another encoder.size or encoder.embed_dim")
+            raise ValueError(f"{name} is {value}, the encoder's; it cannot be set by itself, choose another size or embed_dim")

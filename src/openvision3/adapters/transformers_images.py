@@ -46,41 +46,43 @@ class OpenVision3ImageProcessor(PilBackend):
     do_convert_rgb = True
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
-    def process_image(self, image: Any, input_data_format: Any = None, **_: Any) -> Any:
+    def process_image(self, image: Any, input_data_format: Any = None, **_: Any) -> Any:  # type: ignore[override]  # a PIL image, not an array
         """One image, an array or a tensor -> an upright RGB image, transparency over white."""
         if not isinstance(image, Image.Image):
             image = to_pil_image(image, input_data_format=input_data_format)
         return open_image(image)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]  # with fit, and without what we do not use
         self,
         images: list[Any],
-        do_resize: bool,
         size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
+        fit: str,
         image_mean: Any,
         image_std: Any,
-        fit: str,
         return_tensors: Any = None,
-        **_: Any,
+        **options: Any,
     ) -> BatchFeature:
         side = _side(size)
-        if fit not in FITS:
-            raise ValueError(f"fit cannot be {fit!r}. Choose one of {', '.join(FITS)}")
+        check_fit(fit)
         rows = []
         for image in images:
-            pixels = uint8_tensor(_fitted(image, side, fit, image_mean) if do_resize else image).float()
+            pixels = uint8_tensor(_fitted(image, side, fit, image_mean) if options["do_resize"] else image).float()
             row = pad(pixels).numpy()  # to multiples of 16; squares are
-            row = self.rescale(row, rescale_factor) if do_rescale else row
-            rows.append((self.normalize(row, image_mean, image_std) if do_normalize else row).astype(np.float32))
+            row = self.rescale(row, options["rescale_factor"]) if options["do_rescale"] else row
+            row = self.normalize(row, image_mean, image_std) if options["do_normalize"] else row
+            rows.append(row.astype(np.float32))
         if len({row.shape for row in rows}) > 1 and return_tensors is not None:
             seen = ", ".join(sorted({f"{row.shape[1]}x{row.shape[2]}" for row in rows}))
             raise ValueError(
                 f"these images have different padded sizes ({seen}), so they cannot be one batch; take them one by one, or with fit='pad' or 'crop'"
             )
         return BatchFeature(data={"pixel_values": rows}, tensor_type=return_tensors)
+
+
+def check_fit(name: str) -> None:
+    """Raises ValueError for an unknown way to make images square."""
+    if name not in FITS:
+        raise ValueError(f"fit cannot be {name!r}. Choose one of {', '.join(FITS)}")
 
 
 def _side(size: SizeDict) -> int:

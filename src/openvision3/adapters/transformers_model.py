@@ -5,7 +5,6 @@ They are our own modules under other names; nothing is computed anew. The VAE st
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +15,20 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from openvision3.adapters.transformers_config import STRIDE, OpenVision3Config, OpenVision3VisionConfig
+from openvision3.adapters.parts import STRIDE, make_vae, precision
+from openvision3.adapters.transformers_config import OpenVision3Config, OpenVision3VisionConfig
 from openvision3.model.encoder import Encoder, EncoderConfig
 from openvision3.model.transformer import Attention, init_weights
 from openvision3.model.understanding import TextEncoder, TextEncoderConfig, at_class_token, temperature
-from openvision3.model.vae import LEVELS, VAE
 
 
 class OpenVision3PreTrainedModel(PreTrainedModel):
     """What both models share: how fresh weights are drawn, and that the VAE stays in fp32."""
 
-    config_class = OpenVision3Config
+    config_class: Any = OpenVision3Config
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012
@@ -49,10 +48,6 @@ class OpenVision3PreTrainedModel(PreTrainedModel):
         else:  # a file without this one tensor, of which transformers warns
             nn.init.normal_(own[0], std=0.02)
 
-    def _precision(self) -> contextlib.AbstractContextManager:
-        """Autocast where the weights are bf16 or fp16: our norms compute in fp32, and matrix products need one dtype."""
-        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
-
 
 LOG_TEMPERATURE = 2.6592600369327779
 """log(1 / 0.07), with which training starts"""
@@ -62,11 +57,13 @@ class OpenVision3VisionModel(OpenVision3PreTrainedModel):
     """Images -> tokens, as a vision tower."""
 
     config_class = OpenVision3VisionConfig
+    base_model_prefix = "vision_model"
+    """so that it also loads from a saved dual encoder"""
 
-    def __init__(self, config: OpenVision3VisionConfig):
+    def __init__(self, config: Any):
         super().__init__(config)
-        vae = _vae_encoder(config)
-        self.encoder = Encoder(EncoderConfig(**config.encoder), vae.latent_channels)  # first: `dtype` is that of the first parameter
+        vae = make_vae(config.vae_settings, config.vae_shift, config.vae_origin, decoder=False)
+        self.encoder = Encoder(EncoderConfig(**config.encoder_settings), vae.latent_channels)  # first: `dtype` is that of the first parameter
         self.vae = vae
         self.post_init()
 
@@ -87,7 +84,7 @@ class OpenVision3VisionModel(OpenVision3PreTrainedModel):
         """
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         layers: list[Tensor] | None = [] if wanted is not None and wanted is not False else None
-        with self._precision():
+        with precision(self.device, self.dtype):
             tokens, pooled = self.encoder(self.vae.encode(pixel_values), layers)
         dtype = self.dtype
         tokens = tokens.to(dtype)
@@ -115,10 +112,10 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
 
     input_modalities = ("image", "text")
 
-    def __init__(self, config: OpenVision3Config):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.vision_model = OpenVision3VisionModel(config.vision_config)
-        self.text_encoder = TextEncoder(TextEncoderConfig(**config.text_encoder), config.vocab_size, config.projection_dim, config.pad_token_id)
+        self.text_encoder = TextEncoder(TextEncoderConfig(**config.text_settings), config.vocab_size, config.projection_dim, config.pad_token_id)
         self.log_temperature = nn.Parameter(torch.full((1,), LOG_TEMPERATURE))
         self.post_init()
 
@@ -133,7 +130,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         """input_ids (B, T) of the tokenizer -> features of all pieces as last_hidden_state, the embedding (B, E) as pooler_output, not normalised."""
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, self.config.pad_token_id)
-        with self._precision():
+        with precision(self.device, self.dtype):
             words, seen = self.text_encoder.words(input_ids)
             pooled = self.text_encoder.projection(at_class_token(words, seen))
         return BaseModelOutputWithPooling(last_hidden_state=words.to(self.dtype), pooler_output=pooled.to(self.dtype))
@@ -149,7 +146,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
     ) -> OpenVision3Output | tuple:
         """Embeddings of images and texts, and the logits of all pairs. `return_loss` adds the contrastive loss, where row i of both belongs together."""
         images, texts = self.get_image_features(pixel_values, **options), self.get_text_features(input_ids, attention_mask)
-        image_embeds, text_embeds = (F.normalize(features.pooler_output.float(), dim=-1) for features in (images, texts))
+        image_embeds, text_embeds = (F.normalize(pooled.float(), dim=-1) for pooled in (images["pooler_output"], texts["pooler_output"]))
         logits = temperature(self.log_temperature) * image_embeds @ text_embeds.T
         loss = None
         if return_loss:
@@ -158,21 +155,3 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         output = OpenVision3Output(loss, logits, logits.T, text_embeds, image_embeds, texts, images)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
-
-
-def _vae_encoder(config: OpenVision3VisionConfig) -> VAE:
-    """The VAE of the config with fresh weights, without its decoder. Raises ValueError for another class of VAE."""
-    name, sha256 = (str((config.vae_origin or {}).get(key, "")) for key in ("name", "sha256"))
-    if not config.vae:
-        return VAE(None, name=name)
-    import diffusers
-
-    settings = dict(config.vae)
-    kind = settings.pop("_class_name", None)
-    if kind not in LEVELS:
-        raise ValueError(f"the config names a VAE of class {kind}; choose one of {', '.join(LEVELS)}")
-    network = getattr(diffusers, kind).from_config(settings)
-    network.decoder = None
-    if kind == "AutoencoderKL":
-        network.post_quant_conv = None
-    return VAE(network, name=name, shift=config.vae_shift, sha256=sha256)

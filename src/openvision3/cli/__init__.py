@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _is_out_of_memory(error):
-            print(f"openvision3: not enough memory ({error_message(error)[:120]}); use a smaller --size or --batch", file=sys.stderr)
+            advice = "use a smaller --size or --batch, or in training a smaller --micro-batch, which changes no number"
+            print(f"openvision3: not enough memory ({error_message(error)[:120]}); {advice}", file=sys.stderr)
             return 2
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
@@ -59,7 +60,7 @@ def verbs() -> dict[str, Callable[..., int]]:
     functions: tuple[Callable[..., int], ...] = (
         *(train.demo, train.train, train.estimate, train.watch, train.compare, train.ablate),
         *(use.evaluate, use.calibrate, use.data, use.fetch),
-        *(use.reconstruct, use.caption, use.classify, chat.chat, use.generate, use.encode, use.info, train.doctor),
+        *(use.reconstruct, use.caption, use.classify, chat.chat, use.generate, use.encode, use.export, use.info, train.doctor),
     )
     return {function.__name__: function for function in functions}
 

@@ -21,7 +21,7 @@ def chat(
     tower: PathName = "",
     language: PathName = "",
     device: Device = "auto",
-    precision: Annotated[str, arg(metavar="{auto,fp32,bf16}", help="auto: bf16 where it is faster")] = "auto",
+    precision: Annotated[str, arg(metavar="{auto,fp32,bf16}", help="auto: bf16 on a GPU that has it")] = "auto",
     json: Json = False,
 ) -> int:
     """Answer questions about an image: openvision3 chat IMAGE "What is this?"

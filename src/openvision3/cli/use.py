@@ -342,6 +342,13 @@ def data(argv: Sequence[str]) -> int:
     return run_verb(argv, preparing.VERBS, "openvision3 data", "usage: openvision3 data COMMAND [ARGUMENTS]")
 
 
+def export(argv: Sequence[str]) -> int:
+    """Write a model for other libraries: openvision3 export WHAT MODEL --out FOLDER"""
+    from openvision3.cli import export as exporting
+
+    return run_verb(argv, exporting.VERBS, "openvision3 export", "usage: openvision3 export WHAT MODEL --out FOLDER")
+
+
 def fetch(
     names: Positional[Annotated[tuple[str, ...], arg(metavar="{NAME ...,all}", help="what to fetch, or to check")]] = (),
     to: PathName = "",

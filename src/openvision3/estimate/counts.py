@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -153,15 +153,16 @@ def count_discriminator(shapes: Shapes) -> tuple[int, Cost]:
     return sum(p.numel() for p in discriminator.parameters()), count(discriminator, call, shapes)
 
 
-def count(network: nn.Module, call: Callable[[Any, int], Tensor], shapes: Shapes) -> Cost:
+def count(network: nn.Module, call: Callable[[Any, int], Tensor], shapes: Shapes, names: Sequence[str] = BLOCKS, passed: bool = False) -> Cost:
     """The cost of a sample in `call(network, rows)`, which returns what the backward pass starts from.
 
-    Of each list of equal blocks one and two are counted: each further block adds the difference.
+    Of each list of equal blocks, which has one of `names`, one and two are counted: each further block adds the difference. `passed`: the blocks are
+    frozen, but a gradient passes through them to what comes before.
     """
-    lists = {name: part for name, part in network.named_children() if isinstance(part, nn.ModuleList) and name in BLOCKS}
+    lists = {name: part for name, part in network.named_children() if isinstance(part, nn.ModuleList) and name in names}
     if not lists:
         return _count(network, call, shapes)
-    trained = any(p.requires_grad for blocks in lists.values() for p in blocks.parameters())
+    trained = passed or any(p.requires_grad for blocks in lists.values() for p in blocks.parameters())
 
     def shorten(lengths: dict[str, int], wrap: bool = False) -> Cost:
         for name, blocks in lists.items():
@@ -251,6 +252,8 @@ class _AsOnDevice(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs or {})
         q, k, v = args
+        if k.shape[1] < q.shape[1]:  # queries of several heads share keys and values
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         if self.on_cpu and k.shape[2] <= transformer.PLAIN_TOKENS:
             return transformer.plain_attention(q, k, v, (kwargs or {}).get("attn_mask"))
         return _FusedAttention.apply(q, k, v)

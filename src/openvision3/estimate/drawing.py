@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openvision3 import hub
 from openvision3.data.labelled import read_names
-from openvision3.data.text import TextTokenizer
 from openvision3.estimate.counts import Cost, Shapes, count
-from openvision3.estimate.planned import BERT, PlannedRun
+from openvision3.estimate.planned import PlannedRun
 from openvision3.generate import flow
 from openvision3.generate.config import VAE_TOKENS, GenerateConfig
 from openvision3.generate.dit import Condition, DiT
 from openvision3.generate.space import TokenSpace
-from openvision3.model.openvision3 import OpenVision3
 
 DRAWN, STEPS = 50_000, 50
 """images that gFID is computed from, and the steps of each"""
@@ -47,23 +44,13 @@ class PlannedGenerator(PlannedRun):
         self.costs = self._count_costs(dit)
 
     def _build_space(self) -> TokenSpace:
-        """The frozen parts, from the config of the model if that is here, otherwise the paper's."""
+        """The frozen parts."""
         name = self.config.tokens
         if name.startswith(VAE_TOKENS):
             self._build_vae(name.removeprefix(VAE_TOKENS))
             return TokenSpace(name, self.vae)
-        try:
-            folder = hub.find_folder(name)
-        except FileNotFoundError:
-            from openvision3.train.recipes import base_high_res
-
-            model, vocabulary = base_high_res().model, BERT
-            self._build_vae(model.vae.name)
-            self.assumptions.append(f"the model {name} is not here and is taken for the paper's: encoder B on {model.vae.name}")
-        else:
-            model, vocabulary = hub.read_config(folder).model, len(TextTokenizer.load(folder / "tokenizer.json"))
-            self._build_vae(model.vae.name)
-        return TokenSpace(name, self.vae, OpenVision3(model, self.vae, vocabulary))
+        model, _ = self._build_model(name)
+        return TokenSpace(name, self.vae, model)
 
     def _classes(self) -> int:
         classes = self.config.classes

@@ -17,6 +17,7 @@ from openvision3.train.config import PretrainConfig
 
 if TYPE_CHECKING:
     from openvision3.generate.config import GenerateConfig
+    from openvision3.understand.config import LlavaConfig
 
 RESERVE = 0.1
 """share of a device's memory for its driver, gaps of the allocator and the workspace of convolutions"""
@@ -88,15 +89,23 @@ def values(explained: Explained) -> dict[str, float]:
     return {name: value for name, (value, _) in explained.items()}
 
 
-def plan_run(config: PretrainConfig | GenerateConfig, options: Options, devices: Devices) -> PlannedRun:
+def plan_run(config: PretrainConfig | GenerateConfig | LlavaConfig, options: Options, devices: Devices) -> PlannedRun:
     if isinstance(config, PretrainConfig):
         return PlannedPretraining(config, options, devices)
-    from openvision3.estimate.drawing import PlannedGenerator
+    from openvision3.generate.config import GenerateConfig
 
-    return PlannedGenerator(config, options, devices)
+    if isinstance(config, GenerateConfig):
+        from openvision3.estimate.drawing import PlannedGenerator
+
+        return PlannedGenerator(config, options, devices)
+    from openvision3.estimate.talking import PlannedChat
+
+    return PlannedChat(config, options, devices)
 
 
-def estimate(config: PretrainConfig | GenerateConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True) -> Estimate:
+def estimate(
+    config: PretrainConfig | GenerateConfig | LlavaConfig, recipe: str, options: Options, devices: Devices | None = None, *, advise: bool = True
+) -> Estimate:
     """Count everything. Nothing is loaded and nothing is computed.
 
     Raises:
@@ -159,7 +168,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
         "gradients": weights,
         "optimiser": (run.optimiser_bytes / run.shards, f"{run.optimiser_bytes:,.0f} bytes of {config.optimizer.kind}{shards}"),
         "averaged weights": (weights[0] if config.ema else 0.0, weights[1]),
-        "frozen parts": (float(FP32 * run.frozen), f"{run.frozen:,} x {FP32} bytes, whole on each device"),
+        "frozen parts": (run.frozen_bytes, f"{run.frozen:,} x {run.frozen_bytes / max(1, run.frozen):g} bytes, whole on each device"),
         "VAE": (run.vae_parameters * b, f"{run.vae_parameters:,} x {b} bytes, whole on each device"),
     }
     outside = run.trainable - run.in_blocks
@@ -237,15 +246,15 @@ def count_disk(run: PlannedRun) -> dict[str, tuple[float | None, str]]:
     copies = ("state", "plain model", *(("average",) if config.ema else ()))  # of the weights
     frozen = FP32 * run.frozen_saved
     checkpoint = run.optimiser_bytes + len(copies) * FP32 * run.trainable + frozen
-    side = config.size // run.vae.stride
+    side, has_cache = config.size // run.vae.stride, hasattr(config, "latents")
     sample = 2.0 * run.vae.latent_channels * side * side * run.options.crops
     weights = f"weights {run.trainable:,} x {FP32} x {len(copies)} ({', '.join(copies)})" + (f" + frozen parts {frozen:,} bytes" if frozen else "")
     return {
         "one checkpoint": (checkpoint, f"{weights} + optimiser {run.optimiser_bytes:,.0f} bytes"),
         "checkpoints": (checkpoint * (config.keep + config.keep_best + 1), f"{config.keep} newest, {config.keep_best} best and one that is being written"),
-        "latent cache, a sample": (sample, f"{run.vae.latent_channels} x {side}^2 x 2 bytes x {run.options.crops} crops"),
-        "latent cache": (sample * run.options.samples if run.options.samples else None, f"{run.options.samples:,} samples"),
-        "data": (_data_bytes(config.data), ""),
+        "latent cache, a sample": (sample if has_cache else None, f"{run.vae.latent_channels} x {side}^2 x 2 bytes x {run.options.crops} crops"),
+        "latent cache": (sample * run.options.samples if has_cache and run.options.samples else None, f"{run.options.samples:,} samples"),
+        "data": (_data_bytes((*config.data, *getattr(config, "images", ()))), ""),
     }
 
 
@@ -304,7 +313,7 @@ def _time(result: Estimate, run: PlannedRun) -> None:
         result.formulas.append(("cost", f"{result.hours:.2f} h x {devices.count} x {options.price_per_hour:g}", f"{result.cost:,.0f}"))
 
 
-def _advice(result: Estimate, config: PretrainConfig | GenerateConfig, options: Options) -> list[dict[str, Any]]:
+def _advice(result: Estimate, config: PretrainConfig | GenerateConfig | LlavaConfig, options: Options) -> list[dict[str, Any]]:
     """Changes that would help, each with the new totals."""
     advice: list[dict[str, Any]] = []
 
@@ -321,7 +330,7 @@ def _advice(result: Estimate, config: PretrainConfig | GenerateConfig, options: 
     shares = [s for s in (1 / 2, 1 / 4, 1 / 8) if isinstance(config, PretrainConfig) and s < config.pixel_share and s * config.batch >= 1]
     for share in shares:
         consider(f"decode 1/{round(1 / share)} of the batch to pixels", f"--pixel-share {share:g}", pixel_share=share)
-    if any(part.name == "VAE encode" for part in result.parts):
+    if hasattr(config, "latents") and any(part.name == "VAE encode" for part in result.parts):
         consider("read latents from a cache", "openvision3 data latents", cached=True)
         if shares:
             consider(f"both: cached latents, 1/{round(1 / shares[-1])} to pixels", f"--pixel-share {shares[-1]:g}", cached=True, pixel_share=shares[-1])

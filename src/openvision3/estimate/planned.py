@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from openvision3.estimate.counts import Cost, Shapes
     from openvision3.generate.config import GenerateConfig
+    from openvision3.model.openvision3 import OpenVision3
     from openvision3.model.vae import VAE
+    from openvision3.understand.config import LlavaConfig
 
 BERT = 30_524
 """word pieces of bert-base-uncased and the two special tokens that it lacks: begin and end"""
@@ -51,9 +53,9 @@ class Options:
     network: float = 0.0
     """GB/s to other machines, per device and direction; 0: as in the maker's own machine"""
     text_length: int = 0
-    """word pieces of a caption to contrast; 0: all positions of the model"""
+    """word pieces of a caption to contrast, 0: all positions of the model; of a conversation besides its images, 0: measured on the data"""
     caption_length: int = 0
-    """word pieces of a caption to predict; 0: all positions of the model"""
+    """word pieces of a caption to predict, 0: all positions of the model; of the answers of a conversation, 0: measured on the data"""
     samples: int = 0
     """samples in the data, to compute the size of a latent cache"""
     crops: int = 1
@@ -81,7 +83,7 @@ class PlannedRun(ABC):
         ValueError, FileNotFoundError: the batch cannot be divided so, the VAE is unknown, or a length exceeds the model's positions.
     """
 
-    config: PretrainConfig | GenerateConfig
+    config: PretrainConfig | GenerateConfig | LlavaConfig
     vae: VAE
     vae_source: str
     vocabulary = 0
@@ -93,6 +95,8 @@ class PlannedRun(ABC):
     """of each trained part"""
     frozen = 0
     """parameters of frozen parts, without the VAE's"""
+    frozen_bytes = 0.0
+    """what these take; set where they are not all in fp32"""
     frozen_saved = 0
     """those of them that every checkpoint holds"""
     in_blocks: int
@@ -105,7 +109,7 @@ class PlannedRun(ABC):
     understood = 1.0
     """share of the steps that train more than the latent decoder"""
 
-    def __init__(self, config: PretrainConfig | GenerateConfig, options: Options, devices: Devices):
+    def __init__(self, config: PretrainConfig | GenerateConfig | LlavaConfig, options: Options, devices: Devices):
         from openvision3.distributed import Ranks, choose_parallel
 
         self.config, self.options, self.devices = config, options, devices
@@ -116,6 +120,7 @@ class PlannedRun(ABC):
         self.trainable, self.optimiser_flops, self.optimiser_bytes = 0, 0.0, 0.0
         self._divide()
         self._count_model()
+        self.frozen_bytes = self.frozen_bytes or float(FP32 * self.frozen)
         self.vae_parameters = sum(p.numel() for p in self.vae.parameters())
         if options.cached:
             self.costs.pop("VAE encode", None)
@@ -144,7 +149,7 @@ class PlannedRun(ABC):
 
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         blocks = [sum(p.numel() for p in block.parameters()) for blocks in block_lists(model) for block in blocks]
-        self.in_blocks, self.largest_block = sum(blocks), max(blocks)
+        self.in_blocks, self.largest_block = sum(blocks), max(blocks, default=0)
         self.optimiser_flops, self.optimiser_bytes = 0.0, 2.0 * FP32 * self.trainable
         if self.config.optimizer.kind == "muon":
             self.optimiser_flops, self.optimiser_bytes = count_muon(model, self.config.optimizer)
@@ -154,6 +159,29 @@ class PlannedRun(ABC):
 
         config = self.config
         return Shapes(config.size, text_length, caption_length, self.precision == "bf16", self.devices.device.name == "cpu", config.checkpointing)
+
+    def _build_model(self, name: str) -> tuple[OpenVision3, int]:
+        """(a finished model on the meta device, the side of its images), from its config if that is here, otherwise the paper's."""
+        import torch
+
+        from openvision3 import hub
+        from openvision3.data.text import TextTokenizer
+        from openvision3.model.openvision3 import OpenVision3
+
+        try:
+            folder = hub.find_folder(name)
+        except FileNotFoundError:
+            from openvision3.train.recipes import base_high_res
+
+            paper = base_high_res()
+            model, size, vocabulary = paper.model, paper.size, BERT
+            self.assumptions.append(f"the model {name} is not here and is taken for the paper's: encoder B on {model.vae.name}")
+        else:
+            config = hub.read_config(folder)
+            model, size, vocabulary = config.model, config.size, len(TextTokenizer.load(folder / "tokenizer.json"))
+        self._build_vae(model.vae.name)
+        with torch.device("meta"):
+            return OpenVision3(model, self.vae, vocabulary), size
 
     def _build_vae(self, name: str) -> None:
         import torch

@@ -148,7 +148,7 @@ def _totals(result: Estimate) -> Table:
         table.add_row("network", text)
     disk = result.disk
     text = f"checkpoints {gigabytes(disk['checkpoints'] or 0)} ({gigabytes(disk['one checkpoint'] or 0)} each)"
-    text += f"; a latent cache {gigabytes(disk['latent cache, a sample'] or 0)} a sample"
+    text += f"; a latent cache {gigabytes(disk['latent cache, a sample'])} a sample" if disk["latent cache, a sample"] else ""
     if disk["latent cache"]:
         text += f", {gigabytes(disk['latent cache'])} in all"
     text += f"; data {gigabytes(disk['data'])}" if disk["data"] is not None else "; data unknown (not here)"

@@ -146,7 +146,8 @@ def load_chat(name: str | Path = "", *, device: str = "auto", precision: str = "
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; choose one of auto, fp32 and bf16")
     device = choose_device(device)
-    chosen = choose_precision(precision, device)[0]  # type: ignore[arg-type]
+    # on a processor a word is as fast in fp32, which the weights are kept in, and bf16 would first have to be measured and converted to: four seconds
+    chosen = choose_precision("fp32" if precision == "auto" and device == "cpu" else precision, device)[0]  # type: ignore[arg-type]
     opened = folder.load(name, precision=chosen, tower=tower, language=language)
     if opened.pipeline.folder is not None and (opened.pipeline.folder / FAMILIARITY).is_file():
         opened.pipeline.familiarity = Familiarity.load(opened.pipeline.folder / FAMILIARITY)

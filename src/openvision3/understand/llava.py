@@ -102,7 +102,7 @@ def _give_token(language: Any, token: int) -> None:
 def _choose_trained(network: Any, settings: Connection) -> None:
     network.requires_grad_(False)
     if settings.train_language == "lora":
-        _add_lora(network.model.language_model, settings)
+        add_lora(network.model.language_model, settings)
     elif settings.train_language == "full":
         for part in (network.model.language_model, network.lm_head):
             part.requires_grad_(True)
@@ -114,7 +114,7 @@ def _choose_trained(network: Any, settings: Connection) -> None:
             parameter.data = parameter.data.float()
 
 
-def _add_lora(language: nn.Module, settings: Connection) -> None:
+def add_lora(language: nn.Module, settings: Connection) -> None:
     """Low-rank additions (arXiv 2106.09685) to every linear layer; at first they add nothing."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
