@@ -70,6 +70,25 @@ def test_what_is_wrong_is_one_line(tmp_path, own, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_chat_model_is_opened_as_it_is_asked_for(tmp_path, capsys, monkeypatch):
+    class Stands:
+        """In place of a Chat; tests/understand/test_chat.py has the real one."""
+
+        precision, sha256 = "fp32", "abc"
+
+        def answer_batch(self, images, prompts, *, max_tokens):
+            return [f"no, {image.width} {max_tokens}" for image in images]
+
+    opened = []
+    monkeypatch.setattr("openvision3.understand.chat.load_chat", lambda name, **more: opened.append((name, more)) or Stands())
+    files.pope(tmp_path / "pope")
+    arguments = ["--data", str(tmp_path / "pope"), "--out", str(tmp_path / "out"), "--max-tokens", "7", "--device", "cpu", "--tower", "t"]
+    assert main(["evaluate", "vqa", "pope", "runs/chat", *arguments]) == 0
+    assert opened == [("runs/chat", {"device": "cpu", "precision": "fp32", "tower": "t", "language": ""})]
+    row = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    assert row["written"] == "no, 20 7" and row["model"] == "runs/chat" and row["read"] == "no"
+
+
 def test_benchmarks_are_listed(capsys):
     assert main(["evaluate", "vqa", "--help"]) == 0
     assert all(name in capsys.readouterr().out for name in ("usage: openvision3 evaluate vqa BENCHMARK MODEL",))

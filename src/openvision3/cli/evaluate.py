@@ -256,9 +256,9 @@ def open_answering(options: VqaOptions) -> AnsweringFunctions:
         return load_image_text(options.model, options.device, options.precision)
     from openvision3.understand.chat import load_chat
 
-    chat = load_chat(options.model, device=options.device, precision=options.precision)
+    chat = load_chat(options.model, device=options.device, precision=options.precision, tower=options.tower, language=options.language)
     return AnsweringFunctions(
-        chat.name, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), chat.precision, chat.sha256
+        options.model, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), chat.precision, chat.sha256
     )
 
 

@@ -248,6 +248,10 @@ class VqaOptions:
     """auto, cpu or cuda"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """precision of the model"""
+    tower: PathName = ""
+    """the encoder of a chat model, if it is not found where the model names it"""
+    language: PathName = ""
+    """its language model, likewise"""
 
     def __post_init__(self):
         for name, low in (("count", 0), ("batch", 1), ("max_tokens", 0)):
