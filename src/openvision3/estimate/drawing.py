@@ -14,7 +14,7 @@ from openvision3.data.text import TextTokenizer
 from openvision3.estimate.counts import Cost, Shapes, count
 from openvision3.estimate.planned import BERT, PlannedRun
 from openvision3.generate import flow
-from openvision3.generate.config import VAE_TOKENS, GenerateConfig
+from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS, GenerateConfig
 from openvision3.generate.dit import Condition, DiT
 from openvision3.generate.space import TokenSpace
 from openvision3.model.openvision3 import OpenVision3
@@ -49,6 +49,8 @@ class PlannedGenerator(PlannedRun):
     def _build_space(self) -> TokenSpace:
         """The frozen parts, from the config of the model if that is here, otherwise the paper's."""
         name = self.config.tokens
+        if name.startswith(PEER_TOKENS):
+            raise ValueError(f"{name} is a model of others, whose cost is not counted here; estimate with a model of ours in --tokens, or with vae:NAME")
         if name.startswith(VAE_TOKENS):
             self._build_vae(name.removeprefix(VAE_TOKENS))
             return TokenSpace(name, self.vae)
