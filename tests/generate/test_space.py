@@ -6,9 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_generator import tokens_folder
+from tiny_generator import small_generator, tokens_folder
+from tiny_peers import save_rae
 from tiny_pipeline import make_pipeline
 
+from openvision3.evaluate.peers.table import load_peer
+from openvision3.generate.dit import Condition
+from openvision3.generate.flow import Sampling
+from openvision3.generate.rae import RAE
 from openvision3.generate.space import EPSILON, Moments, TokenStatistics, open_space
 
 
@@ -80,9 +85,44 @@ def test_words_are_the_normalised_features_whose_last_is_the_text_embedding(tmp_
     torch.testing.assert_close(torch.nn.functional.normalize(last @ space.text_encoder.projection.weight.T, dim=-1), pipeline.model.embed_texts(text_ids))
 
 
-@pytest.mark.parametrize(("name", "words"), [("vae:nowhere", "no such VAE"), ("nowhere", "unknown model 'nowhere'")])
+def test_tokens_of_a_rae_of_others_are_its_latents_and_decode_to_what_it_rebuilds(tmp_path):
+    network = save_rae(tmp_path / "rae", "mae")
+    space, peer = open_space(f"peer:rae-mae={tmp_path / 'rae'}"), load_peer("rae-mae", str(tmp_path / "rae"))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    seen = space.encode(space.vae.encode(images))
+    assert seen.shape == (2, 4, 64) and space.channels == 64 and space.sha256 == peer.sha256
+    with torch.no_grad():
+        latents = network.encode(images / 2 + 0.5).latent
+    assert torch.equal(seen[:, 3], latents[:, :, 1, 1]) and torch.equal(seen[:, 1], latents[:, :, 0, 1])
+    assert peer.reconstruct is not None
+    torch.testing.assert_close(space.decode(seen, space.grid(32)).clamp(-1, 1), peer.reconstruct(images), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"decodes images of 32 px only, not 64; set --size 32"):
+        space.grid(64)
+
+
+def test_a_generator_of_those_tokens_takes_a_step_and_draws(tmp_path):
+    save_rae(tmp_path / "rae", "mae")
+    config = small_generator(tmp_path, "unused", condition="none", tokens=f"peer:rae-mae={tmp_path / 'rae'}")
+    rae = RAE(config, open_space(config.tokens))
+    rae.dit.init_weights()
+    loss, _ = rae({"images": torch.zeros(2, 3, 32, 32), "draw_key": torch.arange(2)})
+    loss.backward()
+    assert loss > 0 and rae.dit.leave.weight.grad is not None and all(p.grad is None for p in rae.space.parameters())
+    tokens = rae.draw(torch.randn(2, 4, 64), Condition(), Sampling(steps=2))
+    assert rae.space.decode(tokens, rae.grid).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("peer:flux-vae", "Choose one of rae-dinov2, rae-mae, rae-siglip2"),
+        ("peer:rae-mae=/nowhere", "no such folder: /nowhere"),
+        ("vae:nowhere", "no such VAE"),
+        ("nowhere", "unknown model 'nowhere'"),
+    ],
+)
 def test_a_space_that_is_not_there_is_one_line(name, words):
-    with pytest.raises(FileNotFoundError, match=words):
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
         open_space(name)
 
 

@@ -12,7 +12,7 @@ from openvision3.data.labelled import read_names
 from openvision3.estimate.counts import Cost, Shapes, count
 from openvision3.estimate.planned import PlannedRun
 from openvision3.generate import flow
-from openvision3.generate.config import VAE_TOKENS, GenerateConfig
+from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS, GenerateConfig
 from openvision3.generate.dit import Condition, DiT
 from openvision3.generate.space import TokenSpace
 
@@ -46,6 +46,8 @@ class PlannedGenerator(PlannedRun):
     def _build_space(self) -> TokenSpace:
         """The frozen parts."""
         name = self.config.tokens
+        if name.startswith(PEER_TOKENS):
+            raise ValueError(f"{name} is a model of others, whose cost is not counted here; estimate with a model of ours in --tokens, or with vae:NAME")
         if name.startswith(VAE_TOKENS):
             self._build_vae(name.removeprefix(VAE_TOKENS))
             return TokenSpace(name, self.vae)

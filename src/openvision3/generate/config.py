@@ -13,6 +13,8 @@ from openvision3.train.loop_config import LoopConfig
 
 VAE_TOKENS = "vae:"
 """what a name of `tokens` begins with if the latents of a VAE are drawn, without an encoder of ours"""
+PEER_TOKENS = "peer:"
+"""what it begins with if the tokens of another model are drawn, one that can decode them"""
 
 
 @dataclass
@@ -20,7 +22,8 @@ class _TokensAndNetwork(DataConfig):
     """What is drawn, on what condition, and by which network: apart from `GenerateConfig` only so that these fields come first."""
 
     tokens: PathName = "mini"
-    """the model whose tokens are drawn: a shipped name, a model folder or a run; or vae:NAME for the latents of a VAE in squares of 2 x 2 (vae:embedded)"""
+    """the model whose tokens are drawn: a shipped name, a model folder or a run; vae:NAME for the latents of a VAE in squares of 2 x 2
+    (vae:embedded); or peer:NAME for those of a RAE of others (peer:rae-dinov2, or peer:rae-dinov2=FOLDER)"""
     condition: Literal["label", "text", "none"] = "text"
     """what an image is drawn from: a class, a text (read by the text encoder of `tokens`), or nothing"""
     captions: int = 2
@@ -57,5 +60,5 @@ class GenerateConfig(LoopConfig, _TokensAndNetwork):
             raise ValueError(f"drop {self.drop} must be at least 0 and below 1")
         if self.dit.stored_positions and not self.init:
             raise ValueError(f"dit.stored_positions {self.dit.stored_positions} come with weights, and there are none; name a file with --init, or set 0")
-        if self.condition == "text" and self.tokens.startswith(VAE_TOKENS):
+        if self.condition == "text" and self.tokens.startswith((VAE_TOKENS, PEER_TOKENS)):
             raise ValueError(f"tokens {self.tokens} have no text encoder to read texts; set --condition label or none, or name a model of ours in --tokens")

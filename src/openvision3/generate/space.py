@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from openvision3 import distributed, hub
 from openvision3.data.identity import digest
 from openvision3.data.text import TextTokenizer
 from openvision3.device import dtype_of
-from openvision3.generate.config import VAE_TOKENS
+from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
 
@@ -74,8 +75,36 @@ class TokenSpace(nn.Module):
         return self.text_encoder.words(text_ids)
 
 
+class PeerSpace(TokenSpace):
+    """The tokens of an AutoencoderRAE of diffusers (evaluate/peers): its encoder and the decoder that learnt to invert it, at its one size.
+
+    Its own normalisation is kept; ours comes on top of it.
+    """
+
+    def __init__(self, name: str, network: Any, sha256: str):
+        super().__init__(name, VAE(None, name="pixels"), size=int(network.decoder_image_size), sha256=sha256)
+        self.network = network
+        self.channels, self.stride = int(network.config.encoder_hidden_size), int(network.decoder_patch_size)
+        self.requires_grad_(False)
+        self.eval()
+
+    def grid(self, size: int) -> tuple[int, int]:
+        if size != self.size:
+            raise ValueError(f"{self.name} decodes images of {self.size} px only, not {size}; set --size {self.size}")
+        return super().grid(size)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """images (B, 3, H, W), which are the latents without a VAE -> tokens (B, N, D)."""
+        return self.network.encode(latents / 2 + 0.5).latent.float().flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.network.decode(tokens.transpose(1, 2).unflatten(2, grid).contiguous()).sample.float() * 2 - 1
+
+
 def open_space(name: str, precision: str = "fp32", folder: Path | None = None) -> TokenSpace:
-    """`vae:NAME`, or a model of ours by its name; `folder` is where that lies, if it is known already.
+    """`vae:NAME`, `peer:NAME` or `peer:NAME=FOLDER`, or a model of ours by its name; `folder` is where that lies, if it is known already.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, in one line.
@@ -83,6 +112,11 @@ def open_space(name: str, precision: str = "fp32", folder: Path | None = None) -
     if name.startswith(VAE_TOKENS):
         vae = hub.load_vae(name.removeprefix(VAE_TOKENS), dtype=dtype_of(precision))
         return TokenSpace(name, vae, sha256=digest(vae.sha256, vae.scale, vae.shift))
+    if name.startswith(PEER_TOKENS):
+        from openvision3.evaluate.peers.table import open_rae
+
+        peer, _, place = name.removeprefix(PEER_TOKENS).partition("=")
+        return PeerSpace(name, *open_rae(peer, place))
     folder = folder or hub.find_folder(name)
     model, tokenizer, config = hub.load_model(folder, vae_dtype=dtype_of(precision))
     return TokenSpace(name, model.vae, model, tokenizer, size=config.size, sha256=hub.weights_sha256(folder))

@@ -118,8 +118,22 @@ def _load_vae(request: Request) -> VAE:
     return vae.to(request.device)
 
 
-def _load_rae(request: Request) -> Functions:
-    """diffusers' AutoencoderRAE: a frozen encoder and a decoder that learnt to invert it; images in [0, 1], noise off."""
+def open_rae(name: str, folder: str = "") -> tuple[Any, str]:
+    """A peer that is an AutoencoderRAE, whose tokens can be drawn -> (the network, the sha256 of its weights).
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_peer`, and for a peer without tokens that can be decoded.
+    """
+    names = [peer for peer, asset in PEERS.items() if asset.model is not None and asset.model.loader == "rae"]
+    if name not in names:
+        raise unknown("peer with tokens that can be decoded", name, names)
+    request = Request(PEERS[name], find_folder(PEERS[name], folder), "cpu", "fp32")
+    network, weights = _open_rae(request)
+    return network, weights_sha256(shards(weights))
+
+
+def _open_rae(request: Request) -> tuple[Any, Path]:
+    """(diffusers' AutoencoderRAE, its file of weights): a frozen encoder and a decoder that learnt to invert it; noise off."""
     diffusers = library_of("diffusers")
     request.check(request.json("config.json") | {"class": request.json("config.json").get("_class_name")})
     weights = request.file("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
@@ -132,7 +146,12 @@ def _load_rae(request: Request) -> Functions:
             installed = " and ".join(f"{library} {importlib.metadata.version(library)}" for library in ("diffusers", "transformers"))
             raise ValueError(f"{installed} do not fit together for it ({short(error)}); try other versions") from error
     check_complete(request, [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]])
-    network = network.to(request.device).eval().requires_grad_(False)
+    return network.to(request.device).eval().requires_grad_(False), weights
+
+
+def _load_rae(request: Request) -> Functions:
+    """Images in [0, 1]."""
+    network, weights = _open_rae(request)
     size = int(network.decoder_image_size)
 
     def reconstruct(images: Tensor) -> Tensor:
