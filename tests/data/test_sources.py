@@ -20,7 +20,7 @@ from small_runs import pictures, take
 from openvision3.data import openmoji
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
 from openvision3.data.folders import FolderSource
-from openvision3.data.images import ImageError
+from openvision3.data.images import ImageError, open_image
 from openvision3.data.names import DataOptions, expand, open_source
 from openvision3.data.openmoji import EmojiSource
 from openvision3.data.problems import count_reasons
@@ -497,3 +497,14 @@ def test_a_source_survives_the_way_into_a_spawned_worker(tmp_path):
     source = ShardSource([write_shard(tmp_path / "0.tar", three())])
     source.captions(0)
     assert captions(pickle.loads(pickle.dumps(source))) == captions(source)
+
+
+def test_an_encoded_image_is_the_file_and_a_drawing_is_a_png(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", three())
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.jpg").write_bytes(jpeg("blue"))
+    (tmp_path / "photos" / "x.txt").write_text("blue")
+    mix = open_source(("openmoji", shard, str(tmp_path / "photos")), DataOptions(side="val", weights=(1, 1, 1)))
+    drawn, count = open_image(mix.encoded(0)), len(mix)
+    assert drawn.size == (256, 256) and np.array_equal(np.asarray(drawn), np.asarray(mix.image(0, 256)))
+    assert mix.encoded(count - 2) == jpeg() and mix.encoded(count - 1) == jpeg("blue")

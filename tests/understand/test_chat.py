@@ -50,7 +50,8 @@ def chat(run) -> Chat:
 
 @pytest.fixture(scope="module")
 def tiles(root) -> Chat:
-    train_chat(small_chat(root, "tiles", anyres=True, length=300, steps=1, data=(conversations(root, "t"),), val=()))
+    """A few steps of LoRA, with tiles."""
+    train_chat(small_chat(root, "tiles", anyres=True, train_language="lora", length=300, steps=4, data=(conversations(root, "t"),), val=()))
     return load_chat(root / "tiles", device="cpu", precision="fp32")
 
 

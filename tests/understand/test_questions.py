@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw
 from shard_files import write_shard
 
 from openvision3.cli import main
+from openvision3.data.images import open_image
 from openvision3.data.names import DataOptions, open_source
+from openvision3.understand.conversations import Conversations
 from openvision3.understand.facts import COLOURS, content_words, facts_of, is_plural, main_colours, name_of, with_article
 from openvision3.understand.questions import ASKERS, BRIEFLY, LETTER, write_conversations
 
@@ -145,6 +147,15 @@ def test_rows_are_llavas_with_a_kind_and_answers_for_each_question(drawings, tmp
     assert [rest for _, *rest in singles] == [rest for _, *rest in questions]
 
 
+def test_training_reads_every_row_and_image(drawings, tmp_path):
+    rows = read(drawings, tmp_path / "a.json")[1]
+    conversations = Conversations([str(tmp_path / "a.json")], [str(tmp_path / "a.zip")])
+    assert len(conversations) == len(rows) and not len(conversations.problems)
+    for index, row in enumerate(rows):
+        assert [message["content"] for message in conversations[index].messages] == [turn["value"] for turn in row["conversations"]]
+        assert open_image(conversations.image(index, row["image"])).size == (80, 60)
+
+
 def test_a_no_is_true_a_yes_is_not_the_rule_and_no_thing_says_which(drawings, tmp_path):
     rows = read(drawings, tmp_path / "a.json", kinds=("what", "present"))[2]
     shown = {row["id"][:-2]: answer for row, kind, _, answer in rows if kind == "what"}
@@ -181,14 +192,18 @@ def test_a_few_questions_ask_for_a_short_answer_as_benchmarks_do(drawings, tmp_p
 
 
 def test_what_cannot_be_asked_about_is_counted_and_the_kind_is_that_of_the_caption(tmp_path):
-    members = sample(0, "a photo of an apple", disc("red")) | sample(1, "Teddy Bear. toy", disc("blue"), source="clipart") | sample(2, "cat", b"\x89PNG no")
-    source = open_source((write_shard(tmp_path / "x.tar", members | sample(3, "00031", disc("red")) | sample(4, "some kite", disc("red"))),))
+    """Also: another caption is another right answer, and the same in large letters is not."""
+    members = sample(0, "a photo of an apple", disc("red"), captions=["a photo of an Apple", "a photo of a fruit"])
+    members |= sample(1, "Teddy Bear. toy", disc("blue"), source="clipart") | sample(2, "cat", b"\x89PNG no")
+    members |= sample(3, "00031", disc("red")) | sample(4, "some kite", disc("red"))
+    source = open_source((write_shard(tmp_path / "x.tar", members),), DataOptions(caption_keys=("caption", "captions")))
     written, _, questions = read(source, tmp_path / "a.json", turns=9)
     assert (written.images, written.unnamed) == (3, 1) and source.problems.counts.total() == 1
     assert [answer for _, kind, _, answer in questions if kind == "image"] == ["a photograph", "clip art"]
     described = [answer for _, kind, _, answer in questions if kind == "describe"]
     assert described == ["A photograph of an apple. It is mainly red.", "Clip art of a teddy bear. It is mainly blue.",
                          "The image shows a some kite. It is mainly red."]  # fmt: skip
+    assert next(row["accept"][row["kinds"].index("what")] for row, kind, _, _ in questions if kind == "what") == ["apple", "fruit"]
     assert not [kind for _, kind, _, _ in questions if kind == "which"]  # two others are too few
 
 

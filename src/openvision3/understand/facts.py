@@ -81,7 +81,10 @@ def facts_of(source: Source, index: int, pixels: Image.Image, image: str) -> Fac
     if source.drawing(index):
         group = source.value(index, "group") or _groups_of_emoji().get(code, "")
     kind = _kind(source, index, captions[0])
-    name = name_of(captions[0]) if kind == "drawing" else name_of(captions[0]).lower()  # titles write Every Word Large, names of drawings only Pisces
+    names = [name_of(text) for text in (captions[0], *(text for text in captions[1:] if "," not in text and not text.endswith(" style")))]
+    if kind != "drawing":  # titles write Every Word Large, names of drawings only Pisces
+        names = [name.lower() for name in names]
+    name = names[0]
     if not name:
         return None
     if group == "Flags" and "flag" not in name.lower():
@@ -89,16 +92,15 @@ def facts_of(source: Source, index: int, pixels: Image.Image, image: str) -> Fac
     key = source.key(index)
     data = re.sub(r"[-_/]?\d+$", "", key.rpartition("/")[0])  # the shard's name without its number
     group = group or source.value(index, "category") or ""
-    aliases = [name_of(text) for text in captions[1:] if "," not in text and not text.endswith(" style")]
     return Facts(
         key,
         image,
         name,
         kind,
-        tuple(dict.fromkeys(alias for alias in aliases if alias and alias != name)),
+        tuple(dict.fromkeys(alias for alias in names[1:] if alias and alias != name)),
         frozenset().union(*map(content_words, (name, *(text for text in captions if not text.endswith(" style"))))),
         tuple(dict.fromkeys((f"{data} {kind} {group}", f"{kind} {group}", f"{data} {kind}", kind, "all"))),
-        _colour(captions[0], pixels),
+        _colour(name, pixels),
         next(((found[1].lower(), found[2]) for found in [_NUMBER.search(name)] if found), ("", "")),
     )
 
@@ -145,11 +147,11 @@ def _named(rgb: np.ndarray) -> np.ndarray:
     return np.where(value < 56, COLOURS.index("black"), number)
 
 
-def _colour(caption: str, pixels: Image.Image) -> tuple[str, str]:
+def _colour(name: str, pixels: Image.Image) -> tuple[str, str]:
     shares, plain = main_colours(pixels)
     if not shares:
         return "", ""
-    if named := _COLOUR.search(name_of(caption)):
+    if named := _COLOUR.search(name):
         colour = named[1].lower().replace("gray", "grey")
         return (colour, named[2]) if shares[colour] >= SHOWN else ("", "")
     first, second = sorted(shares, key=lambda colour: -shares[colour])[:2]
