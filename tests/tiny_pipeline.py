@@ -34,6 +34,16 @@ def pipeline() -> Pipeline:
     return make_pipeline()
 
 
+def without_vae() -> Pipeline:
+    """On pixels, with rotary positions, normalised queries and keys, and tokens summed over two blocks."""
+    tokenizer = TextTokenizer.train(NAMES * 2, 200)
+    config = small_model("tiny", "tiny", 64)
+    config.encoder.patch, config.loss.beta = 16, 0.0
+    config.encoder.positions, config.encoder.qk_norm, config.encoder.sum_blocks = "rope", True, 2
+    torch.manual_seed(0)
+    return Pipeline(OpenVision3(config, VAE(None, name="pixels"), len(tokenizer), tokenizer.pad_id).init_weights(), tokenizer, SIZE)
+
+
 def foreign_vae(**changes) -> VAE:
     vae = tiny_vae(**changes)
     vae.name = "my/vae"

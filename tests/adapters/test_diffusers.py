@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderRAE, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from shapes import kl_network
-from tiny_pipeline import make_pipeline, pipeline
+from tiny_pipeline import make_pipeline, pipeline, without_vae
 
 from openvision3.adapters.diffusers import autoencoder
 from openvision3.adapters.diffusers_model import AutoencoderOpenVision3
@@ -48,10 +48,11 @@ def test_statistics_normalise_as_in_diffusers_own_rae_and_decode_takes_them_back
     assert torch.allclose(network.decode(latents / 2).sample, plain.decode(tokens).sample, atol=1e-4)
 
 
-@pytest.mark.parametrize("vae", ["embedded", "kl"])
+@pytest.mark.parametrize("vae", ["embedded", "kl", "none"])
 @torch.no_grad()
 def test_saved_and_loaded_again_weights_and_config_are_the_same(vae, tmp_path):
-    ours = make_pipeline(None if vae == "embedded" else VAE(kl_network(use_quant_conv=True, use_post_quant_conv=True), name="kl", shift=True))
+    kl = VAE(kl_network(use_quant_conv=True, use_post_quant_conv=True), name="kl", shift=True)
+    ours = without_vae() if vae == "none" else make_pipeline(None if vae == "embedded" else kl)
     network = autoencoder(ours, MEAN, STD)
     network.save_pretrained(tmp_path)
     again = AutoencoderOpenVision3.from_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from shapes import kl_network, tiny_network
-from tiny_pipeline import make_pipeline, photo, pipeline
+from tiny_pipeline import make_pipeline, photo, pipeline, without_vae
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -39,10 +39,10 @@ def vaes() -> dict[str, VAE]:
     return {"embedded": load_vae("embedded"), "kl": VAE(kl, name="kl"), "shifted": VAE(kl, name="kl", shift=True), "tiny": VAE(tiny_network(), name="tiny")}
 
 
-@pytest.mark.parametrize("name", ["embedded", "kl", "shifted", "tiny"])
+@pytest.mark.parametrize("name", ["embedded", "kl", "shifted", "tiny", "none"])
 @torch.no_grad()
 def test_the_tower_has_the_tokens_and_the_pooling_of_the_model_with_any_vae_before_and_after_saving(name, tmp_path):
-    ours = make_pipeline(vaes()[name])
+    ours = without_vae() if name == "none" else make_pipeline(vaes()[name])
     tower = vision_model(ours)
     tower.save_pretrained(tmp_path)
     images = pixels(48, 80, 2)

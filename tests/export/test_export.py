@@ -91,7 +91,7 @@ def test_diffusers_opens_the_folder_without_openvision3_and_gets_the_same_number
     assert torch.allclose(answer["sample"], pipeline().model.decode(tokens, (4, 3)), atol=1e-4)
 
 
-@pytest.mark.parametrize("first", [*transformers.MODULES, "adapters.diffusers_model"])
+@pytest.mark.parametrize("first", [*transformers.MODULES, "adapters.diffusers_model", "model.losses"])
 def test_a_copy_of_a_module_is_its_source_with_relative_imports_and_names_all_that_it_needs(first, tmp_path):
     files = write_modules({first: "opened"}, tmp_path)
     assert "opened.py" in files and sorted(path.name for path in tmp_path.iterdir()) == files
@@ -100,7 +100,7 @@ def test_a_copy_of_a_module_is_its_source_with_relative_imports_and_names_all_th
         text = (tmp_path / file).read_text()
         imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
         assert not [node.module for node in imports if (node.module or "").startswith("openvision3") and not node.level]
-        needed[file] = {f"{node.module}.py" for node in imports if node.level}
+        needed[file] = {f"{name}.py" for node in imports if node.level for name in ([node.module] if node.module else [alias.name for alias in node.names])}
         assert all(name in files for name in needed[file])
     assert needed["opened.py"] == {*files} - {"opened.py"}
     source = (ROOT / "src/openvision3" / f"{first.replace('.', '/')}.py").read_text()

@@ -15,6 +15,7 @@ from openvision3.files import write_whole
 
 PACKAGE = Path(openvision3.__file__).parent
 _IMPORT = re.compile(r"^(\s*)from openvision3\.([\w.]+) import", re.MULTILINE)
+_IMPORT_MODULES = re.compile(r"^(\s*)from openvision3 import ([\w, ]+)$", re.MULTILINE)
 
 
 def write_modules(named: dict[str, str], folder: Path) -> list[str]:
@@ -25,7 +26,8 @@ def write_modules(named: dict[str, str], folder: Path) -> list[str]:
     modules = _closure([*named])
     files = {module: named.get(module) or f"openvision3_{module.replace('.', '_')}" for module in modules}
     for module, name in files.items():
-        text = _IMPORT.sub(lambda found: f"{found[1]}from .{files[found[2]]} import", _source(module))
+        text = _IMPORT.sub(lambda line: f"{line[1]}from .{files[line[2]]} import", _source(module))
+        text = _IMPORT_MODULES.sub(lambda line: f"{line[1]}from . import {', '.join(f'{files[name]} as {name}' for name in line[2].split(', '))}", text)
         head = f"# Part of openvision3 {openvision3.__version__}, Apache-2.0 (see LICENSE): openvision3/{module.replace('.', '/')}.py with relative imports.\n"
         if module in named:  # after the imports from __future__
             others = "".join(f"from .{other} import __name__ as _  # noqa: F401\n" for other in sorted({*files.values()} - {*named.values()}))
@@ -43,9 +45,9 @@ def _closure(modules: list[str]) -> list[str]:
             continue
         seen.append(module)
         for node in ast.walk(ast.parse(_source(module))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "openvision3":
-                if node.module == "openvision3":
-                    raise RuntimeError(f"{module} imports {node.names[0].name} from the package itself; name its module, so that it can be exported")
+            if isinstance(node, ast.ImportFrom) and node.module == "openvision3":
+                modules += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("openvision3."):
                 modules.append((node.module or "").removeprefix("openvision3."))
     return seen
 
