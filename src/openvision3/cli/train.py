@@ -127,7 +127,7 @@ def configure_run(name: str, rest: Sequence[str], program: str = "", started: Pa
     from openvision3.understand.recipes import RECIPES as CHATS
 
     if name not in RECIPES:
-        others = {"a generator": GENERATORS, "the latent decoder of a finished model": DECODERS, "a chat model": CHATS}
+        others: dict[str, Any] = {"a generator": GENERATORS, "the latent decoder of a finished model": DECODERS, "a chat model": CHATS}
         if what := next((what for what, recipes in others.items() if name in recipes), None):
             raise ValueError(f"recipe {name} trains {what}, which this command does not take; choose one of {', '.join(RECIPES)}")
         raise unknown("recipe", name, [*RECIPES, *IN_TURN, *DECODERS, *GENERATORS, *CHATS])
