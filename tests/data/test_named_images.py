@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 import tarfile
 import zipfile
 
@@ -61,5 +63,43 @@ def test_what_is_no_place_of_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a.txt is no folder, .zip or .tar of images: it holds text"):
         NamedImages([tmp_path / "a.txt"])
-    with pytest.raises(ValueError, match="no such folder or archive of images"):
+    with pytest.raises(FileNotFoundError, match="no such folder or archive of images"):
         NamedImages([tmp_path / "none"])
+
+
+def test_a_name_that_leads_out_of_its_folder_is_missing(folder):
+    images = NamedImages([folder / "images", archive(folder, "zip")])
+    for name in ("../a.png", str(folder / "a.png"), "test/../../a.png", ""):
+        with pytest.raises(ImageError, match="no image") as seen:
+            images.open(name)
+        assert seen.value.reason == "missing"
+
+
+def test_the_last_part_of_a_name_stands_for_one_member_only(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as writer:
+        for name in ("coco/1.jpg", "gqa/1.jpg", "gqa/2.jpg"):
+            writer.writestr(name, name)
+    images = NamedImages([tmp_path / "a.zip"])
+    assert images.read("2.jpg") == b"gqa/2.jpg" and images.find("1.jpg") is None and images.find("vg/2.jpg") is None
+
+
+def _read_many(store: NamedImages, names: list[str], answers: multiprocessing.Queue) -> None:
+    answers.put([store.read(name) for name in names])
+
+
+def test_a_zip_file_is_read_by_forked_and_by_fresh_processes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for i in range(50):
+            archive.writestr(f"{i}.png", bytes([i]) * 5000)
+    names, wanted = [f"{i}.png" for i in range(50)], [bytes([i]) * 5000 for i in range(50)]
+    store = NamedImages([str(tmp_path / "b.zip")])
+    assert [pickle.loads(pickle.dumps(store)).read(name) for name in names[:2]] == wanted[:2]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    forked = [context.Process(target=_read_many, args=(store, names, answers)) for _ in range(2)]
+    for process in forked:
+        process.start()
+    assert [store.read(name) for name in names] == wanted
+    assert all(answers.get(timeout=60) == wanted for _ in forked)
+    for process in forked:
+        process.join()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 from tiny_chat import row
 
 from openvision3.data.images import ImageError
-from openvision3.understand.conversations import ConversationError, Conversations, Images, read_conversation
+from openvision3.understand.conversations import ConversationError, Conversations, read_conversation
 
 
 def write(folder: Path, rows: object, name: str = "data.json") -> str:
@@ -98,40 +96,14 @@ def test_images_are_found_beside_the_file_in_folders_and_in_zip_files_without_th
         archive.writestr("train/2.png", b"two")
     read = Conversations([write(tmp_path / "a", [row(0, "img/1.png", "<image>\na", "b")])])
     assert read.image(0, "img/1.png") == tmp_path / "a" / "img" / "1.png"
-    images = Images([str(tmp_path / "a"), str(tmp_path / "b.zip")])
-    assert images.find("coco/train/2.png") == images.find("train/2.png") == b"two" and images.find("x/img/1.png") == tmp_path / "a" / "img" / "1.png"
+    read = Conversations([write(tmp_path / "a", [row(0, "coco/train/2.png", "<image>\na", "b")])], [str(tmp_path / "a"), str(tmp_path / "b.zip")])
+    assert read.image(0, "coco/train/2.png") == read.image(0, "train/2.png") == b"two"
+    assert read.image(0, "x/img/1.png") == tmp_path / "a" / "img" / "1.png"
     with pytest.raises(ImageError, match=r"no image 3\.png in") as error:
-        images.find("3.png")
+        read.image(0, "3.png")
     assert error.value.reason == "missing"
 
 
-def _read_many(store: Images, names: list[str], answers: multiprocessing.Queue) -> None:
-    answers.put([store.find(name) for name in names])
-
-
-def test_a_zip_file_is_read_by_forked_and_by_fresh_processes(tmp_path):
-    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-        for i in range(50):
-            archive.writestr(f"{i}.png", bytes([i]) * 5000)
-    names, wanted = [f"{i}.png" for i in range(50)], [bytes([i]) * 5000 for i in range(50)]
-    store = Images([str(tmp_path / "b.zip")])
-    assert [pickle.loads(pickle.dumps(store)).find(name) for name in names[:2]] == wanted[:2]
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    forked = [context.Process(target=_read_many, args=(store, names, answers)) for _ in range(2)]
-    for process in forked:
-        process.start()
-    assert [store.find(name) for name in names] == wanted
-    assert all(answers.get(timeout=60) == wanted for _ in forked)
-    for process in forked:
-        process.join()
-
-
-def test_places_that_hold_no_images_are_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder or zip file of images"):
-        Images([str(tmp_path / "nowhere")])
-    (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(ValueError, match="is no zip file of images"):
-        Images([str(tmp_path / "text.zip")])
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of conversations"):
         Conversations([str(tmp_path / "nowhere.json")])

@@ -234,7 +234,7 @@ def test_a_projector_that_would_mean_something_else_is_refused(root, aligned, ch
         (["--size", "40"], "multiple of 16"),
         (["--layer", "9"], "layer 9: the tower has 2 blocks"),
         (["--data", "nowhere.json"], "no such file of conversations: nowhere.json"),
-        (["--images", "nowhere"], "no such folder or zip file of images: nowhere"),
+        (["--images", "nowhere"], "no such folder or archive of images: nowhere"),
         (["--tower", "nowhere"], "unknown model 'nowhere'"),
         (["--language", "nowhere"], "unknown language model 'nowhere'"),
         (["--init", "nowhere"], "unknown chat model 'nowhere'"),

@@ -1,4 +1,4 @@
-"""Images by the names that a file of questions or conversations calls them: in folders, zip archives and tars.
+"""Images by the names that a file of questions or conversations calls them: in folders, zip files and tars.
 
 images = NamedImages(("coco/val2014", "more.zip"))
 image = images.open("COCO_val2014_000000310196.jpg")
@@ -6,71 +6,116 @@ image = images.open("COCO_val2014_000000310196.jpg")
 
 from __future__ import annotations
 
+import os
 import tarfile
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
 from openvision3.contents import why_not
 from openvision3.data.images import ImageError, open_image
 
-BELOW = ("", "images", "test", "images/test", "val2014", "SEED-Bench-image")
-"""sub-folders of a place that are tried, too: how the benchmarks lay out their images"""
+BELOW = ("", "images/", "test/", "images/test/", "val2014/", "SEED-Bench-image/")
+"""folders below a place that are tried, too: how the benchmarks lay out their images"""
 ENDINGS = ("", ".jpg", ".png", ".jpeg")
 """of files whose names are given without one"""
 
 
 class NamedImages:
-    """Images of several places, which are tried in turn: folders, or archives (.zip, .tar) whose members have the names.
+    """Images of several places: folders, or archives (.zip, .tar) whose members have the names.
+
+    A name is looked for as it is in each place in turn, then below the folders that benchmarks use, then without its first folder (COCO's own zip has
+    train2017/1.jpg for coco/train2017/1.jpg). A name without folders also stands for the one member of an archive whose last part it is.
 
     Raises:
-        ValueError: a place that does not exist, or that is no archive.
+        FileNotFoundError: no such place. ValueError: a file that is no archive.
     """
 
     def __init__(self, places: Sequence[str | Path]):
-        self.places = [Path(place) for place in places]
-        self._archives: dict[Path, zipfile.ZipFile | tarfile.TarFile] = {}
-        self._members: dict[Path, dict[str, str]] = {}
+        self.places = tuple(map(Path, places))
+        self._archives: dict[Path, _Archive] = {}
         for place in self.places:
-            if not place.exists():
-                raise ValueError(f"no such folder or archive of images: {place}")
-            if not place.is_dir():
-                self._open_archive(place)
-
-    def _open_archive(self, path: Path) -> None:
-        try:
-            archive: zipfile.ZipFile | tarfile.TarFile = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)
-            names = archive.namelist() if isinstance(archive, zipfile.ZipFile) else archive.getnames()
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{path} is no folder, .zip or .tar of images: {why_not(path, 'a tar', error)}") from error
-        members = {PurePosixPath(name).name: name for name in reversed(names)}
-        self._archives[path], self._members[path] = archive, members | {name.removeprefix("./"): name for name in names}
+            if place.is_file():
+                self._archives[place] = _Archive(place)
+            elif not place.is_dir():
+                raise FileNotFoundError(f"no such folder or archive of images: {place}")
 
     def find(self, name: str) -> tuple[Path, str] | None:
-        """(folder or archive, path or member in it) of an image; None where it is missing."""
-        for place in self.places:
-            for candidate in (name + ending for ending in (ENDINGS if not PurePosixPath(name).suffix else ENDINGS[:1])):
-                if place in self._members:
-                    if member := self._members[place].get(candidate) or self._members[place].get(PurePosixPath(candidate).name):
-                        return place, member
-                elif (folder := next((folder for folder in BELOW if (place / folder / candidate).is_file()), None)) is not None:
-                    return place, str(Path(folder) / candidate)
+        """(folder or archive, path in it) of an image; None where it is missing, or where its name leads out of a folder."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            return None
+        for candidate in _candidates(name):
+            for place in self.places:
+                if (archive := self._archives.get(place)) is None:
+                    if (place / candidate).is_file():
+                        return place, candidate
+                elif member := archive.member(candidate, is_plain=len(path.parts) == 1):
+                    return place, member
         return None
+
+    def read(self, name: str) -> bytes | Path:
+        """Its file, or its bytes from an archive, not decoded. Raises ImageError: reason `missing` or `unreadable`."""
+        if (where := self.find(name)) is None:
+            raise ImageError("missing", f"no image {name} in {', '.join(map(str, self.places))}")
+        place, path = where
+        return self._archives[place].read(path) if place in self._archives else place / path
 
     def open(self, name: str) -> Image.Image:
         """Upright RGB. Raises ImageError: it is missing or cannot be decoded."""
-        where = self.find(name)
-        if where is None:
-            raise ImageError("missing", f"no image {name} in {', '.join(map(str, self.places))}")
-        place, member = where
-        if (archive := self._archives.get(place)) is None:
-            return open_image(place / member)
+        return open_image(self.read(name))
+
+
+def _candidates(name: str) -> Iterator[str]:
+    shorter = name.partition("/")[2]
+    for path in (*(below + name for below in BELOW), *((shorter,) if shorter else ())):
+        for ending in ENDINGS if not PurePosixPath(name).suffix else ENDINGS[:1]:
+            yield path + ending
+
+
+class _Archive:
+    """One zip file or tar; each process opens its own, since forked ones share a position in the file."""
+
+    def __init__(self, path: Path):
+        self.path, self._process, self._lock = path, os.getpid(), threading.Lock()
+        self._file, self._members, self._last_parts = self._open()
+
+    def _open(self) -> tuple[zipfile.ZipFile | tarfile.TarFile, dict[str, str], dict[str, str]]:
+        """The file, {name: member}, and {last part of a name: member} where no other has it."""
         try:
-            if isinstance(archive, zipfile.ZipFile):
-                return open_image(archive.read(member))
-            file = archive.extractfile(member)
-            return open_image(file.read() if file else b"")
+            file: zipfile.ZipFile | tarfile.TarFile = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else tarfile.open(self.path)
+            names = file.namelist() if isinstance(file, zipfile.ZipFile) else file.getnames()
         except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
-            raise ImageError("unreadable", f"{member} of {place}: {error}") from error
+            raise ValueError(f"{self.path} is no folder, .zip or .tar of images: {why_not(self.path, 'a tar', error)}") from error
+        times = Counter(PurePosixPath(name).name for name in names)
+        last_parts = {last: name for name in names if times[last := PurePosixPath(name).name] == 1}
+        return file, {name.removeprefix("./"): name for name in names}, last_parts
+
+    def member(self, name: str, is_plain: bool) -> str | None:
+        """`is_plain`: the last part of a member's name is enough."""
+        return self._members.get(name) or (self._last_parts.get(name) if is_plain else None)
+
+    def read(self, member: str) -> bytes:
+        """Raises ImageError: it cannot be unpacked."""
+        with self._lock:
+            if self._process != os.getpid():
+                self._file, self._members, self._last_parts = self._open()
+                self._process = os.getpid()
+            try:
+                if isinstance(self._file, zipfile.ZipFile):
+                    return self._file.read(member)
+                file = self._file.extractfile(member)
+                return file.read() if file else b""
+            except (tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
+                raise ImageError("unreadable", f"{member} in {self.path} cannot be unpacked: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]

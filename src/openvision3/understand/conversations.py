@@ -8,9 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple
 from openvision3.contents import why_not
 from openvision3.data.identity import content_key, digest
 from openvision3.data.images import ImageError
+from openvision3.data.named_images import NamedImages
 from openvision3.data.problems import Problems
 from openvision3.files import sha256_of
 
@@ -100,7 +98,7 @@ class Conversations:
         self.sha256: list[str] = []
         self._rows: list[bytes] = []
         self._keys: list[tuple[int, int]] = []
-        self._stores = [Images(images or [str(Path(name).parent)]) for name in names]
+        self._stores = [NamedImages(images or [str(Path(name).parent)]) for name in names]
         for number, name in enumerate(names):
             before, refused = len(self._rows), ""
             for place, row in enumerate(_entries(Path(name))):
@@ -128,7 +126,7 @@ class Conversations:
 
     def image(self, index: int, name: str) -> bytes | Path:
         """An image of the conversation `index`, not decoded. Raises ImageError: reason `missing` or `unreadable`."""
-        return self._stores[self._keys[index][0]].find(name)
+        return self._stores[self._keys[index][0]].read(name)
 
     def images_digest(self) -> str:
         """By which the images are recognised at another place: the content of some of them."""
@@ -165,64 +163,3 @@ def _lines(path: Path) -> Iterable[Any]:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-
-
-class Images:
-    """Images by name in folders and zip files. The first folder of a name may be left out: COCO's own zip has train2017/1.jpg for coco/train2017/1.jpg.
-
-    Raises:
-        FileNotFoundError: no such folder. ValueError: a file that is no zip.
-    """
-
-    def __init__(self, places: Sequence[str]):
-        self.places = tuple(map(Path, places))
-        self._zips: dict[Path, _Zip] = {}
-        for place in self.places:
-            if place.is_file():
-                self._zips[place] = _Zip(place)
-            elif not place.is_dir():
-                raise FileNotFoundError(f"no such folder or zip file of images: {place}")
-
-    def find(self, name: str) -> bytes | Path:
-        """A path, or the bytes of a member of a zip file. Raises ImageError."""
-        shorter = name.partition("/")[2]
-        for each in (name, shorter) if shorter else (name,):
-            for place in self.places:
-                content = self._zips[place].read(each) if place in self._zips else place / each
-                if isinstance(content, bytes) or (content is not None and content.is_file()):
-                    return content
-        raise ImageError("missing", f"no image {name} in {', '.join(map(str, self.places))}")
-
-
-class _Zip:
-    """One zip file; each process opens its own, since forked ones share a position in the file."""
-
-    def __init__(self, path: Path):
-        self.path, self._process, self._lock = path, 0, threading.Lock()
-        self._file: zipfile.ZipFile | None = None
-        self._open()
-
-    def _open(self) -> zipfile.ZipFile:
-        if self._file is None or self._process != os.getpid():
-            try:
-                self._file, self._process = zipfile.ZipFile(self.path), os.getpid()
-            except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(f"{self.path} is no zip file of images: {error}") from error
-        return self._file
-
-    def read(self, name: str) -> bytes | None:
-        """None where there is no such member. Raises ImageError: it cannot be unpacked."""
-        with self._lock:
-            file = self._open()
-            try:
-                return file.read(name)
-            except KeyError:
-                return None
-            except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
-                raise ImageError("unreadable", f"{name} in {self.path} cannot be unpacked: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
