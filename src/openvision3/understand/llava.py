@@ -177,4 +177,4 @@ class Llava(nn.Module):
 
 
 def _count(batch: dict[str, Tensor]) -> Tensor:
-    return batch["answer_ids"].new_tensor(len(batch["answer_ids"]))
+    return batch["answer_ids"].new_full((), len(batch["answer_ids"]))
