@@ -64,6 +64,8 @@ def test_all_of_a_language_model_is_trained_saved_and_resumed(root, monkeypatch,
     outcome = train_chat(small_chat(root, f"full-{name}", **settings, resume=True))
     saved = weights(root / f"full-{name}")
     assert saved.keys() == trained_tensors(outcome.training.model.network).keys() and ("lm_head.weight" in saved) == (not tied)
+    half = folder.load(root / f"full-{name}", precision="bf16").model.network
+    assert half.lm_head.weight.dtype == half.get_input_embeddings().weight.dtype == torch.bfloat16
     opened = folder.load(root / f"full-{name}")
     for key, value in opened.model.network.state_dict().items():
         assert "vision_tower" in key or torch.equal(value, outcome.training.model.network.state_dict()[key]), key

@@ -156,6 +156,9 @@ def load(name: str | Path, *, precision: str = "fp32", tower: str = "", language
     path = folder / "model.safetensors"
     hub.copy_tensors({name: value.data for name, value in trained_tensors(network).items()}, hub.read_tensors(path), path)
     network.requires_grad_(False)
+    if config.train_language == "full":  # it was trained in fp32
+        for part in (network.model.language_model, network.lm_head):
+            part.to(dtype_of(precision))
     return Opened(Llava(network).eval(), pipeline, prompts, ImageLayout(config.size, config.anyres), config, folder)
 
 
