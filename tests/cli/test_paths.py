@@ -18,6 +18,7 @@ from openvision3.cli import calibrate as cli_calibrate
 from openvision3.cli import common, train
 from openvision3.cli import data as cli_data
 from openvision3.cli import evaluate as cli_evaluate
+from openvision3.cli import search as cli_search
 from openvision3.cli.evaluate import print_tables
 from openvision3.cli.paths import check_apart, expand_home, expand_value
 from openvision3.data.text import TextTokenizer
@@ -31,7 +32,8 @@ from openvision3.train.run_folder import RunFolder
 
 TEXTS = {
     *("labels", "prompt", "field", "caption_key", "caption_keys", "label_key", "only", "metrics", "names", "peer", "gpus", "recipe"),
-    *("device", "precision", "revision", "shard_split", "track", "size", "compile", "levers", "kinds", "template", "texts", "label", "method"),
+    *("device", "precision", "revision", "shard_split", "track", "size", "compile", "levers", "kinds", "template", "texts", "label", "method", "group_key"),
+    *("questions", "faiss"),
 }
 """Options that hold words, names or numbers in words. A new option of type str is a path, with the hint `PathName`, or stands here."""
 
@@ -51,13 +53,21 @@ def targets(monkeypatch) -> dict[str, Any]:
             return real(target, argv, program, **settings)
         raise Parsed
 
-    for module in (common, train, cli_data, cli_evaluate, cli_calibrate):
+    for module in (common, train, cli_data, cli_evaluate, cli_calibrate, cli_search):
         monkeypatch.setattr(module, "parse", parse)
-    inner = {"train": ["tiny"], "estimate": ["tiny"], "ablate": ["synergy"], "evaluate": ["reconstruction", "table"], "data": [*cli_data.VERBS]}
+    inner = {
+        "train": ["tiny"],
+        "estimate": ["tiny"],
+        "search": ["index", ""],
+        "export": ["transformers", "diffusers"],
+        "ablate": ["synergy"],
+        "evaluate": ["reconstruction", "generation", "vqa pope", "table"],
+        "data": [*cli_data.VERBS],
+    }
     for verb in cli.verbs():
         for rest in inner.get(verb, [""]):
             with pytest.raises(Parsed):
-                common.run_verb([verb, *filter(None, [rest])], cli.verbs(), "openvision3", "")
+                common.run_verb([verb, *rest.split()], cli.verbs(), "openvision3", "")
     return seen
 
 

@@ -230,7 +230,7 @@ def test_the_rows_of_a_kind_are_those_of_its_samples_evaluated_alone(model, draw
 def test_two_models_are_compared_over_a_kind_by_the_scores_among_its_samples(drawn, tmp_path):
     train, held_out = drawn
     folders = []
-    for seed in (0, 1):
+    for seed in (0, 3):
         make_pipeline(seed=seed).save(tmp_path / f"model{seed}")
         folders.append(tmp_path / f"results{seed}")
         measured(folders[-1], "retrieval", tmp_path / f"model{seed}", held_out, "--train", train)

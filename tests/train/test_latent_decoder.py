@@ -213,7 +213,7 @@ def test_a_stage_that_diverges_is_given_up_once_and_training_continues(root, mon
     monkeypatch.setattr("openvision3.train.adversarial.LEAST", 1)
     stage = AdversarialConfig(weight=1e4, largest=1e6, warmup=0.15, ramp=0.0, limit=1.01)
     config = decoding(root, "diverging", adversarial=stage, steps=9)
-    config.optimizer.learning_rate = 0.02
+    config.optimizer.learning_rate = 0.1
     folder = train_decoder(config).folder
     log = (folder / "log.txt").read_text()
     assert log.count("training continues without the discriminator") == 1 and "the reconstruction loss rose from" in log

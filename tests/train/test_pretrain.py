@@ -275,7 +275,7 @@ def test_weights_are_taken_only_where_they_mean_the_same(finished, tmp_path, mon
         ("token_norm", "none", "encoder.token_norm layernorm, not none"),
         ("gelu", "tanh", "encoder.gelu exact, not tanh"),
         ("positions", "rope", "encoder.positions sincos, not rope"),
-        ("sum_blocks", 2, "encoder.sum_blocks 1, not 2"),
+        ("sum_blocks", 1, "encoder.sum_blocks 2, not 1"),
     )
     for field, value, line in changes:
         new = small(tmp_path, "new", init=str(outcome.folder))

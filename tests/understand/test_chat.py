@@ -193,7 +193,7 @@ def test_bad_input_of_the_command_is_one_line(run, root, tmp_path, capsys, monke
         ([image, "what ?", " "], "a question is empty"),
         ([image, "what ?", "--max-tokens", "0"], "max_tokens 0 must be 1 or more"),
         ([str(tmp_path / "absent.png"), "what ?"], "no such image"),
-        ([image, "what ?", "--model", str(tmp_path)], "config.json"),
+        ([image, "what ?", "--model", str(tmp_path)], "is no chat model: it holds no model.safetensors"),
         ([image, "what ?", "--model", str(run), "--language", str(tmp_path / "absent")], "--language"),
         ([image, "what ?", "--precision", "fp8"], "fp8"),
     ):

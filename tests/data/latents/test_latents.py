@@ -603,7 +603,7 @@ def test_samples_that_the_cache_lacks_or_whose_picture_has_changed_are_replaced_
     assert keys <= {draw_seed(FolderSource(folder).sample_key(i)) for i in range(10) if i != 5}
     assert {p["key"] for p in made.problems if p["reason"] == "not in the cache"} == {"pics/10.png", "pics/11.png", "pics/12.png", "pics/5.png"}
     changed = FolderSource(folder)
-    changed.area = (0.1, 0.2)
+    changed.view = View((0.1, 0.2))
     with pytest.raises(ValueError, match=r"256 samples in a row cannot be used.*another picture.*the data have changed"):
         batches(changed, words, cache, pixel_share=1.0).sample(0)
 
