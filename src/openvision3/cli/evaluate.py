@@ -219,7 +219,7 @@ def ask_questions(argv: Sequence[str], command: str) -> int:
 
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} vqa BENCHMARK MODEL --data FILES [--images FOLDER] [--out FOLDER]\n\nbenchmarks:")
-        print("\n".join(f"  {name:12s} {benchmark.title}" for name, benchmark in BENCHMARKS.items()) + f"\n\nall options: {PROGRAM} vqa pope --help")
+        print("\n".join(f"  {name:13s} {benchmark.title}" for name, benchmark in BENCHMARKS.items()) + f"\n\nall options: {PROGRAM} vqa pope --help")
         return 0 if argv else 2
     name, *rest = argv
     if name not in BENCHMARKS:
