@@ -38,18 +38,27 @@ def test_an_earlier_demo_gives_way_and_nothing_else_does(left, tmp_path):
 @pytest.mark.slow
 def test_the_demo_ends_in_a_page_with_all_that_it_promises(tmp_path):
     command = [sys.executable, "-m", "openvision3"]
-    found = subprocess.run([*command, "demo", "--minutes", "0.5"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = subprocess.run([*command, "demo", "--minutes", "0.5", "--draw", "0.1"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     out = tmp_path / "demo"
     assert found.stdout.splitlines()[0] == f"report: {out / 'report.html'}"
     assert found.stdout.splitlines()[1] == f"try it: {sys.executable} -m openvision3 caption IMAGE --model demo/run"
+    assert found.stdout.splitlines()[2] == f'draw:   {sys.executable} -m openvision3 generate "red heart" --model demo/drawing'
     assert "steps/s" in found.stderr and re.search(r"step \d+/\d+ .*loss", found.stderr), "progress is shown as it trains"
 
     page = (out / "report.html").read_text(encoding="utf-8")
-    for heading in ("Numbers", "Curves", "Original | VAE alone | rebuilt from tokens", "Captions", "Zero-shot by emoji group", "How this was measured"):
+    for heading in (
+        "Numbers",
+        "Curves",
+        "Original | VAE alone | rebuilt from tokens",
+        "Captions",
+        "Zero-shot by emoji group",
+        "Drawn from words",
+        "How this was measured",
+    ):
         assert f"<h2>{heading}" in page
     assert "image to name, R@1" in page and "name to image, R@5" in page
-    assert page.count("<figure>") == 24 and page.count('class="card"') == 32
+    assert page.count("<figure>") == 24 + 16 and page.count('class="card"') == 32
     assert not re.search(r"https?:", page)
 
     results = json.loads((out / "results.json").read_text())

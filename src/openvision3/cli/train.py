@@ -28,17 +28,18 @@ STOPPED = 75
 Runs = Positional[Annotated[tuple[PathName, ...], arg(metavar="RUN ...", help="run folders; several runs share the panels")]]
 
 
-def demo(minutes: float = 5.0, out: PathName = "demo", seed: int = 0) -> int:
+def demo(minutes: float = 5.0, draw: float = 0.0, out: PathName = "demo", seed: int = 0) -> int:
     """Train the small model on OpenMoji for a few minutes and write a report.
 
     Args:
         minutes: training time
+        draw: minutes more, in which a generator learns to draw from words; its drawings end the report. 0: none
         out: the folder for the report; an earlier demo in it is replaced
         seed: seed of every random draw
     """
     from openvision3.experiments.demo import run_demo
 
-    return run_demo(minutes, Path(out), seed)
+    return run_demo(minutes, Path(out), seed, draw)
 
 
 def train(argv: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,17 +33,22 @@ from openvision3.train.run import Outcome
 
 SHOWN_ROWS, SHOWN_CAPTIONS = 24, 32
 RUNS = ("low_res", "run")
+DRAWING = "drawing"
+"""the run of the generator, if one is trained"""
+DRAWN = 16
 FILES = ("openmoji.png", "results.json", "report.html")
 
 
-def run_demo(minutes: float, out: Path, seed: int) -> int:
-    """Train, evaluate and write the report; returns the exit code.
+def run_demo(minutes: float, out: Path, seed: int, draw: float = 0.0) -> int:
+    """Train, evaluate, train a generator for `draw` minutes if that is not 0, and write the report; returns the exit code.
 
     Raises:
-        ValueError: `minutes` is not positive, or `out` holds something else.
+        ValueError: `minutes` is not positive, `draw` is negative, or `out` holds something else.
     """
     if not (math.isfinite(minutes) and minutes > 0):
         raise ValueError(f"minutes {minutes} must be a positive number")
+    if not (math.isfinite(draw) and draw >= 0):
+        raise ValueError(f"draw {draw} must be a number of minutes, or 0 for no drawings")
     _clear(out)
     start = time.perf_counter()
     screen = console()
@@ -61,7 +67,11 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
     findings = evaluate_openmoji(run, vae)
     (out / "results.json").write_text(json.dumps(as_json(findings), indent=2) + "\n")
     rows = rebuilt_rows(SHOWN_ROWS, run, vae)
-    page = write_report(out / "report.html", outcome, findings, rows, time.perf_counter() - start)
+    from_words = train_and_draw(out, draw, seed, [e.name for e in findings.emoji[:DRAWN]]) if draw else ""
+    if from_words is None:
+        screen.print("the demo was stopped; no report is written", markup=False)
+        return 75
+    page = write_report(out / "report.html", outcome, findings, rows, time.perf_counter() - start, from_words)
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     screen.print(
         f"rebuilt at {r['reconstruction']['psnr']:.1f} dB (its VAE alone {r['vae_reconstruction']['psnr']:.1f}), "
@@ -70,7 +80,31 @@ def run_demo(minutes: float, out: Path, seed: int) -> int:
         markup=False,
     )
     print(f"report: {page.resolve()}\ntry it: {_program()} caption IMAGE --model {outcome.folder}")
+    if draw:
+        print(f'draw:   {_program()} generate "red heart" --model {out / DRAWING}')
     return 0
+
+
+def train_and_draw(out: Path, minutes: float, seed: int, names: Sequence[str]) -> str | None:
+    """A section of the page: these names as a small generator draws them, trained on the tokens of the demo's model at 64 px; None if it was stopped."""
+    from openvision3.generate.flow import Sampling
+    from openvision3.generate.generator import load_generator
+    from openvision3.generate.recipes import drawings_dit_tiny
+    from openvision3.generate.training import train_generator
+
+    config = drawings_dit_tiny()
+    config.minutes, config.seed, config.out, config.tokens = minutes, seed, str(out / DRAWING), str(out / "run")
+    config.eval_every = config.save_every = 0
+    outcome = train_generator(config, "drawings_dit_tiny")
+    if outcome.status == "stopped":
+        return None
+    console().print(f"drawing {len(names)} names ...", markup=False)
+    images = load_generator(config.out, device="cpu").generate(list(names), sampling=Sampling(steps=25, guidance=2.0, seed=seed))
+    figures = [([html.embed_image(image, name)], name) for image, name in zip(images, names, strict=True)]
+    return html.figures(figures) + html.note(
+        f"Drawn from the names of the first {len(names)} test emoji by a generator that learnt for {outcome.steps} steps ({duration(minutes * 60)}) on the "
+        "tokens of the model above, at 64 px. Neither of the two has seen these names as drawings."
+    )
 
 
 @dataclass
@@ -142,7 +176,7 @@ def _clear(out: Path) -> None:
     if (out.exists() and not out.is_dir()) or (names and not is_demo):
         raise ValueError(f"{out} exists and is not a demo; name another folder with --out")
     if is_demo:
-        for name in RUNS:
+        for name in (*RUNS, DRAWING):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in FILES:
             (out / name).unlink(missing_ok=True)
@@ -159,8 +193,8 @@ def _render(out: Path) -> None:
     console().print(f"OpenMoji: {sides}{dropped}; a sheet of them: {out}/openmoji.png", markup=False)
 
 
-def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, rows: list[tuple], seconds: float) -> Path:
-    """The page: numbers, curves, rebuilt images, captions, zero-shot table. The examples are the first of the set, not chosen."""
+def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, rows: list[tuple], seconds: float, from_words: str = "") -> Path:
+    """The page: numbers, curves, rebuilt images, captions, zero-shot table, the section `from_words`. The examples are the first of the set, not chosen."""
     r = {name: protocol.values(numbers) for name, numbers in findings.results.items()}
     percent = lambda group, name: f"{100 * r[group][name]:.1f}%"  # noqa: E731
     first, last = (Curves(path.parent / name).read() for name in RUNS)
@@ -202,6 +236,7 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
         ("Original | VAE alone | rebuilt from tokens", html.figures(rebuilt)),
         ("Captions (above: written, below: true name)", html.cards(cards)),
         ("Zero-shot by emoji group", html.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),
+        *([("Drawn from words", from_words)] if from_words else []),
         ("How this was measured", html.table(("of", "metric", "value", "count", "how"), measured)),
     ]
     drawings = [int(run.last("samples") or 0) for run in (first, last)]

@@ -257,7 +257,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "ScienceQA-IMG", _choice_prompt, _read_scienceqa, _score_accuracy, "LLaVA's eval_science_qa.py: B, B. ..., or one The answer is B.", 1024
     ),
     "gqa": Benchmark("GQA testdev-balanced", _short_prompt, _read_gqa, _score_accuracy, "exact match in lower case without a full stop at the end"),
-    "conversations": Benchmark("our own conversations", _as_it_is, _read_own, _score_accuracy, "ours: one of the right answers, but for case, article and punctuation"),
+    "conversations": Benchmark(
+        "our own conversations", _as_it_is, _read_own, _score_accuracy, "ours: one of the right answers, but for case, article and punctuation"
+    ),
 }
 
 
