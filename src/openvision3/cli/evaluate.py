@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from openvision3.evaluate.protocol import AnsweringFunctions, DrawingFunctions
     from openvision3.evaluate.results import NotRun, Results, Row
     from openvision3.evaluate.subjects import Subject
+    from openvision3.evaluate.tables import Table
 
 PROGRAM = "openvision3 evaluate"
 
@@ -117,12 +118,7 @@ def measure(kinds: Sequence[str], options: Options, command: str) -> int:
             with distributed.alone():
                 tables = evaluation.save(out)
                 page = write_report(out, evaluation, tables)
-                if options.json:
-                    print((out / "results.json").read_text(encoding="utf-8"), end="")
-                else:
-                    print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
-                    print_left_out(evaluation.results)
-                    print(f"results: {out / 'results.json'}\nreport: {page.resolve()}")
+                print_results(out, page, tables, evaluation.results, options.json)
         if evaluation.broken:
             raise ValueError(evaluation.broken)
     return 0
@@ -166,14 +162,8 @@ def generation(options: DrawnOptions, command: str) -> int:
             with distributed.alone():
                 tables = evaluation.save(out)
                 page = write_generation_report(out, evaluation, tables)
-                if options.json:
-                    print((out / "results.json").read_text(encoding="utf-8"), end="")
-                else:
-                    print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
-                    print_left_out(evaluation.results)
-                    if not options.is_drawn:
-                        print("samples: " + " ".join(str(out / f"{column.file}.npz") for column in evaluation.samples))
-                    print(f"results: {out / 'results.json'}\nreport: {page.resolve()}")
+                samples = "" if options.is_drawn else "samples: " + " ".join(str(out / f"{column.file}.npz") for column in evaluation.samples)
+                print_results(out, page, tables, evaluation.results, options.json, samples)
     return 0
 
 
@@ -235,12 +225,7 @@ def ask_questions(argv: Sequence[str], command: str) -> int:
             with distributed.alone():
                 tables = evaluation.save(out)
                 page = write_vqa_report(out, evaluation, tables)
-                if options.json:
-                    print((out / "results.json").read_text(encoding="utf-8"), end="")
-                else:
-                    print_tables(tables, evaluation.results.rows, evaluation.results.not_run)
-                    print_left_out(evaluation.results)
-                    print(f"answers: {out / ANSWERS}\nresults: {out / 'results.json'}\nreport: {page.resolve()}")
+                print_results(out, page, tables, evaluation.results, options.json, f"answers: {out / ANSWERS}")
     return 0
 
 
@@ -293,6 +278,16 @@ def table(options: TableOptions) -> int:
 
 
 # -- on the terminal -----------------------------------------------------------------------------------------------
+
+
+def print_results(out: Path, page: Path, tables: Sequence[Table], results: Results, json: bool, also: str = "") -> None:
+    """results.json itself, or the tables and where everything lies: `also` is a line about further files."""
+    if json:
+        print((out / "results.json").read_text(encoding="utf-8"), end="")
+        return
+    print_tables(tables, results.rows, results.not_run)
+    print_left_out(results)
+    print("\n".join(filter(None, (also, f"results: {out / 'results.json'}", f"report: {page.resolve()}"))))
 
 
 def print_tables(tables: Sequence[tuple[Any, Sequence[Any]]], rows: Sequence[Row], not_run: Sequence[NotRun]) -> None:
