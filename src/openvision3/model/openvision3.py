@@ -88,7 +88,7 @@ GROUP = 32
 """texts that a CPU computes together"""
 
 
-def by_length(part: nn.Module, compute: Callable[[Tensor, Tensor], Tensor], ids: Tensor, pad_id: int) -> Tensor:
+def by_length(part: nn.Module, compute: Callable[[Tensor | slice, Tensor], Tensor], ids: Tensor, pad_id: int) -> Tensor:
     """The results (B, ...) of `compute(rows, ids of these rows)`, which calls `part`, for texts ids (B, T), in their order.
 
     A CPU computes texts of like lengths together, without their common padding: of 256 captions of drawings the longest has 32 pieces and the mean one
@@ -96,7 +96,7 @@ def by_length(part: nn.Module, compute: Callable[[Tensor, Tensor], Tensor], ids:
     sharded part, which gathers its weights in every call.
     """
     if ids.device.type != "cpu" or len(ids) <= GROUP or distributed.is_sharded(part):
-        return compute(torch.arange(len(ids), device=ids.device), ids)
+        return compute(slice(None), ids)
     lengths = (ids != pad_id).sum(1).clamp_min(1)
     order = lengths.argsort(stable=True)
     results = [compute(rows, ids[rows, : int(lengths[rows[-1]])]) for rows in order.split(GROUP)]
@@ -336,8 +336,9 @@ class OpenVision3(nn.Module):
         targets = batch["caption_ids"][:, 1:].flatten()  # position i predicts word i + 1
         length = batch["caption_ids"].shape[1]
 
-        def features_of(rows: Tensor, ids: Tensor) -> Tensor:
-            return F.pad(self.captioner.features(tokens[rows], ids), (0, 0, 0, length - ids.shape[1]))
+        def features_of(rows: Tensor | slice, ids: Tensor) -> Tensor:
+            features = self.captioner.features(tokens[rows], ids)
+            return F.pad(features, (0, 0, 0, length - ids.shape[1])) if ids.shape[1] < length else features
 
         features = by_length(self.captioner, features_of, batch["caption_ids"], self.pad_id)[:, :-1].flatten(0, 1)  # (B (L - 1), W)
         if "word_positions" in batch:  # (M,): no logits for padding. Looking for the words here would wait for the device
