@@ -242,6 +242,19 @@ def find_folder(name: str | Path, what: str = "model", place: Path = ASSETS) -> 
     raise FileNotFoundError(str(unknown(what, name, () if "/" in name else names, f"Choose one of {choices}")))
 
 
+def write_folder(path: Path, config: Any, tensors: dict[str, Tensor], card: str) -> None:
+    """A new folder of config.json, model.safetensors and README.md, as generators and chat models are kept. One that is not finished is removed."""
+    path.mkdir(parents=True)
+    try:
+        save_config(config, path / "config.json")
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
+        (path / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def find_or_first(name: str | Path, what: str, place: Path) -> Path:
     """As `find_folder`; "" is the first of those shipped in `place`. Raises FileNotFoundError."""
     names = shipped_in(place)

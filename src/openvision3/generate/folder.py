@@ -5,13 +5,11 @@ It names the model whose tokens it draws, with the sha256 of its weights, and is
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from openvision3 import hub
@@ -22,7 +20,7 @@ from openvision3.generate.public import SUFFIXES, read_public
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import open_space
 from openvision3.hub import GENERATOR
-from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict
+from openvision3.settings import check_fields, flat, from_dict, read_json, to_dict
 
 FORMAT = 1
 SHIPPED = hub.ASSETS / "generators"
@@ -70,17 +68,9 @@ def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[s
     record = GeneratorConfig(
         FORMAT, config.size, config.tokens, rae.space.sha256, config.condition, label_names, config.drop, config.dit, config.flow, training
     )
-    path.mkdir(parents=True)
-    try:
-        save_config(record, path / "config.json")
-        kept = {name: value for name, value in weights.items() if name.startswith(("dit.", "statistics."))}
-        state = {name: value.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous() for name, value in kept.items()}
-        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
-        (path / "README.md").write_text(card(record), encoding="utf-8", errors="backslashreplace")
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+    kept = {name: value for name, value in weights.items() if name.startswith(("dit.", "statistics."))}
+    state = {name: value.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous() for name, value in kept.items()}
+    hub.write_folder(path, record, state, card(record))
 
 
 def find(name: str | Path) -> Path:

@@ -5,20 +5,18 @@ It names tower and language model, with the sha256 of their weights, and is refu
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from openvision3 import hub
 from openvision3.device import dtype_of
 from openvision3.hub import CHAT
 from openvision3.pipeline import Pipeline
-from openvision3.settings import check_fields, flat, from_dict, read_json, save_config
+from openvision3.settings import check_fields, flat, from_dict, read_json
 from openvision3.understand.language import language_sha256, open_language
 from openvision3.understand.llava import LANGUAGE, NEWLINE, Llava, connect, trained_tensors
 from openvision3.understand.prompts import Prompts
@@ -86,17 +84,8 @@ def save(path: Path, config: ChatConfig, weights: dict[str, Tensor], *, dtype: t
 
     A folder that is not finished is removed.
     """
-    path.mkdir(parents=True)
-    try:
-        save_config(config, path / "config.json")
-        save_file(
-            {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}, path / "model.safetensors", metadata={"format": "pt"}
-        )
-        (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
-        (path / "README.md").write_text(card(config), encoding="utf-8", errors="backslashreplace")
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    hub.write_folder(path, config, state, card(config))
 
 
 def find(name: str | Path) -> Path:
