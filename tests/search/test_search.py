@@ -145,6 +145,7 @@ def test_the_command_prints_rows_and_writes_a_sheet(tmp_path, model, capsys, mon
         (["idx", "cat.jpg"], "no such image: cat.jpg"),
         (["idx", "red", "-n", "0"], "ask for 1 image or more"),
         (["idx", "red", "--out", "found.jpg"], "must end in .png or .html"),
+        (["idx", "red", "--out", "pics/found.png"], "lies within"),
         (["idx", "red", "--engine", "faiss"], "holds no image.index"),
         (["idx", "red", "--model", "OTHER"], "holds embeddings of the model"),
         (["index", "pics", "--out", "pics2", "--model", "OTHER"], "holds embeddings of the model"),
@@ -172,6 +173,43 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path_factory, model, pipe
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert state() == before
+
+
+def test_words_that_the_model_does_not_know_are_told_in_one_line(tmp_path, pipeline, model, capsys, monkeypatch):
+    update([str(photos(tmp_path / "pics"))], tmp_path / "idx", pipeline, str(model))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["search", "idx", "\u65e5\u672c\u8a9e", "--device", "cpu"]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("openvision3: ") and "unknown" in errors[0]
+
+
+def test_what_is_embedded_is_kept_when_faiss_cannot_be_trained_or_the_disk_is_full(tmp_path, pipeline, model, monkeypatch):
+    pytest.importorskip("faiss")
+    data, out = photos(tmp_path / "pics"), tmp_path / "index"
+    with pytest.raises(ValueError, match="faiss cannot make 'IVF64,Flat' of 5 images, which are indexed without it"):
+        update([str(data)], out, pipeline, str(model), faiss_index="IVF64,Flat")
+    assert SearchIndex(out).config.rows == 5
+    before = vectors(out)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write_photo(data / "new.png", 80, 64, seed=9)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(parquet, "write_table", full)
+        update([str(data)], out, pipeline, str(model))
+    assert SearchIndex(out).config.rows == 5 and np.array_equal(vectors(out), before)
+    assert update([str(data)], out, pipeline, str(model)).rows == 6
+
+
+def test_of_two_equal_files_a_touched_one_stays_a_row(tmp_path, pipeline, model):
+    data = photos(tmp_path / "pics", 2)
+    shutil.copyfile(data / "0.png", data / "copy.png")
+    update([str(data)], tmp_path / "index", pipeline, str(model))
+    os.utime(data / "copy.png", (1, 1))
+    again = update([str(data)], tmp_path / "index", pipeline, str(model))
+    assert (again.rows, again.embedded, again.removed) == (3, 0, 0)
 
 
 def test_a_damaged_index_is_refused(tmp_path, pipeline, model):

@@ -203,7 +203,7 @@ def _compare(source: Source, before: SearchIndex | None, problems: Problems) -> 
             old = named.get(plain(key))
             if old is None or file is None or (table["size"][old], table["modified"][old]) != (size, modified):
                 sample_key = source.sample_key(position)
-                old = same.get(sample_key)
+                old = old if old is not None and table["sample_key"][old] == sample_key else same.get(sample_key)
             else:
                 sample_key = table["sample_key"][old]
             try:
@@ -250,26 +250,39 @@ def _write(
     import pyarrow as pa
 
     stacked = np.stack([vectors[row["position"]] for row in rows])  # copies what lies in the file that is replaced
-    for name in (EMBEDDINGS, METADATA):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / EMBEDDINGS, lambda file: np.save(file, stacked))
     table = pa.table(
         {name: [row[name].encode("utf-8", "backslashreplace").decode() if isinstance(row[name], str) else row[name] for row in rows] for name in COLUMNS}
     )
-    write_whole(folder / METADATA, lambda file: _parquet().write_table(table, file))
-    files = [EMBEDDINGS, METADATA]
+    contents: dict[str, Any] = {EMBEDDINGS: lambda file: np.save(file, stacked), METADATA: lambda file: _parquet().write_table(table, file)}
+    refused: ValueError | None = None
     if faiss_index:
-        built = _describe(faiss_index, stacked.shape[1])
-        values = stacked.astype(np.float32)
-        if not built.is_trained:
-            built.train(values)
-        built.add(values)
-        write_whole(folder / FAISS, faiss().serialize_index(built).tobytes())
-        files.append(FAISS)
-    digests = {name: sha256_of(folder / name) for name in files}
+        try:
+            contents[FAISS] = _faiss_index(faiss_index, stacked)
+        except ValueError as error:  # what is embedded is kept
+            refused, faiss_index = error, ""
+    for name, content in contents.items():  # all are whole before the first takes the place of an old one
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{name}.new", content)
+    digests = {name: sha256_of(folder / f"{name}.new") for name in contents}
+    for name in contents:
+        os.replace(folder / f"{name}.new", folder / name)
     recorded = model if model in hub.shipped() else str(Path(str(pipeline.folder)).resolve())
     config = IndexConfig(FORMAT, recorded, _weights(pipeline), tuple(data), len(rows), stacked.shape[1], faiss_index, digests)
     write_whole(folder / SETTINGS, dumps(to_dict(config), indent=2) + "\n")
+    if refused is not None:
+        raise refused
+
+
+def _faiss_index(description: str, vectors: np.ndarray) -> bytes:
+    """faiss's index of the vectors. Raises ValueError: they are too few to train it."""
+    built, values = _describe(description, vectors.shape[1]), vectors.astype(np.float32)
+    try:
+        if not built.is_trained:
+            built.train(values)
+        built.add(values)
+    except RuntimeError as error:
+        raise ValueError(f"faiss cannot make {description!r} of {len(vectors):,} images, which are indexed without it; choose Flat or HNSW32") from error
+    return faiss().serialize_index(built).tobytes()
 
 
 def _describe(description: str, width: int) -> Any:
