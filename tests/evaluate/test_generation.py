@@ -97,6 +97,17 @@ def test_training_images_that_were_copied_are_the_nearest(both):
     assert evaluation.samples[0].nearest.cosines[:, 0].max() < 0.999 and evaluation.samples[1].nearest is None
 
 
+def test_what_samples_are_compared_with_is_named_for_what_it_is(both, root, tmp_path):
+    """Held-out images are no training images: a generator that copies these would look innocent."""
+    held = both[0]
+    trained = evaluate(options(root, tmp_path / "out", train=(str(root / "data"),), count=4))
+    for evaluation, words in ((held, "reference images (the training images were not named with --train)"), (trained, "training images")):
+        how = next(row.number.how for row in evaluation.results.rows if row.metric == "near_duplicates")
+        assert how.partition(f"one of {COUNT} ")[2].startswith(f"{words}, by")
+    page = write_generation_report(tmp_path / "page", held, held.save(tmp_path / "page")).read_text()
+    assert "each beside the reference images" in page and "each beside the training images" not in page
+
+
 def test_every_number_says_what_it_is_and_gfid_is_not_among_them_without_inception(both):
     results = Results.load(both[1])
     assert {row.metric for row in results.rows} == {
@@ -114,7 +125,7 @@ def test_every_number_says_what_it_is_and_gfid_is_not_among_them_without_incepti
 def test_the_page_and_its_sheets_show_samples_curve_and_training_images(both):
     _, out = both
     page = (out / "report.html").read_text()
-    for heading in ("Over guidance", "tiny: the first samples, unpicked", "tiny, guidance 2: samples, each beside the training images", "sample 1 (square): "):
+    for heading in ("Over guidance", "tiny: the first samples, unpicked", "tiny, guidance 2: samples, each beside the reference images", "sample 1 (square): "):
         assert heading in page
     assert not re.search(r"src=.https?:", page)
     assert {path.name for path in out.iterdir()} == {

@@ -19,6 +19,7 @@ from openvision3.cli import main
 from openvision3.generate import folder
 from openvision3.generate.dit import Condition
 from openvision3.generate.flow import Sampling, guided
+from openvision3.generate.generator import Generator
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import Moments, open_space
 
@@ -26,16 +27,17 @@ QUICK = Sampling(steps=4)
 TEXTS = ("red heart", "cat face", "green apple")
 
 
-def written(root: Path, name: str, **changes) -> Path:
-    """A generator folder with random weights that reach the output."""
+def written(root: Path, name: str, *, centre: float | None = 0.0, **changes) -> Path:
+    """A generator folder with random weights that reach the output, and the statistics of tokens about `centre`, or none."""
     rae = RAE(small_generator(root, "unused", **changes), open_space(tokens_folder(root)))
     torch.manual_seed(0)
     rae.dit.init_weights()
     for parameter in rae.dit.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    moments = Moments(*rae.statistics.mean.shape)
-    moments.add(torch.randn(50, *rae.statistics.mean.shape))
-    rae.statistics.set(moments)
+    if centre is not None:
+        moments = Moments(*rae.statistics.mean.shape)
+        moments.add(centre + torch.randn(50, *rae.statistics.mean.shape, generator=torch.Generator().manual_seed(0)))
+        rae.statistics.set(moments)
     folder.save(root / name, rae, (), training={"steps": 3}, weights=rae.state_dict())
     return root / name
 
@@ -92,6 +94,14 @@ def test_a_weaker_generator_guides_by_its_own_prediction(root, place):
     torch.testing.assert_close(found, strong.rae.statistics.restore(noise - velocity), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("centre", [1.0, None])
+def test_a_generator_of_tokens_that_are_normalised_otherwise_cannot_guide(root, place, centre):
+    other = written(root, f"apart-{centre}", centre=centre)
+    with pytest.raises(ValueError, match="it normalises tokens by other statistics; train both on the same images"):
+        ov3.load_generator(place, weaker=other)
+    assert ov3.load_generator(other, weaker=other).can_guide
+
+
 def test_images_and_tokens_and_the_way_there(generator):
     steps: list[int] = []
     images = generator.generate(TEXTS[:2], count=2, sampling=QUICK, each=lambda step, drawn: steps.append((step, len(drawn), drawn[0].size)))
@@ -112,6 +122,7 @@ def test_weights_in_bf16_load_and_draw_nearly_the_same(root, generator):
     folder.save(root / "half", rae, (), training={}, weights=rae.state_dict(), dtype=torch.bfloat16)
     saved = load_file(root / "half" / "model.safetensors")
     assert saved["dit.enter.weight"].dtype == torch.bfloat16 and saved["statistics.mean"].dtype == torch.float32
+    assert torch.equal(saved["dit.time.frequencies"], rae.dit.time.frequencies)
     near, same = (one.sample([0], TEXTS[:1], QUICK) for one in (ov3.load_generator(root / "half", device="cpu"), generator))
     assert (near - same).abs().mean() < 0.1
 
@@ -121,6 +132,12 @@ def test_a_generator_without_a_condition_draws_so_many_images(root):
     assert len(plain.generate(count=3, sampling=QUICK)) == 3 and not plain.can_guide
     with pytest.raises(ValueError, match="draws on no condition"):
         plain.generate(count=1, sampling=Sampling(steps=2, guidance=2.0))
+    for condition in ({"texts": "a red heart"}, {"labels": 0}):
+        with pytest.raises(ValueError, match="draws without a condition; leave out texts and labels"):
+            plain.generate(**condition)
+    weaker = written(root, "plain-weaker", condition="none", dit=small_dit(depth=1))
+    guided_by = ov3.load_generator(root / "plain", device="cpu", weaker=weaker)
+    assert guided_by.can_guide and len(guided_by.generate(sampling=Sampling(steps=2, guidance=2.0))) == 1
 
 
 def test_by_label(root):
@@ -180,7 +197,7 @@ def _changed(place: Path, name: str, value: object) -> None:
 def test_names_of_the_other_kind_of_model_are_told_apart(place):
     with pytest.raises(ValueError, match="is a generator, which draws images; use it with openvision3 generate --model"):
         ov3.load(place)
-    with pytest.raises(ValueError, match="is a model that rebuilds and understands; name a generator"):
+    with pytest.raises(ValueError, match=r"is an openvision3 model, which rebuilds and understands images; .*; name a generator"):
         folder.read(hub.find_folder("mini"))
 
 
@@ -195,6 +212,14 @@ def test_the_command_writes_an_image_a_sheet_and_the_way(place, tmp_path, capsys
     assert [row["condition"] for row in answer["images"]] == ["red heart", "red heart", "cat face", "cat face"] and answer["guidance"] == 2.0
     assert sorted(path.name for path in out.parent.iterdir()) == ["drawn-1.png", "drawn-2.png", "drawn-3.png", "drawn-4.png", "drawn-strip.png", "drawn.png"]
     assert Image.open(out).size[0] > 64
+
+
+def test_of_a_strip_only_what_is_shown_is_decoded(place, tmp_path, monkeypatch):
+    decoded = []
+    decode = Generator.decode
+    monkeypatch.setattr(Generator, "decode", lambda self, tokens: decoded.append(len(tokens)) or decode(self, tokens))
+    assert main(["generate", "red heart", "-n", "3", "--model", str(place), "--steps", "4", "--strip", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert decoded == [3, 1, 1]
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(place, tmp_path):

@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_runs import Crash, assert_same_run, crash_at, metrics
+from public_dit import public_state
+from safetensors.torch import load_file, save_file
+from small_runs import Crash, assert_same_run, crash_at, metrics, pictures
 from tiny_generator import small_dit, small_generator, tokens_folder
 
 from openvision3.cli import main
 from openvision3.generate.flow import FlowConfig
+from openvision3.generate.generator import load_generator
+from openvision3.generate.public import read_public
 from openvision3.generate.space import Moments
 from openvision3.generate.training import Generation, train_generator
 from openvision3.hub import complete_checkpoints
@@ -56,7 +60,7 @@ def test_the_model_folder_holds_the_averaged_network_the_statistics_and_nothing_
 
 
 def test_what_is_evaluated_is_the_averaged_network(root):
-    """With averaging that never moves, the exported weights are the first ones, and so is the held-out loss after any step."""
+    """The average lags behind the weights, and so does its held-out loss."""
     train_generator(small_generator(root, "still", ema=0.999999, eval_every=1, log_every=6))
     losses = [row["val/loss"] for row in metrics(root / "still") if "val/loss" in row]
     train_generator(small_generator(root, "moving", eval_every=1, log_every=6))
@@ -93,9 +97,7 @@ def test_noise_time_and_dropping_are_functions_of_the_rows_key(root):
 
 @pytest.mark.parametrize("predict", ["velocity", "tokens"])
 def test_a_generator_learns(root, predict):
-    """One picture with one caption: the held-out loss of that picture falls far below that of knowing nothing."""
-    from small_runs import pictures
-
+    """One image with one caption: the held-out loss of that image falls far below that of knowing nothing."""
     one = str(pictures(root / "one", 1))
     config = small_generator(
         root, f"learns-{predict}", data=(one,), val=(str(root / "held"),), steps=60, statistics=0, drop=0.0, flow=FlowConfig(predict=predict), eval_every=0
@@ -132,13 +134,58 @@ def test_micro_batches_and_two_processes_train_what_one_does(root, whole):
             assert (value.float() - weights(root / name)[tensor].float()).abs().max() < 5e-4, (name, tensor)
 
 
-def test_latents_of_a_cache_train_as_their_images_would(root, capsys):
-    config = small_generator(root, "cached")
-    assert main(["data", "latents", *config.data, "--size", "32", "--crops", "1", "--precision", "fp32", "--out", str(root / "latents")]) == 0
-    train_generator(small_generator(root, "cached", latents=str(root / "latents")))
+def test_latents_of_a_cache_train_as_their_images_would(root):
+    config = small_generator(root, "of images", crop_area=(1.0, 1.0))
+    words = ["--size", "32", "--crops", "1", "--crop-area", "1", "1", "--precision", "fp32", "--out", str(root / "latents")]
+    assert main(["data", "latents", *config.data, *words]) == 0
+    train_generator(config)
+    train_generator(small_generator(root, "cached", crop_area=(1.0, 1.0), latents=str(root / "latents")))
     assert "no image is read" in (root / "cached" / "log.txt").read_text()
-    first = [row["train/loss"] for row in metrics(root / "cached") if "train/loss" in row]
-    assert len(first) == 3 and all(map(torch.isfinite, torch.tensor(first)))
+    images, cached = ([row["train/loss"] for row in metrics(root / name) if "train/loss" in row] for name in ("of images", "cached"))
+    assert len(images) == 3 and images == pytest.approx(cached, rel=2e-2)
+
+
+def from_public_weights(root: Path, out: str, **changes):
+    """A run by label that starts from a file in the layout of RAE's weights."""
+    for name in "abcd":
+        pictures(root / "classes" / name, 3, seed=ord(name))
+        pictures(root / "held classes" / name, 1, seed=2 * ord(name))
+    if not (root / "stage2.safetensors").is_file():
+        save_file(public_state(64, 2, 2, 64, 2, grid=2, channels=64), root / "stage2.safetensors")
+    settings = {
+        "data": (str(root / "classes"),),
+        "val": (str(root / "held classes"),),
+        "condition": "label",
+        "init": str(root / "stage2.safetensors"),
+        "flow": FlowConfig(),
+    }
+    return small_generator(root, out, **(settings | {"dit": replace(read_public(root / "stage2.safetensors").config)} | changes))
+
+
+def test_positions_of_public_weights_stay_with_a_run_that_dies_and_with_its_model(root, monkeypatch):
+    train_generator(from_public_weights(root, "public"))
+    expected = load_file(root / "stage2.safetensors")["pos_embed"][0]
+    assert torch.equal(weights(root / "public")["dit.stored_positions"], expected)
+    assert load_generator(root / "public", device="cpu").label_names == tuple("abcd")
+    with pytest.raises(Crash), monkeypatch.context() as dying:
+        crash_at(dying, 5)
+        train_generator(from_public_weights(root, "public-broken"))
+    train_generator(from_public_weights(root, "public-broken", resume=True))
+    assert_same_run(root / "public", root / "public-broken")
+
+
+def test_public_weights_are_refused_by_a_run_in_which_they_mean_something_else(root):
+    with pytest.raises(ValueError, match=r"was trained with flow\.predict velocity, not tokens; set --flow\.predict velocity"):
+        train_generator(from_public_weights(root, "other", flow=FlowConfig(predict="tokens")))
+
+
+def test_a_sheet_shows_the_rows_that_have_a_caption(root):
+    held = pictures(root / "few captions", 40, seed=3)
+    for number, path in enumerate(sorted(held.glob("*.txt"))):
+        if 3 <= number < 32:
+            path.unlink()
+    train_generator(small_generator(root, "few", val=(str(held),), steps=1, eval_every=1))
+    assert (root / "few" / "samples" / "step-00000001.png").is_file()
 
 
 def test_a_run_goes_on_with_another_generators_network_at_another_size(root, whole):
@@ -184,7 +231,7 @@ def test_bad_settings_are_one_line_and_nothing_is_written(root, tmp_path, capsys
 
 
 def classes(root: Path, name: str, count: int, labels: tuple[str, ...]) -> str:
-    """`count` pictures of one colour a class, in a folder each."""
+    """`count` images of one colour a class, in a folder each."""
     from PIL import Image
 
     for number, label in enumerate(labels):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from shapes import BEGIN, END, PAD, VOCABULARY, batch, fitted_network, tiny_config, tiny_model, tiny_network, tiny_vae
 
-from openvision3.model import losses, openvision3
+from openvision3.model import lengths, losses
 from openvision3.model.openvision3 import LossConfig, OpenVision3
 from openvision3.model.vae import VAE
 from openvision3.networks.perceptual import EfficientNetDistance
@@ -51,17 +51,17 @@ def test_texts_that_a_cpu_computes_in_groups_of_like_lengths_give_the_loss_and_g
     rows["caption_ids"] = rows["caption_ids"][[6, 1, 5, 0, 4, 2, 3]]
 
     def results(group: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(openvision3, "GROUP", group)
+        monkeypatch.setattr(lengths, "GROUP", group)
         model.zero_grad()
         loss, _ = model(rows)
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
-    lengths = []
+    widths = []
     features = model.captioner.features
-    monkeypatch.setattr(model.captioner, "features", lambda tokens, ids: lengths.append(ids.shape[1]) or features(tokens, ids))
+    monkeypatch.setattr(model.captioner, "features", lambda tokens, ids: widths.append(ids.shape[1]) or features(tokens, ids))
     torch.testing.assert_close(results(3), results(100), rtol=1e-4, atol=1e-6)
-    assert lengths == [5, 7, 8, 10]  # three groups, each as wide as its longest, then all at once
+    assert widths == [5, 7, 8, 10]  # three groups, each as wide as its longest, then all at once
 
 
 # -- what is frozen, what learns -------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_chunks_equal_the_whole(monkeypatch):
     latents = vae.encode(images)
     rebuilt = vae.decode(latents)
     sizes = []
-    monkeypatch.setattr(vae_module, "TILE_PIXELS", 32 * 48)  # 4 pictures a chunk
+    monkeypatch.setattr(vae_module, "TILE_PIXELS", 32 * 48)  # 4 images a chunk
     inner = vae._run
     monkeypatch.setattr(vae, "_run", lambda function, x: sizes.append(len(x)) or inner(function, x))
     torch.testing.assert_close(vae.encode(images), latents, rtol=1e-4, atol=1e-5)
@@ -172,7 +172,7 @@ def test_tiles_are_close_to_the_whole_and_have_no_seams(small_tiles, monkeypatch
         assert tiled.shape == full.shape
         spread = full.std()
         assert (tiled - full).abs().mean() < 0.08 * spread
-        for axis in (2, 3):  # no jump is larger than the picture's own
+        for axis in (2, 3):  # no jump is larger than the image's own
             assert tiled.diff(dim=axis).abs().amax() < 1.3 * full.diff(dim=axis).abs().amax() + 0.05 * spread
 
 

@@ -62,6 +62,14 @@ def test_it_diverges_where_the_reconstruction_loss_stays_above_the_limit():
     assert stage(memory).diverged(0) == f"the reconstruction loss rose from 0.2 to {(LEAST * 0.29 + (30 - LEAST) * 0.32) / 30:.4g}"
 
 
+def test_without_a_warm_up_the_first_step_is_what_later_ones_are_compared_with():
+    memory: dict[str, float] = {}
+    stage(memory, warmup=0.0).remember(0, {}, 0.2, 1)
+    for step in range(1, LEAST + 1):
+        stage(memory, warmup=0.0).remember(step, {}, 0.9, 1)
+    assert stage(memory, warmup=0.0).diverged(0) == "the reconstruction loss rose from 0.2 to 0.9"
+
+
 def test_it_diverges_after_a_few_steps_that_are_not_finite():
     assert stage().diverged(NOT_FINITE - 1) == "" and stage().diverged(NOT_FINITE) == f"{NOT_FINITE} steps in a row were not finite"
 

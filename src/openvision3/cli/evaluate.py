@@ -190,7 +190,7 @@ def open_generator(options: GenerationOptions) -> DrawingFunctions:
         generator.label_names,
         generator.can_guide,
         {"steps": options.steps, "method": options.method, "grid": options.grid},
-        {"interval": list(options.interval), "weaker": options.weaker},
+        {"interval": list(options.interval), "weaker": options.weaker, "weaker_sha256": generator.weaker_sha256},
         options.precision,
         generator.sha256,
         generator.licence,

@@ -48,6 +48,7 @@ def generate(
         weaker: a smaller or shorter generator of the same tokens to guide by, instead of by drawing without the text or label
         tokens: the model whose tokens are drawn, if the one that the generator names is not found
     """
+    from openvision3.data.images import pil_images
     from openvision3.generate.flow import Sampling
     from openvision3.generate.generator import load_generator
     from openvision3.report.sheets import grid
@@ -63,12 +64,13 @@ def generate(
     strength = guidance if guidance is not None else (2.0 if generator.can_guide else 1.0)
     sampling = Sampling(steps, method, guidance=strength, interval=interval, seed=seed)  # type: ignore[arg-type]
     shown = {round(steps * number / strip) for number in range(1, strip + 1)} if strip else set()
-    way: dict[int, Any] = {}
+    way: dict[int, Any] = {}  # {step: tokens of the first image that are promised from there}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        images: Any = generator.generate(
-            texts, labels=label, count=count, sampling=sampling, each=(lambda step, drawn: way.setdefault(step, drawn[0])) if strip else None
+        tokens_drawn = generator.draw_tokens(
+            texts, labels=label, count=count, sampling=sampling, each=lambda step, promised: way.setdefault(step, promised[:1]) if step in shown else None
         )
+        images: Any = generator.images_of(tokens_drawn)
     for warning in caught:
         print(f"openvision3: {warning.message}", file=sys.stderr)
     conditions = [*(texts or label or ("",))]
@@ -79,7 +81,8 @@ def generate(
         columns = [images[i : i + count] for i in range(0, len(images), count)]
         sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
     if strip:
-        sheets[target.with_name(f"{target.stem}-strip.png")] = grid([[way[step] for step in sorted(shown)]], [f"step {step}" for step in sorted(shown)])
+        frames = [pil_images(generator.decode(way[step]))[0] for step in sorted(shown)]
+        sheets[target.with_name(f"{target.stem}-strip.png")] = grid([frames], [f"step {step}" for step in sorted(shown)])
     for file, image in [*zip(files, images, strict=True), *sheets.items()]:
         write_whole(file, lambda handle, image=image: image.save(handle, "PNG"))  # type: ignore[misc]
     rows = [{"condition": conditions[number // count], "file": str(file)} for number, file in enumerate(files)]

@@ -117,6 +117,11 @@ class Generation:
     results: Results
     scores: dict[str, Columns] = field(default_factory=dict)
 
+    @property
+    def compared_with(self) -> str:
+        """What the images of `train` are, in words."""
+        return "training images" if self.options.train else "reference images (the training images were not named with --train)"
+
     def save(self, out: Path) -> list[Table]:
         """Write results.json. Returns the tables of the rows, with their differences."""
         tables = split(self.results.rows)
@@ -197,6 +202,8 @@ def _check(options: GenerationOptions, model: DrawingFunctions | None, size: int
     if options.guidance and model is not None and not model.can_guide:
         why = "it draws without a condition" if model.condition == "none" else "it was trained without dropped conditions"
         raise ValueError(f"guidance {options.guidance[0]:g} cannot be used with {model.name}: {why}; leave out --guidance")
+    if options.weaker and not options.guidance:
+        raise ValueError(f"weaker {options.weaker} guides nothing without a scale; add one, such as --guidance 1.5")
     count = options.count if model is not None else len(ArraySource(options.model))
     if options.protocol and (size, count) != (PROTOCOL_SIZE, PROTOCOL_COUNT):
         raise ValueError(f"protocol {options.protocol} needs {PROTOCOL_COUNT:,} samples of {PROTOCOL_SIZE} px; {options.model} has {count:,} of {size} px")
@@ -349,7 +356,7 @@ def _measure(evaluation: Generation, column: Samples, of_reference: Sequence[Set
             new, scores, lacking = compare(ours, theirs, where, options.seed, options.device)
             numbers, columns, missing = numbers + new, columns | scores, missing + lacking
         if evaluation.train is not None:
-            new, scores = _count_duplicates(column.images, evaluation.train)
+            new, scores = _count_duplicates(column.images, evaluation.train, evaluation.compared_with)
             numbers, columns = numbers + new, columns | scores
         else:
             missing.append(("near_duplicates", "training images; name them with --train"))
@@ -372,11 +379,11 @@ def _measure(evaluation: Generation, column: Samples, of_reference: Sequence[Set
     results.not_run += [NotRun(column.name, metric, what) for metric, what in missing]
 
 
-def _count_duplicates(samples: ImageSet, train: ImageSet) -> tuple[list[Number], Columns]:
-    """The share of samples that are near-duplicates of a training image, as far as these have been read."""
+def _count_duplicates(samples: ImageSet, train: ImageSet, what: str) -> tuple[list[Number], Columns]:
+    """The share of samples that are near-duplicates of an image of `train`, as far as these have been read; `what` names them."""
     chosen = [index for index in samples.chosen if index in samples.described][:COMPARED]
     known = list(train.described)
     twice = {row for row, *_ in near_duplicates(samples.descriptions(chosen), train.descriptions(known))}
-    how = f"share of the first {len(chosen):,} samples that are near-duplicates of one of {len(known):,} training images, by {WIDTH} bytes of each"
+    how = f"share of the first {len(chosen):,} samples that are near-duplicates of one of {len(known):,} {what}, by {WIDTH} bytes of each"
     scores = [float(row in twice) for row in range(len(chosen))]
     return [number("near_duplicates", len(twice) / len(chosen), len(chosen), how)], {"near_duplicates": Column(chosen, scores)}

@@ -106,7 +106,7 @@ def _like_training(evaluation: Generation, column: Samples, out: Path) -> list[t
         title = f" ({column.titles[number]})" if number < len(column.titles) else ""
         figures.append(([html.embed_image(image) for image in rows[-1]], f"sample {number}{title}: {like}"))
     _save(sheets.grid(rows, ["sample", "nearest", *(str(place) for place in range(2, near.count + 1))]), out / f"nearest-{column.file}.png")
-    heading = f"{column.name}: samples, each beside the training images whose {evaluation.extractors[0].name} features are the most similar (cosine)"
+    heading = f"{column.name}: samples, each beside the {evaluation.compared_with} whose {evaluation.extractors[0].name} features are the most similar (cosine)"
     return [(heading, html.figures(figures, wide=True))]
 
 

@@ -200,6 +200,8 @@ class DiT(nn.Module):
     A row without its condition gets the null label, or one learned word.
     """
 
+    stored_positions: Tensor | None
+
     def __init__(self, config: DiTConfig, channels: int, classes: int = 0, word_width: int = 0):
         super().__init__()
         if classes and word_width:
@@ -211,7 +213,8 @@ class DiT(nn.Module):
         self.labels = nn.Embedding(classes + 1, trunk.width) if classes else None
         self.read_words = nn.Linear(word_width, trunk.width) if word_width else None
         self.null_word = nn.Parameter(torch.empty(trunk.width)) if word_width else None
-        self.stored_positions = nn.Parameter(torch.empty(config.stored_positions, trunk.width), requires_grad=False) if config.stored_positions else None
+        # A buffer, for checkpoints and exported folders hold no frozen parameters.
+        self.register_buffer("stored_positions", torch.empty(config.stored_positions, trunk.width) if config.stored_positions else None)
         self.enter = nn.Linear(channels, trunk.width)
         self.trunk = nn.ModuleList(DiTBlock(trunk, config.qk_norm, config.words if word_width else "") for _ in range(trunk.depth))
         last = trunk

@@ -20,7 +20,7 @@ from openvision3.generate.public import SUFFIXES, read_public
 from openvision3.generate.rae import RAE
 from openvision3.generate.space import open_space
 from openvision3.hub import GENERATOR
-from openvision3.settings import check_fields, flat, from_dict, read_json, to_dict
+from openvision3.settings import flat, to_dict
 
 FORMAT = 1
 SHIPPED = hub.ASSETS / "generators"
@@ -62,14 +62,15 @@ def shipped() -> list[str]:
 def save(path: Path, rae: RAE, label_names: tuple[str, ...], *, training: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
     """Write the folder of a generator. `weights` are those of the whole RAE by name; of them the network and the statistics are kept.
 
-    `dtype` torch.bfloat16 halves the network; statistics stay in fp32. A folder that is not finished is removed.
+    `dtype` torch.bfloat16 halves what is trained; statistics, frequencies and stored positions keep theirs. A folder that is not finished is removed.
     """
     config = rae.config
     record = GeneratorConfig(
         FORMAT, config.size, config.tokens, rae.space.sha256, config.condition, label_names, config.drop, config.dit, config.flow, training
     )
     kept = {name: value for name, value in weights.items() if name.startswith(("dit.", "statistics."))}
-    state = {name: value.detach().to("cpu", dtype if name.startswith("dit.") else None).contiguous() for name, value in kept.items()}
+    fixed = {f"dit.{name}" for name, _ in rae.dit.named_buffers()}
+    state = {name: value.detach().to("cpu", dtype if name.startswith("dit.") and name not in fixed else None).contiguous() for name, value in kept.items()}
     hub.write_folder(path, record, state, card(record))
 
 
@@ -79,21 +80,8 @@ def find(name: str | Path) -> Path:
 
 
 def read(folder: Path) -> GeneratorConfig:
-    """Raises FileNotFoundError; ValueError for a config that is none of a generator, or of another version."""
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.get("model_type") != GENERATOR:
-        other = "a model that rebuilds and understands; name a generator" if values.get("model_type") == "openvision3" else "not the config of a generator"
-        raise ValueError(f"{path} is {other}, such as the folder that openvision3 train drawings_dit_mini writes")
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {values.get('format')}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
-    training = values.pop("training", {})
-    try:
-        config = from_dict(GeneratorConfig, values)
-        config.training = check_fields(training, "training")
-    except (ValueError, TypeError) as error:  # TypeError: a field is missing
-        raise ValueError(f"{path} cannot be used: {str(error).replace('GeneratorConfig.__init__()', 'config')}") from error
-    return config
+    """Raises FileNotFoundError; ValueError for another kind of model, or another version."""
+    return hub.read_config_of(folder, GeneratorConfig, GENERATOR, FORMAT)
 
 
 def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tuple[RAE, GeneratorConfig, Path]:
@@ -144,7 +132,7 @@ def start_from(rae: RAE, name: str) -> None:
     now = rae.config
     if name.endswith(SUFFIXES):
         public = read_public(name)
-        _refuse_other(name, {"dit": to_dict(public.config)}, now)
+        _refuse_other(name, {"condition": "label", "dit": to_dict(public.config), "flow": {"predict": "velocity"}}, now)
         return hub.copy_tensors(rae.dit.state_dict(), public.weights, Path(name))
     folder = find(name)
     before = read(folder)

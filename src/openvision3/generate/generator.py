@@ -26,10 +26,12 @@ BATCH = 32
 
 
 class Generator:
-    """A trained generator. `rae` is the whole network with the token space it draws in; `weaker` is a generator to guide by, or None."""
+    """A trained generator. `rae` is the whole network with the token space it draws in; `weaker` is a generator to guide by, or None, with its sha256."""
 
-    def __init__(self, rae: RAE, config: GeneratorConfig, path: Path, *, name: str = "", precision: str = "fp32", weaker: RAE | None = None):
-        self.rae, self.config, self.folder, self.precision, self.weaker = rae, config, path, precision, weaker
+    def __init__(
+        self, rae: RAE, config: GeneratorConfig, path: Path, *, name: str = "", precision: str = "fp32", weaker: RAE | None = None, weaker_sha256: str = ""
+    ):
+        self.rae, self.config, self.folder, self.precision, self.weaker, self.weaker_sha256 = rae, config, path, precision, weaker, weaker_sha256
         self.name = name or path.name
         self.size, self.condition, self.label_names = config.size, config.condition, config.label_names
         self.licence = str(config.training.get("licence", "unknown"))
@@ -37,7 +39,7 @@ class Generator:
     @property
     def can_guide(self) -> bool:
         """Whether it has learnt to draw without a condition, or has a weaker generator."""
-        return self.condition != "none" and (self.config.drop > 0 or self.weaker is not None)
+        return self.weaker is not None or (self.condition != "none" and self.config.drop > 0)
 
     @property
     def sha256(self) -> str:
@@ -68,8 +70,7 @@ class Generator:
             ValueError: a condition that this generator does not take, an unknown label (names the nearest), guidance that it has not learnt.
         """
         report = None if each is None else lambda number, tokens: each(number, pil_images(self.decode(tokens)))
-        tokens = self.draw_tokens(texts, labels=labels, count=count, sampling=sampling, each=report)
-        return [image for part in tokens.split(BATCH) for image in pil_images(self.decode(part))]
+        return self.images_of(self.draw_tokens(texts, labels=labels, count=count, sampling=sampling, each=report))
 
     def draw_tokens(
         self,
@@ -81,11 +82,15 @@ class Generator:
         each: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
         """As `generate`, but the tokens (B, N, D) of the images, which `decode` makes images of."""
-        conditions = [one for one in self._conditions(texts, labels) for _ in range(count)] if self.condition != "none" else [""] * count
+        conditions = [one for one in self._conditions(texts, labels) for _ in range(count)]
         if not conditions:
             raise ValueError(f"count {count} draws no image; give 1 or more")
         batches = [range(first, min(first + BATCH, len(conditions))) for first in range(0, len(conditions), BATCH)]
         return torch.cat([self._draw(indices, [conditions[i] for i in indices], sampling, each) for indices in batches])
+
+    def images_of(self, tokens: Tensor) -> list[Image.Image]:
+        """tokens (B, N, D) -> B images."""
+        return [image for part in tokens.split(BATCH) for image in pil_images(self.decode(part))]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -121,9 +126,13 @@ class Generator:
         return self.rae.read(tokenizer.text_ids([str(one) for one in conditions], text_encoder.config.positions).to(self.device))
 
     def _conditions(self, texts: str | Sequence[str], labels: int | str | Sequence[int | str]) -> list[str] | list[int]:
-        """Checked texts, or numbers of classes."""
+        """Checked texts, or numbers of classes; one empty text of a generator without a condition."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         labels = [labels] if isinstance(labels, str | int) else list(labels)
+        if self.condition == "none":
+            if texts or labels:
+                raise ValueError(f"{self.name} draws without a condition; leave out texts and labels")
+            return [""]
         wanted, other = (texts, labels) if self.condition == "text" else (labels, texts)
         if other or not wanted:
             example = "texts, such as 'a red heart', and no labels"
@@ -164,11 +173,13 @@ def load_generator(name: str | Path, *, device: str | torch.device = "auto", pre
         raise ValueError(f"precision {precision!r} is unknown; choose fp32 or bf16")
     place = choose_device(device)
     rae, config, path = folder.load(name, precision=precision, tokens=tokens)
-    other = None
+    other, other_sha256 = None, ""
     if weaker:
         other, theirs, other_path = folder.load(weaker, precision=precision, tokens=tokens)
         for what in ("tokens_sha256", "size", "condition", "label_names"):
             if getattr(config, what) != getattr(theirs, what):
                 raise ValueError(f"{other_path} cannot guide {path}: they differ in {what}; choose a smaller or shorter training of the same kind")
-        other = other.to(place)
-    return Generator(rae.to(place), config, path, name=str(name), precision=precision, weaker=other)
+        if not rae.statistics.is_like(other.statistics):
+            raise ValueError(f"{other_path} cannot guide {path}: it normalises tokens by other statistics; train both on the same images")
+        other, other_sha256 = other.to(place), hub.weights_sha256(other_path)
+    return Generator(rae.to(place), config, path, name=str(name), precision=precision, weaker=other, weaker_sha256=other_sha256)

@@ -15,6 +15,7 @@ from openvision3.generate.config import GenerateConfig
 from openvision3.generate.dit import Condition, DiT
 from openvision3.generate.flow import Sampling
 from openvision3.generate.space import TokenSpace, TokenStatistics
+from openvision3.model.lengths import by_length
 
 _NOISE_STREAM, _DROP_STREAM, _CAPTION_STREAM = 0x1F83D9ABFB41BD6B, 0x5BE0CD19137E2179, 0x428A2F98D728AE22
 """Keep the random streams of a row's noise, of dropping its condition and of choosing its caption apart."""
@@ -45,10 +46,18 @@ class RAE(nn.Module):
         count = batch["count"] if "count" in batch else distributed.total(keys.new_full((), len(keys)))
         t = flow.draw_times(keys, self.config.flow, self.shift)
         noise = normal(keys ^ _NOISE_STREAM, tokens[0].numel()).view(tokens.shape)
-        condition = self.condition(batch)
-        if self.config.drop and self.config.condition != "none":
-            condition = condition.with_dropped(uniform(keys ^ _DROP_STREAM, 1)[:, 0] < self.config.drop)
-        return distributed.share(self.errors(tokens, noise, t, condition).sum(), count), {}
+        drops = self.config.drop if self.config.condition != "none" else 0.0
+        dropped = uniform(keys ^ _DROP_STREAM, 1)[:, 0] < drops
+        if self.space.text_encoder is None or self.config.condition != "text":
+            errors = self.errors(tokens, noise, t, self.condition(batch).with_dropped(dropped))
+        else:
+            errors = by_length(
+                self.dit,
+                lambda rows, ids: self.errors(tokens[rows], noise[rows], t[rows], self.read(ids).with_dropped(dropped[rows])),
+                _choose_text(batch),
+                self.space.text_encoder.pad_id,
+            )
+        return distributed.share(errors.sum(), count), {}
 
     def errors(self, tokens: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """(B,) mean squared errors of the velocity; tokens are normalised."""

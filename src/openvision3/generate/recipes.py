@@ -16,7 +16,7 @@ def drawings_dit_tiny() -> GenerateConfig:
 
     openvision3 train drawings_dit_tiny --data openmoji 'drawings/*-train-*.tar' --caption-keys caption captions
     Two CPU cores, about 6 hours with AMX and 28 hours without, computed at the speed of the recipes mini and mini_low_res. Predicts clean tokens
-    with Muon, as small runs do better (docs/generation.md). Then --size 128 --init runs/drawings_dit_tiny. Expected: not measured yet, watch val/loss.
+    (arXiv 2605.27102), with Muon. Then --size 128 --init runs/drawings_dit_tiny. Expected: not measured yet, watch val/loss.
     """
     return GenerateConfig(
         dit=dit_config("tiny", qk_norm=True),

@@ -145,6 +145,14 @@ class TokenStatistics(nn.Module):
     def restore(self, tokens: Tensor) -> Tensor:
         return tokens * torch.where(self.count > 0, (self.variance + EPSILON).sqrt(), 1.0) + self.mean
 
+    def is_like(self, other: TokenStatistics, most: float = 0.1) -> bool:
+        """Whether both normalise tokens nearly alike: means and deviations differ by less than this share of a deviation, in the mean over values."""
+        if bool(self.count > 0) != bool(other.count > 0):
+            return False
+        own, theirs = ((each.variance + EPSILON).sqrt() for each in (self, other))
+        apart = ((self.mean - other.mean) / own).square().mean().sqrt(), (own / theirs).log().square().mean().sqrt()
+        return bool(max(apart) < most)
+
     def set(self, moments: Moments) -> None:
         """Raises ValueError: tokens that are not finite, or fewer than two images."""
         if moments.count < 2 or not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):

@@ -64,12 +64,13 @@ class Generation(Training):
             labelled = config.condition == "label"
             self.classes = read_classes(self.source, config.label_key, config.classes, watch=track) if labelled else None
         self.label_names = self.classes.names if self.classes is not None else ()
-        start.check_inputs(config, self._identities)
-        torch.manual_seed(config.seed)
-        self.model = RAE(config, self.space, len(self.label_names))
-        self.model.dit.init_weights()
-        if config.init and not checkpoint and ranks.rank == 0:  # the first rank's weights are sent to all
-            folder.start_from(self.model, config.init)
+        with distributed.together():  # the first rank alone may fail here, and all exchange the moments of the tokens below
+            start.check_inputs(config, self._identities)
+            torch.manual_seed(config.seed)
+            self.model = RAE(config, self.space, len(self.label_names))
+            self.model.dit.init_weights()
+            if config.init and not checkpoint and ranks.rank == 0:  # the first rank's weights are sent to all
+                folder.start_from(self.model, config.init)
         self.tokenizer = self.space.tokenizer if config.condition == "text" else None
         self.lanes = choose_lanes(self.source, config.batch, config.lanes, math.ceil(ranks.world / ranks.local_world))
         config.lanes = config.lanes or self.lanes
@@ -104,10 +105,11 @@ class Generation(Training):
         moments = Moments(*model.statistics.mean.shape)
         total = min(config.statistics, len(self.source))
         starts = range(ranks.rank * ROWS, total, ranks.world * ROWS)
-        for first in track(starts, "statistics of tokens") if ranks.rank == 0 else starts:
-            rows, _ = self.batches.collate([self.batches.sample(position) for position in range(first, min(first + ROWS, total))])
-            with autocast(self.start.device, self.start.precision):
-                moments.add(model.encode(to_device(rows, self.start.device)))
+        with distributed.together():
+            for first in track(starts, "statistics of tokens") if ranks.rank == 0 else starts:
+                rows, _ = self.batches.collate([self.batches.sample(position) for position in range(first, min(first + ROWS, total))])
+                with autocast(self.start.device, self.start.precision):
+                    moments.add(model.encode(to_device(rows, self.start.device)))
         return moments.over_ranks()
 
     def begin(self, run: RunFolder) -> None:
@@ -143,7 +145,7 @@ class Generation(Training):
                 draw_key = torch.tensor([draw_seed("held out", keys[place], level) for place in rows], device=tokens.device)
                 errors.append(model.errors(tokens, normal(draw_key, tokens[0].numel()).view(tokens.shape), t, condition).cpu())
             conditions.append(condition)
-            texts += words
+            texts = texts or words  # of the rows of conditions[0], which the sheet shows
         self.batches.problems.extend(problems, everywhere=True)
         if not errors:
             return {"skipped": len(problems)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from openvision3 import distributed
 from openvision3.model import losses
 from openvision3.model.encoder import Encoder, EncoderConfig
+from openvision3.model.lengths import by_length
 from openvision3.model.reconstruction import LatentDecoder, LatentDecoderConfig, add_noise
 from openvision3.model.understanding import Captioner, CaptionerConfig, TextEncoder, TextEncoderConfig, temperature
 from openvision3.model.vae import VAE, VAEConfig
@@ -82,25 +83,6 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-
-
-GROUP = 32
-"""texts that a CPU computes together"""
-
-
-def by_length(part: nn.Module, compute: Callable[[Tensor | slice, Tensor], Tensor], ids: Tensor, pad_id: int) -> Tensor:
-    """The results (B, ...) of `compute(rows, ids of these rows)`, which calls `part`, for texts ids (B, T), in their order.
-
-    A CPU computes texts of like lengths together, without their common padding: of 256 captions of drawings the longest has 32 pieces and the mean one
-    has 7. Another device computes all at once: reading the lengths would make the host wait, and small products would not fill it; so does a
-    sharded part, which gathers its weights in every call.
-    """
-    if ids.device.type != "cpu" or len(ids) <= GROUP or distributed.is_sharded(part):
-        return compute(slice(None), ids)
-    lengths = (ids != pad_id).sum(1).clamp_min(1)
-    order = lengths.argsort(stable=True)
-    results = [compute(rows, ids[rows, : int(lengths[rows[-1]])]) for rows in order.split(GROUP)]
-    return torch.cat(results)[order.argsort()]
 
 
 class OpenVision3(nn.Module):

@@ -52,7 +52,7 @@ class Stage:
 
     def __init__(self, config: AdversarialConfig, steps: int, memory: dict[str, float]):
         self.config, self.memory = config, memory
-        self.join = round(config.warmup * steps)
+        self.join = max(1, round(config.warmup * steps))  # one step at least, that later ones are compared with
         """the first step in which the latent decoder learns from the discriminator"""
         self.ramp = max(1, round(config.ramp * steps))
 
