@@ -8,6 +8,7 @@ import pytest
 import vqa_files as files
 
 from openvision3.cli import main
+from openvision3.evaluate.metrics.vqa import BENCHMARKS
 
 OWN = """
 from openvision3.evaluate.protocol import AnsweringFunctions
@@ -89,9 +90,19 @@ def test_a_chat_model_is_opened_as_it_is_asked_for(tmp_path, capsys, monkeypatch
     assert row["written"] == "no, 20 7" and row["model"] == "runs/chat" and row["read"] == "no"
 
 
+def test_answers_are_not_kept_when_the_code_of_a_model_changes(tmp_path, own, capsys):
+    command = ["evaluate", "vqa", "pope", own, "--data", str(tmp_path / "pope"), "--out", str(tmp_path / "out")]
+    files.pope(tmp_path / "pope")
+    assert main(command) == main(command) == 0
+    (tmp_path / "own.py").write_text(OWN + "# another answer\n")
+    assert main(command) == 2 and "holds answers by other settings" in capsys.readouterr().err
+
+
 def test_benchmarks_are_listed(capsys):
     assert main(["evaluate", "vqa", "--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in ("usage: openvision3 evaluate vqa BENCHMARK MODEL",))
+    printed = capsys.readouterr().out
+    assert "usage: openvision3 evaluate vqa BENCHMARK MODEL" in printed
+    assert all(f"  {name:13s} {benchmark.title}" in printed for name, benchmark in BENCHMARKS.items())
 
 
 def test_questions_in_popes_shape_are_written_and_asked(tmp_path, own, capsys):

@@ -69,10 +69,29 @@ def test_what_is_no_place_of_images_is_refused(tmp_path):
 
 def test_a_name_that_leads_out_of_its_folder_is_missing(folder):
     images = NamedImages([folder / "images", archive(folder, "zip")])
-    for name in ("../a.png", str(folder / "a.png"), "test/../../a.png", ""):
+    for name in ("../a.png", str(folder / "a.png"), "test/../../a.png", "", f"x/{folder / 'a.png'}", "a" * 300 + ".png", "é" * 130):
         with pytest.raises(ImageError, match="no image") as seen:
             images.open(name)
         assert seen.value.reason == "missing"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_damaged_member_is_one_unreadable_image(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as writer:
+            writer.writestr("a.png", b"hello world " * 100)
+        content = bytearray(path.read_bytes())
+        content[35:37] = b"\xff\xff"
+        path.write_bytes(content)
+    else:
+        with tarfile.open(path, "w") as writer:
+            link = tarfile.TarInfo("a.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "gone.png"
+            writer.addfile(link)
+    with pytest.raises(ImageError, match="cannot be unpacked") as seen:
+        NamedImages([path]).open("a.png")
+    assert seen.value.reason == "unreadable"
 
 
 def test_the_last_part_of_a_name_stands_for_one_member_only(tmp_path):

@@ -8,15 +8,15 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from openvision3.data.pope import Pictured, label_text, make_questions, objects_of, read_objects, with_article, write_pope
+from openvision3.data.pope import Annotated, label_text, make_questions, objects_of, read_objects, with_article, write_pope
 from openvision3.data.pope_job import PopeJob
 
 IMAGES = [
-    Pictured("1", ("person", "dog", "ball")),
-    Pictured("2", ("person", "dog")),
-    Pictured("3", ("person", "car")),
-    Pictured("4", ("car", "bus", "apple")),
-    Pictured("5", ("apple", "table")),
+    Annotated("1", ("person", "dog", "ball")),
+    Annotated("2", ("person", "dog")),
+    Annotated("3", ("person", "car")),
+    Annotated("4", ("car", "bus", "apple")),
+    Annotated("5", ("apple", "table")),
 ]
 
 
@@ -56,10 +56,10 @@ def test_random_negatives_depend_on_the_seed_and_the_image_alone():
 
 
 def test_labels_of_a_group_are_adversarial_for_each_other_and_without_groups_there_is_no_such_split():
-    labels = [Pictured(str(n), (name,), group) for n, (name, group) in enumerate((("red apple", "apple"), ("green apple", "apple"), ("milk", "carton")))]
+    labels = [Annotated(str(n), (name,), group) for n, (name, group) in enumerate((("red apple", "apple"), ("green apple", "apple"), ("milk", "carton")))]
     splits = make_questions(labels, 1, seed=0)
     assert [absent for _, _, absent in pairs(splits["adversarial"])][:2] == ["green apple", "red apple"]
-    assert "adversarial" not in make_questions([Pictured(one.name, one.objects) for one in labels], 1, seed=0)
+    assert "adversarial" not in make_questions([Annotated(one.name, one.objects) for one in labels], 1, seed=0)
 
 
 def test_too_few_kinds_of_objects_are_refused():
@@ -107,6 +107,24 @@ def test_questions_and_images_are_written_from_a_folder_with_captions(folder, tm
         assert len(questions) == 16 and all((out / "images" / question["image"]).is_file() for question in questions)
     assert len(list((out / "images").iterdir())) == 4
     assert (out / "images" / questions[0]["image"]).read_bytes() in [path.read_bytes() for path in folder.glob("*.png")]  # not encoded again
+
+
+def test_images_whose_names_become_one_keep_files_of_their_own(tmp_path):
+    (tmp_path / "data").mkdir()
+    for place, name in enumerate(("a b.png", "a_b.png", "1.jpg", "1.webp")):
+        Image.new("RGB", (32, 24), (60 * place, 0, 0)).save(tmp_path / "data" / name)
+    (tmp_path / "data" / "captions.csv").write_text(
+        "file,caption\na b.png,A man with a dog\na_b.png,A car and a bus\n1.jpg,A bird on a boat\n1.webp,A cat on a bed\n"
+    )
+    out = tmp_path / "out"
+    write_pope((str(tmp_path / "data"),), PopeJob(str(out), per_image=2))
+    questions = [json.loads(line) for path in out.glob("*.json") for line in path.read_text().splitlines()]
+    shown = {place: set() for place in range(4)}
+    for question in questions:
+        red = Image.open(out / "images" / question["image"]).convert("RGB").getpixel((0, 0))[0]
+        if question["label"] == "yes":
+            shown[round(red / 60)] |= {animal for animal in ("dog", "bus", "bird", "cat") if animal in question["text"]}
+    assert shown == {0: {"dog"}, 1: {"bus"}, 2: {"bird"}, 3: {"cat"}}
 
 
 def test_data_without_objects_are_refused_in_one_line(folder, tmp_path):

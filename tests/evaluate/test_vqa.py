@@ -123,6 +123,23 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_answers(tmp_path):
     assert not again.prompts
 
 
+def test_an_answer_may_hold_any_kind_of_line_break(tmp_path):
+    for _ in range(2):
+        found = run("pope", tmp_path / "data", tmp_path / "out", Model(lambda image, prompt: "yes\u2028no\x85 \u2029\r\n"))
+    assert {row["written"] for row in found.answers} == {"yes\u2028no\x85 \u2029\r\n"} and Scores.load(tmp_path / "out")
+
+
+def test_answers_are_not_kept_when_other_images_are_at_hand(tmp_path):
+    files.pope(tmp_path / "data")
+    image = tmp_path / "data" / "val2014" / "COCO_0.jpg"
+    content = image.read_bytes()
+    image.unlink()
+    run("pope", tmp_path / "data", tmp_path / "out", Model(dog))
+    image.write_bytes(content)
+    with pytest.raises(ValueError, match="holds answers by other settings"):
+        run("pope", tmp_path / "data", tmp_path / "out", Model(dog))
+
+
 @pytest.mark.parametrize("change", ["model", "max_tokens", "count", "benchmark"])
 def test_answers_by_other_settings_are_never_mixed_in(tmp_path, change):
     run("pope", tmp_path / "data", tmp_path / "out", Model(dog))

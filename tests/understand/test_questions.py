@@ -110,6 +110,9 @@ def test_a_colour_is_asked_for_where_it_is_certain_alone(tmp_path):
         ("green ball", two, ("", "")),  # named, but not there
         ("orange", disc(SHADES["orange"]), ("orange", "")),  # a fruit
         ("ball", Image.new("RGB", (60, 60)), ("", "")),  # nothing stands out
+        ("red triangle pointed down", disc(SHADES["red"]), ("red", "triangle")),
+        ("red apple with leaf", disc(SHADES["red"]), ("red", "apple")),
+        ("red with leaf", disc(SHADES["red"]), ("red", "")),  # names no thing
     )
     for caption, image, colour in cases:
         assert only_colour(tmp_path, caption, image) == colour, caption
@@ -172,6 +175,16 @@ def test_a_no_is_true_a_yes_is_not_the_rule_and_no_thing_says_which(drawings, tm
     assert sum(bool(counts["yes"] and counts["no"]) for counts in said.values()) >= 20
 
 
+def test_a_person_is_never_denied_and_therefore_never_asked_for(tmp_path):
+    members = {}
+    for number in range(60):
+        members |= sample(number, [*THINGS, "woman", "man"][number % 26], disc(SHADES["red"]), style="plain")
+    questions = read(open_source((write_shard(tmp_path / "x.tar", members),)), tmp_path / "a.json")[2]
+    assert {"woman", "man"} <= {answer for _, kind, _, answer in questions if kind == "what"}
+    asked = [text for _, kind, text, _ in questions if kind in ("present", "which")]
+    assert len(asked) > 60 and not [text for text in asked if re.search(r"\b(wo)?man\b", text)]
+
+
 def test_one_of_four_choices_is_there(drawings, tmp_path):
     letters = 0
     for row, kind, text, answer in read(drawings, tmp_path / "a.json", turns=10)[2]:
@@ -221,6 +234,12 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".zip", ".making")]
+
+
+def test_kinds_that_nothing_can_be_asked_of_leave_no_files(drawings, tmp_path, capsys):
+    assert main(["data", "conversations", drawings.files()[0], "--out", str(tmp_path / "a.json"), "--kinds", "count"]) == 2
+    assert "none of 240 images has a question of the kinds count; choose others with --kinds" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_command_tells_what_it_wrote(drawings, tmp_path, capsys):

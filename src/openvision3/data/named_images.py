@@ -6,10 +6,12 @@ image = images.open("COCO_val2014_000000310196.jpg")
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,12 @@ BELOW = ("", "images/", "test/", "images/test/", "val2014/", "SEED-Bench-image/"
 """folders below a place that are tried, too: how the benchmarks lay out their images"""
 ENDINGS = ("", ".jpg", ".png", ".jpeg")
 """of files whose names are given without one"""
+
+
+LONGEST = 240
+"""bytes of a part of a name; file systems take 255, endings included"""
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
+"""what reading a damaged archive raises"""
 
 
 class NamedImages:
@@ -48,9 +56,9 @@ class NamedImages:
     def find(self, name: str) -> tuple[Path, str] | None:
         """(folder or archive, path in it) of an image; None where it is missing, or where its name leads out of a folder."""
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if path.is_absolute() or ".." in path.parts or not path.parts or any(len(os.fsencode(part)) > LONGEST for part in path.parts):
             return None
-        for candidate in _candidates(name):
+        for candidate in _candidates(str(path)):  # a//b is a/b, so that what is left without its first folder does not begin with /
             for place in self.places:
                 if (archive := self._archives.get(place)) is None:
                     if (place / candidate).is_file():
@@ -90,7 +98,7 @@ class _Archive:
         try:
             file: zipfile.ZipFile | tarfile.TarFile = zipfile.ZipFile(self.path) if zipfile.is_zipfile(self.path) else tarfile.open(self.path)
             names = file.namelist() if isinstance(file, zipfile.ZipFile) else file.getnames()
-        except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{self.path} is no folder, .zip or .tar of images: {why_not(self.path, 'a tar', error)}") from error
         times = Counter(PurePosixPath(name).name for name in names)
         last_parts = {last: name for name in names if times[last := PurePosixPath(name).name] == 1}
@@ -111,7 +119,7 @@ class _Archive:
                     return self._file.read(member)
                 file = self._file.extractfile(member)
                 return file.read() if file else b""
-            except (tarfile.TarError, zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:  # RuntimeError: it is encrypted
+            except (*DAMAGED, KeyError, RuntimeError, NotImplementedError) as error:  # KeyError: a link to nothing; RuntimeError: it is encrypted
                 raise ImageError("unreadable", f"{member} in {self.path} cannot be unpacked: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:

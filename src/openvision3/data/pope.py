@@ -31,7 +31,7 @@ OBJECTS = Path(__file__).parents[1] / "assets" / "objects.txt"
 
 
 @dataclass(frozen=True)
-class Pictured:
+class Annotated:
     """An image and the objects that are known to be in it."""
 
     name: str
@@ -40,7 +40,7 @@ class Pictured:
     """of an image with one label: labels of a group are alike, and are the adversarial ones for each other"""
 
 
-def make_questions(images: Sequence[Pictured], per_image: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def make_questions(images: Sequence[Annotated], per_image: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """{split: questions as POPE's files have them}. The adversarial split is left out where no two objects ever occur together, nor in one group.
 
     Raises:
@@ -72,7 +72,7 @@ def make_questions(images: Sequence[Pictured], per_image: int, seed: int) -> dic
     return splits
 
 
-def _together(images: Sequence[Pictured], frequency: Counter[str]) -> Mapping[str, list[str]]:
+def _together(images: Sequence[Annotated], frequency: Counter[str]) -> Mapping[str, list[str]]:
     """For each object the others that occur with it in an image, or are labels of its group: the most frequent first."""
     counts: dict[str, Counter[str]] = {}
     groups: dict[str, set[str]] = {}
@@ -129,19 +129,21 @@ def write_pope(data: tuple[str, ...], job: PopeJob) -> tuple[dict[str, int], Pro
     if not isinstance(source, EncodedSource):
         raise ValueError(f"{', '.join(data)}: name folders of images or shards, of one kind")
     objects = read_objects(job.objects or OBJECTS)
-    pictured: list[tuple[int, Pictured]] = []
+    annotated: list[tuple[int, Annotated]] = []
     for index in range(len(source)):
         try:
-            one = _pictured(source, index, job, objects)
+            one = _annotated(source, index, job, objects)
         except ImageError as error:
             source.problems.add(error.as_problem(source.key(index)))
             continue
         if len(one.objects) >= job.per_image:
-            pictured.append((index, one))
-    if not pictured:
+            annotated.append((index, one))
+    times = Counter(_stem(one.name) for _, one in annotated)
+    annotated = [(index, replace(one, name=f"{_stem(one.name)}-{index}") if times[_stem(one.name)] > 1 else one) for index, one in annotated]
+    if not annotated:
         what = f"a value under {job.label_key}" if job.label_key else f"{job.per_image} objects named in its captions"
         raise ValueError(f"none of {len(source):,} images of {', '.join(data)} has {what}; see --label-key, --caption-keys, --objects and --per-image")
-    chosen = sorted(pictured, key=lambda pair: draw_seed("pope", job.seed, pair[1].name))[: job.count]
+    chosen = sorted(annotated, key=lambda pair: draw_seed("pope", job.seed, pair[1].name))[: job.count]
     (Path(job.out) / "images").mkdir(parents=True, exist_ok=True)
     kept = []
     for index, one in sorted(chosen, key=lambda pair: pair[0]):
@@ -158,13 +160,13 @@ def write_pope(data: tuple[str, ...], job: PopeJob) -> tuple[dict[str, int], Pro
     return {split: len(questions) for split, questions in splits.items()}, source.problems
 
 
-def _pictured(source: EncodedSource, index: int, job: PopeJob, objects: Mapping[str, Sequence[str]]) -> Pictured:
+def _annotated(source: EncodedSource, index: int, job: PopeJob, objects: Mapping[str, Sequence[str]]) -> Annotated:
     name = re.sub(r"[^\w.-]+", "_", source.key(index))
     if not job.label_key:
-        return Pictured(name, objects_of(source.captions(index), objects))
+        return Annotated(name, objects_of(source.captions(index), objects))
     label = source.value(index, job.label_key)
     group = source.value(index, job.group_key) if job.group_key else None
-    return Pictured(name, (label_text(label),) if label else (), group or "")
+    return Annotated(name, (label_text(label),) if label else (), group or "")
 
 
 def _copy_image(source: EncodedSource, index: int, folder: Path, name: str) -> str:
@@ -172,7 +174,11 @@ def _copy_image(source: EncodedSource, index: int, folder: Path, name: str) -> s
     data = source.data(index)
     open_image(data)
     content = data if isinstance(data, bytes) else data.read_bytes()
-    name = str(PurePosixPath(name).with_suffix("")) if name.lower().endswith(EXTENSIONS) else name
-    name += ".png" if content.startswith(b"\x89PNG") else ".jpg"
+    name = _stem(name) + (".png" if content.startswith(b"\x89PNG") else ".jpg")
     write_whole(folder / name, content)
     return name
+
+
+def _stem(name: str) -> str:
+    """The name of an image without the ending of its format."""
+    return str(PurePosixPath(name).with_suffix("")) if name.lower().endswith(EXTENSIONS) else name

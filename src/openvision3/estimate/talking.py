@@ -26,6 +26,8 @@ TEXT, CAPTION = 256, 16
 """tokens of text of a conversation, half of them answers, and of a caption alone (template plain), where neither data nor options tell"""
 LETTERS = 4
 """of English text in a token, about"""
+OPENING, TURN = 21, 10
+"""tokens that a chat template writes once, and around a question with its answer (SmolLM2's; Vicuna's is alike)"""
 MEASURED = 512
 """conversations whose length is measured"""
 
@@ -142,6 +144,9 @@ def _measure(config: LlavaConfig, plain: bool) -> tuple[int, int]:
     folder = str(Path(config.data[0]).parent)  # no image is opened
     data = Conversations(config.data, [folder])
     rows = [data[index].messages for index in range(0, len(data), max(1, len(data) // MEASURED))]
-    answers = sum(len(message["content"]) for row in rows for message in row if message["role"] == "assistant")
-    everything = answers if plain else sum(len(message["content"]) for row in rows for message in row)
-    return tuple(max(1, round(letters / len(rows) / LETTERS)) for letters in (everything, answers))  # type: ignore[return-value]
+    written = [message["content"] for row in rows for message in row if message["role"] == "assistant"]
+    answers, turns = sum(map(len, written)) / len(rows) / LETTERS, len(written) / len(rows)
+    if plain:
+        return max(1, round(answers)), max(1, round(answers))
+    text = sum(len(message["content"]) for row in rows for message in row) / len(rows) / LETTERS
+    return round(text + OPENING + TURN * turns), max(1, round(answers + turns))

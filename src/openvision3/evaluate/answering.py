@@ -18,6 +18,7 @@ from PIL import Image
 
 from openvision3 import distributed
 from openvision3.contents import short
+from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
 from openvision3.evaluate.image_set import Watch, on_first
 from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question
@@ -56,6 +57,8 @@ class Asking:
             "questions_sha256": whole.hexdigest(),
             "model": self.model.name,
             "model_sha256": self.model.sha256,
+            "note": self.model.note,
+            "missing_images": digest(sorted(self.set.missing)) if self.set.missing else "",
             "dtype": self.model.dtype,
             "max_tokens": self.max_tokens,
             "blank": self.blank,
@@ -83,7 +86,7 @@ def ask(asking: Asking, out: Path, watch: Watch) -> list[dict[str, Any]]:
             with keeping_parts("the answers so far"):
                 write_whole(_part(out, first), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     on_first(lambda: _join(asking, out))
-    return [json.loads(line) for line in (out / ANSWERS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (out / ANSWERS).read_text(encoding="utf-8").split("\n") if line]  # splitlines also splits at U+2028 in an answer
 
 
 def _part(out: Path, first: int) -> Path:

@@ -55,7 +55,8 @@ def _seedbench(row: Row, path: Path) -> Question | None:
 
 def _scienceqa(row: Row, path: Path) -> Question | None:
     """A row of problems.json, whose images lie in a folder of its number, or of a table, which has no number."""
-    if not row.get("image") or row.get("split", "test") != "test":
+    side = row.get("split") or ("other" if path.stem.startswith(("train", "val")) else "test")  # a table has its side in its name
+    if not row.get("image") or side != "test":
         return None
     image = f"{row['id']}/{row['image']}" if isinstance(row["image"], str) else row["id"]
     return Question(row["id"], image, row["question"], LETTERS[row["answer"]], row.get("subject") or "all", tuple(row["choices"]), row.get("hint") or "")
@@ -195,7 +196,7 @@ def _json_rows(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         first = text.lstrip()[:1]
-        lines = text.strip().splitlines()
+        lines = text.strip().split("\n")
         if first == "{" and len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines[:2]):
             values: Any = [json.loads(line) for line in lines if line.strip()]
         else:

@@ -40,8 +40,10 @@ class Chat:
         self.folder, self.name = opened.folder, opened.folder.resolve().name
         self.network: Any = opened.model.to(device).network
         self.prompts, self.layout = opened.prompts, opened.layout
-        # in place of the language model's own settings, which may sample or punish repetition
-        self.network.generation_config = GenerationConfig(do_sample=False, eos_token_id=self.prompts.ends, pad_token_id=self.prompts.pad_id)
+        # In place of the language model's own settings, which may sample or punish repetition. The image token's logit is 0, which may be the largest.
+        self.network.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.prompts.ends, pad_token_id=self.prompts.pad_id, suppress_tokens=[self.prompts.image_id]
+        )
         self.room: int = self.network.config.text_config.max_position_embeddings
 
     @property

@@ -24,7 +24,8 @@ KINDS = {"drawing": "a drawing", "photograph": "a photograph", "clip art": "clip
 
 _MEDIUM = re.compile(r"^an? (photo|photograph|picture|drawing|image) of (?:an? |the )?", re.I)
 _TONE = re.compile(r"[:,]? *\b(?:medium-light|medium-dark|light|medium|dark) skin tone\b")
-_COLOUR = re.compile(rf"\b({'|'.join(COLOURS)}|gray) (?!and\b|or\b|with\b|in\b|on\b)([a-z]{{3,}}(?: [a-z]{{3,}})?)", re.I)
+_NOUN = r"(?!(?:and|or|with|in|on|for|from|pointed|pointing)\b)[a-z]{3,}"
+_COLOUR = re.compile(rf"\b({'|'.join(COLOURS)}|gray) ({_NOUN}(?: {_NOUN})?)", re.I)
 _NUMBER = re.compile(rf"(?<![\w-])({'|'.join(NUMBERS)}) ((?:[a-z]+ )?(?:[a-z]+[a-rt-z]s|men|women|people|children))\b", re.I)
 _EMPTY = frozenset(
     re.findall(r"\w+", "a an the of and or with in on at to for is it no not photo photograph picture drawing image style symbol sign button waste")

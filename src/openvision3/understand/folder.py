@@ -16,7 +16,7 @@ from openvision3 import hub
 from openvision3.device import dtype_of
 from openvision3.hub import CHAT
 from openvision3.pipeline import Pipeline
-from openvision3.settings import check_fields, flat, from_dict, read_json
+from openvision3.settings import flat
 from openvision3.understand.language import language_sha256, open_language
 from openvision3.understand.llava import LANGUAGE, NEWLINE, Llava, connect, trained_tensors
 from openvision3.understand.prompts import Prompts
@@ -94,20 +94,8 @@ def find(name: str | Path) -> Path:
 
 
 def read(folder: Path) -> ChatConfig:
-    """Raises FileNotFoundError; ValueError for a config that is none of a chat model, or of another version."""
-    path = folder / "config.json"
-    values = read_json(path)
-    if values.get("model_type") != CHAT:
-        raise ValueError(f"{path} is not the config of a chat model, such as the folder that openvision3 train chat_align writes")
-    if values.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {values.get('format')}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
-    training = values.pop("training", {})
-    try:
-        config = from_dict(ChatConfig, values)
-        config.training = check_fields(training, "training")
-    except (ValueError, TypeError) as error:  # TypeError: a field is missing
-        raise ValueError(f"{path} cannot be used: {str(error).replace('ChatConfig.__init__()', 'config')}") from error
-    return config
+    """Raises FileNotFoundError; ValueError for another kind of model, or another version."""
+    return hub.read_config_of(folder, ChatConfig, CHAT, FORMAT)
 
 
 def open_tower(name: str, precision: str) -> Pipeline:

@@ -73,10 +73,13 @@ def ask_colour(sample: Facts, others: Others, random: Random) -> Question | None
     colour, what = sample.colour
     if not colour:
         return None
-    return Question("colour", f"What colour is the {what}?" if what else random.choice(("What is the main colour?", "What colour is it mainly?")), colour)
+    mainly = random.choice(("What is the main colour?", "What colour is it mainly?"))
+    return Question("colour", f"What colour {'are' if is_plural(what) else 'is'} the {what}?" if what else mainly, colour)
 
 
 def ask_present(sample: Facts, others: Others, random: Random) -> Question | None:
+    if sample.is_person:  # no image is denied to show a person, so the name alone would say yes
+        return None
     other = others.draw(sample, 1, random)  # drawn for a yes, too: an image that nothing can be denied of is not asked at all
     if not other:
         return None
@@ -88,6 +91,8 @@ def ask_present(sample: Facts, others: Others, random: Random) -> Question | Non
 
 
 def ask_which(sample: Facts, others: Others, random: Random) -> Question | None:
+    if sample.is_person:  # a person is never a wrong choice
+        return None
     choices = [sample, *others.draw(sample, 3, random)]
     if len(choices) < 4:
         return None
@@ -199,8 +204,11 @@ def write_conversations(source: Source, out: Path, *, turns: int = 3, kinds: Seq
         for question in questions:
             written.answers.setdefault(question.kind, Counter())[question.answer] += 1
         rows += [conversation(sample, questions[start : start + turns], start // turns) for start in range(0, len(questions), turns)]
+    if not rows:
+        out.with_suffix(".zip").unlink()
+        raise ValueError(f"none of {len(samples):,} images has a question of the kinds {', '.join(kinds)}; choose others with --kinds")
     write_whole(out, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
-    written.images, written.conversations = len(samples), len(rows)
+    written.images, written.conversations = len({row["image"] for row in rows}), len(rows)
     return written
 
 

@@ -137,11 +137,13 @@ class Talking(Training):
         return {"loss": loss / words, "exact": exact / answers} | ({"skipped": len(problems)} if problems else {})
 
     def _held_out_rows(self, held_out: Conversations, problems: Problems) -> Iterator[list[Example]]:
-        """Up to EVALUATED rows in order, the same on all ranks, which compute the parts of a sharded model together."""
-        for first in range(0, min(len(held_out), EVALUATED), ROWS):
+        """Up to EVALUATED rows from all of it, the same on all ranks, which compute the parts of a sharded model together."""
+        count = min(len(held_out), EVALUATED)
+        chosen = [place * len(held_out) // count for place in range(count)]  # files are ordered by source
+        for first in range(0, count, ROWS):
             rows: dict[int, Example] = {}
             unusable = Problems()
-            for index in range(first, min(first + ROWS, len(held_out), EVALUATED)):
+            for index in chosen[first : first + ROWS]:
                 try:
                     rows[index] = read_example(held_out, index, self.prompts, self.layout)
                     unusable.extend(rows[index].problems)

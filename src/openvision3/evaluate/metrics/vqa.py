@@ -274,7 +274,7 @@ def measure(name: str, answered: Sequence[tuple[Question, str]], max_tokens: int
 
 def load_columns(path: Path) -> dict[str, Columns]:
     """{model: columns} of an answers.jsonl. Raises ValueError, KeyError, TypeError for a damaged file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     by_model: dict[tuple[str, str], list[tuple[Question, str]]] = {}
     for row in rows:
         if row["error"] is None:
