@@ -63,7 +63,7 @@ def tiny_network(levels: int = 4, width: int = 8, channels: int = 4, **changes) 
         latent_channels=channels,
         **changes,
     )
-    for module in network.modules():  # torch's own start lets pictures fade to a constant on their way
+    for module in network.modules():  # torch's own start lets images fade to a constant on their way
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     return network
@@ -103,7 +103,7 @@ def captions(count: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def batch(rows: int = 4, height: int = 32, width: int = 32, sets: int = 1, seed: int = 3) -> dict[str, Tensor]:
-    """One training batch as the data side makes it: smooth pictures, captions of differing length, all present."""
+    """One training batch as the data side makes it: smooth images, captions of differing length, all present."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(rows, 3, 2, 2, generator=generator) * 2 - 1
     images = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
@@ -124,7 +124,7 @@ def batch(rows: int = 4, height: int = 32, width: int = 32, sets: int = 1, seed:
 
 
 def fitted_network(images: Tensor, steps: int = 200) -> diffusers.AutoencoderTiny:
-    """A `tiny_network` that has learnt to rebuild these few pictures, its latents of unit variance."""
+    """A `tiny_network` that has learnt to rebuild these few images, its latents of unit variance."""
     network = tiny_network(width=16, channels=8)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Small real runs that several tests share: pictures, a config of seconds, and what must be equal between two runs."""
+"""Small real runs that several tests share: images, a config of seconds, and what must be equal between two runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Crash(BaseException):
 
 
 def pictures(folder: Path, count: int, seed: int = 0) -> Path:
-    """A folder of `count` one-coloured pictures, each named by two words."""
+    """A folder of `count` one-coloured images, each named by two words."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     for i in range(count):
@@ -47,7 +47,7 @@ def take(made: TrainingBatches, first: int, count: int) -> list[dict[str, torch.
 
 
 def small(root: Path, out: str, **changes: Any) -> PretrainConfig:
-    """`tiny` at 32 px in fp32 for 7 steps, on pictures under `root`, into `root/out`."""
+    """`tiny` at 32 px in fp32 for 7 steps, on images under `root`, into `root/out`."""
     config = tiny()
     config.data, config.val = (str(pictures(root / "train", 10)),), (str(pictures(root / "held", 3, seed=1)),)
     config.size, config.batch, config.steps, config.precision, config.out = 32, 4, 7, "fp32", str(root / out)

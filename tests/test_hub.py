@@ -184,6 +184,8 @@ def change_config(folder: Path, **changes) -> None:
         ({"format": 2}, r"is of format 2, this version of openvision3 reads format 1"),
         ({"format": ...}, r"is of format None"),
         ({"model_type": "siglip"}, r"not the config of an openvision3 model"),
+        ({"model_type": []}, r"not the config of an openvision3 model"),
+        ({"vision_config": {}}, r"was written for transformers; open it with transformers\.AutoModel"),
         ({"colour": 1}, r"unknown field 'colour'"),
         ({"size": "large"}, r"size must be int"),
         ({"size": ...}, r"missing .*'size'"),

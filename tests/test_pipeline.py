@@ -1,4 +1,4 @@
-"""The Python face: pictures of every kind and shape in, tokens, pictures, vectors and words out."""
+"""The Python face: images of every kind and shape in, tokens, images, vectors and words out."""
 
 import math
 import subprocess
@@ -26,7 +26,7 @@ def tensor(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return to_tensor(photo(width, height, seed))
 
 
-# -- pictures in ----------------------------------------------------------------------------------------------------
+# -- images in ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,8 +136,8 @@ def test_what_is_no_height_and_width_is_refused(pair):
 
 
 def test_an_unreadable_picture_is_an_image_error(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"bad\.png holds text, which begins with .no picture.; choose one of jpg"):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"bad\.png holds text, which begins with .no image.; choose one of jpg"):
         pipeline().encode(tmp_path / "bad.png")
     with pytest.raises(ImageError, match="no such image"):
         pipeline().encode("nowhere.png")
@@ -381,7 +381,7 @@ def test_files_folders_and_globs_expand_in_order_each_once(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("d/b.png", "d/a.JPG", "d/deep/c.png", "x[1].png"):
         write_photo(tmp_path / name)
-    (tmp_path / "d" / "notes.txt").write_text("no picture")
+    (tmp_path / "d" / "notes.txt").write_text("no image")
     assert expand_images(["d"]) == ["d/a.JPG", "d/b.png", "d/deep/c.png"]
     assert expand_images(["d/*.png", "d", str(tmp_path / "d" / "b.png")]) == ["d/b.png", "d/a.JPG", "d/deep/c.png"]
     assert expand_images(["d/**/*.png"]) == ["d/b.png", "d/deep/c.png"]

@@ -32,13 +32,13 @@ def steps(path) -> list[int]:
 
 
 def test_a_run_folder_says_what_ran_where_and_how(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["openvision3", "train", "tiny", "--data", "my pictures"])
+    monkeypatch.setattr(sys, "argv", ["openvision3", "train", "tiny", "--data", "my images"])
     run = described(tmp_path)
     run.close()
     RunFolder(tmp_path, resume=True).describe({"steps": 4}, {})
     assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 4}
     assert json.loads((tmp_path / "environment.json").read_text()) == {}
-    assert (tmp_path / "command.txt").read_text() == "openvision3 train tiny --data 'my pictures'\n" * 2
+    assert (tmp_path / "command.txt").read_text() == "openvision3 train tiny --data 'my images'\n" * 2
     assert all((tmp_path / name).is_dir() for name in ("checkpoints", "samples"))
 
 
@@ -177,7 +177,7 @@ run = RunFolder(sys.argv[1])
 with run.showing(4, 1):
     run.say("a line")
     run.advance(3)
-print(list(track([1, 2], "pictures")))
+print(list(track([1, 2], "images")))
 run.close()
 """
 
@@ -236,10 +236,10 @@ def test_durations_read_as_people_say_them(seconds, text):
 def test_off_a_terminal_a_long_loop_tells_how_far_it_is_and_a_short_one_nothing(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=False, width=160)
     monkeypatch.setattr(progress, "console", lambda: screen)
-    assert list(progress.track(range(3), "[a] pictures", 3)) == [0, 1, 2] and screen.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert list(progress.track(range(3), "[a] images", 3)) == [0, 1, 2] and screen.file.getvalue() == ""  # type: ignore[attr-defined]
     monkeypatch.setattr(progress, "QUIET", 0.0)
-    assert list(progress.track(range(3), "[a] pictures", 3)) == [0, 1, 2]
-    assert re.fullmatch(r"\[a\] pictures: 1 of 3, \S+/s, left \S+\n.*\n\[a\] pictures: 3 of 3, \S+/s, left 0s\n", screen.file.getvalue())  # type: ignore[attr-defined]
+    assert list(progress.track(range(3), "[a] images", 3)) == [0, 1, 2]
+    assert re.fullmatch(r"\[a\] images: 1 of 3, \S+/s, left \S+\n.*\n\[a\] images: 3 of 3, \S+/s, left 0s\n", screen.file.getvalue())  # type: ignore[attr-defined]
 
 
 def test_counting_says_how_fast_and_how_long_on_and_off_a_terminal(monkeypatch):

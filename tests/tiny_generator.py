@@ -1,4 +1,4 @@
-"""A generator of seconds for tests: its config on small pictures, drawing the tokens of a small model folder."""
+"""A generator of seconds for tests: its config on small images, drawing the tokens of a small model folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small_dit(**changes: Any) -> DiTConfig:
 
 
 def small_generator(root: Path, out: str, **changes: Any) -> GenerateConfig:
-    """6 steps of 4 pictures of 32 px in fp32."""
+    """6 steps of 4 images of 32 px in fp32."""
     settings: dict[str, Any] = {
         "data": (str(pictures(root / "train", 10)),),
         "val": (str(pictures(root / "held", 3, seed=1)),),

@@ -1,4 +1,4 @@
-"""Tiny random models of true architectures that turn pictures and words into words, built offline and saved as a folder."""
+"""Tiny random models of true architectures that turn images and words into words, built offline and saved as a folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def word_tokenizer(*special: str) -> PreTrainedTokenizerFast:
 
 
 def save_idefics3(folder: Path, seed: int = 0) -> Path:
-    """With a chat template, and with more image tokens for larger pictures: batches of unlike ones are padded."""
+    """With a chat template, and with more image tokens for larger images: batches of unlike ones are padded."""
     words = word_tokenizer(
         "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in (1, 2, 3, 4) for c in (1, 2, 3, 4))
     )
@@ -62,7 +62,7 @@ def save_idefics3(folder: Path, seed: int = 0) -> Path:
 
 
 def save_llava(folder: Path, seed: int = 0) -> Path:
-    """Without a chat template: the prompt names the picture."""
+    """Without a chat template: the prompt names the image."""
     words = word_tokenizer("<image>")
     text = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -79,7 +79,7 @@ def save_llava(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(folder: Path, kind: type, config, processor, seed: int) -> Path:
-    """Random weights, wide enough that the picture matters, and the special pieces are never said but for the end."""
+    """Random weights, wide enough that the image matters, and the special pieces are never said but for the end."""
     torch.manual_seed(seed)
     model = kind(config).eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ MERGES = [("a", "b</w>"), ("c", "d</w>")]
 
 
 def loud(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights wide enough that pictures and words matter."""
+    """Random weights wide enough that images and words matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():
@@ -44,7 +44,7 @@ def save_vae(folder: Path, name: str) -> nn.Module:
 
 
 def save_rae(folder: Path, encoder: str) -> diffusers.AutoencoderRAE:
-    """Takes pictures of 28 or 32 pixels in 2 x 2 patches, gives 32."""
+    """Takes images of 28 or 32 pixels in 2 x 2 patches, gives 32."""
     patch = 14 if encoder == "dinov2" else 16
     network: Any = diffusers.AutoencoderRAE(
         encoder_type=encoder,

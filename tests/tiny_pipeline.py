@@ -51,7 +51,7 @@ def foreign_vae(**changes) -> VAE:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth coloured picture."""
+    """A smooth coloured image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -346,7 +346,7 @@ def train(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
 
-    sums, count, unreadable, mark = torch.zeros(4), 0, 0, time.perf_counter()
+    sums, count, unreadable, spent, mark = torch.zeros(4), 0, 0, 0.0, time.perf_counter()
     for images, stands_in in loader:
         unreadable += int(stands_in.sum())
         left = args.steps - step
@@ -382,12 +382,15 @@ def train(args: argparse.Namespace) -> None:
         count += 1
         if step % 50 == 0:
             now = time.perf_counter()
-            seconds, speed, mark = seconds + now - mark, count * args.batch / (now - mark), now
+            seconds, spent, mark = seconds + now - mark, spent + now - mark, now
+            speed, spent = count * args.batch / spent, 0.0
             l1, l2, feature, hold = (sums / count).tolist()
             line = f"step {step:6d}  l1 {l1:.4f}  l2 {l2:.4f}  feature {feature:.4f}  penalty {hold:.4f}  {speed:.1f} images/s  {seconds / 60:.1f} min"
             print(line + (f"  {unreadable} unreadable images, textures in their place" if unreadable else ""), flush=True)
             sums, count = torch.zeros(4), 0
         if step % args.save_every == 0 or stop or step == args.steps:
+            now = time.perf_counter()
+            seconds, spent, mark = seconds + now - mark, spent + now - mark, now
             save()
             row = {"step": step, "minutes": round(seconds / 60, 1), **{name: round(mean_psnr(ema, images, precision), 2) for name, images in sets.items()}}
             with open(args.out / "metrics.jsonl", "a") as file:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +33,14 @@ from openvision3.networks.perceptual import EfficientNetDistance, Lpips
 from openvision3.settings import check_fields, flat, from_dict, read_json, save_config, to_dict, unknown, write_json
 
 FORMAT = 1
-GENERATOR, CHAT = "openvision3-generator", "openvision3-chat"
-"""the model types of generators and of chat models, which `generate/folder.py` and `understand/folder.py` read and write"""
+MODEL, GENERATOR, CHAT = "openvision3", "openvision3-generator", "openvision3-chat"
+KINDS = {
+    MODEL: "an openvision3 model, which rebuilds and understands images; use it with openvision3 reconstruct",
+    GENERATOR: "a generator, which draws images; use it with openvision3 generate",
+    CHAT: "a chat model, which answers questions about images; use it with openvision3 chat",
+}
+"""by model type: what it is, and what it is for"""
+T = TypeVar("T")
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ASSETS / "vae"
 FILES = {"config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "README.md", "vae", FILE, FAMILIARITY}
@@ -64,7 +70,7 @@ class FolderConfig:
     """name, sha256, licence, channels, stride, scale and shift of the VAE of the training"""
     training: dict[str, Any] = field(default_factory=dict)
     """recipe, steps, samples, data and precision of the training"""
-    model_type: str = "openvision3"
+    model_type: str = MODEL
     """tells other libraries which model this is"""
 
 
@@ -270,25 +276,33 @@ def shipped_in(place: Path) -> list[str]:
 
 def read_config(folder: Path) -> FolderConfig:
     """Raises FileNotFoundError; ValueError for another format version, or a config that is not ours."""
+    return read_config_of(folder, FolderConfig, MODEL, FORMAT, free=("vae", "training"))
+
+
+def read_config_of(folder: Path, config_type: type[T], kind: str, version: int, free: Collection[str] = ("training",)) -> T:
+    """config.json of a model, a generator or a chat model, read strictly. `free` are fields that may hold any names.
+
+    Raises:
+        FileNotFoundError. ValueError: another kind (with what it is for), another version, or a field that does not fit.
+    """
     path = folder / "config.json"
     values = read_json(path)
-    if values.get("model_type") == GENERATOR:
-        raise ValueError(f"{folder} is a generator, which draws images; use it with openvision3 generate --model {folder}")
-    if values.get("model_type") == CHAT:
-        raise ValueError(f"{folder} is a chat model, which answers questions about images; use it with openvision3 chat --model {folder}")
-    if values.get("model_type") != "openvision3":
-        raise ValueError(f"{path} is not the config of an openvision3 model; name a folder that openvision3 saved")
-    if "vision_config" in values:
+    seen = str(values.get("model_type"))
+    if seen == MODEL and "vision_config" in values:
         raise ValueError(f"{folder} was written for transformers; open it with transformers.AutoModel, or name the model that it was exported from")
-    version = values.get("format")
-    if version != FORMAT:
-        raise ValueError(f"{path} is of format {version}, this version of openvision3 reads format {FORMAT}; use the version that wrote it")
-    free = {name: values.pop(name, {}) for name in ("vae", "training")}  # these two may hold any names
+    if seen != kind and seen in KINDS:
+        raise ValueError(f"{folder} is {KINDS[seen]} --model {folder}; name {KINDS[kind].partition(',')[0]}")
+    if seen != kind:
+        raise ValueError(f"{path} is not the config of {KINDS[kind].partition(',')[0]}; name a folder that openvision3 saved")
+    if values.get("format") != version:
+        raise ValueError(f"{path} is of format {values.get('format')}, this version of openvision3 reads format {version}; use the version that wrote it")
+    unchecked = {name: values.pop(name, {}) for name in free}
     try:
-        config = from_dict(FolderConfig, values)
-        config.vae, config.training = (check_fields(value, name) for name, value in free.items())
+        config = from_dict(config_type, values)
+        for name, value in unchecked.items():
+            setattr(config, name, check_fields(value, name))
     except (ValueError, TypeError) as error:  # TypeError: a field is missing
-        raise ValueError(f"{path} cannot be used: {str(error).replace('FolderConfig.__init__()', 'config')}") from error
+        raise ValueError(f"{path} cannot be used: {str(error).replace(f'{config_type.__name__}.__init__()', 'config')}") from error
     return config
 
 

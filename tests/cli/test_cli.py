@@ -31,10 +31,10 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A working folder with pictures: pics/a.png, pics/b.jpg, more/a.png, and more/notes.txt."""
+    """A working folder with images: pics/a.png, pics/b.jpg, more/a.png, and more/notes.txt."""
     for seed, name in enumerate(("pics/a.png", "pics/b.jpg", "more/a.png")):
         write_photo(tmp_path / name, 60, 40, seed)
-    (tmp_path / "more" / "notes.txt").write_text("no picture")
+    (tmp_path / "more" / "notes.txt").write_text("no image")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,10 +56,10 @@ def refused(capsys, *argv: str) -> str:
 # -- every verb -----------------------------------------------------------------------------------------------------
 
 VERBS = {
-    "reconstruct": ([], {"picture", "file", "width", "height", "psnr", "vae_psnr"}),
-    "caption": ([], {"picture", "caption", "confidence", "in_distribution"}),
-    "classify": (["--labels", "red heart", "black cat", "--top", "2"], {"picture", "labels", "confidence", "in_distribution"}),
-    "encode": ([], {"picture", "file", "tokens", "embedding", "height", "width"}),
+    "reconstruct": ([], {"image", "file", "width", "height", "psnr", "vae_psnr"}),
+    "caption": ([], {"image", "caption", "confidence", "in_distribution"}),
+    "classify": (["--labels", "red heart", "black cat", "--top", "2"], {"image", "labels", "confidence", "in_distribution"}),
+    "encode": ([], {"image", "file", "tokens", "embedding", "height", "width"}),
 }
 
 
@@ -91,14 +91,14 @@ def test_every_verb_takes_files_folders_and_globs_and_json_is_pure(verb, work, m
     assert cli.main([*argv, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert [row["picture"] for row in found] == ["more/a.png", "pics/a.png", "pics/b.jpg"] and all(set(row) == fields for row in found)
+    assert [row["image"] for row in found] == ["more/a.png", "pics/a.png", "pics/b.jpg"] and all(set(row) == fields for row in found)
     assert err == ""
 
 
 def test_reconstruct_writes_the_rebuilt_picture_and_how_close_it_is(work, model, capsys):
     assert cli.main(["reconstruct", "pics/a.png", "more", "--model", model, "--out", "new/rebuilt", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["file"] for row in found] == ["new/rebuilt/a.png", "new/rebuilt/a-2.png"], "pictures of one name do not overwrite each other"
+    assert [row["file"] for row in found] == ["new/rebuilt/a.png", "new/rebuilt/a-2.png"], "images of one name do not overwrite each other"
     assert tree(work / "new") == {"rebuilt", "rebuilt/a.png", "rebuilt/a-2.png"}
     own = ov3.load(model)
     rebuilt = ov3.to_pil(own.reconstruct("pics/a.png"))[0]
@@ -186,16 +186,16 @@ def test_train_saves_a_model_that_the_other_verbs_use(work, capsys, monkeypatch)
     assert len(json.loads(out)) == 1 and "step 2/2" in err, "progress is on stderr, results on stdout"
 
 
-# -- pictures that cannot be read -----------------------------------------------------------------------------------
+# -- images that cannot be read -----------------------------------------------------------------------------------
 
 
 def test_unreadable_pictures_among_many_are_named_and_counted_and_the_others_done(work, model, capsys):
-    (work / "pics" / "bad.png").write_bytes(b"no picture")
+    (work / "pics" / "bad.png").write_bytes(b"no image")
     (work / "pics" / "cut.jpg").write_bytes((work / "pics" / "b.jpg").read_bytes()[:300])
     for options in ([], ["--json"]):
         assert cli.main(["caption", "pics", "--model", model, *options]) == 2
         out, err = capsys.readouterr()
-        done = [row["picture"] for row in json.loads(out)] if options else [line.split(":")[0] for line in out.splitlines()]
+        done = [row["image"] for row in json.loads(out)] if options else [line.split(":")[0] for line in out.splitlines()]
         assert done == ["pics/a.png", "pics/b.jpg"]
         lines = err.splitlines()
         assert len(lines) == 3 and "bad.png" in lines[0] and "cut.jpg" in lines[1] and lines[2] == "openvision3: 2 of 4 images skipped"
@@ -212,10 +212,10 @@ REFUSED = {
     "unknown option": (["caption", "pics", "--beems", "2"], r"unknown option '--beems'\. Did you mean '--beams'\? See `openvision3 caption --help`\n"),
     "option of another type": (["caption", "pics", "--beams", "two"], "--beams must be a whole number, not 'two'"),
     "option without value": (["caption", "pics", "--beams"], r"--beams"),
-    "no pictures named": (["caption"], "no images given; name files, folders or globs"),
+    "no images named": (["caption"], "no images given; name files, folders or globs"),
     "missing file": (["caption", "nowhere.png"], r"no such image: nowhere\.png"),
     "missing among others": (["caption", "pics", "nowhere.png"], r"no such image: nowhere\.png"),
-    "folder without pictures": (["encode", "empty"], r"empty holds no images that are read; choose one of jpg"),
+    "folder without images": (["encode", "empty"], r"empty holds no images that are read; choose one of jpg"),
     "glob without matches": (["encode", "pics/*.tif"], r"no such image: pics/\*\.tif"),
     "labels missing": (["classify", "pics"], "labels"),
     "a name missing": (["classify", "pics", "--labels", "cat|", "dog"], "labels 'cat|', 'dog'"),
@@ -226,14 +226,14 @@ REFUSED = {
     "model is a plain folder": (["caption", "pics", "--model", "pics"], r"pics is no model: it holds no model\.safetensors"),
     "unknown device": (["caption", "pics", "--device", "tpu"], "device 'tpu' is not supported.*choose one of auto, cpu, cuda and cuda:N"),
     "output is a file": (["encode", "pics", "--out", "more/notes.txt"], r"notes\.txt is a file; name a folder with --out"),
-    "output among the pictures": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics holds the images that are read.*another folder with --out"),
+    "output among the images": (["reconstruct", "pics/*.jpg", "--out", "pics"], "pics holds the images that are read.*another folder with --out"),
     "argument as an option": (["info", "--model=~/m"], "MODEL is written without --model: `openvision3 info MODEL`. See `openvision3 info --help`\n"),
     "argument as an option of evaluate": (["evaluate", "probe", "--model", "m"], "MODEL is written without --model: `openvision3 evaluate probe MODEL`"),
     "pipe of webdataset": (["train", "tiny", "--data", "pipe:curl s3://b/x.tar"], "commands are not run here; name the shards by their address"),
     "shards joined by ::": (["train", "tiny", "--data", "a.tar::b.tar"], r"several shards are not joined by ::, but named apart: a\.tar b\.tar\n"),
     "results that are none": (
         ["evaluate", "table", "more/notes.txt"],
-        r"notes\.txt is not a results\.json of .*: it holds text, which begins with 'no picture'\n",
+        r"notes\.txt is not a results\.json of .*: it holds text, which begins with 'no image'\n",
     ),
     "output without a name": (["reconstruct", "more", "--out", ""], "--out is empty; name a folder\n"),
     "output behind a broken link": (["encode", "more", "--out", "broken"], "broken is a link to nowhere, which does not exist; name another folder with --out"),
@@ -350,7 +350,7 @@ def test_a_line_for_each_picture_whatever_its_name_holds(work, model, capsys):
     assert cli.main(["caption", name, "--model", model]) == 0
     assert capsys.readouterr().out.startswith(r"a\n\x1b[31mred\r.png: ")
     assert cli.main(["caption", name, "--model", model, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["picture"] == name
+    assert json.loads(capsys.readouterr().out)[0]["image"] == name
     Path("bad\x1b.png").write_bytes(b"")
     assert cli.main(["caption", "bad\x1b.png", "pics", "--model", model]) == 2
     assert capsys.readouterr().err.startswith(r"openvision3: bad\x1b.png ")
@@ -383,7 +383,7 @@ def run(*argv: str, **settings) -> subprocess.CompletedProcess:
 def test_python_dash_m_runs_the_command_line_and_returns_its_exit_code(work, model):
     assert run("--version").stdout == f"{ov3.__version__}\n"
     assert run().returncode == 2
-    (work / "pics" / "bad.png").write_bytes(b"no picture")
+    (work / "pics" / "bad.png").write_bytes(b"no image")
     found = run("caption", "pics", "--model", model, "--json", cwd=work)
     assert found.returncode == 2 and len(json.loads(found.stdout)) == 2
     assert found.stderr.splitlines()[-1] == "openvision3: 1 of 3 images skipped"

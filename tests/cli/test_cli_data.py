@@ -74,13 +74,13 @@ def test_check_counts_by_reason_and_leaves_with_two(folder, capsys):
     code, out, _ = run(capsys, "check", names, "--decode", "--json")
     found = json.loads(out)
     assert code == 2
-    assert found["reasons"] == {"no picture": 1, "not an image": 1, "no caption": 1, "damaged shard": 1, "missing": 1}
+    assert found["reasons"] == {"no image": 1, "not an image": 1, "no caption": 1, "damaged shard": 1, "missing": 1}
     assert (found["shards"], found["samples"], found["usable"]) == (5, 11, 9)
     assert {p["key"] for p in found["problems"]} >= {"00002/x", "00002/y", "00002/z", f"{folder}/00004.tar"}
     code, out, _ = run(capsys, "check", names)
     assert code == 2
     assert "│" in out
-    assert "1 no picture, such as 00002/z: only txt" in out
+    assert "1 no image, such as 00002/z: only txt" in out
     assert "00000.tar" not in out.split("5 shards")[0], "whole shards take no row"
 
 
@@ -107,7 +107,7 @@ def test_shards_can_be_told_apart_however_narrow_the_terminal(columns, tmp_path,
     monkeypatch.setenv("COLUMNS", str(columns))
     names = [f"a_folder_with_a_long_name/of_shards-{i:05d}.tar" for i in range(2)]
     for name in names:
-        write_shard(Path(name), {"a.txt": b"no picture"})
+        write_shard(Path(name), {"a.txt": b"no image"})
     code, out, _ = run(capsys, "check", *names)
     rows = [line.split("│")[1:-1] or line.split("┃")[1:-1] for line in out.splitlines()]
     cells = "".join(row[0].strip() for row in rows if len(row) == 4)

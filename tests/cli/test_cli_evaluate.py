@@ -91,7 +91,7 @@ def test_every_kind_is_measured_and_every_row_says_how(everything, root):
 def test_what_was_not_run_is_listed_with_what_it_needs_and_never_a_number(everything):
     results = Results.load(everything)
     missing = {each.metric: each.needs for each in results.not_run}
-    assert missing["text_to_image_r@10"] == "more candidates: R@10 of 9 pictures is 100 % for any model"
+    assert missing["text_to_image_r@10"] == "more candidates: R@10 of 9 images is 100 % for any model"
     assert "openvision3 fetch" in missing["rfid"] and "openvision3 fetch" in missing["lpips"] and "meteor" in missing
     assert not {"rfid", "lpips", "meteor"} & {row.metric for row in results.rows}
     assert any(each.model == "VAE embedded" and each.metric == "captioning" for each in results.not_run)
@@ -114,7 +114,7 @@ def test_the_page_shows_pictures_curves_answers_and_protocols(everything):
 
 
 def scores(page: str, model: str) -> list[float]:
-    """What the model has in the order of the pictures on the page."""
+    """What the model has in the order of the images on the page."""
     return [float(value) for value in re.findall(rf"<figcaption>[^<]* {re.escape(model)} ([\d.]+) dB", page)]
 
 
@@ -128,7 +128,7 @@ def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_nois
     monkeypatch.setattr("openvision3.evaluate.page.FIRST", 3)
     monkeypatch.setattr("openvision3.evaluate.page.EXTREME", 2)
     out = measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--metrics", "psnr", "--sigmas", "0")
-    page, found = (out / "report.html").read_text(), sorted(json.loads(line)["psnr"] for line in (out / "pictures.jsonl").read_text().splitlines()[:9])
+    page, found = (out / "report.html").read_text(), sorted(json.loads(line)["psnr"] for line in (out / "scores.jsonl").read_text().splitlines()[:9])
     assert all(heading in page for heading in ("The first images", f"The worst of {root / 'model'}", f"The best of {root / 'model'}"))
     assert scores(page, str(root / "model"))[3:] == pytest.approx([*found[:2], *found[:-3:-1]], abs=0.06)
     assert "Reconstruction: PSNR of all images" in page and "against noise" not in page
@@ -137,7 +137,7 @@ def test_of_many_pictures_the_first_the_worst_and_the_best_are_shown_and_no_nois
 @pytest.fixture(scope="module")
 def retrieved(root) -> Path:
     (root / "retrieved").mkdir()
-    (root / "retrieved" / "pictures.jsonl").write_text("{}\n")
+    (root / "retrieved" / "scores.jsonl").write_text("{}\n")
     return measured(root, root / "retrieved", "retrieval", "--data", str(root / "data"))
 
 
@@ -149,7 +149,7 @@ def test_published_numbers_are_those_of_metrics_that_stand_on_the_page(retrieved
 
 
 def test_scores_of_an_evaluation_before_are_gone(retrieved, root):
-    lines = [json.loads(line) for line in (retrieved / "pictures.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (retrieved / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 9 and all(line["model"] == str(root / "model") and "psnr" not in line for line in lines)
     assert all(len(line["text_to_image_rank"]) == 1 for line in lines), "a rank for each caption"
 
@@ -180,14 +180,14 @@ def test_two_models_are_compared_over_the_same_samples(everything, root):
     one = apart["psnr"]
     assert {one.a, one.b} == {ours, "VAE embedded"} and one.count == 9
     assert one.difference == pytest.approx(found[one.a, "psnr"]["value"] - found[one.b, "psnr"]["value"], abs=1e-4)
-    assert one.low < one.difference < one.high and one.p == 2 / 2**9 and "all 512 flips" in one.test, "the VAE is better on each of nine pictures"
+    assert one.low < one.difference < one.high and one.p == 2 / 2**9 and "all 512 flips" in one.test, "the VAE is better on each of nine images"
     assert "exact McNemar" in apart["knn_top_1"].test and "Differences" in page and "p = .004" in page
     best = max(("VAE embedded", ours), key=lambda name: found[name, "psnr"]["value"])
     assert f"<b>{shown('psnr', next(r.number for r in results.rows if r.model == best and r.metric == 'psnr'))}</b>" in page
 
 
 def test_every_pictures_score_is_kept(everything, root):
-    lines = [json.loads(line) for line in (everything / "pictures.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (everything / "scores.jsonl").read_text().splitlines()]
     own = [line for line in lines if line["model"] == str(root / "model") and "psnr" in line]
     assert len({line["key"] for line in own}) == len(own) == 9
     assert sum(line["psnr"] for line in own) / 9 == pytest.approx(rows(everything)[str(root / "model"), "psnr"]["value"], abs=1e-3)
@@ -262,7 +262,7 @@ def test_lpips_is_measured_where_its_two_published_files_are_and_only_there(root
 
 def test_a_picture_that_cannot_be_read_is_counted_and_left_out(root, tmp_path, capsys):
     data = labelled(tmp_path / "data", 2, 40)
-    (data / "star" / "9.png").write_bytes(b"not a picture")
+    (data / "star" / "9.png").write_bytes(b"not an image")
     argv = ["evaluate", "retrieval", str(root / "model"), "--data", str(data), "--size", "32", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 0
     assert "1 images skipped: 1 not an image" in capsys.readouterr().err
@@ -422,7 +422,7 @@ def test_pictures_that_are_named_twice_are_refused(root, tmp_path, capsys):
 
 def test_pictures_of_which_none_can_be_read_are_counted(root, tmp_path, capsys):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "0.png").write_bytes(b"no image")
     assert cli.main(["evaluate", "reconstruction", str(root / "model"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
     assert "none of 1 images can be read: 1 not an image" in capsys.readouterr().err
 
@@ -437,12 +437,12 @@ def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_h
     from openvision3.evaluate import suite
 
     data = labelled(tmp_path / "data", 2, 3)
-    (data / "star" / "1.png").write_bytes(b"no picture")
+    (data / "star" / "1.png").write_bytes(b"no image")
     monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
-    monkeypatch.setitem(PROTOCOL_COUNTS, "rfid-coco", (6, "six pictures"))
+    monkeypatch.setitem(PROTOCOL_COUNTS, "rfid-coco", (6, "six images"))
     argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(data), "--protocol", "rfid-coco", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 2
-    assert "needs six pictures, 6 of them; measured on 5" in capsys.readouterr().err
+    assert "needs six images, 6 of them; measured on 5" in capsys.readouterr().err
     [row] = [row for row in Results.load(tmp_path / "out").rows if row.metric == "psnr" and not row.model.startswith("VAE")]
     assert "NOT protocol rfid-coco" in row.number.how
 
@@ -484,13 +484,13 @@ def test_models_of_two_evaluations_are_compared_over_the_same_samples(everything
     shutil.copytree(everything, tmp_path / "other")
     renamed = [replace(row, model="other") for row in other.rows if row.model == str(root / "model")]
     replace(other, rows=renamed, differences=[]).save(tmp_path / "other")
-    lines = (tmp_path / "other" / "pictures.jsonl").read_text().splitlines()
+    lines = (tmp_path / "other" / "scores.jsonl").read_text().splitlines()
     kept = [json.loads(line) | {"model": "other"} for line in lines if json.loads(line)["model"] == str(root / "model")]
-    (tmp_path / "other" / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(kept)))
+    (tmp_path / "other" / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(kept)))
     assert cli.main(["evaluate", "table", str(everything), str(tmp_path / "other"), "--out", str(tmp_path / "t.html")]) == 0
     page = (tmp_path / "t.html").read_text()
     assert re.search(rf"<td[^>]*>psnr</td><td[^>]*>{re.escape(str(root / 'model'))} - other</td><td[^>]*>0 \[0, 0\]</td><td[^>]*>p = 1.00</td>", page)
-    (tmp_path / "other" / "pictures.jsonl").write_text("no json")
+    (tmp_path / "other" / "scores.jsonl").write_text("no json")
     assert cli.main(["evaluate", "table", str(everything), str(tmp_path / "other"), "--out", str(tmp_path / "t.html")]) == 0
     assert "no differences between models" in (told := capsys.readouterr().err) and told.count("\n") == 1
 
@@ -537,7 +537,7 @@ def test_only_an_images_own_captions_are_right_where_asked_for(root, tmp_path):
     assert "R@1 of 6 texts (1 unlike ones) is 100 % for any model" in {each.needs.removeprefix("more candidates: ") for each in results.not_run}
     found = rows(own)
     assert found[str(root / "model"), "image_to_text_r@1"]["value"] == 0, "equal texts are ties, and ties count against"
-    assert "only a picture's own texts are right for it" in found[str(root / "model"), "image_to_text_r@1"]["how"]
+    assert "only an image's own texts are right for it" in found[str(root / "model"), "image_to_text_r@1"]["how"]
 
 
 def test_equal_names_of_unlike_pictures_are_unlike_sets_and_unlike_names_of_equal_ones_are_not(root, tmp_path):
@@ -576,7 +576,7 @@ def test_training_pictures_are_found_among_the_test_pictures_however_they_are_sp
 def test_one_picture_has_no_distance_of_sets_and_the_rest_is_measured(root, tmp_path):
     results = Results.load(measured(root, tmp_path / "out", "reconstruction", "--data", str(root / "data"), "--count", "1"))
     assert "psnr" in {row.metric for row in results.rows} and not any(row.metric.startswith("KID") for row in results.rows)
-    assert {each.metric for each in results.not_run if each.needs == "two pictures or more"} == {"KID on EfficientNet-Lite0 features"}
+    assert {each.metric for each in results.not_run if each.needs == "two images or more"} == {"KID on EfficientNet-Lite0 features"}
 
 
 def test_a_file_name_that_is_no_text_ends_no_evaluation(root, tmp_path):

@@ -133,7 +133,7 @@ def test_a_family_is_an_emoji_in_all_skin_tones_and_genders_and_a_picture_is_its
 
 
 def test_images_travel_as_uint8_and_are_scaled_to_the_last_bit_where_the_loop_moves_them(emoji, words):
-    """Scaled in the worker they were four times the bytes of shared memory; the numbers are those of one picture read by itself."""
+    """Scaled in the worker they were four times the bytes of shared memory; the numbers are those of one image read by itself."""
     made = batches(emoji, words, workers=1)
     batch = take(made, 0, 1)[0]
     assert batch["images"].dtype == torch.uint8 and batch["images"].nbytes == 5 * 3 * 16 * 16
@@ -197,7 +197,7 @@ def test_a_good_neighbour_is_the_same_beside_a_broken_sample(broken, words):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_without_one_usable_sample_stops_with_the_reason_in_one_line(tmp_path, words, workers):
-    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "a.jpg").write_bytes(b"no image")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"cannot be used, the last because of: not an image") as caught:
         take(batches(FolderSource(tmp_path), words, workers=workers), 0, 1)

@@ -188,7 +188,7 @@ def test_the_command_counts_what_cannot_be_used(tmp_path, capsys):
     for i in range(3):
         photo(i).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"photo {i}")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
     out = tmp_path / "new" / "f.safetensors"
     assert cli.main(["data", "fingerprint", str(folder), "--out", str(out)]) == 0
     told = capsys.readouterr().out

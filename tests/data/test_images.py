@@ -1,4 +1,4 @@
-"""Whatever a file holds, `open_image` gives an upright RGB picture or an ImageError with a reason; scaling to [-1, 1] loses nothing."""
+"""Whatever a file holds, `open_image` gives an upright RGB image or an ImageError with a reason; scaling to [-1, 1] loses nothing."""
 
 import os
 import pickle

@@ -21,7 +21,7 @@ from openvision3.data.sources import MixedSource
 
 
 def folder(root: Path, classes: dict[str, int]) -> FolderSource:
-    """`count` pictures in each sub-folder; "" is the folder itself."""
+    """`count` images in each sub-folder; "" is the folder itself."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):

@@ -112,12 +112,12 @@ def test_pictures_in_folders_inside_a_shard_are_told_apart(tmp_path):
     assert captions(source) == [("cat",), ("dog",)]
 
 
-@pytest.mark.parametrize("cut", ["in a picture", "in a header", "between members"])
+@pytest.mark.parametrize("cut", ["in an image", "in a header", "between members"])
 def test_a_cut_off_shard_gives_what_is_whole_and_says_so(tmp_path, cut):
     path = Path(write_shard(tmp_path / "s.tar", three()))
     with tarfile.open(path) as tar:
         second = tar.getmember("000000001.jpg")
-    at = {"in a picture": second.offset_data + 100, "in a header": second.offset + 100, "between members": second.offset}[cut]
+    at = {"in an image": second.offset_data + 100, "in a header": second.offset + 100, "between members": second.offset}[cut]
     path.write_bytes(path.read_bytes()[:at])
     source = ShardSource([str(path)])
     assert captions(source) == [("caption 0",)]
@@ -168,7 +168,7 @@ def test_shards_without_one_sample_are_an_error_that_says_why(tmp_path):
 def test_members_without_a_picture_are_counted(tmp_path):
     source = ShardSource([write_shard(tmp_path / "s.tar", three() | {"README": b"hello", "9.txt": b"alone", "8.mp4": b"film"})])
     assert len(source) == 3
-    assert reasons(source) == {"no picture": 3}
+    assert reasons(source) == {"no image": 3}
 
 
 @pytest.mark.parametrize("text", [None, b"", b" \n\t "])
@@ -350,7 +350,7 @@ def test_several_sources_are_one_with_unlike_keys(tmp_path):
 def test_problems_of_every_source_are_kept(tmp_path):
     first = ShardSource([write_shard(tmp_path / "a.tar", three() | {"README": b""})])
     second = ShardSource([write_shard(tmp_path / "b.tar", three() | {"x.mp4": b""})])
-    assert reasons(MixedSource([first, second])) == {"no picture": 2}
+    assert reasons(MixedSource([first, second])) == {"no image": 2}
 
 
 def test_the_sides_of_openmoji_are_three_sources_without_a_family_in_common():
@@ -372,7 +372,7 @@ def test_reasons_are_counted_most_frequent_first():
     assert list(count_reasons(problems).items()) == [("b", 2), ("a", 1)]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"the development pictures are not here ({DATA})")
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the development images are not here ({DATA})")
 def test_the_development_shards_are_read_without_a_problem():
     source = open_source((f"{DATA}/pictures/val-*.tar", f"{DATA}/photos/val-*.tar"))
     assert len(source) == 432

@@ -1,4 +1,4 @@
-"""Every view of an image, whole or cropped, shows the same upright picture; none costs more memory than its limit; Pillow is quiet."""
+"""Every view of an image, whole or cropped, shows the same upright image; none costs more memory than its limit; Pillow is quiet."""
 
 import struct
 import subprocess

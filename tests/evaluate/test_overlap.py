@@ -109,7 +109,7 @@ def test_numbers_of_unseen_samples_lead_and_are_means_of_theirs_alone(model, tra
     results = measured(tmp_path / "out", "reconstruction", model, data, "--train", str(train))
     ours = [row.number for row in results.rows if row.model == str(model) and row.metric == "psnr"]
     assert [(number.part.split(" (")[0], number.count) for number in ours] == [("unseen in training", 4), ("seen in training", 2), ("", 6)]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "pictures.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     scores = {line["key"].split("/")[-1]: line["psnr"] for line in lines if line["model"] == str(model)}
     seen = [scores.pop(name) for name in ("a.png", "b.jpg")]
     assert ours[1].value == pytest.approx(sum(seen) / 2, abs=1e-3) and ours[0].value == pytest.approx(sum(scores.values()) / 4, abs=1e-3)

@@ -32,7 +32,7 @@ from openvision3.train.recipes import tiny
 
 def pictures(folder: Path, count: int, seed: int) -> Path:
     for i in range(count):
-        write_photo(folder / f"{i}.png", 40, 40, seed + i).with_suffix(".txt").write_text(f"picture number {i} of {seed}")
+        write_photo(folder / f"{i}.png", 40, 40, seed + i).with_suffix(".txt").write_text(f"image number {i} of {seed}")
     return folder
 
 
@@ -404,6 +404,7 @@ def test_levers_are_measured_judged_and_joined_and_a_run_without_measures_is_mea
         (["levers", "--classify", "flowers=a.tar"], "must look like NAME=TRAIN,TEST"),
         (["levers", "--measure", "a=x", "a=y"], "a names two sets"),
         (["levers_together"], "no levers have been judged"),
+        (["levers_together", "--levers", "gradient ratio 0.3", "gradient ratio 1"], "both set model.loss.gradient_ratio; name one of them"),
     ],
 )
 def test_wrong_sets_and_levers_are_refused_before_anything_runs(argv, message, command, tmp_path, capsys):

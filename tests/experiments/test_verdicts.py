@@ -56,6 +56,13 @@ def test_what_chance_can_explain_and_one_seed_decide_nothing():
     assert one.says == "not kept: wins nothing" and "one seed" in str(one.scores[0]) and one.record()["scores"][0]["low"] is None
 
 
+def test_runs_that_were_measured_on_other_sets_are_not_compared():
+    parent, fork = values({}), values({"PSNR": 1.0})
+    parent[0]["third: PSNR"] = 99.0
+    verdict = judge_fork(Fork("lever", {"ema": 1}), fork, parent)
+    assert verdict is not None and list(verdict.seeds) == [1, 2] and 0.9 < verdict.scores[0].over.difference < 1.1
+
+
 def test_a_score_is_the_mean_over_sets_and_absent_where_it_was_not_measured():
     run = values({})[0] | {"flowers: zero-shot": 0.9, "flowers: linear probe": 0.8}
     assert score(run, "R@1, zero-shot and probe, %") == pytest.approx((2 * 0.2 + 2 * 0.3 + 0.9 + 0.8) / 6)

@@ -101,7 +101,7 @@ def distance():
 
 
 def same(x, kernel, stride):
-    """TensorFlow's SAME padding for a square picture."""
+    """TensorFlow's SAME padding for a square image."""
     total = max((-(-x.shape[-1] // stride) - 1) * stride + kernel - x.shape[-1], 0)
     return F.pad(x, (total // 2, total - total // 2) * 2)
 

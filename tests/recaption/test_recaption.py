@@ -35,7 +35,7 @@ SHAPES = ((40, 30), (30, 90), (96, 32), (64, 64), (20, 20), (50, 70))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """Unlike pictures become unlike numbers of tokens, so that batches are padded."""
+    """Unlike images become unlike numbers of tokens, so that batches are padded."""
     return str(save_idefics3(tmp_path_factory.mktemp("models") / "idefics"))
 
 
@@ -120,7 +120,7 @@ def says(answer):
 
 
 def test_every_member_stays_as_it_was_and_the_json_gains_the_caption(tmp_path, model, capsys):
-    shard = write_shard(tmp_path / "in" / "00000.tar", members(0, 8) | {"README": b"hello", "alone.txt": b"no picture"})
+    shard = write_shard(tmp_path / "in" / "00000.tar", members(0, 8) | {"README": b"hello", "alone.txt": b"no image"})
     assert run(tmp_path / "in", tmp_path / "out", model, "--batch", "3", "--prompt", "the red cat") == 0
     before, after = read_shard(shard), read_shard(tmp_path / "out" / "00000.tar")
     assert list(before) == list(after), "members and their order"
@@ -134,7 +134,7 @@ def test_every_member_stays_as_it_was_and_the_json_gains_the_caption(tmp_path, m
         assert new["org_caption"] == old["caption"] and new["re_caption"] and "\n" not in new["re_caption"]
         assert new["re_caption_by"]["model"] == "idefics" and new["re_caption_by"]["prompt"] == "the red cat" and new["re_caption_by"]["revision"]
         assert set(new) - set(old) == {"org_caption", "re_caption", "re_caption_by"}
-    assert len(set(captions(tmp_path / "out").values())) > 4, "unlike pictures get unlike captions"
+    assert len(set(captions(tmp_path / "out").values())) > 4, "unlike images get unlike captions"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.tar", "recaption.json"], "no journal is left"
     assert "8 samples: 8 new captions, 0 kept theirs" in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def test_a_sample_without_json_gets_one_behind_its_last_member_and_the_txt_is_it
     recaption([str(shard)], tmp_path / "out", says(lambda picture, key: Answer(f"new {key}")))
     told = read_shard(tmp_path / "out" / "in.tar")
     assert list(told) == ["a.jpg", "a.txt", "a.json", "b.jpeg", "b.json", "c/d.jpg", "c/d.json"]
-    assert told["a.json"][0] == told["a.jpg"][0], "the new member is dated and owned as its picture"
+    assert told["a.json"][0] == told["a.jpg"][0], "the new member is dated and owned as its image"
     assert {k: (v["re_caption"], v.get("org_caption")) for k, v in values(tmp_path / "out" / "in.tar").items()} == {
         "a": ("new a", "old one"),
         "b": ("new b", None),
@@ -208,7 +208,7 @@ def test_any_tar_keeps_all_that_is_not_json_and_is_read_back_whole(tmp_path_fact
     )
     tally = recaption([str(shard)], folder / "out", says(lambda picture, key: Answer("new")))
     if not any("jpg" in extensions for _, extensions in stems):  # nothing to caption
-        assert tally.unwritten == 1 and not (folder / "out").exists() and tally.problems[0]["reason"] == "no picture"
+        assert tally.unwritten == 1 and not (folder / "out").exists() and tally.problems[0]["reason"] == "no image"
         return
     before, after = read_shard(shard), read_shard(folder / "out" / "s.tar")
     assert {n: v for n, v in before.items() if not n.endswith(".json")} == {n: v for n, v in after.items() if not n.endswith(".json")}
@@ -625,7 +625,7 @@ def test_a_folder_of_pictures_gets_a_table_that_is_read_with_it(tmp_path, model,
     for i in range(4):
         (folder / ("more" if i % 2 else "") / f"{i}.jpg").write_bytes(drawing(i))
         (folder / ("more" if i % 2 else "") / f"{i}.txt").write_text(f"old {i}")
-    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "broken.txt").write_text("old and broken")
     out = folder if beside else tmp_path / "out"
     assert run(folder, out, model, "--sheet", str(tmp_path / "sheet.png")) == 0

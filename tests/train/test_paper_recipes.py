@@ -27,7 +27,7 @@ BERT_WORDS = 30_522
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """What a user brings: pictures with two captions, `flux` in diffusers' layout (random weights), `bert.json`."""
+    """What a user brings: images with two captions, `flux` in diffusers' layout (random weights), `bert.json`."""
     root = tmp_path_factory.mktemp("paper")
     pictures(root / "train", 6)
     pictures(root / "held", 2, seed=1)

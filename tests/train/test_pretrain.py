@@ -35,7 +35,7 @@ from openvision3.train.run_folder import REQUEUE
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[PretrainConfig, Outcome]:
-    """A run of 7 steps into `run`; pictures under `train` and `held` beside it."""
+    """A run of 7 steps into `run`; images under `train` and `held` beside it."""
     config = small(tmp_path_factory.mktemp("finished"), "run", eval_every=4)
     return config, pretrain(config, "tiny")
 
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_run_with_any_number_of_workers_and_another
 def _no_pictures(root: Path) -> str:
     folder = pictures(root / "unusable", 3)
     for path in folder.glob("*.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     return str(folder)
 
 
@@ -378,7 +378,7 @@ def test_the_chosen_precision_is_told_and_stored(tmp_path, monkeypatch):
 def test_pictures_that_cannot_be_used_are_told_counted_and_listed_on_both_sides(tmp_path, capsys):
     for folder in ("train", "held"):
         pictures(tmp_path / folder, 3)
-        (tmp_path / folder / "broken.png").write_bytes(b"no picture")
+        (tmp_path / folder / "broken.png").write_bytes(b"no image")
         (tmp_path / folder / "broken.txt").write_text("a word")
     pretrain(small(tmp_path, "run"), "tiny")
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]

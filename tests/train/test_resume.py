@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path, monkeypatch, bef
 def test_unusable_samples_are_counted_and_listed_once_however_often_a_run_goes_on(tmp_path, monkeypatch):
     for folder in ("train", "held"):
         pictures(tmp_path / folder, 3)
-        (tmp_path / folder / "99.png").write_bytes(b"no picture")
+        (tmp_path / folder / "99.png").write_bytes(b"no image")
         (tmp_path / folder / "99.txt").write_text("a word")
     whole, broken = small(tmp_path, "whole", eval_every=2), small(tmp_path, "broken", eval_every=2)
     pretrain(whole, "tiny")

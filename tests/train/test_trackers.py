@@ -64,7 +64,7 @@ def wandb_rows(run: Path) -> list[tuple[int, dict[str, Any]]]:
             values: dict[str, Any] = {}
             for item in record.history.item:
                 name, *inside = list(item.nested_key) or [item.key]
-                if inside:  # a picture
+                if inside:  # an image
                     values.setdefault(name, {})[inside[0]] = json.loads(item.value_json)
                 elif not name.startswith("_"):
                     values[name] = json.loads(item.value_json)

@@ -67,11 +67,11 @@ def reconstruct(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, lambda file: sheet.save(file, "PNG"))
         scores = {"psnr": round(psnr(original, rebuilt).item(), 2), "vae_psnr": round(psnr(original, through_vae).item(), 2)}
-        return {"picture": path, "file": str(target), "width": width, "height": height, **scores}
+        return {"image": path, "file": str(target), "width": width, "height": height, **scores}
 
     def line(row: dict[str, Any]) -> str:
         alone = f" (its VAE alone {row['vae_psnr']:.2f})" if pipeline.vae.network is not None else ""
-        return f"{row['picture']} -> {row['file']}  {row['width']}x{row['height']}  PSNR {row['psnr']:.2f} dB{alone}"
+        return f"{row['image']} -> {row['file']}  {row['width']}x{row['height']}  PSNR {row['psnr']:.2f} dB{alone}"
 
     return _for_each(paths, rebuild, json, line)
 
@@ -105,9 +105,9 @@ def caption(
 
     def write(path: str) -> dict[str, Any]:
         answer = pipeline.answer(path, **settings)[0]
-        return {"picture": path, "caption": answer.caption, **_trust(answer.confidence, answer.in_distribution)}
+        return {"image": path, "caption": answer.caption, **_trust(answer.confidence, answer.in_distribution)}
 
-    return _for_each(paths, write, json, lambda row: f"{row['picture']}: {_doubted(row, row['caption'] or '(nothing)', pipeline)}")
+    return _for_each(paths, write, json, lambda row: f"{row['image']}: {_doubted(row, row['caption'] or '(nothing)', pipeline)}")
 
 
 def classify(
@@ -146,11 +146,11 @@ def classify(
         for warning in caught if path == paths[0] else ():  # it is about the labels, so it is the same for every image
             print(f"openvision3: {warning.message}", file=sys.stderr)
         trust = _trust(pipeline.label_confidence(ranking), pipeline.in_distribution(path)[0])
-        return {"picture": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking[:top]], **trust}
+        return {"image": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking[:top]], **trust}
 
     def line(row: dict[str, Any]) -> str:
         labels = ", ".join(f"{chosen['label']} {100 * chosen['probability']:.1f}%" for chosen in row["labels"])
-        return f"{row['picture']}: {_doubted(row, labels, pipeline)}"
+        return f"{row['image']}: {_doubted(row, labels, pipeline)}"
 
     return _for_each(paths, choose, json, line)
 
@@ -190,9 +190,9 @@ def encode(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, save(tensors, {"height": str(height), "width": str(width), "model": model}))
         sizes = {"tokens": list(tokens.shape[1:]), "embedding": pooled.shape[1], "height": height, "width": width}
-        return {"picture": path, "file": str(target), **sizes}
+        return {"image": path, "file": str(target), **sizes}
 
-    return _for_each(paths, write, json, lambda row: f"{row['picture']} -> {row['file']}  tokens {row['tokens'][0]} x {row['tokens'][1]}")
+    return _for_each(paths, write, json, lambda row: f"{row['image']} -> {row['file']}  tokens {row['tokens'][0]} x {row['tokens'][1]}")
 
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:

@@ -196,7 +196,7 @@ def count_memory(run: PlannedRun, micro: int) -> Explained:
     image, latent = 3 * config.size**2 * FP32, run.vae.latent_channels * (config.size // run.vae.stride) ** 2 * FP32
     # one step's images as they come, or, in pieces, its latents and the images that are compared
     whole = micro * (latent if run.options.cached else image + latent)
-    memory["pictures"] = (
+    memory["images"] = (
         run.local * (run.kept_numbers * FP32 + image * run.pixel_share) + micro * image if pieces > 1 else whole,
         f"of a {'step' if pieces > 1 else 'batch'}, and their latents or tokens",
     )

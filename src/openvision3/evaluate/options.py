@@ -35,7 +35,7 @@ class Options:
     data: tuple[PathName, ...] = ("openmoji",)
     """openmoji (its test side), folders of images, shards and globs: data/{00000..00009}.tar"""
     out: PathName = "evaluation"
-    """the folder of results.json, pictures.jsonl and report.html"""
+    """the folder of results.json, scores.jsonl and report.html"""
     peer: tuple[str, ...] = ()
     """models by name, such as flux-vae,sd-vae,ours,vae: ours is MODEL, vae is its VAE alone. Not set: ours, and vae if it can do the same.
     A probe of ours always includes vae as its floor. FILE.py:FUNCTION is a model of your own (docs/peers.md)"""

@@ -27,10 +27,10 @@ AMPLIFIED = 4
 
 
 def write_report(out: Path, evaluation: Evaluation, tables: Sequence[tuple[Setting, Sequence[Line]]]) -> Path:
-    """Write report.html into `out`, and pictures.jsonl (the scores of each image) if images have scores. Returns the path of the page."""
+    """Write report.html into `out`, and scores.jsonl (the scores of each image) if images have scores. Returns the path of the page."""
     results = evaluation.results
     sections = [("Numbers", numbers_and_needs(tables, results.rows, results.not_run) + left_out([results])), *differences(tables)]
-    if scores := _per_picture(evaluation):
+    if scores := _scores_of_each(evaluation):
         write_whole(out / SCORES, "".join(json.dumps(row) + "\n" for row in scores))
     else:
         (out / SCORES).unlink(missing_ok=True)  # written by an earlier evaluation
@@ -111,7 +111,7 @@ def published_numbers(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
     return [("Published numbers, not measured here", note + html.table(header, listed))] if listed else []
 
 
-def _per_picture(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _scores_of_each(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One line per model and image: key, hash of the pixels, scores and captions."""
     rows = []
     kinds = {model: kind for kind, model in evaluation.measured}

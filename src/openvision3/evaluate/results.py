@@ -1,4 +1,4 @@
-"""The files of one evaluation: results.json (rows of numbers with their settings) and pictures.jsonl (the scores of each sample)."""
+"""The files of one evaluation: results.json (rows of numbers with their settings) and scores.jsonl (the scores of each sample)."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class Results:
 
 @dataclass
 class Scores:
-    """The scores of each sample, from one evaluation or several on the same samples: the content of pictures.jsonl."""
+    """The scores of each sample, from one evaluation or several on the same samples: the content of scores.jsonl."""
 
     columns: dict[str, Columns] = field(default_factory=dict)
     """columns by model. A sample is identified by the hash of its pixels and the number of earlier samples with the same pixels"""
@@ -193,7 +193,7 @@ class Scores:
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
-        """Load pictures.jsonl of `folder`, or its answers.jsonl; without these files the scores are empty. Raises ValueError for a damaged file."""
+        """Load scores.jsonl of `folder`, or its answers.jsonl; without these files the scores are empty. Raises ValueError for a damaged file."""
         if (folder / vqa.ANSWERS).is_file():
             try:
                 return cls(vqa.load_columns(folder / vqa.ANSWERS))
@@ -224,7 +224,7 @@ class Scores:
         return scores
 
 
-SCORES = "pictures.jsonl"
+SCORES = "scores.jsonl"
 NOT_SCORES = ("model", "key", "image", "parts", "written", "true")
 """fields of a line that are not scores"""
 ROWS_OF_CAPTIONS = ("text_to_image_rank", *(f"{kind}: text_to_image_rank" for kind in DRAWING_KINDS))
@@ -232,7 +232,7 @@ ROWS_OF_CAPTIONS = ("text_to_image_rank", *(f"{kind}: text_to_image_rank" for ki
 
 
 def scores_by_sample(columns: Columns) -> dict[Any, dict[str, Any]]:
-    """{sample: {column: score}}, as written to pictures.jsonl; numbers are rounded to seven digits."""
+    """{sample: {column: score}}, as written to scores.jsonl; numbers are rounded to seven digits."""
     scores: dict[Any, dict[str, Any]] = {}
     for name, column in columns.items():
         for sample, value in zip(column.samples, column.values, strict=True):

@@ -183,7 +183,7 @@ def _check_protocol(evaluation: Evaluation) -> None:
     counts = sorted({row.number.count for row in results.rows if row.metric in ("psnr", "ssim", "rfid")} - {count})
     if not name or not counts:
         return
-    held, broken = f"protocol {name}", f"NOT protocol {name}, of which pictures are missing"
+    held, broken = f"protocol {name}", f"NOT protocol {name}, of which images are missing"
     results.rows = [replace(row, number=replace(row.number, how=row.number.how.replace(held, broken))) for row in results.rows]
     measured_on = ", ".join(f"{n:,}" for n in counts)
     evaluation.broken = f"protocol {name} needs {which}, {count:,} of them; measured on {measured_on}: the rows state that the protocol does not hold"
@@ -276,7 +276,7 @@ Measure = Callable[[Functions], Measured]
 
 def _reconstruction(evaluation: Evaluation) -> Measure:
     options = evaluation.options
-    protocol = f"protocol {options.protocol} (of its count, crop and size; that these are its pictures is not checked)" if options.protocol else ""
+    protocol = f"protocol {options.protocol} (of its count, crop and size; that these are its images is not checked)" if options.protocol else ""
     return lambda model: suite.reconstruction(model, evaluation.images, evaluation.networks, options, protocol)
 
 

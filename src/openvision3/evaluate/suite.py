@@ -72,8 +72,8 @@ NEEDS = {
 """The functions of a model that each kind of evaluation calls."""
 
 CANNOT = {
-    "reconstruct": "rebuild pictures",
-    "embed_images": "embed pictures",
+    "reconstruct": "rebuild images",
+    "embed_images": "embed images",
     "embed_texts": "embed texts",
     "caption": "write captions",
     "features": "be probed",
@@ -182,7 +182,7 @@ def reconstruction(model: Functions, images: ImageSet, networks: Networks, optio
         curve = sorted([(0.0, sum(done.psnr) / len(done.psnr), len(done.psnr)), *curve])
     missing = list(networks.missing)
     if len(done.indices) < 2:
-        missing += [(metric, "two pictures or more") for each in networks.extractors for metric in metrics_of(each)]
+        missing += [(metric, "two images or more") for each in networks.extractors for metric in metrics_of(each)]
     return Measured(numbers, missing, done.indices, shown={"images": done, "curve": curve}, columns=columns)
 
 
@@ -249,7 +249,7 @@ def captioning(model: Functions, images: ImageSet, tokenizer: str = "auto", show
     captions = images.collect(f"{model.name}: writing captions", lambda batch: list(zip(batch.keys, write(batch.images), batch.captions, strict=True)))
     captioned = {index: row for index, row in captions.items() if row[2]}
     if not captioned:
-        raise CannotRun("none of the pictures has a caption to compare with")
+        raise CannotRun("none of the images has a caption to compare with")
     written, references = [row[1] for row in captioned.values()], [row[2] for row in captioned.values()]
 
     def compute() -> tuple[list[Number], list[str], Columns]:
@@ -283,7 +283,7 @@ def zeroshot(model: Functions, images: ImageSet, labels: Labels, texts_of: Seque
     embeddings = image_embeddings(model, images.subset(labels.indices)) if embedded is None else embedded
     rows = [row for row, index in enumerate(embeddings.indices) if index in class_of]
     if not rows:
-        raise CannotRun("no usable picture has a class")
+        raise CannotRun("no usable image has a class")
     used = [embeddings.indices[row] for row in rows]
 
     def compute() -> tuple[Classification, Columns]:
@@ -308,14 +308,14 @@ def class_texts(labels: Labels, kind: str, training: tuple[Any, Labels] | None, 
     """
     if kind == "captions":
         if training is None:
-            raise CannotRun("prompts captions are those of training pictures; name these with --train")
+            raise CannotRun("prompts captions are those of training images; name these with --train")
         source, of = training
         texts: list[list[str]] = [[] for _ in labels.names]
         for index, number in zip(of.indices, of.classes, strict=True):
             texts[number] += source.captions(index)[:1]
         if not all(texts):
-            raise CannotRun(f"class {labels.names[texts.index([])]!r} has no training picture with a caption")
-        return texts, "the mean text embedding of the first captions of its training pictures"
+            raise CannotRun(f"class {labels.names[texts.index([])]!r} has no training image with a caption")
+        return texts, "the mean text embedding of the first captions of its training images"
     if labels.numbered:
         raise CannotRun(f"classes are known by number only ({', '.join(labels.names[:3])} ...); name a file of class names with --classes")
     synonyms = sum("," in name for name in labels.names)
@@ -377,7 +377,7 @@ def probe(model: Functions, train: LabelledSet, test: LabelledSet, k: int = 20, 
         return numbers, missing, columns
 
     numbers, missing, columns = on_first(compute)
-    origin = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training pictures {train.images.digest(trained_on)[:16]}"
+    origin = f"{len(labels.names)} classes, sha256 of their names {_hash(list(labels.names))}, of the training images {train.images.digest(trained_on)[:16]}"
     left_out = labels.left_out | {f"training: {why}": count for why, count in train.labels.left_out.items()}
     if both:
         left_out["that are training images too, or near-duplicates of some"] = both

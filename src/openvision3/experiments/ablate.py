@@ -22,7 +22,7 @@ from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.planned import Options
-from openvision3.experiments.ablations import ABLATIONS, Claim, Fork, Parent, levers, levers_together, question, two_phases
+from openvision3.experiments.ablations import ABLATIONS, WITHOUT_LEVERS, Claim, Fork, Parent, levers, levers_together, question, two_phases
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
 from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_run, parse_sets, read_measures
@@ -182,10 +182,16 @@ MEASURED = (levers.__name__, levers_together.__name__)
 
 def _levers(options: AblationOptions) -> list[str]:
     """The levers to join, as the options name them or as `levers` has kept them. Raises ValueError: unknown ones, or none."""
-    labels = [fork.label for fork in levers(Parent(options.recipe, RECIPES[options.recipe]())).forks[1:]]
+    forks = levers(Parent(options.recipe, RECIPES[options.recipe]())).forks[1:]
+    labels = [fork.label for fork in forks]
     for label in options.levers:
         if label not in labels:
             raise unknown("lever", label, labels)
+    fields: dict[str, str] = {}
+    for fork in forks:
+        for name, value in fork.changes.items() if fork.label in options.levers else ():
+            if (name, value) not in WITHOUT_LEVERS.items() and (other := fields.setdefault(name, fork.label)) != fork.label:
+                raise ValueError(f"levers {other!r} and {fork.label!r} both set {name}; name one of them")
     path = Path(options.out) / f"{levers.__name__}.json"
     if not options.levers and not path.is_file():
         raise ValueError(f"no levers have been judged in {options.out}; run `openvision3 ablate levers` there first, or name levers with --levers")

@@ -87,8 +87,8 @@ class Verdict:
 
 
 def judge_fork(fork: Fork, values: Values, parent: Values) -> Verdict | None:
-    """The fork against its parent, over the seeds that both have; None if there is none."""
-    seeds = [seed for seed in values if seed in parent]
+    """The fork against its parent, over the seeds of which both have the same measures; None if there is none."""
+    seeds = [seed for seed in values if seed in parent and values[seed].keys() == parent[seed].keys()]
     if not seeds:
         return None
     scores = []

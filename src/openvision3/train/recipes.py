@@ -34,10 +34,10 @@ def small_model(size: str = "mini", decoder: str = "micro", embed_dim: int = 256
 
 
 def mini() -> PretrainConfig:
-    """The model that ships, at 128 px.
+    """A model of the shipped one's size, in one phase at 128 px; docs/training.md has the two commands that trained the shipped one.
 
     openvision3 train mini --data openmoji SHARDS --only source=clipart
-    Two CPU cores with AMX, about 45 minutes; expected: see the card in assets/mini/README.md.
+    Two CPU cores with AMX, about 45 minutes; expected: less than the card in assets/mini/README.md, which is of two phases and more data.
     """
     return PretrainConfig(
         model=small_model(),

@@ -57,12 +57,12 @@ SIZE, CROPS, PART = 32, 3, 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Ten pictures with words and one that is none."""
+    """Ten images with words and one that is none."""
     made = pictures(tmp_path_factory.mktemp("latents") / "pics", 10)
     draw = np.random.default_rng(0)
     for path in made.glob("*.png"):  # with something to see, so that no two crops are alike
         Image.fromarray(draw.integers(0, 256, (5, 6, 3), np.uint8)).resize((60, 50), Image.Resampling.BICUBIC).save(path)
-    (made / "5.png").write_bytes(b"no picture")
+    (made / "5.png").write_bytes(b"no image")
     (made / "3.txt").write_text("grün ☃ red")
     return made
 
@@ -538,7 +538,7 @@ def test_cached_and_online_steps_on_the_same_crops_have_equal_losses(cache, fold
     torch.manual_seed(0)
     config = tiny_config(patch=2, beta=0.4)
     model = OpenVision3(config, vae, len(words), words.pad_id).init_weights()
-    whole = first(batches(source, words, cache, pixel_share=1.0), 3)  # which shows every picture
+    whole = first(batches(source, words, cache, pixel_share=1.0), 3)  # which shows every image
     for cached, shown in zip(first(batches(source, words, cache, pixel_share=share), 3), whole, strict=True):
         online = {name: value for name, value in cached.items() if name not in ("latents", "pixel_images")} | {"images": shown["pixel_images"]}
         assert torch.equal(cached["pixel_images"], online["images"][cached["pixel_rows"]])
@@ -604,7 +604,7 @@ def test_samples_that_the_cache_lacks_or_whose_picture_has_changed_are_replaced_
     assert {p["key"] for p in made.problems if p["reason"] == "not in the cache"} == {"pics/10.png", "pics/11.png", "pics/12.png", "pics/5.png"}
     changed = FolderSource(folder)
     changed.view = View((0.1, 0.2))
-    with pytest.raises(ValueError, match=r"256 samples in a row cannot be used.*another picture.*the data have changed"):
+    with pytest.raises(ValueError, match=r"256 samples in a row cannot be used.*another image.*the data have changed"):
         batches(changed, words, cache, pixel_share=1.0).sample(0)
 
 

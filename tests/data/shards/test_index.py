@@ -239,7 +239,7 @@ def test_check_counts_by_reason_what_cannot_be_trained_on(tmp_path):
     def count(checked):
         return {reason: sum(p["reason"] == reason for p in checked.problems) for reason in {p["reason"] for p in checked.problems}}
 
-    assert count(quick) == {"no caption": 1, "empty": 1, "broken JSON": 1, "no picture": 1}
+    assert count(quick) == {"no caption": 1, "empty": 1, "broken JSON": 1, "no image": 1}
     assert count(deep) == count(quick) | {"not an image": 1, "truncated": 1}
     assert count(check_shard(path, ("n",)))["no caption"] == 9, "numbers are no captions"
     shutil.rmtree(tmp_path)

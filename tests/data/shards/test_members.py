@@ -204,7 +204,7 @@ def test_what_is_hidden(name, hidden):
 )
 def test_a_sample_without_a_picture_says_what_it_has_instead(tmp_path, members, said):
     (problem,) = scan(tar(tmp_path / "s.tar", *members, kind=tarfile.PAX_FORMAT)).problems
-    assert problem["reason"] == "no picture" and problem["detail"].startswith(said) and len(problem["detail"]) < 500
+    assert problem["reason"] == "no image" and problem["detail"].startswith(said) and len(problem["detail"]) < 500
 
 
 FOREIGN = {

@@ -101,7 +101,7 @@ def test_captions_are_scored_picture_by_picture_against_the_best_reference():
     found = values(numbers)
     assert found["exact_match"] == pytest.approx(1 / 3) and found["token_f1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
     assert [n.metric for n in numbers] == ["exact_match", "token_f1", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"]
-    assert {n.count for n in numbers} == {3} and all("1 to 2 references a picture" in n.how for n in numbers)
+    assert {n.count for n in numbers} == {3} and all("1 to 2 references an image" in n.how for n in numbers)
     own, true = [words(one) for one in written], [[words(one) for one in of] for of in references]
     assert [found[f"bleu_{n}"] for n in range(1, 5)] == bleu(own, true) and found["cider"] == cider(own, true) and found["rouge_l"] == rouge_l(own, true)
 
@@ -112,7 +112,7 @@ def test_numbers_name_their_tokeniser_and_what_is_missing_is_said():
     assert numbers[-1].how.startswith("CIDEr, simple tokeniser") and all("simple tokeniser" in n.how for n in numbers[2:])
     assert len(missing) == 1 and missing[0].startswith("meteor: ") and "pycocoevalcap" not in numbers[-1].library
     missing = []
-    assert "cider" not in values(evaluate_captions(["a cat"], [["a cat"]], "simple", missing)) and missing[0].startswith("cider: of one picture")
+    assert "cider" not in values(evaluate_captions(["a cat"], [["a cat"]], "simple", missing)) and missing[0].startswith("cider: of one image")
 
 
 @pytest.mark.parametrize("lacks", ["java", "pycocoevalcap"])

@@ -158,7 +158,7 @@ def test_a_set_has_no_frechet_distance_to_itself_even_with_fewer_rows_than_dimen
 def test_frechet_refuses_and_warns():
     with pytest.raises(ValueError, match="width 3 and 4"):
         frechet_distance(Statistics.of(vectors(5, 3)), Statistics.of(vectors(5, 4)))
-    with pytest.raises(ValueError, match="1 and 5 pictures"):
+    with pytest.raises(ValueError, match="1 and 5 images"):
         frechet_distance(Statistics.of(vectors(1, 3)), Statistics.of(vectors(5, 3)))
     assert "mostly bias" in frechet_warning(2048, 2048) and frechet_warning(50_000, 2048) == ""
 
@@ -277,5 +277,5 @@ def test_the_inception_score_is_its_formula():
         marginal = part.mean(0)
         scores.append(math.exp(sum(float(p * math.log(p / q)) for row in part for p, q in zip(row, marginal, strict=True)) / 10))
     assert inception_score(logits, 3) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
-    with pytest.raises(ValueError, match="3 pictures cannot be split into 10"):
+    with pytest.raises(ValueError, match="3 images cannot be split into 10"):
         inception_score(logits[:3])

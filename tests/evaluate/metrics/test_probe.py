@@ -60,7 +60,7 @@ def test_of_equally_near_ones_the_earlier_are_neighbours():
 def test_knn_says_what_it_was_measured_with():
     train, labels = clusters(30, 0)
     how = {n.metric: n.how for n in evaluate_knn(train, labels, *clusters(5, 1), NAMES)}["top_1"]
-    assert all(told in how for told in ("20 nearest of 30 training pictures", "cosine / 0.07", "3 classes"))
+    assert all(told in how for told in ("20 nearest of 30 training images", "cosine / 0.07", "3 classes"))
 
 
 def test_features_that_say_nothing_score_as_one_class():
@@ -145,7 +145,7 @@ def test_the_probe_chooses_l2_on_a_fifth_and_fits_all_with_it():
     weight = torch.from_numpy(newton(((train.double() - mean) / scale).numpy(), labels, 3, chosen))
     right = ((((test.double() - mean) / scale) @ weight[:-1] + weight[-1]).argmax(1) == torch.tensor(test_labels)).double().mean().item()
     assert values(numbers)["top_1"] == pytest.approx(right) and right > values(numbers)["largest_class_share"]
-    assert all(told in numbers[0].how for told in ("standardised features of 120 training pictures", "3 classes", f"on {int(held.sum())} of them"))
+    assert all(told in numbers[0].how for told in ("standardised features of 120 training images", "3 classes", f"on {int(held.sum())} of them"))
 
 
 def test_the_probe_does_not_see_the_scale_of_features_and_repeats_itself():
@@ -180,7 +180,7 @@ def test_a_fifth_of_each_class_is_held_out(labels):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"train_labels": [0, 1]}, "training set: a row and a label are needed for each picture; seen features of \\(24, 6\\) and 2 labels"),
+        ({"train_labels": [0, 1]}, "training set: a row and a label are needed for each image; seen features of \\(24, 6\\) and 2 labels"),
         ({"test": torch.zeros(0, 6), "test_labels": []}, "test set: .* 0 labels"),
         ({"test_labels": [0, 1, 5]}, "test set: labels from 0 to 5 do not fit 3 class names"),
         ({"test": torch.full((3, 6), math.inf)}, "test set: 3 of 3 rows hold NaN or infinite numbers"),
@@ -197,11 +197,11 @@ def test_what_has_no_answer_is_refused(evaluate, change, told):
 
 def test_options_out_of_range_are_refused():
     train, labels = clusters(12, 0)
-    with pytest.raises(ValueError, match="k 20 must be from 1 to the 12 training pictures"):
+    with pytest.raises(ValueError, match="k 20 must be from 1 to the 12 training images"):
         evaluate_knn(train, labels, train, labels, NAMES)
     with pytest.raises(ValueError, match="temperature 0"):
         evaluate_knn(train, labels, train, labels, NAMES, k=3, temperature=0)
     with pytest.raises(ValueError, match="more than 0"):
         evaluate_linear_probe(train, labels, train, labels, NAMES, grid=(0.0, 1.0))
-    with pytest.raises(ValueError, match="no class has two training pictures"):
+    with pytest.raises(ValueError, match="no class has two training images"):
         evaluate_linear_probe(train[:2], [0, 1], train, labels, NAMES)

@@ -1,4 +1,4 @@
-"""Rebuilt pictures: each figure against its formula or another library, and the set of them whatever the batches and the ranks."""
+"""Rebuilt images: each figure against its formula or another library, and the set of them whatever the batches and the ranks."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def pictures(count: int, side: int = 20, seed: int = 0) -> torch.Tensor:
 
 
 def darker(images: torch.Tensor) -> torch.Tensor:
-    """A stand-in for a model: each picture loses something of its own."""
+    """A stand-in for a model: each image loses something of its own."""
     return images * (0.8 + 0.1 * images.mean((1, 2, 3), keepdim=True))
 
 
 class Random(torch.nn.Module):
-    """A small extractor: random projections of uint8 pictures."""
+    """A small extractor: random projections of uint8 images."""
 
     name, width, sha256, preparation = "random projections", 6, "0" * 64, "not resized"
 
@@ -149,7 +149,7 @@ def test_neither_batches_nor_their_order_change_a_number(order, sizes):
 
 def test_every_number_is_what_its_name_says():
     images = pictures(9)
-    found = small(rows(images, (2, 3)), protocol="test pictures, whole")
+    found = small(rows(images, (2, 3)), protocol="test images, whole")
     numbers = values(found.numbers)
     assert list(numbers) == ["psnr", "ssim", "KID on random projections features", "rfid", "KID on Inception-2015 features"]
     assert found.psnr == pytest.approx(psnr(images, darker(images)).tolist()) and numbers["psnr"] == pytest.approx(sum(found.psnr) / 9)
@@ -159,7 +159,7 @@ def test_every_number_is_what_its_name_says():
     assert numbers["rfid"] == pytest.approx(frechet_distance(Statistics.of(true), Statistics.of(rebuilt)), rel=1e-4)
     assert numbers["KID on Inception-2015 features"] == pytest.approx(kernel_distance(true, rebuilt, paired=True).value, rel=1e-4)
     for each in found.numbers:
-        assert each.count == 9 and "test pictures, whole" in each.how and "20x20" in each.how and "uint8" in each.how and "torch" in each.library
+        assert each.count == 9 and "test images, whole" in each.how and "20x20" in each.how and "uint8" in each.how and "torch" in each.library
         assert (each.network_sha256 != "") == (each.metric not in ("psnr", "ssim")), each.metric
     assert "mostly bias" not in next(n.how for n in found.numbers if n.metric == "rfid")
     assert "mostly bias" in next(n.how for n in small(rows(images[:5])).numbers if n.metric == "rfid")
@@ -188,7 +188,7 @@ def test_worst_and_best_are_positions_by_psnr():
 
 
 def test_kid_is_over_pictures_chosen_by_a_hash_of_their_pixels_and_rfid_over_all(monkeypatch):
-    monkeypatch.setattr(reconstruction, "KID_PICTURES", 4)
+    monkeypatch.setattr(reconstruction, "KID_IMAGES", 4)
     images, order = pictures(11), [10, 3, 7, 0, 5, 1, 9, 2, 4, 6, 8]
     chosen = sorted(sorted(range(11), key=lambda i: hashlib.sha256(to_uint8(images[i]).numpy().tobytes()).digest())[:4])
     assert chosen != list(range(4))
@@ -266,7 +266,7 @@ with distributed.started() as ranks:
 
 
 def measure(folder, part: slice, size: int):
-    """What a rank finds that brings these of seven pictures."""
+    """What a rank finds that brings these of seven images."""
     images = pictures(7, 48)
     order = list(range(7))[part]
     lpips = Lpips("alex", f"{folder}/alex.pth", f"{folder}/alex_linear.pth")

@@ -67,10 +67,10 @@ def test_retrieval_is_that_of_a_plain_loop_whatever_the_chunk(made, seed, at_onc
 
 def test_any_of_several_captions_counts_and_a_string_is_right_wherever_it_stands():
     image = torch.eye(3)
-    text = torch.stack([torch.eye(3)[i] for i in (1, 0, 1, 2)])  # picture 0 has one caption that fits and one that does not
+    text = torch.stack([torch.eye(3)[i] for i in (1, 0, 1, 2)])  # image 0 has one caption that fits and one that does not
     assert values(evaluate_retrieval(image, text, ["x", "y", "z", "w"], [0, 0, 1, 2], ks=(1,)))["text_to_image_r@1"] == 0.75
     found = values(evaluate_retrieval(image, text, ["x", "y", "x", "w"], [0, 0, 1, 2], ks=(1,)))
-    assert found["image_to_text_r@1"] == found["text_to_image_r@1"] == 1, "x is what picture 1 is called too"
+    assert found["image_to_text_r@1"] == found["text_to_image_r@1"] == 1, "x is what image 1 is called too"
 
 
 def test_a_model_that_tells_nothing_apart_gets_nothing():
@@ -96,7 +96,7 @@ def test_the_order_of_the_rows_decides_nothing():
         ({"texts": ["a", "b"]}, "seen 2 texts, 3 embeddings, 3 owners"),
         ({"texts": [], "text_embedding": unit(0, 0), "owners": []}, "seen 0 texts"),
         ({"owners": [0, 1, 1]}, "first that is not so: 2"),
-        ({"owners": [0, 1, 3]}, "a text for each of the 3 pictures"),
+        ({"owners": [0, 1, 3]}, "a text for each of the 3 images"),
         ({"image_embedding": unit(3, 0) * math.nan}, "image embeddings hold NaN"),
         ({"text_embedding": unit(3, 0) / 0}, "text embeddings hold NaN"),
     ],

@@ -156,7 +156,7 @@ def test_siglip_embeds_as_transformers_does(built):
     peer, images = load_peer("siglip-b16", str(folder)), make_images()
     ids = torch.tensor([[2, 4, 1, 1, 1, 1, 1, 1], [3, 0, 1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, 2, 1]])
     with torch.no_grad():
-        output = model(input_ids=ids, pixel_values=images)  # mean and std of a half: pictures as they are
+        output = model(input_ids=ids, pixel_values=images)  # mean and std of a half: images as they are
     close(peer.embed_images(images), output.image_embeds)
     close(peer.embed_texts(["Red heart", "blue house", "red " * 20]), output.text_embeds)
 

@@ -127,7 +127,7 @@ class LatentCache:
         With `pixels` the image is drawn from the source once more, and shows what the latents show.
 
         Raises:
-            ImageError: as `read` and `Source.crop`, and reason `another picture` if the image gives another box.
+            ImageError: as `read` and `Source.crop`, and reason `another image` if the image gives another box.
         """
         settings = self.settings
         order = torch.randperm(settings.crops, generator=torch.Generator().manual_seed(draw_seed(seed, "crops", key)))
@@ -137,7 +137,7 @@ class LatentCache:
             return CachedView(latents, None)
         image, drawn = draw_crop(source, index, key, settings.size, settings.seed, crop)
         if tuple(drawn) != box:
-            raise ImageError("another picture", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
+            raise ImageError("another image", f"its crop {crop} is {drawn} now and was {box} when {self.folder} was written: the data have changed")
         return CachedView(latents, image)
 
     def sample(self, index: int) -> tuple[str, dict[str, Any]]:
@@ -199,7 +199,7 @@ class CachedSource(Source):
         raise ValueError(f"the latent cache {self.cache.folder} holds no class labels; name the data that it was made from with --data ({data})")
 
     def image(self, index: int, size: int) -> Image.Image:
-        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
+        raise ImageError("no image", f"{self.cache.folder} holds latents and captions only")
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
-        raise ImageError("no picture", f"{self.cache.folder} holds latents and captions only")
+        raise ImageError("no image", f"{self.cache.folder} holds latents and captions only")

@@ -193,7 +193,7 @@ def unusable(stem: str, members: Mapping[str, Any]) -> Problem | None:
         detail += f"; names end at their first dot, so {short(f'{base}.{split}')} has the ending .{short(split)}: rename it to NAME.{split.rpartition('.')[2]}"
     elif others:
         detail += f"; .{short(others[0])} is not read: choose one of {', '.join(EXTENSIONS)}"
-    return _problem(stem, "no picture", detail)
+    return _problem(stem, "no image", detail)
 
 
 def _listed(names: list[str]) -> str:

@@ -63,10 +63,10 @@ def accuracies(
     count = len(labels)
     if columns is not None:
         columns["rank"] = Column(list(range(count)), [[place + 1, number_of] for place, number_of in zip(rank.tolist(), labels, strict=True)])
-    found = [number("top_1", (rank == 0).double().mean().item(), count, f"share of pictures named rightly: {how}")]
+    found = [number("top_1", (rank == 0).double().mean().item(), count, f"share of images named rightly: {how}")]
     if first_few and len(names) > FIRST_FEW:
         found.append(
-            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean().item(), count, f"share of pictures whose class is among the first {FIRST_FEW}: {how}")
+            number(f"top_{FIRST_FEW}", (rank < FIRST_FEW).double().mean().item(), count, f"share of images whose class is among the first {FIRST_FEW}: {how}")
         )
     mean = sum(row.accuracy for row in rows) / len(rows)
     found.append(number("mean_class_accuracy", mean, count, f"mean over the {len(rows)} classes that occur of the share named rightly: {how}"))
@@ -78,7 +78,7 @@ def accuracies(
 def check_labels(features: Tensor, labels: Sequence[int], names: Sequence[str], what: str) -> None:
     """Raises ValueError unless `features` is (N, F), N > 0, of finite numbers, with a label from 0 to C - 1 for each row."""
     if features.ndim != 2 or not len(labels) or len(labels) != len(features):
-        raise ValueError(f"{what}: a row and a label are needed for each picture; seen features of {tuple(features.shape)} and {len(labels)} labels")
+        raise ValueError(f"{what}: a row and a label are needed for each image; seen features of {tuple(features.shape)} and {len(labels)} labels")
     if not 0 <= min(labels) <= max(labels) < len(names):
         raise ValueError(f"{what}: labels from {min(labels)} to {max(labels)} do not fit {len(names)} class names; labels must be from 0 to {len(names) - 1}")
     if not features.isfinite().all():

@@ -67,21 +67,21 @@ def evaluate_captions(
         ValueError: unlike counts, none, an image without references, or a tokeniser that is not installed.
     """
     if not written or len(written) != len(references):
-        raise ValueError(f"captions must be compared picture by picture; seen {len(written)} written and references of {len(references)}")
+        raise ValueError(f"captions must be compared image by image; seen {len(written)} written and references of {len(references)}")
     if any(isinstance(each, str) or not len(each) for each in references):
-        raise ValueError("each picture needs a list of one reference or more; seen a bare string or an empty list; leave pictures without references out")
+        raise ValueError("each image needs a list of one reference or more; seen a bare string or an empty list; leave images without references out")
     name = choose_tokenizer(tokenizer)
     count, missing = len(written), [] if missing is None else missing
     fewest, most = min(map(len, references)), max(map(len, references))
-    against = f"{most} reference{'s' * (most > 1)} a picture" if fewest == most else f"{fewest} to {most} references a picture"
+    against = f"{most} reference{'s' * (most > 1)} an image" if fewest == most else f"{fewest} to {most} references an image"
     scores: dict[str, list] = {
         "exact_match": [int(any(words(one) == words(true) for true in of)) for one, of in zip(written, references, strict=True)],
         "token_f1": [max(token_f1(one, true) for true in of) for one, of in zip(written, references, strict=True)],
     }
     exact, f1 = (sum(each) / count for each in scores.values())
     found = [
-        number("exact_match", exact, count, f"share of pictures whose lower-case words are those of a reference in order, {against}"),
-        number("token_f1", f1, count, f"F1 of lower-case words with repeats, the best reference, mean over pictures, {against}"),
+        number("exact_match", exact, count, f"share of images whose lower-case words are those of a reference in order, {against}"),
+        number("token_f1", f1, count, f"F1 of lower-case words with repeats, the best reference, mean over images, {against}"),
     ]
     own, true = tokenized(written, references, name)
     packages = (PACKAGE,) if name == "ptb" else ()
@@ -89,14 +89,14 @@ def evaluate_captions(
     scores |= {"bleu": bleu_sums(own, true), "rouge_l": rouge_l_scores(own, true)}
     for n, value in enumerate(bleu(own, true), 1):
         found.append(number(f"bleu_{n}", value, count, f"BLEU-{n} over the whole set, closest reference length, {spelled}", *packages))
-    found.append(number("rouge_l", rouge_l(own, true), count, f"ROUGE-L, beta {BETA}, mean over pictures, {spelled}", *packages))
+    found.append(number("rouge_l", rouge_l(own, true), count, f"ROUGE-L, beta {BETA}, mean over images, {spelled}", *packages))
     if count > 1:
-        told = f"CIDEr, {name} tokeniser, CIDEr-D x10, sigma {SIGMA:g}, document frequencies of this set's references, mean over pictures, {against}"
+        told = f"CIDEr, {name} tokeniser, CIDEr-D x10, sigma {SIGMA:g}, document frequencies of this set's references, mean over images, {against}"
         told += cider_warning(count)
         scores["cider"] = cider_scores(own, true)
         found.append(number("cider", cider(own, true), count, told, *packages))
     else:
-        missing.append("cider: of one picture it is always 0, for every word is in all of its documents; give two pictures or more")
+        missing.append("cider: of one image it is always 0, for every word is in all of its documents; give two images or more")
     if name == "ptb":
         try:
             found.append(number("meteor", meteor(own, true), count, f"METEOR 1.5, English, over the whole set, {spelled}", *packages))
@@ -238,7 +238,7 @@ FEW_DOCUMENTS = 1_000
 
 def cider_warning(count: int) -> str:
     """The warning for a CIDEr of few images; empty for many. N-grams are weighted by their frequency in this set alone."""
-    return f"; document frequencies of {count} pictures: compare with no other set" if count < FEW_DOCUMENTS else ""
+    return f"; document frequencies of {count} images: compare with no other set" if count < FEW_DOCUMENTS else ""
 
 
 def cider_scores(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
@@ -283,8 +283,8 @@ def meteor(written: Sequence[Words], references: Sequence[Sequence[Words]]) -> f
             raise FileNotFoundError(f"{path} is missing; install {PACKAGE} again")
     from pycocoevalcap.meteor.meteor import Meteor
 
-    pictures = range(len(written))
-    true, own = {i: [" ".join(one) for one in references[i]] for i in pictures}, {i: [" ".join(written[i])] for i in pictures}
+    images = range(len(written))
+    true, own = {i: [" ".join(one) for one in references[i]] for i in images}, {i: [" ".join(written[i])] for i in images}
     try:
         return Meteor().compute_score(true, own)[0]
     except ValueError as error:

@@ -129,7 +129,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features of width {len(a.mean)} and {len(b.mean)} cannot be compared; both sides need one network")
     if min(count for count in (a.count, b.count, 2) if count is not None) < 2:
-        raise ValueError(f"statistics of {a.count} and {b.count} pictures; a covariance needs at least 2, a steady distance some 10,000")
+        raise ValueError(f"statistics of {a.count} and {b.count} images; a covariance needs at least 2, a steady distance some 10,000")
     few, many = (b, a) if b.count is not None and (a.count is None or b.count < a.count) else (a, b)
     values, vectors = torch.linalg.eigh(few.covariance)
     kept = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float64).eps
@@ -141,7 +141,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 def frechet_warning(count: int, width: int) -> str:
     """The warning for a Frechet distance of few images; empty for many."""
-    return f"; {count} pictures for features of width {width}: mostly bias, compare with nothing" if count <= width else ""
+    return f"; {count} images for features of width {width}: mostly bias, compare with nothing" if count <= width else ""
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     ADM's evaluator has parts of 5,000 images, which is 10 of 50,000. Images sorted by class have to be shuffled first.
     """
     if splits < 1 or len(logits) < splits:
-        raise ValueError(f"{len(logits)} pictures cannot be split into {splits} parts; every part needs at least one")
+        raise ValueError(f"{len(logits)} images cannot be split into {splits} parts; every part needs at least one")
     scores = []
     for part in logits.detach().double().tensor_split(splits):
         log = part.log_softmax(1)

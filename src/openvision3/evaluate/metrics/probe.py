@@ -53,7 +53,7 @@ def evaluate_knn(
     check_labels(test, test_labels, classes, "k-NN, test set")
     _check_width(train, test)
     if not 1 <= k <= len(train):
-        raise ValueError(f"k {k} must be from 1 to the {len(train)} training pictures")
+        raise ValueError(f"k {k} must be from 1 to the {len(train)} training images")
     if not temperature > 0:
         raise ValueError(f"temperature {temperature:g} must be more than 0")
     known, asked = normalize(train.float(), dim=1), normalize(test.float().to(train.device), dim=1)
@@ -65,7 +65,7 @@ def evaluate_knn(
         weights = torch.exp((cosine.gather(1, nearest).double() - 1) / temperature)  # a factor for all changes nothing, and 1 is the most
         votes = torch.zeros(len(cosine), len(classes), dtype=torch.float64, device=train.device).scatter_add_(1, votes_for[nearest], weights)
         found.append(ranks(votes, label[start : start + chunk]))
-    how = f"vote of the {k} nearest of {len(train)} training pictures by cosine, weights exp(cosine / {temperature:g}), {len(classes)} classes"
+    how = f"vote of the {k} nearest of {len(train)} training images by cosine, weights exp(cosine / {temperature:g}), {len(classes)} classes"
     return accuracies(torch.cat(found), test_labels, classes, how, columns=columns).numbers
 
 
@@ -104,7 +104,7 @@ def evaluate_linear_probe(
     features, label = train.double(), torch.tensor(train_labels, device=train.device)
     held = held_out(train_labels).to(train.device)
     if not held.any():
-        raise ValueError(f"no class has two training pictures, so that none can be held out to choose L2; seen {len(train)} pictures of {len(classes)} classes")
+        raise ValueError(f"no class has two training images, so that none can be held out to choose L2; seen {len(train)} images of {len(classes)} classes")
     mean, scale = standard(features[~held])
     inside, outside = (features[~held] - mean) / scale, (features[held] - mean) / scale
     weight = torch.zeros(features.shape[1] + 1, len(classes), dtype=torch.float64, device=train.device)
@@ -123,7 +123,7 @@ def evaluate_linear_probe(
     edge = ", at the edge of the grid" if len(strong_to_weak) > 1 and chosen in (strong_to_weak[0], strong_to_weak[-1]) else ""
     end = "" if left <= SMALL else f", not at its end: gradient {left:.1e} after {MOST} iterations"
     how = (
-        f"logistic regression on standardised features of {len(train)} training pictures, {len(classes)} classes, L2 "
+        f"logistic regression on standardised features of {len(train)} training images, {len(classes)} classes, L2 "
         f"chosen from {strong_to_weak[0]:g} to {strong_to_weak[-1]:g} ({len(strong_to_weak)}) on {int(held.sum())} of them"
     )
     detail = f"{train.shape[1]} features, L2 {chosen:g}{edge}{end}"

@@ -24,7 +24,7 @@ from openvision3.networks.perceptual import EFFICIENTNET_SHA256, EfficientNetDis
 Rows = tuple[Sequence[int], Sequence[str], Tensor]
 """(place of each image in the whole set, its key, images (B, 3, H, W) in [-1, 1])"""
 
-KID_PICTURES = 10_000
+KID_IMAGES = 10_000
 
 WINDOW, SIGMA = 11, 1.5
 """SSIM's Gaussian window: size and sigma in pixels."""
@@ -53,7 +53,7 @@ def ssim(images: Tensor, images_hat: Tensor) -> Tensor:
     _check(images, images_hat)
     height, width = images.shape[2:]
     if min(height, width) < WINDOW:
-        raise ValueError(f"pictures of {height}x{width} have no SSIM; its window needs {WINDOW} pixels on each side")
+        raise ValueError(f"images of {height}x{width} have no SSIM; its window needs {WINDOW} pixels on each side")
     down, across = (_windows(length, images.device) for length in (height, width))
     # About mid-grey, which variances do not see, so that little is lost where a square is taken from a square.
     x, y = (to_uint8(side).float() / 255 - 0.5 for side in (images, images_hat))
@@ -78,7 +78,7 @@ def _windows(length: int, device: torch.device) -> Tensor:
 
 def _check(images: Tensor, images_hat: Tensor) -> None:
     if images.shape != images_hat.shape:
-        raise ValueError(f"pictures of {tuple(images.shape)} and {tuple(images_hat.shape)} cannot be compared; they must be of one shape")
+        raise ValueError(f"images of {tuple(images.shape)} and {tuple(images_hat.shape)} cannot be compared; they must be of one shape")
 
 
 # -- a set of images, on any number of ranks ----------------------------------------------------------------------
@@ -152,7 +152,7 @@ def evaluate_reconstruction(
     numbers = []
     for place, (metric, (what, network, sha256)) in enumerate(rows.metrics.items()):
         values = table[:, place]
-        how = f"{what} of each picture, mean over pictures (spread: standard deviation over pictures); {where}"
+        how = f"{what} of each image, mean over images (spread: standard deviation over images); {where}"
         spread = values.std(correction=0).item()
         numbers.append(number(metric, values.mean().item(), len(values), how, network=network, network_sha256=sha256, spread=spread))
     columns = {metric: Column(indices, values) for metric, values in zip(rows.metrics, table.T.tolist(), strict=True)}
@@ -169,15 +169,15 @@ class _Rows:
     def __init__(self, networks: Networks):
         self.networks = [network for network in (networks.distance, networks.lpips) if network is not None]
         self.metrics = {
-            "psnr": ("PSNR in dB over all colours, 100 for equal pictures,", "", ""),
+            "psnr": ("PSNR in dB over all colours, 100 for equal images,", "", ""),
             "ssim": ("SSIM (Gaussian window 11, sigma 1.5, mirrored edges, range 1, mean over colours)", "", ""),
         }
         """{metric: (how it is computed, its network, sha256 of the network)}, a column of the scores each"""
         if (distance := networks.distance) is not None:
-            what = f"channel-normalised squared difference of the first {distance.stages} stages, at the pictures' own size,"
+            what = f"channel-normalised squared difference of the first {distance.stages} stages, at the images' own size,"
             self.metrics[distance.name] = (what, "EfficientNet-Lite0", EFFICIENTNET_SHA256)
         if (lpips := networks.lpips) is not None:
-            self.metrics["lpips"] = (f"LPIPS v0.1 ({lpips.net}), at the pictures' own size,", f"LPIPS {lpips.net}", lpips.sha256())
+            self.metrics["lpips"] = (f"LPIPS v0.1 ({lpips.net}), at the images' own size,", f"LPIPS {lpips.net}", lpips.sha256())
         self.places: list[int] = []
         self.keys: list[str] = []
         self.scores: list[Tensor] = []
@@ -228,7 +228,7 @@ class _Set:
         self.kept: list[Tensor] = []
         """features (B, 2, width) of originals and reconstructions at these places, in fp32 on the CPU"""
         self.last: tuple[bytes, int] = (b"\xff" * 33, 0)
-        """none beyond can be among the KID_PICTURES smallest"""
+        """none beyond can be among the KID_IMAGES smallest"""
         self.statistics = [Statistics(extractor.width) for _ in range(2)] if isinstance(extractor, Inception) else []
 
     def add(self, places: list[int], images: Tensor, images_hat: Tensor) -> None:
@@ -239,8 +239,8 @@ class _Set:
         wanted = [i for i, place in enumerate(drawn) if place <= self.last]
         self.places += [drawn[i] for i in wanted]
         self.kept.append(features[wanted])
-        if len(self.places) > 2 * KID_PICTURES:
-            self._forget_beyond(sorted(self.places)[KID_PICTURES - 1])
+        if len(self.places) > 2 * KID_IMAGES:
+            self._forget_beyond(sorted(self.places)[KID_IMAGES - 1])
 
     def _forget_beyond(self, last: tuple[bytes, int]) -> None:
         wanted = [i for i, place in enumerate(self.places) if place <= last]
@@ -251,7 +251,7 @@ class _Set:
         """Given the places of all ranks' images: the numbers, and what each image adds to KID. Rank 0 computes, all get the answer."""
         extractor = self.extractor
         drawn = sorted(pair for part in distributed.gather_objects(self.places) for pair in part)
-        self._forget_beyond(drawn[:KID_PICTURES][-1])
+        self._forget_beyond(drawn[:KID_IMAGES][-1])
         places = distributed.gather_rows(torch.tensor([place for _, place in self.places], dtype=torch.long))
         order = places.argsort()
         places, kept = places[order], distributed.gather_rows(self.kept[0])[order]
@@ -267,7 +267,7 @@ class _Set:
                 kid = kernel_distance(kept[:, 0], kept[:, 1], paired=True, seed=seed)
                 first = "all" if len(kept) == len(indices) else f"{len(kept)} of {len(indices)}, those whose pixels have the smallest sha256"
                 how = (
-                    f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no picture against its own copy "
+                    f"unbiased squared MMD between originals and reconstructions, kernel (x.y/d + 1)^3, over {first}, no image against its own copy "
                     f"(spread: standard deviation over {kid.subsets} subsets of {kid.size}); {extractor.preparation}; {where}"
                 )
                 name = metrics_of(extractor)[-1]

@@ -43,14 +43,12 @@ def evaluate_retrieval(
     Raises:
         ValueError: unlike counts, none, owners out of range, an image without a text, or embeddings with NaN or infinite numbers.
     """
-    pictures, count = len(image_embedding), len(texts)
+    images, count = len(image_embedding), len(texts)
     if not count or len(text_embedding) != count or len(owners) != count:
-        raise ValueError(
-            f"retrieval needs an embedding and a picture for each text; seen {count} texts, {len(text_embedding)} embeddings, {len(owners)} owners"
-        )
-    if set(owners) != set(range(pictures)):
-        strange = sorted(set(owners) ^ set(range(pictures)))
-        raise ValueError(f"retrieval needs a text for each of the {pictures} pictures, and a picture for each text; first that is not so: {strange[0]}")
+        raise ValueError(f"retrieval needs an embedding and an image for each text; seen {count} texts, {len(text_embedding)} embeddings, {len(owners)} owners")
+    if set(owners) != set(range(images)):
+        strange = sorted(set(owners) ^ set(range(images)))
+        raise ValueError(f"retrieval needs a text for each of the {images} images, and an image for each text; first that is not so: {strange[0]}")
     for embedding, what in ((image_embedding, "image"), (text_embedding, "text")):
         if not embedding.isfinite().all():
             raise ValueError(f"some {what} embeddings hold NaN or infinite numbers; look at the model in fp32")
@@ -67,20 +65,20 @@ def evaluate_retrieval(
         has[owner[own] - start, string[own]] = True
         return has[:, string]
 
-    def pictures_of(start: int, stop: int) -> Tensor:
+    def images_of(start: int, stop: int) -> Tensor:
         """Which images are right for texts start to stop: (stop - start, N)."""
         asked, row = string[start:stop].unique(return_inverse=True)
         same = torch.isin(string, asked)
-        has = torch.zeros(len(asked), pictures, dtype=torch.bool, device=image.device)
+        has = torch.zeros(len(asked), images, dtype=torch.bool, device=image.device)
         has[torch.searchsorted(asked, string[same]), owner[same]] = True
         return has[row]
 
     found = []
-    rule = "equal texts are right for every picture that has one" if shared else "only a picture's own texts are right for it"
+    rule = "equal texts are right for every image that has one" if shared else "only an image's own texts are right for it"
     rule += ", the best placed right one counts, ties count against"
     for way, (rank, last), what, asking in (
-        ("image_to_text", _best_ranks(image, text, texts_of), f"{count} texts ({unlike} unlike ones)", range(pictures)),
-        ("text_to_image", _best_ranks(text, image, pictures_of), f"{pictures} pictures", owners),
+        ("image_to_text", _best_ranks(image, text, texts_of), f"{count} texts ({unlike} unlike ones)", range(images)),
+        ("text_to_image", _best_ranks(text, image, images_of), f"{images} images", owners),
     ):
         if columns is not None:
             columns[f"{way}_rank"] = Column(list(asking), rank.tolist())
