@@ -92,6 +92,8 @@ def write_latents(job: LatentJob) -> dict[str, Any] | None:
         size = settings.samples * settings.crops * crop_bytes / 1e9
         say(f"{settings.samples:,} samples, {settings.crops} crops of {settings.size} px, {crop_bytes:,} bytes each: {size:.2f} GB in {settings.parts} parts")
         say(f"VAE {settings.vae}, {settings.precision}, into {job.out}")
+        for problem in writer.source.problems:  # of whole shards and of what is no image; those of samples are in the files of the parts
+            say(f"{problem['key']}: {problem['reason']}: {problem['detail']}")
     todo = [part for part in own if not writer.is_complete(part)]
     if ranks.rank == 0 and len(todo) < len(own):
         say(f"{len(own) - len(todo)} of {len(own)} parts are complete")

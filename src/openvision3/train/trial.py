@@ -20,6 +20,7 @@ from torch import Tensor
 
 from openvision3 import distributed, hub
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
+from openvision3.data.images import ImageError
 from openvision3.data.names import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of
@@ -41,7 +42,10 @@ class Trial(Training):
 
     def __init__(self, config: PretrainConfig, start: Start):
         source = open_source(config.data or ("openmoji",))
-        captions = [text for index in range(min(len(source), LEARNT_FROM)) for text in source.captions(index)]
+        captions: list[str] = []
+        for index in range(min(len(source), LEARNT_FROM)):
+            with contextlib.suppress(ImageError):  # it is counted when a batch needs it
+                captions += source.captions(index)
         tokenizer = TextTokenizer.train(captions, config.vocabulary)
         shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
         plan = BatchPlan(shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch)
