@@ -144,6 +144,9 @@ def _write_on_ray(job: LatentJob, settings: LatentSettings, parts: list[int], ac
     job = dataclasses.replace(job, data=absolute, out=os.path.abspath(job.out), precision=settings.precision)  # type: ignore[arg-type]
     if Path(job.vae).expanduser().is_dir():
         job.vae = os.path.abspath(os.path.expanduser(job.vae))
+    for name in ("index", "cache"):
+        if (path := getattr(job, name)) and "://" not in path:
+            setattr(job, name, os.path.abspath(os.path.expanduser(path)))
 
     class PartWriter:
         """One process of the cluster: opens the data and the VAE once, then writes parts."""

@@ -55,7 +55,7 @@ class Trial(Training):
 
 
 def try_training(config: PretrainConfig) -> dict[str, Any]:
-    """Take STEPS steps of `config` -> what they were like, the same on all ranks; `problems` lists what is wrong.
+    """Take STEPS steps of `config` -> what they were like; `problems`, the same on all ranks, lists what is wrong.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before the first step.
@@ -76,7 +76,8 @@ def try_training(config: PretrainConfig) -> dict[str, Any]:
             **_steps(config, setup, start.device),
             "collectives": collectives,
         }
-        report["problems"] = [problem for problems in distributed.gather_objects(_problems(report, start.device)) for problem in problems]
+        of_ranks = distributed.gather_objects(_problems(report, start.device))
+        report["problems"] = list(dict.fromkeys(problem for problems in of_ranks for problem in problems))
         return report
 
 
