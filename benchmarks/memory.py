@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.hub import load_vae
 from openvision3.model.vae import VAE
-from openvision3.train.loop import backward
+from openvision3.train.loop import backward, peak_memory
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.recipes import RECIPES
 
@@ -47,11 +46,6 @@ class Options:
     batch: int = 1
 
 
-def peak(device: str) -> float:
-    """Bytes."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def pieces(options: Options, batch: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
     """Micro-batches as from a cache of latents, made one at a time; every one with other rows."""
     config = RECIPES["mini"]()
@@ -68,11 +62,11 @@ def contrast(options: Options, device: str, precision: str) -> dict[str, float]:
     optimizers = Optimizers(model, config.optimizer, dtype_of(precision))
     count = options.pairs // options.micro_batch
     batch = a_batch(config, VOCABULARY["mini"], options.micro_batch, options.size)
-    before, start = peak(device), time.perf_counter()
+    before, start = peak_memory(device), time.perf_counter()
     batches = ({name: value.to(device) for name, value in piece.items()} for piece in pieces(options, batch, count))
     _, losses = backward(model, batches, count, device, precision)
     optimizers.step()
-    return {"before": before, "peak": peak(device), "seconds": time.perf_counter() - start, "contrastive": losses["contrastive"].item()}
+    return {"before": before, "peak": peak_memory(device), "seconds": time.perf_counter() - start, "contrastive": losses["contrastive"].item()}
 
 
 def base(options: Options, device: str, precision: str) -> dict[str, float]:
@@ -85,7 +79,7 @@ def base(options: Options, device: str, precision: str) -> dict[str, float]:
     wrap_blocks(model, options.checkpointing, False)
     batch = {name: value.to(device) for name, value in a_batch(config, VOCABULARY["base_low_res"], options.batch, options.size).items()}
     backward(model, iter([batch]), 1, device, precision)
-    return {"peak": peak(device)}
+    return {"peak": peak_memory(device)}
 
 
 def measure(options: Options, child: str, size: int, batch: int = 1) -> dict[str, float]:

@@ -66,7 +66,7 @@ def a_model(config: PretrainConfig, vae: VAE, vocabulary: int, device: str) -> O
 
 
 def a_batch(config: PretrainConfig, vocabulary: int, batch: int, size: int) -> dict[str, Tensor]:
-    """Random images, and captions that fill three quarters of the recipe's positions."""
+    """Random images, and captions of unlike lengths: row r lacks r of the recipe's positions, at most half of them."""
     generator = torch.Generator().manual_seed(0)
     text, caption = config.model.text_encoder.positions, config.model.captioner.positions
     text_ids = torch.randint(5, vocabulary, (batch, 2, text), generator=generator)

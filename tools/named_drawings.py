@@ -108,19 +108,24 @@ def read_package(path: Path) -> Package | None:
     if "icons.json" not in members or "info.json" not in members:
         return None
     icons, info = members["icons.json"], members["info.json"]
-    characters = {icon: _character(codes) for codes, icon in members.get("chars.json", {}).items()}
-    return Package(
-        style=icons["prefix"],
-        version=members["package.json"]["version"],
-        sha256=sha256_of(path),
-        licence=info["license"].get("spdx") or info["license"]["title"],
-        author=info["author"]["name"],
-        url=info["author"].get("url", ""),
-        icons=icons["icons"],
-        width=icons.get("width", 16),
-        height=icons.get("height", 16),
-        characters=characters,
-    )
+    try:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", icons["prefix"]):
+            raise ValueError(f"its prefix {icons['prefix']!r} is no name of a style")
+        characters = {icon: _character(codes) for codes, icon in members.get("chars.json", {}).items()}
+        return Package(
+            style=icons["prefix"],
+            version=members["package.json"]["version"],
+            sha256=sha256_of(path),
+            licence=info["license"].get("spdx") or info["license"]["title"],
+            author=info["author"]["name"],
+            url=info["author"].get("url", ""),
+            icons=icons["icons"],
+            width=icons.get("width", 16),
+            height=icons.get("height", 16),
+            characters=characters,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no icon package of Iconify's layout: {error!r}") from error
 
 
 def _character(codes: str) -> str:

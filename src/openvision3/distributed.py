@@ -224,9 +224,11 @@ def together() -> Iterator[None]:
 
 def choose_parallel(setting: str, trainable: int, ranks: Ranks) -> Parallel:
     """auto: copies of a model below 100 M trained parameters, shards of a larger one; on several machines, shards within each machine."""
+    if ranks.world == 1:
+        return "replicate"
     if setting != "auto":
         return setting  # type: ignore[return-value]
-    if ranks.world == 1 or trainable < 100e6:
+    if trainable < 100e6:
         return "replicate"
     return "fsdp" if ranks.local_world == ranks.world else "hsdp"
 

@@ -32,7 +32,7 @@ def _shift(x: Tensor, places: int) -> Tensor:
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """keys (B,) -> (B, count) from (0, 1) in fp32."""
-    return (_shift(random_bits(keys, count), 40).float() + 0.5) * 2.0**-24
+    return ((_shift(random_bits(keys, count), 40).float() + 0.5) * 2.0**-24).clamp_max(1 - 2.0**-24)  # the largest number would be rounded to 1
 
 
 def normal(keys: Tensor, count: int) -> Tensor:

@@ -1,12 +1,15 @@
 """`data index` and `data check` as a person and a script see them."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from shard_files import jpeg, three, write_shard
 
 from openvision3 import cli
+from openvision3.data.shards import check
 
 
 @pytest.fixture
@@ -82,6 +85,26 @@ def test_check_counts_by_reason_and_leaves_with_two(folder, capsys):
     assert "│" in out
     assert "1 no image, such as 00002/z: only txt" in out
     assert "00000.tar" not in out.split("5 shards")[0], "whole shards take no row"
+
+
+def test_samples_with_several_captions_are_told_as_json(folder, capsys):
+    write_shard(folder / "00000.tar", {"0.jpg": jpeg(), "0.txt": b"a\nb"})
+    code, out, _ = run(capsys, "check", folder / "00000.tar", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["captions"] == {"2": 1} == found["each"][0]["captions"]
+
+
+def test_a_process_that_is_killed_is_one_line(folder, capsys, monkeypatch):
+    for i in range(2, 5):
+        write_shard(folder / f"{i:05d}.tar", three(3 * i))
+    monkeypatch.setattr(check, "check_shard", killed)
+    code, _, error = run(capsys, "check", folder, "--workers", "2")
+    assert code == 2 and error.count("\n") == 1 and "a process ended while" in error and "--workers" in error
+
+
+def killed(*_, **__):
+    """Stands for a process that the system ends for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_check_takes_captions_where_training_takes_them(folder, capsys):

@@ -401,9 +401,12 @@ def test_a_kill_loses_no_kind_that_was_measured(root, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(run.MEASURES, "captioning", killed)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scores.jsonl").write_text("{}\n")
     with contextlib.suppress(KeyboardInterrupt):
         assert cli.main(["evaluate", "all", *arguments(root, "--out", str(tmp_path / "out"))])
     results = Results.load(tmp_path / "out")
+    assert not (tmp_path / "out" / "scores.jsonl").exists(), "scores of an earlier evaluation do not stand beside new numbers"
     assert {"psnr", "image_to_text_r@1"} <= {row.metric for row in results.rows}
     assert {each.metric for each in results.not_run if "not measured yet" in each.needs} == {"captioning", "zeroshot", "probe"}
 
@@ -445,6 +448,20 @@ def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_h
     assert "needs six images, 6 of them; measured on 5" in capsys.readouterr().err
     [row] = [row for row in Results.load(tmp_path / "out").rows if row.metric == "psnr" and not row.model.startswith("VAE")]
     assert "NOT protocol rfid-coco" in row.number.how
+
+
+def test_a_published_protocol_holds_though_some_of_its_images_were_seen_in_training(root, tmp_path, monkeypatch):
+    from openvision3.evaluate import suite
+
+    data = labelled(tmp_path / "data", 2, 3)
+    (tmp_path / "train").mkdir()
+    shutil.copy(next(data.rglob("*.png")), tmp_path / "train" / "copy.png")
+    monkeypatch.setattr(suite, "reconstruction_networks", lambda *a, **b: suite.Networks())
+    monkeypatch.setitem(PROTOCOL_COUNTS, "rfid-coco", (6, "six images"))
+    argv = ["evaluate", "reconstruction", str(root / "model"), "--data", str(data), "--protocol", "rfid-coco", "--train", str(tmp_path / "train")]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    rows = Results.load(tmp_path / "out").rows
+    assert {row.number.count for row in rows if row.metric == "psnr"} == {1, 5, 6} and not [row for row in rows if "NOT protocol" in row.number.how]
 
 
 def test_a_published_protocol_must_hold(root, capsys, tmp_path, monkeypatch):

@@ -40,7 +40,14 @@ def test_files_that_hold_no_images_are_one_line(tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (3, 2, 2, 3)})
         member.write(bytes(30))
-    for name in ("floats", "objects", "other", "garbage", "short"):
+    np.savez(tmp_path / "whole.npz", np.zeros((1, 2, 2, 3), np.uint8))
+    locked = bytearray((tmp_path / "whole.npz").read_bytes())
+    for head, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        locked[locked.index(head) + flags] |= 1
+    (tmp_path / "locked.npz").write_bytes(locked)
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (1, 60_000, 60_000, 3)})
+    for name in ("floats", "objects", "other", "garbage", "short", "locked", "huge"):
         with pytest.raises(ValueError, match=rf"{name}\.npz is not a file of images, which is arr_0") as caught:
             ArraySource(tmp_path / f"{name}.npz")
         assert "\n" not in str(caught.value)
@@ -50,3 +57,6 @@ def test_files_that_hold_no_images_are_one_line(tmp_path):
         ArraySource(tmp_path / "nowhere.npz")
     assert holds_arrays(tmp_path / "other.npz", "mu") and not holds_arrays(tmp_path / "other.npz", "mu", "sigma")
     assert not holds_arrays(tmp_path / "garbage.npz", "mu")
+    damaged = (tmp_path / "other.npz").read_bytes().replace(b"PK\x01\x02", b"PKxx")
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    assert not holds_arrays(tmp_path / "damaged.npz", "mu")

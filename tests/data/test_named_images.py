@@ -10,6 +10,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from openvision3.data import named_images
 from openvision3.data.images import ImageError
 from openvision3.data.named_images import NamedImages
 
@@ -69,7 +70,7 @@ def test_what_is_no_place_of_images_is_refused(tmp_path):
 
 def test_a_name_that_leads_out_of_its_folder_is_missing(folder):
     images = NamedImages([folder / "images", archive(folder, "zip")])
-    for name in ("../a.png", str(folder / "a.png"), "test/../../a.png", "", f"x/{folder / 'a.png'}", "a" * 300 + ".png", "é" * 130):
+    for name in ("../a.png", str(folder / "a.png"), "test/../../a.png", "", f"x/{folder / 'a.png'}", "a" * 300 + ".png", "é" * 130, "\ud800.png"):
         with pytest.raises(ImageError, match="no image") as seen:
             images.open(name)
         assert seen.value.reason == "missing"
@@ -92,6 +93,16 @@ def test_a_damaged_member_is_one_unreadable_image(tmp_path, kind):
     with pytest.raises(ImageError, match="cannot be unpacked") as seen:
         NamedImages([path]).open("a.png")
     assert seen.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_member_that_would_fill_the_memory_is_not_unpacked(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(named_images, "LARGEST", 1000)
+    (tmp_path / "a.png").write_bytes(bytes(1001))
+    path = archive(tmp_path, kind)
+    with pytest.raises(ImageError, match="holds more than") as seen:
+        NamedImages([path]).open("a.png")
+    assert seen.value.reason == "too large"
 
 
 def test_the_last_part_of_a_name_stands_for_one_member_only(tmp_path):

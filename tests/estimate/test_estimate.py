@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -20,9 +21,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from openvision3 import cli
-from openvision3.distributed import wrap_blocks
+from openvision3.distributed import block_lists, wrap_blocks
 from openvision3.estimate.counts import Cost, Shapes, count_muon, count_parts
-from openvision3.estimate.devices import DEVICES, Devices, parse_devices
+from openvision3.estimate.devices import DEVICES, Devices, here, parse_devices
 from openvision3.estimate.plan import RESERVE, count_memory, estimate, split_work, values
 from openvision3.estimate.planned import BERT, FLUX, Options, PlannedPretraining, build_vae, divisors
 from openvision3.estimate.show import bar, show, to_json
@@ -351,6 +352,26 @@ def test_an_all_reduce_sends_twice_the_gradients_but_for_the_own_part():
     assert plan.parallel == "replicate"
     assert plan.network["gradients within a machine"] == pytest.approx(2 * 4 * count * 3 / 4)
     assert not any(name.endswith("between machines") for name in plan.network)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_sharded_blocks_are_gathered_for_forward_and_backward_and_the_rest_once_for_both(pieces):
+    plan, run = of(gpus="h100:8", parallel="fsdp", micro_batch=1024 // pieces), base_low_res()
+    with torch.device("meta"):
+        model = OpenVision3(run.model, build_vae(run.model.vae.name, torch.bfloat16)[0], 30_524)
+    parts = {name: sum(p.numel() for blocks in block_lists(part) for p in blocks.parameters()) for name, part in model.named_children()}
+    blocks, everything = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    embedding = pieces * (parts["encoder"] + parts["text_encoder"]) if pieces > 1 else 0
+    expected = 2 * (2 * pieces * blocks + embedding) + 4 * (everything - blocks) * (pieces + (pieces > 1))
+    assert plan.network["weights within a machine"] == pytest.approx(expected * 7 / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(("title", "bf16"), [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_a_card_that_only_resembles_one_of_the_table_has_no_sheet(monkeypatch, title, bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: title)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80e9))
+    assert here().bf16 == (pytest.approx(bf16, rel=1e-2) if bf16 else None) and here().memory == 80e9
 
 
 def test_hsdp_sends_only_gradients_and_embeddings_to_other_machines():

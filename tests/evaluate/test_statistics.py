@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics as plain
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,15 @@ def test_only_the_first_against_the_others_and_the_best_against_the_second_are_c
     numbers = {name: number("psnr", plain.fmean(column["psnr"].values), 20, "") for name, column in columns.items()}
     assert [{each.a, each.b} for each in differences("psnr", numbers, columns, {})] == [{"c", "b"}, {"a", "c"}, {"a", "b"}]
     assert not differences("psnr", {"a": numbers["a"]}, columns, {})
+
+
+def test_numbers_over_a_part_for_one_model_and_over_all_for_another_are_compared_over_all_and_not_called_a_part():
+    columns = {name: {"psnr": Column(list(range(6)), [x + shift for x in draws(6, 6)])} for name, shift in (("a", 0.0), ("b", 1.0))}
+    numbers = {name: replace(number("psnr", plain.fmean(columns[name]["psnr"].values), 6, ""), part=part) for name, part in (("a", "unseen"), ("b", ""))}
+    [found] = differences("psnr", numbers, columns, {"unseen": {0, 1}})
+    assert found.count == 6 and found.part == ""
+    both = {name: replace(one, part="unseen") for name, one in numbers.items()}
+    assert [one.count for one in differences("psnr", both, columns, {"unseen": {0, 1}})] == [2]
 
 
 def test_a_bootstraps_p_is_never_0():

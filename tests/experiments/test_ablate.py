@@ -228,6 +228,12 @@ def test_compare_groups_runs_that_differ_in_their_seed_alone(synergy, tmp_path, 
     assert "±" in capsys.readouterr().out and "encoder_learns_from" in (tmp_path / "page.html").read_text()
 
 
+def test_two_runs_of_one_seed_are_two_rows(synergy, tmp_path):
+    run = synergy / "base" / "seed-0"
+    again = shutil.copytree(run, tmp_path / "again")
+    assert [len(group.runs) for group in read_groups([str(run), str(again), str(synergy / "base" / "seed-1")])] == [2, 1]
+
+
 def test_numbers_of_unlike_protocols_are_not_put_in_one_table(synergy, tmp_path):
     """Another size is another table; a weighted sum of losses is no column where the weights differ."""
     base = Group("base", [Curves(synergy / "base" / "seed-0").read()])

@@ -173,7 +173,11 @@ def test_the_head_says_how_far_and_how_fast_the_run_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (0.00025, "2.5e-04"), (0.1234567, "0.1235"), (9999.0, "9999"), (12345.0, "12.3k"), (-2.5e6, "-2.5M"), (1e20, "1.0e+20")]
+    ("value", "text"),
+    [
+        *((0.0, "0"), (0.00025, "2.5e-04"), (0.1234567, "0.1235"), (9999.0, "9999"), (12345.0, "12.3k"), (-2.5e6, "-2.5M"), (1e20, "1.0e+20")),
+        *((999_600.0, "1M"), (9999.99, "10k")),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert format_number(value) == text

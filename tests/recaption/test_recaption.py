@@ -116,6 +116,34 @@ def says(answer):
     return lambda: lambda pictures, keys: [answer(picture, key) for picture, key in zip(pictures, keys, strict=True)]
 
 
+def test_shards_that_are_missing_are_counted(tmp_path):
+    for number in (0, 2):
+        write_shard(tmp_path / "in" / f"{number:05d}.tar", members(number, 1))
+    tally = recaption([f"{tmp_path}/in/{{00000..00002}}.tar"], tmp_path / "out", says(lambda picture, key: Answer("new")))
+    assert tally.unwritten == 1 and [problem["reason"] for problem in tally.problems] == ["missing"] and len(tally.written) == 2
+
+
+def test_another_shard_of_the_same_name_is_not_taken_for_done(tmp_path):
+    for number, folder in enumerate(("a", "b")):
+        write_shard(tmp_path / folder / "00000.tar", members(number, 2))
+    model = says(lambda picture, key: Answer("new"))
+    assert len(recaption([str(tmp_path / "a")], tmp_path / "out", model).written) == 1
+    other = recaption([str(tmp_path / "b")], tmp_path / "out", model)
+    assert other.unwritten == 1 and other.problems[0]["reason"] == "name is taken" and not other.standing
+    assert len(recaption([str(tmp_path / "a")], tmp_path / "out", model).standing) == 1
+
+
+def test_new_captions_are_not_put_beside_a_table_of_old_ones(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(drawing(0))
+    (folder / "captions.csv").write_text("file,caption\na.jpg,old\n")
+    before = tree(folder)
+    with pytest.raises(ValueError, match=r"has captions\.csv, whose captions would be read beside the new ones"):
+        recaption([str(folder)], folder, says(lambda picture, key: Answer("new")))
+    assert tree(folder) == before
+
+
 # -- what is written -------------------------------------------------------------------------------------------------------
 
 

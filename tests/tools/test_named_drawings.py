@@ -60,6 +60,17 @@ def draw(packages: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("change", [{"icons": {"prefix": "../evil", "icons": {"a-thing": {"body": SQUARE}}}}, {"info": {}}])
+def test_a_package_does_not_choose_where_files_go_and_one_that_lacks_fields_is_one_line(tmp_path, change):
+    folder = tmp_path / "in" / "packages"
+    folder.mkdir(parents=True)
+    members = {"package": {"version": "1.0.0"}, "icons": {"prefix": "one", "icons": {"a-thing": {"body": SQUARE}}}, "info": INFO} | change
+    pack(folder / "x.tgz", **members)
+    done = draw(folder, tmp_path / "in" / "out")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "is no icon package" in done.stderr
+    assert not list(tmp_path.rglob("*evil*"))
+
+
 def samples(out: Path) -> list[dict]:
     rows = []
     for path in sorted(out.glob("*.tar")):

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +75,7 @@ def check(data: Data, caption_keys: tuple[str, ...] = (), decode: bool = False, 
     samples, usable, size = map(report.total, ("samples", "usable", "bytes"))
     if json:
         totals = {"shards": report.shards, "folders": report.folders, "samples": samples, "usable": usable, "bytes": size, "captions": several}
-        details = {"reasons": count_reasons(problems), "problems": problems, "each": [asdict(checked) for checked in report.checked]}
+        details = {"reasons": count_reasons(problems), "problems": problems, "each": [vars(checked) for checked in report.checked]}
         print(dumps(totals | details, indent=2, ensure_ascii=False))
     else:
         _print_checked([checked for checked in report.checked if checked.problems])
@@ -155,7 +155,7 @@ def latents(argv: Sequence[str]) -> int:
         return 0
     if cache["skipped"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in cache["skipped"].items())
-        say(f"skipped: {counts}; each is listed in the part's .json file")
+        say(f"skipped: {counts}; samples are listed in the .json file of their part")
     if job.json:
         print(dumps({name: value for name, value in cache.items() if name != "parts"}, indent=2))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ import numpy as np
 
 from openvision3.data.captions import Captions
 from openvision3.data.identity import digest
-from openvision3.data.images import ImageError
+from openvision3.data.images import MAX_PIXELS, ImageError
 from openvision3.data.sources import EncodedSource
 
 IMAGES = "arr_0"
@@ -40,10 +41,12 @@ class ArraySource(EncodedSource):
             shape, transposed, kind = read(self._file)
             if kind != np.uint8 or transposed or len(shape) != 4 or shape[3] != 3:
                 raise ValueError(f"it holds {kind} of shape {shape}")
+            if shape[1] * shape[2] > MAX_PIXELS:
+                raise ValueError(f"its images have {shape[1]:,} x {shape[2]:,} pixels; at most {MAX_PIXELS:,} are decoded")
             self._start, there = self._file.tell(), self._file.seek(0, 2)
             if there < self._start + math.prod(shape):
                 raise ValueError(f"it ends before image {(there - self._start) // math.prod(shape[1:]) + 1} of {shape[0]}")
-        except (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:  # RuntimeError: it is encrypted
             expected = f"which is {IMAGES} of uint8 (N, H, W, 3) in an .npz"
             raise ValueError(f"{path} is not a file of images, {expected}: {' '.join(str(error).split())}") from error
         self.count, self.height, self.width = shape[:3]
@@ -82,5 +85,8 @@ def holds_arrays(path: str | Path, *names: str) -> bool:
     """Whether the file holds arrays of all these names. False for a file that is no `.npz`."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {f"{name}.npy" for name in names} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in names} <= set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError):
+        return False

@@ -192,6 +192,7 @@ class TrainingBatches(PreparedBatches):
                     view = self.source.crop(index, self.size, generator)[0]
             except ImageError as error:
                 problems.append(error.as_problem(name))
+                damage_seen()  # what Pillow said of this image is not said of the next one
                 continue
             if damage := damage_seen():
                 problems.append({"key": name, **damage})

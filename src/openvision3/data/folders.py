@@ -232,7 +232,7 @@ class FolderSource(EncodedSource):
         self.texts = Names(contents.texts)
         self._text_of = contents.texts
         self.table: dict[str, list] = {}
-        self._tables: list[str] = []
+        self.tables: list[str] = []
         self._columns: dict[str, dict[str, str] | None] = {}
         self._add_problems(contents.unused)
         self._read_tables(contents.tables)
@@ -252,7 +252,7 @@ class FolderSource(EncodedSource):
                 # a metadata.csv may hold anything
                 self._add_problems([{"key": path, "reason": "table without captions, which is not used", "detail": str(error)}])
                 continue
-            self._tables.append(path)
+            self.tables.append(path)
             self._add_problems(table.problems)
             for name, captions in table.captions.items():
                 known = present.find(name)
@@ -312,8 +312,8 @@ class FolderSource(EncodedSource):
     def _read_column(self, column: str) -> dict[str, str] | None:
         """{path of an image: its text in this column of the tables, or SEVERAL}; None if no table has the column."""
         texts: dict[str, str] = {}
-        has_column, present = False, Names(self.names if self._tables else ())
-        for path in self._tables:
+        has_column, present = False, Names(self.names if self.tables else ())
+        for path in self.tables:
             for named, row in _read_rows(self.folder, path):
                 has_column = has_column or column in row
                 known, text = present.find(named), field_text(row.get(column))

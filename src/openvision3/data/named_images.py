@@ -30,6 +30,8 @@ ENDINGS = ("", ".jpg", ".png", ".jpeg")
 
 LONGEST = 240
 """bytes of a part of a name; file systems take 255, endings included"""
+LARGEST = 256 << 20
+"""most bytes of a member that are unpacked"""
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 """what reading a damaged archive raises"""
 
@@ -56,7 +58,7 @@ class NamedImages:
     def find(self, name: str) -> tuple[Path, str] | None:
         """(folder or archive, path in it) of an image; None where it is missing, or where its name leads out of a folder."""
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or any(len(os.fsencode(part)) > LONGEST for part in path.parts):
+        if path.is_absolute() or ".." in path.parts or not path.parts or any(len(part.encode("utf-8", "surrogatepass")) > LONGEST for part in path.parts):
             return None
         for candidate in _candidates(str(path)):  # a//b is a/b, so that what is left without its first folder does not begin with /
             for place in self.places:
@@ -115,12 +117,13 @@ class _Archive:
                 self._file, self._members, self._last_parts = self._open()
                 self._process = os.getpid()
             try:
-                if isinstance(self._file, zipfile.ZipFile):
-                    return self._file.read(member)
-                file = self._file.extractfile(member)
-                return file.read() if file else b""
+                file = self._file.open(member) if isinstance(self._file, zipfile.ZipFile) else self._file.extractfile(member)
+                data = file.read(LARGEST + 1) if file else b""
             except (*DAMAGED, KeyError, RuntimeError, NotImplementedError) as error:  # KeyError: a link to nothing; RuntimeError: it is encrypted
                 raise ImageError("unreadable", f"{member} in {self.path} cannot be unpacked: {error}") from error
+        if len(data) > LARGEST:
+            raise ImageError("too large", f"{member} in {self.path} holds more than {LARGEST >> 20} MiB")
+        return data
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

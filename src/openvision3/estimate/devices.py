@@ -106,7 +106,8 @@ def here() -> Device:
     if torch.cuda.is_available():
         title = torch.cuda.get_device_name().lower().replace(" ", "")
         memory = float(torch.cuda.get_device_properties(0).total_memory)
-        known = next((d for d in DEVICES.values() if d.name in title), Device(title, None, None, memory, None, None, None, "not in the table"))
+        is_other = any(word in title for word in ("pcie", "nvl", "laptop", "gh200", "gb200"))  # slower or larger than the sheet of that name
+        known = next((d for d in DEVICES.values() if d.name in title and not is_other), Device(title, None, None, memory, None, None, None, "not in the table"))
         return replace(known, memory=memory)
     return this_processor()
 

@@ -229,8 +229,9 @@ def count_network(run: PlannedRun) -> Explained:
         send("gradients", 2.0 * FP32 * run.trainable, f"2 x {gradients}", n, nodes)
     else:
         machines = 1 if run.parallel == "hsdp" else nodes
-        weights = f"({run.width_bytes} x {run.in_blocks:,} + {FP32} x {outside:,}) x {run.gathers} gathers"
-        send("weights", float(run.width_bytes * run.in_blocks + FP32 * outside) * run.gathers, weights, run.shards, machines)
+        blocks = run.gathers * run.in_blocks + run.embedding_blocks
+        weights = f"({run.width_bytes} x {blocks:,} of blocks + {FP32} x {outside:,} x {run.outside_gathers})"
+        send("weights", float(run.width_bytes * blocks + FP32 * outside * run.outside_gathers), weights, run.shards, machines)
         send("gradients", float(FP32 * run.trainable), gradients, run.shards, machines)
         if run.parallel == "hsdp" and nodes > 1:  # each machine's shard meets its counterparts
             formula = f"2 x {gradients} / {run.shards} shards x {nodes - 1}/{nodes}"

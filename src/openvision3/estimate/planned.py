@@ -200,8 +200,8 @@ class PlannedRun(ABC):
                 f"choose one of 0, {', '.join(map(str, divisors(self.local)))}"
             )
         self.pieces = self.local // self.micro
-        # Sharded weights are made whole in forward and backward of each piece.
-        self.gathers = 2 * self.pieces
+        # Sharded blocks are made whole in forward and backward of each piece; the rest once for both.
+        self.gathers, self.outside_gathers, self.embedding_blocks = 2 * self.pieces, self.pieces, 0
 
     def _length(self, what: str, length: int, positions: int) -> int:
         if length > positions:
@@ -219,6 +219,7 @@ class PlannedPretraining(PlannedRun):
     def _count_model(self) -> None:
         import torch
 
+        from openvision3.distributed import block_lists
         from openvision3.estimate.counts import count_parts
         from openvision3.model.openvision3 import OpenVision3
 
@@ -233,14 +234,16 @@ class PlannedPretraining(PlannedRun):
         self.pixel_share, self.understood = config.pixel_share, 1 - config.decoder_share
         self.passes = dict.fromkeys(("VAE decode", "perceptual", "discriminator"), config.pixel_share) | {"text encoder": config.captions}
         self.kept_numbers = self.vae.latent_channels * (config.size // self.vae.stride) ** 2
-        if self.pieces > 1:
-            self.gathers += 1  # the pass that embeds all pieces first
         decoder_alone = config.decoder_share == 1
         if decoder_alone:
             model.requires_grad_(False)
             model.latent_decoder.requires_grad_(True)
             parts = {"latent decoder": model.latent_decoder}
             self.frozen = self.frozen_saved = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and not name.startswith("vae."))
+        if self.pieces > 1:  # a pass embeds all pieces first
+            self.outside_gathers += 1
+            lists = [blocks for part in (model.encoder, model.text_encoder) for blocks in block_lists(part)]
+            self.embedding_blocks = self.pieces * sum(p.numel() for blocks in lists for p in blocks.parameters())
         self.parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         self._count_trained(model)
         shapes = self._shapes(self.text_length, self.caption_length)

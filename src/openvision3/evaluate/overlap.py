@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openvision3.data.captions import Captions, TextError
 from openvision3.data.fingerprint import Fingerprint, recorded
+from openvision3.data.sources import Source
 from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN, SEEN_CONCEPT, UNSEEN, UNSEEN_CONCEPT, UNSEEN_STYLE
 
@@ -23,8 +25,13 @@ FILE = "overlap.jsonl"
 """file in the folder of an evaluation, with one line per sample seen in training"""
 BY_CAPTION = ("retrieval", "captioning")
 """kinds of evaluation in which a caption seen in training reveals the answer"""
-PARTS = {"reconstruction": "image and family, by the model or its VAE", "retrieval": "caption, image and family", "captioning": "caption, image and family"}
-"""criteria by which a sample counts as seen, for kinds with more than image and family"""
+PARTS = {
+    "reconstruction": "image and family, by the model or its VAE",
+    "retrieval": "caption, image and family",
+    "captioning": "caption, image and family",
+    "probe": "image and family, by the model",
+}
+"""criteria by which a sample counts as seen, for kinds with others than image and family; the samples of one name are joined over kinds"""
 BY_VAE = " (by the model or its VAE)"
 """ending of the names of the kinds of drawing in reconstruction, where the VAE's training counts too"""
 NOT_KNOWN = "not known; name the training data with --train"
@@ -58,6 +65,13 @@ class Sighting:
         return (not self.known.kinds or kind in self.known.kinds) and bool(self.near is not None or self.family or (self.captions and kind in BY_CAPTION))
 
 
+def _captions(source: Source, index: int) -> Captions:
+    try:
+        return source.captions(index)
+    except TextError:  # counted when its image was read
+        return Captions()
+
+
 @dataclass
 class Overlap:
     """The known training data, and the evaluated samples that occur in them."""
@@ -76,7 +90,7 @@ class Overlap:
         if not new:
             return
         source = images.source
-        captions = {index: source.captions(index) for index in new}
+        captions = {index: _captions(source, index) for index in new}
         families = {index: source.family(index) for index in new}
         self.drawings |= {index: drawing for index in new if (drawing := source.drawing(index))}
         described = images.descriptions(new)

@@ -193,13 +193,13 @@ class Scores:
 
     @classmethod
     def load(cls, folder: Path) -> Scores:
-        """Load scores.jsonl of `folder`, or its answers.jsonl; without these files the scores are empty. Raises ValueError for a damaged file."""
+        """Load scores.jsonl of `folder` and its answers.jsonl; without these files the scores are empty. Raises ValueError for a damaged file."""
+        scores = cls()
         if (folder / vqa.ANSWERS).is_file():
             try:
-                return cls(vqa.load_columns(folder / vqa.ANSWERS))
+                scores.columns = vqa.load_columns(folder / vqa.ANSWERS)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{folder / vqa.ANSWERS} is not a file of answers: {type(error).__name__} {error}; evaluate again") from error
-        scores = cls()
         path = folder / SCORES
         if not path.is_file():
             return scores

@@ -30,7 +30,7 @@ from openvision3.evaluate.image_set import ImageSet, Rows, Watch, on_first, with
 from openvision3.evaluate.options import KINDS, PROTOCOL_COUNTS, Options
 from openvision3.evaluate.overlap import Known, Overlap
 from openvision3.evaluate.protocol import Functions, Number
-from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting
+from openvision3.evaluate.results import SCORES, NotRun, Results, Row, Scores, Setting
 from openvision3.evaluate.statistics import Columns, subset_numbers, with_interval
 from openvision3.evaluate.subjects import Say, Subject, Subjects, choose_subjects, load_subjects, silent
 from openvision3.evaluate.suite import Measured
@@ -113,6 +113,7 @@ def evaluate(
         if distributed.rank() == 0 and kinds[place:] and results.rows:
             later = [NotRun(model.name, rest, "not measured yet: stopped before") for rest in kinds[place:] for model in evaluation.models]
             with distributed.alone():
+                (Path(options.out) / SCORES).unlink(missing_ok=True)  # of an earlier evaluation; those of this one are written at its end
                 replace(results, not_run=[*results.not_run, *later]).save(Path(options.out))
     with distributed.together():
         if not results.rows:
@@ -155,15 +156,17 @@ def prepare(
 
 def _known_training(options: Options, kinds: Sequence[str], subjects: Subjects, images: ImageSet) -> Overlap:
     """The known training data: those recorded with MODEL and its VAE if these are measured, and those named with --train."""
-    known, unknown = list(subjects.known), list(subjects.unknown)
+    known = [one for one in subjects.known if not one.kinds or set(one.kinds) & set(kinds)]  # the VAE's data matter for reconstruction alone
+    unknown = list(subjects.unknown)
     files, names = options.training_data()
-    of_data = [Fingerprint.load(file) for file in files]
+    named = [Known("--train", Fingerprint.joined([Fingerprint.load(file) for file in files]))] if files else []
     if names and tuple(kinds) != ("probe",):  # a probe removes near-duplicates of them itself
         source = open_source(names, options.data_options())
         images.problems.extend(source.problems)
-        of_data.append(take_fingerprint(source, names, images.problems, lambda items, what: images.watch(items, what, len(source))))
-    if of_data:
-        known.append(Known("--train", Fingerprint.joined(of_data), tuple(kind for kind in KINDS if kind != "probe") if names else ()))
+        taken = take_fingerprint(source, names, images.problems, lambda items, what: images.watch(items, what, len(source)))
+        named.append(Known("--train", taken, tuple(kind for kind in KINDS if kind != "probe")))
+    if named:
+        known += named
         unknown = [owner for owner in unknown if owner != options.model]
     return Overlap(known, tuple(unknown))
 
@@ -180,7 +183,7 @@ def _check_protocol(evaluation: Evaluation) -> None:
     """If images of a published protocol are unreadable, state in `broken` and in its rows that it does not hold."""
     name, results = evaluation.options.protocol, evaluation.results
     count, which = PROTOCOL_COUNTS.get(name, (0, ""))
-    counts = sorted({row.number.count for row in results.rows if row.metric in ("psnr", "ssim", "rfid")} - {count})
+    counts = sorted({len(done.used) for (kind, _), done in evaluation.measured.items() if kind == "reconstruction"} - {count})
     if not name or not counts:
         return
     held, broken = f"protocol {name}", f"NOT protocol {name}, of which images are missing"

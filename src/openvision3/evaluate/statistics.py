@@ -354,7 +354,8 @@ def differences(metric: str, numbers: Mapping[str, Number], columns: Mapping[str
     values = {model: number.value for model, number in numbers.items() if model in columns}
     pairs = [(next(iter(values)), other) for other in list(values)[1:]]
     pairs += [(ranking[0], ranking[1])] if len(ranking := best_first(metric, values)) > 1 else []
-    made_of, part = definition(metric), next((number.part for number in numbers.values()), "")
+    named = {number.part for number in numbers.values()}  # all samples may be the unseen ones for one model and not for another
+    made_of, part = definition(metric), named.pop() if len(named) == 1 else ""
     if made_of is None or (part and part not in parts):
         return []
     own = f"{part}: {made_of.column}"  # the scores of a part that was measured alone

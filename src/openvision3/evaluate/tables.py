@@ -54,7 +54,8 @@ def _unlike(a: Row, b: Row) -> str:
 
 def named(setting: Setting, lines: Iterable[Line]) -> str:
     """The name of the data, and the part of them that the numbers were computed from."""
-    part = next((number.part for line in lines for number in line.values.values()), "")
+    parts = {number.part for line in lines for number in line.values.values()}
+    part = parts.pop() if len(parts) == 1 else ""
     return f"{setting.data}, {part}" if part else setting.data
 
 

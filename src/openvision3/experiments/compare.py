@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,13 +82,16 @@ class Difference:
 
 def read_groups(names: Sequence[str]) -> list[Group]:
     """The named runs; those that differ in their seed alone form one group. Raises ValueError: no such run, or one without numbers."""
-    by_settings: dict[str, list[Curves]] = {}
+    by_settings: dict[tuple[str, int], list[Curves]] = {}
+    times: Counter[tuple[str, int]] = Counter()
     for run in open_runs(names):
         if not run.values:
             raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
         settings = flat(to_dict(load_config(PretrainConfig, run.folder / "config.json")))
         settings["init"] = re.sub(r"/seed-\d+$", "", settings["init"])  # the first phase of the same seed
-        by_settings.setdefault(str({name: value for name, value in settings.items() if name not in (*PretrainConfig.FREE, "seed")}), []).append(run)
+        own, seed = str({name: value for name, value in settings.items() if name not in (*PretrainConfig.FREE, "seed")}), settings["seed"]
+        by_settings.setdefault((own, times[own, seed]), []).append(run)  # a seed that comes again is a row of its own
+        times[own, seed] += 1
     return [Group(str(runs[0].folder) + (f" and {len(runs) - 1} more seeds" if len(runs) > 1 else ""), runs) for runs in by_settings.values()]
 
 

@@ -112,7 +112,7 @@ def format_number(value: float) -> str:
     if abs(value) >= 1e15 or abs(value) < 1e-3:
         return f"{value:.1e}"
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
+        if abs(value) >= size * (1 - 10.0 ** (-4 - (unit == "k")) * 5):  # what would be rounded up to it
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
     return f"{value:.4g}"
 

@@ -35,6 +35,11 @@ class CaptionShard:
         self.is_missing_members = False
         self.problems: list[Problem] = []
 
+    def is_source_of_target(self) -> bool:
+        """Whether the finished target has the first image of this shard, which is copied as it is. True where one of them cannot be read."""
+        one, other = _first_image(self.path), _first_image(self.target)
+        return one is None or other is None or one == other
+
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         """Read the headers and the JSON. Raises ValueError: captions would be overwritten."""
         self.name = name
@@ -125,6 +130,15 @@ def _read_old_captions(file: BinaryIO, values: dict, members: dict[str, Member],
     return text_captions(decode_text(_read(file, members["txt"]), "the .txt member"))
 
 
+def _first_image(path: str | Path) -> bytes | None:
+    """The bytes of the first image of a tar; None if there is none, or the file cannot be read."""
+    with contextlib.suppress(OSError, tarfile.TarError), tarfile.open(path, "r:") as tar:
+        for info in tar:
+            if info.isreg() and is_image(info.name.rpartition("/")[2].partition(".")[2].lower()) and (file := tar.extractfile(info)):
+                return file.read()
+    return None
+
+
 def _copy(source: BinaryIO, tar: tarfile.TarFile, start: int, end: int) -> None:
     """Copy bytes of a tar as they are."""
     source.seek(start)
@@ -160,8 +174,19 @@ class CaptionFolder:
     def __init__(self, folder: str, target: Path):
         self.path, self.target = folder, target
         self.source = FolderSource(folder)
+        old = [table for table in self.source.tables if Path(table).name.lower().startswith("captions.") and Path(table).name != target.name]
+        if old and target.resolve().parent == Path(folder).resolve():
+            raise ValueError(
+                f"{folder} has {Path(old[0]).name}, whose captions would be read beside the new ones; choose another folder with --out, "
+                f"then put its {target.name} in the place of {Path(old[0]).name}"
+            )
         self.size = sum(os.path.getsize(path) for path in self.source.files())
-        self.problems: list[Problem] = []
+        self.problems: list[Problem] = list(self.source.problems)
+
+    def is_source_of_target(self) -> bool:
+        """Whether the finished target has a row for each image of the folder."""
+        rows = self.target.read_text(encoding="utf-8").splitlines()
+        return [json_object(row).get("file") for row in rows] == self.source.names
 
     def open(self, name: str, caption_key: str, replace: bool) -> None:
         """Read the old captions. Raises ValueError: a folder has no JSON field `caption_key`."""

@@ -131,12 +131,18 @@ def write_captions(job: RecaptionJob, settings: Mapping[str, Any], load: Callabl
     rank, world = job.split
     shards = shards[rank::world]
     tally = Tally(len(shards))
+    if rank == 0:
+        _tell_of_the_missing(job, tally)
     total = max(1, sum(shard.size for shard in shards))
     done = 0
     describe: Describe | None = None
     for shard in shards:
         tally.working = shard.target.name
-        if shard.target.exists():
+        if shard.target.exists() and not shard.is_source_of_target():
+            tally.unwritten += 1
+            detail = f"{shard.target} was written from other images; choose another folder with --out, or delete it"
+            tally.problems.append({"key": shard.path, "reason": "name is taken", "detail": detail})
+        elif shard.target.exists():
             tally.standing.append(shard.target)
             journal_path(shard.target).unlink(missing_ok=True)  # a kill between writing the shard and this leaves one
         else:
@@ -160,6 +166,15 @@ def write_captions(job: RecaptionJob, settings: Mapping[str, Any], load: Callabl
         tally.share = done / total
         watch(tally)
     return tally
+
+
+def _tell_of_the_missing(job: RecaptionJob, tally: Tally) -> None:
+    """Count shards that are not there, and list what names no image."""
+    for data in map(find, job.data):
+        tally.problems += [{"key": path, "reason": "missing", "detail": "no such shard"} for path in data.missing]
+        tally.problems += data.unused
+        tally.unwritten += len(data.missing)
+        tally.shards += len(data.missing)
 
 
 def _write_shard(shard: CaptionShard | CaptionFolder, job: RecaptionJob, describe: Describe, by: dict[str, str], tally: Tally) -> Iterator[float]:

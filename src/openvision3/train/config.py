@@ -67,8 +67,8 @@ class PretrainConfig(LoopConfig, _ModelAndData):
 
     @property
     def finish_from(self) -> int:
-        """Steps before those that train the latent decoder alone."""
-        return self.steps - round(self.decoder_share * self.steps)
+        """Steps before those that train the latent decoder alone; with `decoder_finish` one at least, so that the optimiser has a state for every part."""
+        return max(self.steps - round(self.decoder_share * self.steps), 1 if self.decoder_finish else 0)
 
     @property
     def decoder_share(self) -> float:

@@ -92,6 +92,8 @@ def write_latents(job: LatentJob) -> dict[str, Any] | None:
         size = settings.samples * settings.crops * crop_bytes / 1e9
         say(f"{settings.samples:,} samples, {settings.crops} crops of {settings.size} px, {crop_bytes:,} bytes each: {size:.2f} GB in {settings.parts} parts")
         say(f"VAE {settings.vae}, {settings.precision}, into {job.out}")
+        for problem in writer.source.problems:  # of whole shards and of what is no image; those of samples are in the files of the parts
+            say(f"{problem['key']}: {problem['reason']}: {problem['detail']}")
     todo = [part for part in own if not writer.is_complete(part)]
     if ranks.rank == 0 and len(todo) < len(own):
         say(f"{len(own) - len(todo)} of {len(own)} parts are complete")
@@ -142,6 +144,9 @@ def _write_on_ray(job: LatentJob, settings: LatentSettings, parts: list[int], ac
     job = dataclasses.replace(job, data=absolute, out=os.path.abspath(job.out), precision=settings.precision)  # type: ignore[arg-type]
     if Path(job.vae).expanduser().is_dir():
         job.vae = os.path.abspath(os.path.expanduser(job.vae))
+    for name in ("index", "cache"):
+        if (path := getattr(job, name)) and "://" not in path:
+            setattr(job, name, os.path.abspath(os.path.expanduser(path)))
 
     class PartWriter:
         """One process of the cluster: opens the data and the VAE once, then writes parts."""

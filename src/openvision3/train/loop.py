@@ -213,7 +213,8 @@ class _Loop:
         with distributed.together():  # no rank ends before the file is there: a launcher may then kill the others
             self.run.ask_for_requeue()
         received = next(filter(None, distributed.gather_objects(heard.received)))
-        self.run.say(f"{received}: saved at step {self.state.step} of {self.config.steps}; continue with --resume")
+        done = f"saved at step {self.state.step} of {self.config.steps}" if self.state.step else "stopped before the first step, nothing to save"
+        self.run.say(f"{received}: {done}; continue with --resume")
         return "stopped"
 
     def _end_without_a_batch(self, missing: Exception | None, heard: Signals, *, trained: bool) -> str:
@@ -399,7 +400,8 @@ def _numbers(values: dict[str, Tensor]) -> dict[str, float]:
 
 def peak_memory(device: str) -> int:
     """The most bytes held at a time since the process began: by tensors on its GPU, or by the whole process on a CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # -- where a number stops being finite -----------------------------------------------------------------------------
@@ -431,7 +433,8 @@ def name_bad_module(model: nn.Module, batch: dict[str, Tensor], precision: str) 
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    names = ((name.replace("._checkpoint_wrapped_module", ""), module) for name, module in model.named_modules() if name)
+    handles = [module.register_forward_hook(watch(name)) for name, module in names]
     try:
         with autocast(device_of(model), precision), eager():
             model(batch)

@@ -260,7 +260,12 @@ def _fingerprint(config: PretrainConfig, source: Source, held_out: Source, run: 
     path = run.path / fingerprint.FILE
     if path.is_file():
         return Fingerprint.load(path)
-    before = fingerprint.recorded(hub.find_folder(config.init)) if config.init else None
+    try:
+        before = fingerprint.recorded(hub.find_folder(config.init)) if config.init else None
+    except FileNotFoundError:
+        if not config.resume:
+            raise
+        before = None  # the first model may have moved: a run that goes on has its weights
     if config.init and before is None:
         run.say(f"no fingerprint of the training data is written: {config.init}, which this run starts from, has none; name the data to evaluate with --train")
         return None

@@ -205,8 +205,9 @@ def set_up(config: C, build: Build[C, T], start: Start) -> Setup[T]:
             raise ValueError(f"minutes {config.minutes:g} are measured on a copy of the model, which a sharded one does not allow; set --steps")
         compiled, not_compiled = choose_compile(config.compile, start.device)
         training.model.to(start.device)
+    across = f"{parallel}, {start.ranks.local_world} processes a machine" if parallel == "hsdp" else parallel
     with distributed.together():
-        _agree({"checkpoint": start.checkpoint.name if start.checkpoint else "none", **training.facts, "compiled": compiled})
+        _agree({"checkpoint": start.checkpoint.name if start.checkpoint else "none", **training.facts, "compiled": compiled, "parallel": across})
     if config.minutes and not config.resume:
         if start.ranks.rank == 0:
             console().print(f"measuring how many steps fill {config.minutes:g} minutes ...")

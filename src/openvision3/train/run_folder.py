@@ -133,7 +133,7 @@ class RunFolder:
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Send an image that the run has written to the trackers."""
-        if self._trackers is not None:
+        if self._trackers is not None and (step, name.partition("/")[0]) not in self._sent:
             self._trackers.image(step, name, path)
 
     def list_skipped(self, problems: Problems) -> int:

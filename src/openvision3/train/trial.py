@@ -20,6 +20,7 @@ from torch import Tensor
 
 from openvision3 import distributed, hub
 from openvision3.data.batches import BatchPlan, TextShape, TrainingBatches
+from openvision3.data.images import ImageError
 from openvision3.data.names import open_source
 from openvision3.data.text import TextTokenizer
 from openvision3.device import choose_device, dtype_of
@@ -41,7 +42,10 @@ class Trial(Training):
 
     def __init__(self, config: PretrainConfig, start: Start):
         source = open_source(config.data or ("openmoji",))
-        captions = [text for index in range(min(len(source), LEARNT_FROM)) for text in source.captions(index)]
+        captions: list[str] = []
+        for index in range(min(len(source), LEARNT_FROM)):
+            with contextlib.suppress(ImageError):  # it is counted when a batch needs it
+                captions += source.captions(index)
         tokenizer = TextTokenizer.train(captions, config.vocabulary)
         shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
         plan = BatchPlan(shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch)
@@ -51,7 +55,7 @@ class Trial(Training):
 
 
 def try_training(config: PretrainConfig) -> dict[str, Any]:
-    """Take STEPS steps of `config` -> what they were like, the same on all ranks; `problems` lists what is wrong.
+    """Take STEPS steps of `config` -> what they were like; `problems`, the same on all ranks, lists what is wrong.
 
     Raises:
         ValueError, FileNotFoundError: bad input, before the first step.
@@ -72,7 +76,8 @@ def try_training(config: PretrainConfig) -> dict[str, Any]:
             **_steps(config, setup, start.device),
             "collectives": collectives,
         }
-        report["problems"] = [problem for problems in distributed.gather_objects(_problems(report, start.device)) for problem in problems]
+        of_ranks = distributed.gather_objects(_problems(report, start.device))
+        report["problems"] = list(dict.fromkeys(problem for problems in of_ranks for problem in problems))
         return report
 
 

@@ -440,6 +440,9 @@ def test_a_part_that_is_missing_or_cut_is_refused_and_the_same_command_repairs_i
     assert "2 of 3 parts are complete" in capsys.readouterr().err
     assert contents(out) == whole
     assert len(list(LatentCache.open(out).verify())) == 4
+    for mark in (b"", b"{}"):
+        (out / "part-000001.json").write_bytes(mark)
+        assert main(run) == 0 and contents(out) == whole
 
 
 @settings(max_examples=40, deadline=None)

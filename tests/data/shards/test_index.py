@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from shard_files import captions, jpeg, keys, reasons, three, write_shard
 
+from openvision3.data import captions as captions_module
 from openvision3.data.images import ImageError
 from openvision3.data.problems import count_reasons
 from openvision3.data.shards import index, tars
 from openvision3.data.shards.check import check_shard, write_index
 from openvision3.data.shards.index import IndexFile, Stamp, index_path, read_head, scan
+from openvision3.data.shards.members import TarScan
 from openvision3.data.shards.source import ShardSource
 from openvision3.data.shards.tars import Tars
 
@@ -39,6 +41,32 @@ def test_shards_with_an_index_open_without_a_look_into_a_tar_and_read_the_same(s
     source = ShardSource(shards)
     assert (keys(source), captions(source), [source.data(i) for i in range(len(source))]) == expected
     assert all(isinstance(found, IndexFile) for found in source.tars._indexes), "nothing is in memory but headers"
+
+
+def test_a_shard_that_the_disk_did_not_give_whole_gets_no_index(shards, monkeypatch):
+    """It would fit the file for ever, and the samples behind the error would be lost."""
+    add, calls = TarScan._add, []
+
+    def fails(self, *given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise OSError(5, "Input/output error")
+        return add(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarScan, "_add", fails)
+        written = write_index(shards[0])
+    assert "Input/output error" in written.error and not Path(shards[0] + ".index").exists()
+    assert len(ShardSource(shards)) == 12
+
+
+def test_a_json_that_is_too_large_costs_one_sample_wherever_it_is_read(tmp_path, monkeypatch):
+    members = three(0) | {"000000001.json": b'{"n": 1, "x": "' + b"y" * 2000 + b'"}', "000000002.json": b'{"n": 1}'}
+    path = write_shard(tmp_path / "a.tar", members)
+    monkeypatch.setattr(captions_module, "MAX_BYTES", 1000)
+    source = ShardSource([path], only={"n": "1"})
+    assert count_reasons(source.problems)["too large"] == 1 and len(source) == 1
+    assert ShardSource([path]).drawing(1) is None
 
 
 def test_an_index_holds_where_python_finds_the_members(shards):

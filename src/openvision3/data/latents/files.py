@@ -100,9 +100,12 @@ def mark_name(part: int) -> str:
 
 
 def read_mark(folder: Path, part: int) -> dict[str, Any] | None:
-    """The file that marks a part as complete, None if there is none."""
-    path = folder / mark_name(part)
-    return read_json(path) if path.is_file() else None
+    """The file that marks a part as complete; None if there is none, or a damaged one: the part is then written again."""
+    try:
+        mark = read_json(folder / mark_name(part))
+    except (FileNotFoundError, ValueError):
+        return None
+    return mark if {"file", "bytes", "sha256", "samples", "skipped"} <= mark.keys() else None
 
 
 def find_damage(folder: Path, entry: dict[str, Any], *, hashed: bool = False) -> str:

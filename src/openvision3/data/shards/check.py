@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -69,10 +70,12 @@ def write_index(shard: str, folder: str = "", again: bool = False) -> Indexed:
             index = head
         else:
             with local_copy(shard, stamp) as path:
-                index = scan(path, stamp)
-            if index.is_of_a_tar:
+                scanned = index = scan(path, stamp)
+            if scanned.read_error:
+                return Indexed(shard, error=f"{scanned.read_error}; no index is written, run the command again")
+            if scanned.is_of_a_tar:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                index.save(place)
+                scanned.save(place)
         if not index.count:
             return Indexed(shard, error="no usable sample: " + "; ".join(f"{p['reason']}: {p['detail']}" for p in index.problems[:3]))
         problems = tuple({**p, "key": f"{shard} {p['key']}".rstrip()} for p in index.problems)
@@ -234,5 +237,8 @@ def _map_shards(work: Callable[[str], T], shards: list[str], workers: int, what:
     if workers <= 1 or len(shards) < 4:
         return list(track(map(work, shards), what, len(shards))) if shards else []
     # Forked before the bar starts its thread: a new interpreter would take seconds to import torch.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
-        return list(track(pool.map(work, shards), what, len(shards)))
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
+            return list(track(pool.map(work, shards), what, len(shards)))
+    except BrokenProcessPool as error:
+        raise ValueError(f"a process ended while {what}, most likely because memory ran out; take fewer --workers") from error

@@ -55,6 +55,8 @@ class ShardIndex:
     name_ends: np.ndarray
     names: np.ndarray
     problems: list[Problem] = field(default_factory=list)
+    read_error: str = ""
+    """why the disk did not give all of the tar; such an index is not saved"""
 
     def __len__(self) -> int:
         return self.count
@@ -81,7 +83,7 @@ class ShardIndex:
     @property
     def is_of_a_tar(self) -> bool:
         """Whether the file was a tar, and not a web page or another archive under a name that ends in .tar."""
-        return len(self) > 0 or not any(problem["reason"] == "damaged shard" for problem in self.problems)
+        return not self.read_error and (len(self) > 0 or not any(problem["reason"] == "damaged shard" for problem in self.problems))
 
     def save(self, path: str | Path) -> None:
         """Raises OSError; then no file is left."""
@@ -107,7 +109,8 @@ class IndexFile:
 
     def load(self) -> ShardIndex:
         """Map the arrays. Raises OSError, ValueError."""
-        return ShardIndex(self.stamp, **self.file.map(), problems=self.problems)
+        arrays = self.file.map()
+        return ShardIndex(self.stamp, *(arrays[name] for name in ARRAYS), self.problems)
 
 
 def read_head(path: str | Path) -> IndexFile:
@@ -145,11 +148,11 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
 
     `path` may be a copy of the tar that `stamp` describes.
     """
-    tar = TarScan(path)
+    tar, read_error = TarScan(path), ""
     try:
         tar.read()
     except OSError as error:
-        tar.damage = str(error)
+        tar.damage = read_error = str(error)
     problems = [*tar.duplicates, *tar.problems(len(tar.samples))]
     if not tar.samples and not problems:
         problems.append({"key": "", "reason": "empty shard", "detail": "no members"})
@@ -173,7 +176,7 @@ def scan(path: str | Path, stamp: Stamp | None = None) -> ShardIndex:
     ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
     joined = np.frombuffer(b"".join(names), np.uint8)
     stamp = stamp or (stamp_of(tar.status) if tar.status else Stamp(0))
-    return ShardIndex(stamp, table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems)
+    return ShardIndex(stamp, table[..., 0], table[..., 1].astype(np.uint32), ends, joined, problems, read_error)
 
 
 def extra_members(path: str | Path, extension: str) -> dict[str, tuple[int, int]]:

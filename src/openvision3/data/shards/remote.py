@@ -217,6 +217,7 @@ def fetch(url: str, descriptor: int, stamp: Stamp) -> None:
     """Copy a remote file to an open file; a copy that breaks off starts again. Raises ImageError, OSError (no space)."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
+            filesystem(url)[0].invalidate_cache()  # a listing of the start of the run would answer
             now = remote_stamp(url)
             if not stamp.matches(now):
                 states = f"{stamp.size:,} bytes, {stamp.etag or 'no version'} then; {now.size:,} bytes, {now.etag or 'no version'} now"
@@ -231,8 +232,11 @@ def fetch(url: str, descriptor: int, stamp: Stamp) -> None:
             if isinstance(error, OSError) and error.errno == 28:
                 raise
             if attempt == ATTEMPTS:
-                why = " ".join(str(error).split()) or type(error).__name__
-                reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
+                # fsspec calls every failure of HTTP a file that is not found, and has what happened as the cause.
+                cause = error.__cause__ if error.__cause__ is not None and type(error.__cause__).__module__.startswith("aiohttp") else error
+                why = " ".join(str(cause).split()) or type(cause).__name__
+                is_gone = isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", 0) in (404, 410))
+                reason = "vanished" if is_gone else "unreadable"
                 raise ImageError(reason, f"{url} could not be fetched, tried {ATTEMPTS} times: {why}") from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
 

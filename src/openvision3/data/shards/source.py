@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openvision3.data.captions import Captions, clean_captions, decode_text, field_text, json_object, text_captions
+from openvision3.data.captions import Captions, TextError, clean_captions, decode_text, field_text, json_object, text_captions
 from openvision3.data.identity import digest
+from openvision3.data.images import ImageError
 from openvision3.data.order import Order, ShardShuffle
 from openvision3.data.shards.tars import WINDOW, Tars, Watch, plain
 from openvision3.data.sources import EncodedSource, Source
@@ -80,7 +81,11 @@ class ShardSource(EncodedSource):
         return data is not None and not json_object(data) and data.strip() != b"{}"
 
     def _matches(self, place: int, only: dict[str, str]) -> bool:
-        values = self._json(place)
+        try:
+            values = self._json(place)
+        except ImageError as error:
+            self.problems.add(error.as_problem(self.tars.key(place)))
+            return False
         if not values:
             detail = f"missing, empty or not an object; {', '.join(only)} cannot be looked up"
             self.problems.add({"key": self.tars.key(place), "reason": "broken JSON", "detail": detail})
@@ -119,8 +124,11 @@ class ShardSource(EncodedSource):
         return value
 
     def drawing(self, index: int) -> tuple[str, str] | None:
-        """The JSON fields `style` and `family`; None without both."""
-        values = self._json(self._place(index))
+        """The JSON fields `style` and `family`; None without both, or where the JSON is too large, which is counted when the sample is read."""
+        try:
+            values = self._json(self._place(index))
+        except TextError:
+            return None
         style, family = values.get("style"), values.get("family")
         return (style, family) if isinstance(style, str) and isinstance(family, str) and style and family else None
 
