@@ -110,7 +110,7 @@ class IndexFile:
     def load(self) -> ShardIndex:
         """Map the arrays. Raises OSError, ValueError."""
         arrays = self.file.map()
-        return ShardIndex(self.stamp, *(arrays[name] for name in ARRAYS), self.problems)
+        return ShardIndex(self.stamp, arrays["offsets"], arrays["sizes"], arrays["name_ends"], arrays["names"], self.problems)
 
 
 def read_head(path: str | Path) -> IndexFile:
