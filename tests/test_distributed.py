@@ -96,6 +96,7 @@ def test_small_models_are_copied_and_large_ones_sharded_within_a_machine():
     assert distributed.choose_parallel("auto", 10**9, eight) == "fsdp"
     assert distributed.choose_parallel("auto", 10**9, nodes) == "hsdp"
     assert distributed.choose_parallel("fsdp", 10**6, nodes) == "fsdp"
+    assert distributed.choose_parallel("fsdp", 10**6, Ranks()) == "replicate", "one process has nobody to share with"
 
 
 class Blocks(nn.Module):

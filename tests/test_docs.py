@@ -128,6 +128,14 @@ def test_files_that_a_page_names_are_there(page):
     assert [name for name in named if name not in NO_FILES_OF_OURS and not any(file.endswith(f"/{name}") for file in files)] == []
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_row_of_a_table_belongs_to_one(page):
+    """A blank line within a table makes text with bars of the rows behind it."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S).split("\n")
+    heads = [number for number, line in enumerate(lines) if line.startswith("|") and not lines[number - 1].startswith("|")]
+    assert [lines[number] for number in heads if not re.match(r"\|[ :|-]+\|$", lines[number + 1])] == []
+
+
 def test_folders_that_a_page_names_are_there():
     planned = {"generate", "understand", "export", "studio"}
     rooms = {path.relative_to(ROOT / "src" / "openvision3").as_posix() for path in (ROOT / "src").rglob("*") if path.is_dir()}

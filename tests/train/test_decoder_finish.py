@@ -79,6 +79,7 @@ def test_micro_batches_finish_as_the_whole_batch_does(whole):
 def test_a_finish_needs_a_loss_of_reconstruction_and_steps_before_it():
     with pytest.raises(ValueError, match=r"decoder_finish 1 must be at least 0 and below 1"):
         PretrainConfig(decoder_finish=1)
+    assert PretrainConfig(steps=20, decoder_finish=0.98).finish_from == 1, "the optimiser of a checkpoint has a state for every part"
     config = PretrainConfig()
     config.model.loss.omega_rec = 0.0
     with pytest.raises(ValueError, match=r"decoder_finish 0.1 trains the latent decoder, which omega_rec 0 leaves without a loss"):

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from small_runs import metrics, saved_state
 from torch import Tensor, nn
 
 from openvision3.data.problems import Problems
+from openvision3.data.workers import WaitGivenUp
+from openvision3.distributed import wrap_blocks
 from openvision3.hub import complete_checkpoints
+from openvision3.train import loop
 from openvision3.train.checkpoint import CheckpointError, RunState, load_checkpoint
 from openvision3.train.loop import NOT_FINITE_LIMIT, NotFinite, Training, fit
 from openvision3.train.loop_config import LoopConfig
@@ -352,3 +356,35 @@ def test_the_same_run_twice_gives_the_same_numbers(tmp_path):
     run(tmp_path / "one")
     run(tmp_path / "two")
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_memory_is_in_bytes_on_any_system(monkeypatch, platform, unit):
+    monkeypatch.setattr(loop.sys, "platform", platform)
+    monkeypatch.setattr(loop.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
+    assert loop.peak_memory("cpu") == 5 * unit
+
+
+def test_a_stop_before_the_first_step_does_not_claim_to_have_saved(tmp_path):
+    def stopped():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise WaitGivenUp("waited")
+
+    status, *_ = run(tmp_path, Points({1: stopped}))
+    said = (tmp_path / "log.txt").read_text()
+    assert status == "stopped" and "stopped before the first step, nothing to save" in said and "saved at step" not in said
+
+
+def test_a_module_within_a_checkpointed_block_is_named_as_in_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(1, 1)])
+
+        def forward(self, batch):
+            return self.blocks[0](batch["x"]).sum(), {}
+
+    model = Model()
+    model.blocks[0].weight.data.fill_(torch.nan)
+    wrap_blocks(model, True, False)
+    assert loop.name_bad_module(model, {"x": torch.ones(1, 1)}, "fp32") == "blocks.0"

@@ -344,6 +344,16 @@ def test_a_run_from_other_weights_keeps_the_record_of_their_training_when_it_goe
     assert f"started_from.steps: {before['steps']}" in (complete_checkpoints(new.out)[-1] / "README.md").read_text()
 
 
+def test_a_run_without_a_fingerprint_goes_on_where_the_model_that_it_started_from_is_gone(finished, tmp_path):
+    first = shutil.copytree(finished[1].folder, tmp_path / "first")
+    new = small(tmp_path, "new", init=str(first), steps=3, fingerprint=1)
+    pretrain(new, "tiny")
+    assert not (Path(new.out) / "fingerprint.safetensors").exists()
+    shutil.rmtree(first)
+    new.resume = True
+    assert pretrain(new, "tiny").training.pipeline.training["steps"] == 3
+
+
 def test_measuring_the_rate_leaves_the_model_and_the_batches_as_they_were(tmp_path, monkeypatch):
     measured = []
     measure_steps = run_module.measure_steps

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -303,3 +304,12 @@ def test_without_trackers_nothing_of_theirs_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_sheet_of_a_repeated_step_is_not_sent_again(tmp_path):
+    run, sent = RunFolder(tmp_path / "run"), []
+    run._trackers = SimpleNamespace(image=lambda *given: sent.append(given))  # type: ignore[assignment]
+    run._sent = {(2, "val")}
+    for step in (2, 4):
+        run.image(step, "val/sheet", tmp_path / "sheet.png")
+    assert [step for step, *_ in sent] == [4]
