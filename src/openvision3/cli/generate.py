@@ -48,7 +48,6 @@ def generate(
         weaker: a smaller or shorter generator of the same tokens to guide by, instead of by drawing without the text or label
         tokens: the model whose tokens are drawn, if the one that the generator names is not found
     """
-    from openvision3.data.images import pil_images
     from openvision3.generate.flow import Sampling
     from openvision3.generate.generator import load_generator
     from openvision3.report.sheets import grid
@@ -81,7 +80,7 @@ def generate(
         columns = [images[i : i + count] for i in range(0, len(images), count)]
         sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
     if strip:
-        frames = [pil_images(generator.decode(way[step]))[0] for step in sorted(shown)]
+        frames = [generator.images_of(way[step])[0] for step in sorted(shown)]
         sheets[target.with_name(f"{target.stem}-strip.png")] = grid([frames], [f"step {step}" for step in sorted(shown)])
     for file, image in [*zip(files, images, strict=True), *sheets.items()]:
         write_whole(file, lambda handle, image=image: image.save(handle, "PNG"))  # type: ignore[misc]

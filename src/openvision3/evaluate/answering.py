@@ -21,7 +21,7 @@ from openvision3.contents import short
 from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
 from openvision3.evaluate.image_set import Watch, on_first
-from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question
+from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question, read_answers
 from openvision3.evaluate.parts import check_same, keeping_parts, open_parts
 from openvision3.evaluate.protocol import AnsweringFunctions
 from openvision3.evaluate.questions import QuestionSet
@@ -86,7 +86,7 @@ def ask(asking: Asking, out: Path, watch: Watch) -> list[dict[str, Any]]:
             with keeping_parts("the answers so far"):
                 write_whole(_part(out, first), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     on_first(lambda: _join(asking, out))
-    return [json.loads(line) for line in (out / ANSWERS).read_text(encoding="utf-8").split("\n") if line]  # splitlines also splits at U+2028 in an answer
+    return read_answers(out / ANSWERS)
 
 
 def _part(out: Path, first: int) -> Path:

@@ -272,9 +272,14 @@ def measure(name: str, answered: Sequence[tuple[Question, str]], max_tokens: int
     return numbers, scores.columns, scores.missing
 
 
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """The rows of an answers.jsonl. Raises OSError, ValueError."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # splitlines also splits at U+2028 in an answer
+
+
 def load_columns(path: Path) -> dict[str, Columns]:
     """{model: columns} of an answers.jsonl. Raises ValueError, KeyError, TypeError for a damaged file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_answers(path)
     by_model: dict[tuple[str, str], list[tuple[Question, str]]] = {}
     for row in rows:
         if row["error"] is None:
