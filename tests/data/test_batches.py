@@ -123,6 +123,30 @@ def test_families_share_batches_every_other_epoch_and_no_sample_is_lost(words):
     assert neighbours(order(1)) > 0.7 > 0.2 > neighbours(order(0))
 
 
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_balanced_families_have_their_shares_in_an_epoch_of_the_usual_length(words, balance):
+    source = EmojiSource(tuple(e for e in openmoji.load_emoji().train if e.group in {"People & Body", "Food & Drink"})[:400])
+    made = batches(source, words, family_balance=balance)
+    sizes = Counter(source.family(i) for i in range(len(source)))
+    shares = {family: size ** (1 - balance) for family, size in sizes.items()}
+    total = sum(shares.values())
+    seen: set[int] = set()
+    for epoch in range(3):
+        indices = [made.index(epoch * len(source) + i) for i in range(len(source))]
+        shown = Counter(source.family(i) for i in indices)
+        wanted = {family: len(source) * share / total for family, share in shares.items()}
+        assert all(abs(shown[family] - wanted[family]) < 1 for family in sizes)
+        times = Counter(indices)
+        for family in sizes:  # within a family, all come equally often
+            members = [times[i] for i in range(len(source)) if source.family(i) == family]
+            assert max(members) - min(members) <= 1
+        seen.update(indices)
+    assert len(seen) > len(times)  # other members in other epochs
+    assert max(sizes.values()) > 10 and min(sizes.values()) == 1
+    again = batches(source, words, family_balance=balance)
+    assert [again.index(i) for i in range(900)] == [made.index(i) for i in range(900)]
+
+
 def test_a_family_is_an_emoji_in_all_skin_tones_and_genders_and_a_picture_is_its_own(broken):
     families = {e.name: e.family for e in openmoji.load_emoji().every}
     assert families["woman running dark skin tone"] == families["person running"] == "running"

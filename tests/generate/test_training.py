@@ -215,6 +215,8 @@ def test_weights_that_would_mean_something_else_are_refused(root, whole, changes
     ("arguments", "words"),
     [
         (["--drop", "1"], "drop 1.0 must be at least 0 and below 1"),
+        (["--family-balance", "2"], "family_balance 2.0 must lie between 0 and 1"),
+        (["--family-balance", "0.5", "--weights", "1"], "weights and family_balance both order an epoch"),
         (["--tokens", "vae:embedded"], "no text encoder to read texts"),
         (["--tokens", "nowhere"], "unknown model 'nowhere'"),
         (["--dit.stored-positions", "9"], "come with weights"),

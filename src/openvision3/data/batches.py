@@ -88,6 +88,8 @@ class BatchPlan:
     families: bool = False
     """keep samples of a family side by side in every other epoch, so that the contrast has to distinguish them: in random order, two skin
     tones of an emoji are rarely in the same batch"""
+    family_balance: float = 0.0
+    """how far families count alike, see `GenerateConfig`; above 0 it orders every epoch"""
     lanes: int = 1
     """parts of the batch that each read their own remote shards (see `choose_lanes`)"""
 
@@ -127,7 +129,7 @@ class TrainingBatches(PreparedBatches):
         self.problems.extend(source.problems, everywhere=True)
         self._orders: dict[int, Order | np.ndarray] = {}
         self._families: list[list[int]] = []
-        if plan.families:
+        if plan.families or plan.family_balance:
             members: dict[str, list[int]] = {}
             for index in range(len(source)):
                 members.setdefault(source.family(index), []).append(index)
@@ -150,8 +152,11 @@ class TrainingBatches(PreparedBatches):
         epoch, within = divmod(entry, len(self.source))
         order = self._orders.get(epoch)
         if order is None:
-            if self._families and epoch % 2:
-                order = self._by_family(np.random.Generator(np.random.Philox(key=draw_seed(self.plan.seed, "order", epoch))))
+            rng = np.random.Generator(np.random.Philox(key=draw_seed(self.plan.seed, "order", epoch)))
+            if self.plan.family_balance:
+                order = self._balanced(rng)
+            elif self.plan.families and epoch % 2:
+                order = self._by_family(rng)
             else:
                 order = self.source.order(self.plan.seed, epoch, self.plan.lanes)
             kept = list(self._orders.items())[-1:]  # a batch can reach into the next epoch
@@ -165,6 +170,15 @@ class TrainingBatches(PreparedBatches):
             mixed = rng.permutation(family)
             pieces += [mixed[i : i + FAMILY] for i in range(0, len(mixed), FAMILY)]
         return np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        """An epoch of the usual length, in which a family of n samples has a share that grows as n^(1 - family_balance)."""
+        shares = np.array([len(family) for family in self._families]) ** (1 - self.plan.family_balance)
+        ends = np.cumsum(shares) * (len(self.source) / shares.sum())
+        ends[-1] = len(self.source)
+        counts = np.diff(np.floor(ends + rng.random()), prepend=0).astype(int)  # rounded at random, and their sum is that of the samples
+        drawn = [np.resize(rng.permutation(family), count) for family, count in zip(self._families, counts, strict=True) if count]
+        return rng.permutation(np.concatenate(drawn))
 
     def sample(self, position: int) -> Sample:
         """The sample at `position` of the run; if it cannot be used, the first usable one of its replacements."""

@@ -32,6 +32,9 @@ class _TokensAndNetwork(DataConfig):
     """condition label: the JSON field or column with the class. Not set: the emoji's group, the sub-folder or the .cls member"""
     classes: PathName = ""
     """condition label: a file of class names, one a line, or their number, such as 1000. Not set: the labels of the data, all read once"""
+    family_balance: float = 0.0
+    """how far families (the skin tones and genders of a drawing) count alike in an epoch: 0: every sample once; 1: each family as often as any other;
+    between: a family of n samples as often as n^(1 - family_balance)"""
     drop: float = 0.1
     """share of the rows that are drawn without their condition, which guidance needs; 0: no guidance"""
     statistics: int = 50_000
@@ -56,6 +59,10 @@ class GenerateConfig(LoopConfig, _TokensAndNetwork):
         check_choices(self)
         check_numbers(self, 1, "captions")
         check_numbers(self, 0, "statistics")
+        if not 0 <= self.family_balance <= 1:
+            raise ValueError(f"family_balance {self.family_balance} must lie between 0 and 1")
+        if self.weights and self.family_balance:
+            raise ValueError("weights and family_balance both order an epoch; set --family-balance 0, or leave out --weights")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop {self.drop} must be at least 0 and below 1")
         if self.dit.stored_positions and not self.init:

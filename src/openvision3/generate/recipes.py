@@ -22,6 +22,7 @@ def drawings_dit_tiny() -> GenerateConfig:
         dit=dit_config("tiny", qk_norm=True),
         flow=FlowConfig(predict="tokens"),
         aliases=True,
+        family_balance=0.5,
         size=64,
         crop_area=(1.0, 1.0),
         batch=128,

@@ -79,7 +79,16 @@ class Generation(Training):
         self.batches = TrainingBatches(
             self.source,
             self.tokenizer,
-            BatchPlan(self.shape, config.size, config.batch, config.seed, 0.0 if self.cache is not None else 1.0, config.micro_batch, lanes=self.lanes),
+            BatchPlan(
+                self.shape,
+                config.size,
+                config.batch,
+                config.seed,
+                0.0 if self.cache is not None else 1.0,
+                config.micro_batch,
+                family_balance=config.family_balance,
+                lanes=self.lanes,
+            ),
             labels=self.classes,
             ranks=ranks,
             latents=self.cache,
