@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -123,6 +126,16 @@ def output_folder(name: str, data: Sequence[str] = ()) -> Path:
     folder = Path(name)
     check_writable(folder, "--out")
     return folder
+
+
+@contextlib.contextmanager
+def warnings_on_stderr(shown: bool = True) -> Iterator[None]:
+    """Each warning of the block becomes one line on stderr when the block ends; with `shown` False, none does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught if shown else ():
+        print(on_one_line(f"openvision3: {warning.message}"), file=sys.stderr)
 
 
 def on_one_line(text: str) -> str:

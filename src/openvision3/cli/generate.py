@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, output_folder
+from openvision3.cli.common import Device, Json, output_folder, warnings_on_stderr
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
@@ -64,14 +62,11 @@ def generate(
     sampling = Sampling(steps, method, guidance=strength, interval=interval, seed=seed)  # type: ignore[arg-type]
     shown = {round(steps * number / strip) for number in range(1, strip + 1)} if strip else set()
     way: dict[int, Any] = {}  # {step: tokens of the first image that are promised from there}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings_on_stderr():
         tokens_drawn = generator.draw_tokens(
             texts, labels=label, count=count, sampling=sampling, each=lambda step, promised: way.setdefault(step, promised[:1]) if step in shown else None
         )
         images: Any = generator.images_of(tokens_drawn)
-    for warning in caught:
-        print(f"openvision3: {warning.message}", file=sys.stderr)
     conditions = [*(texts or label or ("",))]
     target.parent.mkdir(parents=True, exist_ok=True)
     files = [target] if len(images) == 1 else [target.with_name(f"{target.stem}-{number}.png") for number in range(1, len(images) + 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, deferred, on_one_line, output_folder, parse
+from openvision3.cli.common import Device, Json, deferred, on_one_line, output_folder, parse, warnings_on_stderr
 from openvision3.cli.paths import check_apart
 from openvision3.cli.use import Model
 from openvision3.settings import PathName
@@ -94,11 +93,8 @@ def find_images(
     name = model or opened.config.model
     pipeline = load(name, device=device)
     opened.check_model(pipeline, name)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings_on_stderr():
         hits = ask(opened, pipeline, question, n, engine)
-    for warning in caught:
-        print(on_one_line(f"openvision3: {warning.message}"), file=sys.stderr)
     missing = write_sheet(Path(out), opened, question, hits)
     if json:
         print(dumps({"sheet": out, "images": [asdict(hit) for hit in hits]}, indent=2, ensure_ascii=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, error_message, on_one_line, output_folder, run_verb
+from openvision3.cli.common import Device, Json, error_message, on_one_line, output_folder, run_verb, warnings_on_stderr
 from openvision3.files import write_whole
 from openvision3.settings import PathName
 
@@ -140,11 +139,8 @@ def classify(
     pipeline = load(model, device=device, vae=vae)
 
     def choose(path: str) -> dict[str, Any]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings_on_stderr(shown=path == paths[0]):  # they are about the labels, so they are the same for every image
             ranking = pipeline.classify(path, classes, template)
-        for warning in caught if path == paths[0] else ():  # it is about the labels, so it is the same for every image
-            print(f"openvision3: {warning.message}", file=sys.stderr)
         trust = _trust(pipeline.label_confidence(ranking), pipeline.in_distribution(path)[0])
         return {"image": path, "labels": [{"label": label, "probability": round(p, 4)} for label, p in ranking[:top]], **trust}
 
