@@ -87,10 +87,10 @@ def test_a_weaker_generator_guides_by_its_own_prediction(root, place):
     strong = ov3.load_generator(place, device="cpu", weaker=weaker)
     condition = strong._condition(TEXTS[:1])
     noise = torch.randn(1, *strong.rae.statistics.mean.shape, generator=torch.Generator().manual_seed(0))
-    found = strong.rae.draw(noise, condition, Sampling(steps=1, guidance=2.0), strong.weaker)
+    found = strong.rae.draw(noise, condition, Sampling(steps=1, guidance=2.0), strong.weaker.rae)
     with torch.no_grad():
         t = torch.ones(1)
-        velocity = 2 * strong.rae._velocity(noise, t, condition) - strong.weaker._velocity(noise, t, condition)
+        velocity = 2 * strong.rae._velocity(noise, t, condition) - strong.weaker.rae._velocity(noise, t, condition)
     torch.testing.assert_close(found, strong.rae.statistics.restore(noise - velocity), rtol=1e-4, atol=1e-4)
 
 

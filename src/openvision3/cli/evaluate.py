@@ -169,32 +169,11 @@ def generation(options: DrawnOptions, command: str) -> int:
 
 def open_generator(options: GenerationOptions) -> DrawingFunctions:
     """A generator as a function of the numbers of samples."""
-    from dataclasses import replace
-
-    from openvision3.evaluate.protocol import Conditions, DrawingFunctions
     from openvision3.generate.flow import Sampling
     from openvision3.generate.generator import load_generator
 
     generator = load_generator(options.model, device=options.device, precision=options.precision, tokens=options.tokens, weaker=options.weaker)
-    unguided = Sampling(steps=options.steps, method=options.method, grid=options.grid, seed=options.seed)
-
-    def sample(indices: Sequence[int], conditions: Conditions | None, guidance: float) -> Any:
-        sampling = unguided if guidance == 1 else replace(unguided, guidance=guidance, interval=options.interval)
-        return generator.sample(indices, conditions, sampling)
-
-    return DrawingFunctions(
-        generator.name,
-        generator.size,
-        sample,
-        generator.condition,
-        generator.label_names,
-        generator.can_guide,
-        {"steps": options.steps, "method": options.method, "grid": options.grid},
-        {"interval": list(options.interval), "weaker": options.weaker, "weaker_sha256": generator.weaker_sha256},
-        options.precision,
-        generator.sha256,
-        generator.licence,
-    )
+    return generator.functions(Sampling(options.steps, options.method, options.grid, interval=options.interval, seed=options.seed))
 
 
 def ask_questions(argv: Sequence[str], command: str) -> int:

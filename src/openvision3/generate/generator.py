@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from openvision3 import hub
 from openvision3.data.captions import checked_text
 from openvision3.data.images import pil_images
 from openvision3.device import choose_device
+from openvision3.evaluate.protocol import DrawingFunctions
 from openvision3.generate import folder
 from openvision3.generate.dit import Condition
 from openvision3.generate.flow import Sampling
@@ -26,12 +28,10 @@ BATCH = 32
 
 
 class Generator:
-    """A trained generator. `rae` is the whole network with the token space it draws in; `weaker` is a generator to guide by, or None, with its sha256."""
+    """A trained generator. `rae` is the whole network with the token space it draws in; `weaker` is a generator to guide by, or None."""
 
-    def __init__(
-        self, rae: RAE, config: GeneratorConfig, path: Path, *, name: str = "", precision: str = "fp32", weaker: RAE | None = None, weaker_sha256: str = ""
-    ):
-        self.rae, self.config, self.folder, self.precision, self.weaker, self.weaker_sha256 = rae, config, path, precision, weaker, weaker_sha256
+    def __init__(self, rae: RAE, config: GeneratorConfig, path: Path, *, name: str = "", precision: str = "fp32", weaker: Generator | None = None):
+        self.rae, self.config, self.folder, self.precision, self.weaker = rae, config, path, precision, weaker
         self.name = name or path.name
         self.size, self.condition, self.label_names = config.size, config.condition, config.label_names
         self.licence = str(config.training.get("licence", "unknown"))
@@ -114,7 +114,27 @@ class Generator:
         rows, columns = self.rae.statistics.mean.shape
         noise = noise_of(indices, sampling.seed, (rows, columns)).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.rae.draw(noise, self._condition(conditions), sampling, self.weaker, each)
+            return self.rae.draw(noise, self._condition(conditions), sampling, self.weaker.rae if self.weaker else None, each)
+
+    def functions(self, sampling: Sampling = Sampling()) -> DrawingFunctions:
+        """For evaluation: itself as a function of numbers of samples, drawn by this sampling with any guidance."""
+        return DrawingFunctions(
+            self.name,
+            self.size,
+            lambda indices, conditions, guidance: self.sample(indices, conditions, replace(sampling, guidance=guidance)),
+            self.condition,
+            self.label_names,
+            self.can_guide,
+            {"steps": sampling.steps, "method": sampling.method, "grid": sampling.grid},
+            {
+                "interval": list(sampling.interval),
+                "weaker": self.weaker.name if self.weaker else "",
+                "weaker_sha256": self.weaker.sha256 if self.weaker else "",
+            },
+            self.precision,
+            self.sha256,
+            self.licence,
+        )
 
     def _condition(self, conditions: Sequence[int | str]) -> Condition:
         if self.condition == "label":
@@ -173,7 +193,7 @@ def load_generator(name: str | Path, *, device: str | torch.device = "auto", pre
         raise ValueError(f"precision {precision!r} is unknown; choose fp32 or bf16")
     place = choose_device(device)
     rae, config, path = folder.load(name, precision=precision, tokens=tokens)
-    other, other_sha256 = None, ""
+    guide = None
     if weaker:
         other, theirs, other_path = folder.load(weaker, precision=precision, tokens=tokens)
         for what in ("tokens_sha256", "size", "condition", "label_names"):
@@ -181,5 +201,5 @@ def load_generator(name: str | Path, *, device: str | torch.device = "auto", pre
                 raise ValueError(f"{other_path} cannot guide {path}: they differ in {what}; choose a smaller or shorter training of the same kind")
         if not rae.statistics.is_like(other.statistics):
             raise ValueError(f"{other_path} cannot guide {path}: it normalises tokens by other statistics; train both on the same images")
-        other, other_sha256 = other.to(place), hub.weights_sha256(other_path)
-    return Generator(rae.to(place), config, path, name=str(name), precision=precision, weaker=other, weaker_sha256=other_sha256)
+        guide = Generator(other.to(place), theirs, other_path, name=str(weaker), precision=precision)
+    return Generator(rae.to(place), config, path, name=str(name), precision=precision, weaker=guide)
