@@ -206,7 +206,7 @@ def test_a_fork_that_breaks_the_config_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="tau"):
         change_fields(tiny(), {"model.loss.tau": -1.0})
     assert flat(to_dict(change_fields(tiny(), {"model.loss.tau": 1.5})))["model.loss.tau"] == 1.5
-    assert base_config(AblationOptions(steps=7), tiny()).optimizer.warmup_steps == 1
+    assert base_config(AblationOptions(recipe="tiny", steps=7), tiny()).optimizer.warmup_steps == 1
     assert plan_runs(Fork("x", {}), Parent("tiny", tiny())).runs[0][0] == "base"
 
 
@@ -416,3 +416,50 @@ def test_levers_are_measured_judged_and_joined_and_a_run_without_measures_is_mea
 def test_wrong_sets_and_levers_are_refused_before_anything_runs(argv, message, command, tmp_path, capsys):
     assert cli.main(["ablate", *argv, "--out", str(tmp_path / "out"), *command]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "base.json").exists()
+
+
+def test_a_generator_draws_in_the_tokens_of_the_models_of_its_seed_and_its_drawings_are_measured(synergy, command, tmp_path, capsys):
+    data, val = command[command.index("--data") + 1], command[command.index("--val") + 1]
+    out = tmp_path / "out"
+    small = ["--dit.width", "32", "--dit.depth", "1", "--dit.heads", "2", "--dit.head-width", "32", "--dit.head-heads", "2", "--dit.head-mlp", "32"]
+    fields = ["--data", data, "--val", val, "--condition", "none", "--size", "32", "--batch", "4", "--precision", "fp32", "--statistics", "8", *small]
+    argv = ["ablate", "spaces", "--tokens", str(synergy / "base" / "seed-{seed}"), "--steps", "2", "--seeds", "0", "1", "--samples", "4", *fields]
+    argv += ["--measure", f"held out={val}", "--out", str(out)]
+    assert cli.main(argv) == 0
+    runs = {json.loads((path / "config.json").read_text())["tokens"]: path for path in out.glob("*/seed-*")}
+    models = ("base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing")))
+    assert runs.keys() == {str(synergy / model / f"seed-{seed}") for model in models for seed in (0, 1)} | {"vae:embedded"}
+    assert len(list(out.glob("*/seed-*"))) == 10
+    found = json.loads((out / "spaces.json").read_text())
+    assert [verdict["fork"] for verdict in found["verdicts"]] == ["only understanding", "only reconstruction", "a frozen random encoder", "the VAE's latents"]
+    assert all([test["what"] for test in verdict["scores"]] == ["KID of drawings x 1000", "precision, %", "recall, %"] for verdict in found["verdicts"])
+    first = found["measures"]["both branches"]["0"]
+    rows = json.loads((out / "base" / "seed-0" / "measures" / "held out" / "results.json").read_text())["rows"]
+    assert first["held out: recall"] == next(row["value"] for row in rows if row["metric"] == "recall on EfficientNet-Lite0 features")
+    assert not any("val/loss" in group["values"] and pair["metric"] == "val/loss" for group in found["groups"] for pair in found["differences"])
+    page = (out / "spaces.html").read_text()
+    assert "Drawn from the first conditions" in page and "Left out, because it means something else in each row: loss" in page
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
+    capsys.readouterr()
+    assert cli.main(argv) == 0 and {p: p.stat().st_mtime_ns for p in before} == before, "what is finished is not trained again"
+    assert cli.main(["compare", *map(str, sorted(out.glob("*/seed-*"))), "--out", str(tmp_path / "compare.html")]) == 0
+    assert cli.main(["ablate", "synergy", "--out", str(out), *command]) == 2
+    assert "holds an ablation of a generator, not of a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["dit_head", "--recipe", "mini"], "changes a generator, and recipe mini trains none; choose one of drawings_dit_tiny"),
+        (["synergy", "--recipe", "dit_tiny"], "recipe dit_tiny trains a generator, which this command does not take"),
+        (["spaces"], "name the runs of an ablation synergy in --tokens"),
+        (["spaces", "--tokens", "nowhere/base/seed-{seed}", "--data", "openmoji"], "nowhere/base/seed-0"),
+        (["dit_head", "--data", "openmoji", "--classify", "a=b,c"], "classify measures a model"),
+        (["dit_head", "--samples", "1"], "samples 1 must be at least 2"),
+        (["word_reading", "--data", "openmoji"], "word_reading needs a recipe that draws from texts"),
+    ],
+)
+def test_what_an_ablation_of_generators_cannot_use_is_one_line(argv, words, tmp_path, capsys):
+    assert cli.main(["ablate", *argv, "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0] and not (tmp_path / "out").exists()

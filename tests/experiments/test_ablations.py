@@ -3,10 +3,13 @@
 import pytest
 
 from openvision3.experiments.ablate import plan_runs
-from openvision3.experiments.ablations import ABLATIONS, Fork, Parent, question
+from openvision3.experiments.ablations import ABLATIONS, OF_GENERATORS, Fork, Parent, question
+from openvision3.generate.recipes import drawings_dit_tiny
 from openvision3.settings import flat, to_dict
 from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import RECIPES, base_low_res, mini_low_res
+
+OF_MODELS = tuple(name for name in ABLATIONS if name not in OF_GENERATORS)
 
 
 def base_at_40_steps() -> Parent:
@@ -26,7 +29,7 @@ def test_each_ablation_says_its_question_hypothesis_source_and_result(name):
     assert [line.strip().partition(":")[0] for line in rest if line.strip() and ":" in line and line[4] != " "][:3] == ["Hypothesis", "Source", "Result"]
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", OF_MODELS)
 @pytest.mark.parametrize("recipe", ["mini_low_res", "base_low_res"])
 def test_every_fork_of_every_grid_is_a_valid_run_of_its_own(name, recipe):
     config = RECIPES[recipe]()
@@ -41,10 +44,37 @@ def test_every_fork_of_every_grid_is_a_valid_run_of_its_own(name, recipe):
     assert len({fork.label for fork in rows}) == len(rows)
 
 
-def test_no_fork_of_one_grid_lies_in_the_folder_of_another():
-    parent = base_at_40_steps()
+def drawing_at_40_steps() -> Parent:
+    config = drawings_dit_tiny()
+    config.steps = 40
+    return Parent("drawings_dit_tiny", config)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_GENERATORS if name != "spaces"])
+def test_every_fork_of_a_generator_is_a_run_of_its_own_at_the_compute_of_the_first(name):
+    parent = drawing_at_40_steps()
+    plans = [plan_runs(fork, parent) for fork in forks(name, parent)]
+    assert len({plan.runs[0][0] for plan in plans}) == len(plans) == 2
+    assert plans[0].runs[0] == ("base", plans[0].runs[0][1]), "the first fork is the recipe itself, which all grids share"
+    assert plans[1].operations() == pytest.approx(plans[0].operations(), rel=1 / 40)
+
+
+def test_the_spaces_are_those_of_a_synergy_and_no_others():
+    parent = drawing_at_40_steps()
+    with pytest.raises(ValueError, match="name the runs of an ablation synergy in --tokens"):
+        forks("spaces", parent)
+    parent.config.tokens = "grid/base/seed-{seed}"
+    assert [fork.changes.get("tokens") for fork in forks("spaces", parent)] == [
+        None,
+        *(f"grid/encoder_learns_from={who}/seed-{{seed}}" for who in ("understanding", "reconstruction", "nothing")),
+        "vae:embedded",
+    ]
+
+
+@pytest.mark.parametrize(("names", "parent"), [(OF_MODELS, base_at_40_steps()), (OF_GENERATORS[1:], drawing_at_40_steps())])
+def test_no_fork_of_one_grid_lies_in_the_folder_of_another(names, parent):
     by_folder: dict[str, dict] = {}
-    for name in ABLATIONS:
+    for name in names:
         for fork in forks(name, parent):
             for folder, config in plan_runs(fork, parent).runs:
                 values = flat(to_dict(config))

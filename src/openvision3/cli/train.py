@@ -208,21 +208,23 @@ def estimate(argv: Sequence[str]) -> int:
 
 def ablate(argv: Sequence[str]) -> int:
     """Repeat an experiment of the paper as a grid of short runs: openvision3 ablate NAME [--steps 300]"""
-    from openvision3.experiments.ablate import AblationOptions, base_config
+    from openvision3.experiments.ablate import AblationOptions, base_config, choose_recipe
     from openvision3.experiments.ablate import ablate as run_grid
     from openvision3.experiments.ablations import ABLATIONS, question
+    from openvision3.experiments.kinds import GENERATOR
 
     program = "openvision3 ablate"
     if not argv or argv[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:14s} {question(name)}" for name in ABLATIONS)
-        print(f"usage: {program} NAME [--steps 300] [--seeds 0 1 2] [--recipe mini_low_res] [--out runs/ablate] [--field value ...]\n\nablations:\n{lines}")
-        print(f"\noptions: {program} NAME --help; fields of the base: openvision3 train mini_low_res --help")
+        lines = "\n".join(f"  {name:16s} {question(name)}" for name in ABLATIONS)
+        print(f"usage: {program} NAME [--steps 300] [--seeds 0 1 2] [--recipe RECIPE] [--out runs/ablate] [--field value ...]\n\nablations:\n{lines}")
+        print(f"\noptions: {program} NAME --help; fields of the base: openvision3 train RECIPE --help")
         return 0 if argv else 2
     name, program = argv[0], f"{program} {argv[0]}"
     if name not in ABLATIONS:
         raise unknown("ablation", name, ABLATIONS)
     options, rest = _parse_options(AblationOptions, argv[1:], program, question(name))
-    base = base_config(options, configure_run(options.recipe, rest, program))
+    kind, options.recipe = choose_recipe(name, options.recipe)
+    base = base_config(options, (configure_generator if kind is GENERATOR else configure_run)(options.recipe, rest, program))
     output_folder(options.out, (*base.data, *base.val))
     return run_grid(name, options, base)
 

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,22 @@ from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.planned import Options
-from openvision3.experiments.ablations import ABLATIONS, WITHOUT_LEVERS, Claim, Fork, Parent, levers, levers_together, question, two_phases
+from openvision3.experiments.ablations import ABLATIONS, OF_GENERATORS, WITHOUT_LEVERS, Claim, Fork, Parent, levers, levers_together, question, two_phases
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
-from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_run, parse_sets, read_measures
+from openvision3.experiments.kinds import GENERATOR, MODEL, Kind, RunConfig, kind_of, read_config, seeded, to_config
+from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_drawings, measure_run, parse_sets, read_measures
 from openvision3.experiments.verdicts import choose_levers, draw_verdicts, format_markdown, judge_fork, write_section
 from openvision3.files import write_whole
+from openvision3.generate.config import GenerateConfig
 from openvision3.hub import complete_checkpoints
 from openvision3.progress import console
 from openvision3.report import html
-from openvision3.settings import PathName, flat, from_dict, load_config, to_dict, unknown
+from openvision3.settings import PathName, flat, from_dict, to_dict, unknown
 from openvision3.train.checkpoint import read_state
 from openvision3.train.config import PretrainConfig
 from openvision3.train.loop import NotFinite
 from openvision3.train.loop_config import changed_settings
-from openvision3.train.pretrain import check_start, pretrain
 from openvision3.train.recipes import RECIPES
 from openvision3.train.signals import Signals
 
@@ -48,8 +49,8 @@ DIVERGED = "DIVERGED"
 class AblationOptions:
     """Which recipe is the base, and how long, how often."""
 
-    recipe: str = "mini_low_res"
-    """the recipe that every row of the grid changes"""
+    recipe: str = ""
+    """the recipe that every row of the grid changes. Not set: mini_low_res, of a generator dit_tiny"""
     steps: int = 300
     """optimiser steps of the base"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -59,30 +60,47 @@ class AblationOptions:
     draw: bool = False
     """train nothing; redraw the page from the finished runs"""
     measure: tuple[PathName, ...] = ()
-    """after each run, measure reconstruction, retrieval and drawability on these held-out sets: NAME=DATA ... Not set: nothing; levers: --val"""
+    """after each run, measure reconstruction, retrieval and drawability on these held-out sets: NAME=DATA ... Not set: nothing; levers: --val.
+    A generator is measured by the KID, precision and recall of its drawings, against these sets; not set: --val"""
     classify: tuple[PathName, ...] = ()
     """after each run, measure zero-shot and a linear probe on these sets with classes: NAME=TRAIN,TEST ..."""
     label_key: str = "category"
     """JSON field of the shards of --classify that holds the class"""
+    samples: int = 500
+    """of a generator: images drawn for each set of --measure"""
     levers: tuple[str, ...] = ()
     """levers_together: labels of the forks of levers to join. Not set: those that levers has kept in the same folder"""
 
     def __post_init__(self):
         parse_sets(self.measure, self.classify, self.label_key)
+        if self.samples < 2:
+            raise ValueError(f"samples {self.samples} must be at least 2")
         if self.steps < 1 or not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"steps {self.steps}, seeds {self.seeds}: choose at least one step, and at least one seed, each once")
 
 
-def base_config(options: AblationOptions, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with the fields of the command line, for as many steps as the options say."""
+def choose_recipe(name: str, recipe: str) -> tuple[Kind, str]:
+    """What the ablation changes, and the recipe that it forks. Raises ValueError: a recipe that trains no generator, for an ablation of one."""
+    if name not in OF_GENERATORS:
+        return MODEL, recipe or "mini_low_res"
+    recipe = recipe or "dit_tiny"
+    if recipe not in GENERATOR.recipes:
+        raise ValueError(f"the ablation {name} changes a generator, and recipe {recipe} trains none; choose one of {', '.join(GENERATOR.recipes)}")
+    return GENERATOR, recipe
+
+
+def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
+    """The recipe with the fields of the command line, for as many steps as the options say. A generator's average covers at most a tenth of them."""
     config = copy.deepcopy(config)
-    if config.seed != RECIPES[options.recipe]().seed:
+    if config.seed != kind_of(config).recipes[options.recipe]().seed:
         raise ValueError(f"seed {config.seed}: an ablation trains every row once for each of --seeds")
     config.steps, config.minutes, config.keep, config.keep_best, config.resume = options.steps, 0.0, 1, 0, False
+    if isinstance(config, GenerateConfig):
+        config.ema = min(config.ema, max(0.9, round(1 - 10 / config.steps, 4)))
     return set_schedule(config)
 
 
-def set_schedule(config: PretrainConfig) -> PretrainConfig:
+def set_schedule(config: RunConfig) -> RunConfig:
     """Warm-up for at most a tenth of the steps; four evaluations, two checkpoints and ten log lines, however short the run is."""
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
     config.eval_every, config.save_every = max(1, config.steps // 4), max(1, config.steps // 2)
@@ -95,7 +113,9 @@ class Plan:
     """A fork and its runs, one a phase, as (folder, config) without a seed; the folder says what the phase changes in the parent."""
 
     fork: Fork
-    runs: Sequence[tuple[str, PretrainConfig]]
+    runs: Sequence[tuple[str, RunConfig]]
+    seed: int
+    """of the run whose operations are counted"""
 
     def folders(self, out: Path, seed: int) -> list[Path]:
         return [out / folder / f"seed-{seed}" for folder, _ in self.runs]
@@ -108,7 +128,7 @@ class Plan:
 
     def operations(self) -> float:
         """Of training all phases, the optimiser's included."""
-        return sum(config.steps * step_operations(config) for _, config in self.runs)
+        return sum(config.steps * step_operations(config, self.seed) for _, config in self.runs)
 
 
 def plan_runs(fork: Fork, parent: Parent) -> Plan:
@@ -116,27 +136,28 @@ def plan_runs(fork: Fork, parent: Parent) -> Plan:
     config = change_fields(parent.config, fork.changes)
     if fork.equal_compute:
         reference = two_phases(parent).forks[0] if "size" in fork.changes else Fork("", {})
-        config.steps = max(1, round(plan_runs(reference, parent).operations() / step_operations(config)))
+        config.steps = max(1, round(plan_runs(reference, parent).operations() / step_operations(config, parent.seed)))
     runs = [(name_changes(parent.config, config), set_schedule(config))]
     if fork.then:
         second = set_schedule(change_fields(config, fork.then))
         runs.append((f"{runs[0][0]},then,{name_changes(config, second)}", second))
-    return Plan(fork, runs)
+    return Plan(fork, runs, parent.seed)
 
 
-def step_operations(config: PretrainConfig) -> float:
+def step_operations(config: RunConfig, seed: int) -> float:
     """Operations of one step, which depend neither on the schedule nor on the device that is named."""
-    return _step_operations(json.dumps(to_dict(set_schedule(change_fields(config, {"steps": 1})))))
+    one = seeded(set_schedule(change_fields(config, {"steps": 1})), seed)
+    return _step_operations(json.dumps(to_dict(one)))
 
 
 @functools.cache
 def _step_operations(config: str) -> float:
-    parsed = from_dict(PretrainConfig, json.loads(config))
+    parsed = to_config(json.loads(config))
     cost = estimate(parsed, "ablation", Options(cached=bool(parsed.latents)), parse_devices("h100"), advise=False)
     return parsed.batch * cost.sample_flops + cost.optimiser_flops
 
 
-def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
+def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     """Train the missing runs of the grid and write NAME.html, NAME.json and NAME.png into the folder; 75 if a signal stopped it.
 
     A fork whose loss does not stay finite is named on the page, and the grid continues.
@@ -144,11 +165,15 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     Raises:
         ValueError, FileNotFoundError: a folder of another base, and whatever would end any of the runs at its start.
     """
-    parent = Parent(options.recipe, base, _levers(options) if name == levers_together.__name__ else ())
+    parent = Parent(options.recipe, base, _levers(options) if name == levers_together.__name__ else (), options.seeds[0])
     grid = ABLATIONS[name](parent)
     sets = parse_sets(options.measure, options.classify, options.label_key)
+    if kind_of(base) is GENERATOR and options.classify:
+        raise ValueError("classify measures a model, and this ablation changes a generator; leave it out, and name references with --measure")
     if not sets and name in MEASURED:
         sets = [HeldOutSet(f"held out {place}", data) for place, data in enumerate(base.val, 1)]
+    if kind_of(base) is GENERATOR:
+        sets = [replace(one, samples=options.samples) for one in sets]
     plans = [plan_runs(fork, parent) for fork in grid.forks]
     out = Path(options.out)
     device = choose_device(base.device)
@@ -156,7 +181,8 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
         with distributed.together():
             for one in plans:
                 for _, config in one.runs:
-                    check_start(config, ranks.world)
+                    for seed in options.seeds:
+                        kind_of(config).check(seeded(config, seed), ranks.world)
                 one.operations()  # raises ValueError if the VAE is not there
             if not options.draw:
                 check_sets(sets, base)
@@ -176,7 +202,7 @@ def ablate(name: str, options: AblationOptions, base: PretrainConfig) -> int:
     return 0
 
 
-MEASURED = (levers.__name__, levers_together.__name__)
+MEASURED = (levers.__name__, levers_together.__name__, *OF_GENERATORS)
 """Ablations whose forks get a verdict against the first, from measures of held-out sets."""
 
 
@@ -201,7 +227,7 @@ def _levers(options: AblationOptions) -> list[str]:
     return chosen
 
 
-def change_fields(config: PretrainConfig, changes: dict[str, Any]) -> PretrainConfig:
+def change_fields(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """The config with these fields; checks all fields again."""
     values = to_dict(config)
     for name, value in changes.items():
@@ -210,10 +236,10 @@ def change_fields(config: PretrainConfig, changes: dict[str, Any]) -> PretrainCo
         for step in path:
             place = place[step]
         place[last] = value
-    return from_dict(PretrainConfig, values)
+    return from_dict(type(config), values)
 
 
-def name_changes(base: PretrainConfig, config: PretrainConfig) -> str:
+def name_changes(base: RunConfig, config: RunConfig) -> str:
     """The settings that differ, as a folder name: base, tau=0.8, encoder.size=L, size=128,steps=30."""
     changes, names = changed_settings(base, config, ("optimizer.warmup_steps",)), flat(to_dict(base))
     parts = [f"{_shortest(name, names)}={after}" for name, (_, after) in changes.items() if "lpips_" not in name]
@@ -227,7 +253,7 @@ def _shortest(name: str, names: Iterable[str]) -> str:
     return next(end for end in ends if end == name or sum(other == end or other.endswith(f".{end}") for other in names) == 1)
 
 
-def _same_base(out: Path, base: PretrainConfig, device: str, draw: bool) -> str:
+def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
     """The precision of all forks, which the first command settles. Raises ValueError if `out` holds forks of another base."""
     path = out / "base.json"
     if not path.is_file():
@@ -238,7 +264,9 @@ def _same_base(out: Path, base: PretrainConfig, device: str, draw: bool) -> str:
         console().print(f"precision of all runs: {precision} ({why})", markup=False)
         base = change_fields(base, {"precision": precision})
         write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
-    kept = load_config(PretrainConfig, path)
+    kept = read_config(path)
+    if type(kept) is not type(base):
+        raise ValueError(f"{out} holds an ablation of {kind_of(kept).what}, not of {kind_of(base).what}; name another folder with --out")
     for name, (before, now) in changed_settings(kept, base, ("device",)).items():
         raise ValueError(f"{out} holds an ablation with {name} {before!r}, not {now!r}; name another folder with --out")
     return kept.precision
@@ -251,9 +279,9 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, se
         with _claimed(folder) as is_ours:
             if not is_ours:
                 return "taken"
-            config = copy.deepcopy(config)
-            config.seed, config.out, config.init, config.precision = seed, str(folder), first or config.init, precision  # type: ignore[assignment]
-            if first:
+            config = seeded(config, seed)
+            config.out, config.init, config.precision = str(folder), first or config.init, precision  # type: ignore[assignment]
+            if first and isinstance(config, PretrainConfig):
                 config.tokenizer = ""
             with distributed.together():  # rank 0 looks: others may see an older state of a shared disk
                 state = _state(folder, config) if distributed.rank() == 0 else ""
@@ -265,7 +293,7 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, se
                 if distributed.rank() == 0:
                     console().print(f"{one.fork.label}, seed {seed}: {folder}", markup=False)
                 try:
-                    if pretrain(config, "ablation", signals).status == "stopped":
+                    if kind_of(config).train(config, "ablation", signals).status == "stopped":
                         return "stopped"
                 except NotFinite as error:  # on all ranks alike
                     if distributed.rank() == 0:
@@ -275,16 +303,19 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, se
             if folder == one.folders(out, seed)[-1] and not distributed.from_first(is_measured(folder, sets)):
                 if distributed.rank() == 0:
                     console().print(f"measuring {one.fork.label}, seed {seed}", markup=False)
-                measure_run(folder, sets, config, precision, choose_device(config.device))
+                if isinstance(config, PretrainConfig):
+                    measure_run(folder, sets, config, precision, choose_device(config.device))
+                else:
+                    measure_drawings(folder, sets, config, precision, choose_device(config.device))
             first = str(folder)
     return "finished"
 
 
-def _state(folder: Path, config: PretrainConfig) -> str:
+def _state(folder: Path, config: RunConfig) -> str:
     """new, begun, finished or diverged. Raises ValueError if the folder holds a run of another config."""
     if not (folder / "config.json").is_file():
         return "new"
-    for name, (before, now) in changed_settings(load_config(PretrainConfig, folder / "config.json"), config, ("device", "init")).items():
+    for name, (before, now) in changed_settings(read_config(folder / "config.json"), config, ("device", "init")).items():
         raise ValueError(f"{folder} holds a run with {name} {before!r}, not {now!r}; name another folder with --out")
     if (folder / DIVERGED).is_file():
         return "diverged"
@@ -294,7 +325,7 @@ def _state(folder: Path, config: PretrainConfig) -> str:
 def is_finished(folder: Path) -> bool:
     """Whether the run there has its last evaluation and its last checkpoint. A run that another process is writing counts as not finished."""
     try:
-        steps = load_config(PretrainConfig, folder / "config.json").steps
+        steps = read_config(folder / "config.json").steps
         checkpoints = complete_checkpoints(folder)
         return bool(checkpoints) and read_state(checkpoints[-1]).step >= steps and Curves(folder).read().step >= steps
     except (ValueError, OSError):
@@ -338,9 +369,7 @@ def judge(claim: Claim, groups: Sequence[Group]) -> tuple[str, list[tuple[str, s
     return "fails" if "fails" in verdicts else "holds" if set(verdicts) == {"holds"} else "undecided", lines, records
 
 
-def _write_page(
-    name: str, out: Path, plans: Sequence[Plan], claims: Sequence[Claim], options: AblationOptions, base: PretrainConfig, *, is_shared: bool
-) -> None:
+def _write_page(name: str, out: Path, plans: Sequence[Plan], claims: Sequence[Claim], options: AblationOptions, base: RunConfig, *, is_shared: bool) -> None:
     """The page of the finished runs; it names the others. Rows hold the seeds that all rows have, if there is such a seed."""
     finished = {one.fork.label: [seed for seed in options.seeds if one.is_finished(out, seed)] for one in plans}
     if not any(finished.values()):

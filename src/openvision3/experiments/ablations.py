@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from openvision3.experiments.kinds import SEED
 from openvision3.model.encoder import SIZES
 from openvision3.settings import flat, to_dict
-from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import IN_TURN
 
 
@@ -20,9 +21,12 @@ class Parent:
     """A recipe by its name, with the fields of the command line."""
 
     recipe: str
-    config: PretrainConfig
+    config: Any
+    """of a model, or of a generator for the ablations OF_GENERATORS"""
     levers: Sequence[str] = ()
     """labels of the forks of `levers` that `levers_together` joins"""
+    seed: int = 0
+    """one of the seeds: operations are counted for the run of this one"""
 
 
 @dataclass(frozen=True)
@@ -242,13 +246,90 @@ def levers_together(parent: Parent) -> Grid:
     return Grid([Fork("parent", {}), *([Fork(" + ".join(parent.levers), changes)] if changes else [])]).without_levers()
 
 
+# -- of a generator --------------------------------------------------------------------------------------------------
+
+
+def spaces(parent: Parent) -> Grid:
+    """Which tokens are the best space to draw in?
+
+    Hypothesis: those that both branches have trained.
+    Source: the paper's generation table and its ablations; RAE (arXiv 2510.11690). --tokens names the runs of `both` in a grid of `synergy`,
+    as in runs/ablate/base/seed-{seed}; its other forks lie beside them, and each seed draws in the models of that seed.
+    Result: not measured yet.
+    """
+    both = Path(parent.config.tokens)
+    if both.parts[-2:] != ("base", f"seed-{SEED}"):
+        raise ValueError(f"tokens {both}: name the runs of an ablation synergy in --tokens, such as runs/ablate/base/seed-{SEED}")
+    others = {"only understanding": "understanding", "only reconstruction": "reconstruction", "a frozen random encoder": "nothing"}
+    forks = [Fork("both branches", {})]
+    forks += [Fork(name, {"tokens": str(both.parents[1] / f"encoder_learns_from={who}" / both.name)}) for name, who in others.items()]
+    return Grid([*forks, Fork("the VAE's latents", {"tokens": "vae:embedded"}, equal_compute=True)])
+
+
+def dit_head(parent: Parent) -> Grid:
+    """Does the wide head pay?
+
+    Hypothesis: a shallow, wide head reaches a lower loss for the same compute.
+    Source: RAE, DiT^DH against DiT.
+    Result: not measured yet.
+    """
+    return Grid([Fork("with the wide head", {}), Fork("no head", {"dit.head_depth": 0}, equal_compute=True)])
+
+
+def time_shift(parent: Parent) -> Grid:
+    """Must times be shifted towards noise?
+
+    Hypothesis: tokens of many values need more noise.
+    Source: RAE, section on the dimension-dependent schedule. It needs more than 4,096 values an image, as 128 px have here.
+    Result: not measured yet.
+    """
+    return Grid([Fork("times shifted by size", {"flow.shift": 0.0}), Fork("times not shifted", {"flow.shift": 1.0})])
+
+
+def token_statistics(parent: Parent) -> Grid:
+    """Must tokens be normalised?
+
+    Hypothesis: noise of one variance fits only values of one variance.
+    Source: RAE normalises tokens by channel and position.
+    Result: not measured yet.
+    """
+    return Grid([Fork("normalised tokens", {}), Fork("tokens as they are", {"statistics": 0})])
+
+
+def prediction(parent: Parent) -> Grid:
+    """Clean tokens or the velocity?
+
+    Hypothesis: where a token is wider than the network, clean tokens are the easier target.
+    Source: RAE and the paper predict the velocity; arXiv 2511.13720 and 2605.27102 clean values. The loss is that of the velocity for both.
+    Result: not measured yet.
+    """
+    return Grid([Fork(f"predicts the {what}", {"flow.predict": what}) for what in ("tokens", "velocity")])
+
+
+def word_reading(parent: Parent) -> Grid:
+    """How should tokens read words?
+
+    Hypothesis: an attention of their own reads words better than one that they share with the tokens, and costs more.
+    Source: ours; the paper draws classes alone.
+    Result: not measured yet.
+    """
+    if parent.config.condition != "text":
+        raise ValueError(f"condition {parent.config.condition}: word_reading needs a recipe that draws from texts, such as drawings_dit_tiny")
+    return Grid([Fork("words as further keys", {"dit.words": "keys"}), Fork("an attention for words", {"dit.words": "cross"}, equal_compute=True)])
+
+
 SCHEDULE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")
 """Fields of a phase that follow from the length and place of a run, and are set for each fork anew."""
 
 ABLATIONS: dict[str, Callable[[Parent], Grid]] = {
     ablation.__name__: ablation
-    for ablation in (synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together)
+    for ablation in (
+        *(synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together),
+        *(spaces, dit_head, time_shift, token_statistics, prediction, word_reading),
+    )
 }
+OF_GENERATORS = tuple(ablation.__name__ for ablation in (spaces, dit_head, time_shift, token_statistics, prediction, word_reading))
+"""those that fork a generator"""
 
 
 def question(name: str) -> str:

@@ -18,10 +18,12 @@ from PIL import Image
 
 from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
 from openvision3.experiments.curves import Curves, candidates, describe_candidates, is_comparable, open_runs
+from openvision3.experiments.kinds import RunConfig, read_config
 from openvision3.files import sha256_of, write_whole
+from openvision3.generate.config import GenerateConfig
 from openvision3.hub import complete_checkpoints
 from openvision3.report import html, plots
-from openvision3.settings import flat, load_config, to_dict
+from openvision3.settings import flat, to_dict
 from openvision3.train.config import PretrainConfig
 
 METRICS = (
@@ -30,7 +32,7 @@ METRICS = (
 """The columns of the table, in this order."""
 CURVES = (
     "train/pixel", "train/latent", "train/perceptual", "train/contrastive", "train/caption", "val/psnr", "val/pixel", "val/latent", "val/contrastive",
-    "val/caption", "val/image_to_text_r@1", "train/loss",
+    "val/caption", "val/image_to_text_r@1", "train/loss", "val/loss",
 )  # fmt: skip
 BEST = "the best mean of a column, where it differs from the second best (paired over seeds, p < .05)."
 
@@ -49,8 +51,8 @@ class Group:
         return self.all_steps or self.runs[0].step
 
     @cached_property
-    def configs(self) -> list[PretrainConfig]:
-        return [load_config(PretrainConfig, run.folder / "config.json") for run in self.runs]
+    def configs(self) -> list[RunConfig]:
+        return [read_config(run.folder / "config.json") for run in self.runs]
 
     def values(self, metric: str) -> list[float]:
         """The last value of each run that has the metric."""
@@ -87,9 +89,11 @@ def read_groups(names: Sequence[str]) -> list[Group]:
     for run in open_runs(names):
         if not run.values:
             raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
-        settings = flat(to_dict(load_config(PretrainConfig, run.folder / "config.json")))
-        settings["init"] = re.sub(r"/seed-\d+$", "", settings["init"])  # the first phase of the same seed
-        own, seed = str({name: value for name, value in settings.items() if name not in (*PretrainConfig.FREE, "seed")}), settings["seed"]
+        config = read_config(run.folder / "config.json")
+        settings = flat(to_dict(config))
+        for name in ("init", "tokens"):  # the first phase, or the model, of the same seed
+            settings[name] = re.sub(r"/seed-\d+$", "", settings.get(name, ""))
+        own, seed = str({name: value for name, value in settings.items() if name not in (*config.FREE, "seed")}), settings["seed"]
         by_settings.setdefault((own, times[own, seed]), []).append(run)  # a seed that comes again is a row of its own
         times[own, seed] += 1
     return [Group(str(runs[0].folder) + (f" and {len(runs) - 1} more seeds" if len(runs) > 1 else ""), runs) for runs in by_settings.values()]
@@ -101,6 +105,10 @@ def read_groups(names: Sequence[str]) -> list[Group]:
 def protocol(group: Group, metric: str = "") -> tuple:
     """What must be equal for two values of `metric` to stand in one column; without a metric, for two groups to stand in one table."""
     config = group.configs[0]
+    if isinstance(config, GenerateConfig):
+        times = (config.flow.shift, config.flow.time_mean, config.flow.time_deviation)
+        loss_of = (re.sub(r"/seed-\d+$", "", config.tokens), bool(config.statistics), *times) if metric == "val/loss" else ()
+        return (config.val, config.size, config.caption_keys, config.condition, *loss_of)
     loss = config.model.loss
     latent, perceptual = (config.model.vae.name,), (loss.perceptual,)
     contrastive = (config.captions, config.sentences, candidates(group.runs[0], "val/contrastive"))
@@ -121,6 +129,7 @@ def _vocabulary(group: Group) -> str:
     for checkpoint in reversed(complete_checkpoints(group.runs[0].folder)):
         return sha256_of(checkpoint / "tokenizer.json")
     config = group.configs[0]
+    assert isinstance(config, PretrainConfig)
     return str((config.tokenizer, config.init, config.vocabulary, config.data))
 
 
@@ -130,7 +139,7 @@ def split_into_tables(groups: Sequence[Group]) -> list[tuple[str, list[str], lis
     for group in groups:
         by_set.setdefault(protocol(group), []).append(group)
     made = []
-    for (val, size, _), members in by_set.items():
+    for (val, size, *_), members in by_set.items():
         present = [name for name in METRICS if any(group.values(name) for group in members)]
         columns = [name for name in present if len({protocol(group, name) for group in members}) == 1]
         made.append((f"held-out images of {', '.join(val)}, {size}x{size}", columns, members))
@@ -234,7 +243,7 @@ def draw_curves(groups: Sequence[Group]) -> bytes:
     weights_differ = len({protocol(group, "val/loss") for group in groups}) > 1
     panels = []
     for metric in CURVES:
-        if not any(metric in run.values for run in runs) or not is_comparable(runs, metric) or (metric == "train/loss" and weights_differ):
+        if not any(metric in run.values for run in runs) or not is_comparable(runs, metric) or (metric.endswith("/loss") and weights_differ):
             continue
         factor = title_and_factor(metric)[1]
         lines = {group.label: line for group in groups if (line := _line([run.values[metric] for run in group.runs if metric in run.values], factor))}
@@ -252,12 +261,13 @@ def _line(series: Sequence[Mapping[int, float]], factor: float) -> plots.Line | 
 def list_changed_fields(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     """(field, its value in each group) for the fields in which they differ."""
     settings = [flat(to_dict(group.configs[0])) for group in groups]
-    rows = [(name, *(str(each[name]) for each in settings)) for name in settings[0] if name not in (*PretrainConfig.FREE, "seed")]
+    free = {*groups[0].configs[0].FREE, "seed"}
+    rows = [(name, *(str(each.get(name, "")) for each in settings)) for name in settings[0] if name not in free]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def read_last_sheet(run: Curves) -> Image.Image | None:
-    """The last sample sheet of a run: original | VAE | rebuilt."""
+    """The last sample sheet of a run: original | VAE | rebuilt, or what it has drawn."""
     sheets = sorted((run.folder / "samples").glob("step-*.png"))
     if not sheets:
         return None
@@ -278,7 +288,8 @@ def write_comparison(
     for evaluated_on, metrics, members in split_into_tables(groups):
         several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
         header, rows, best = make_table(metrics, members)
-        numbers += html.note(f"Last evaluation, {evaluated_on}, at most 256 images, sigma 0{several}. Bold: {BEST}")
+        how = "at eight times" if isinstance(members[0].configs[0], GenerateConfig) else "at most 256 images, sigma 0"
+        numbers += html.note(f"Last evaluation, {evaluated_on}, {how}{several}. Bold: {BEST}")
         numbers += html.table(header, [[cell.replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows], best)
         pairs = measure_differences(metrics, members)
         records += [pair.record() for pair in pairs]
@@ -292,11 +303,13 @@ def write_comparison(
         if left_out:
             numbers += html.note(f"Left out, because it means something else in each row: {', '.join(left_out)}.")
     sheets = [([html.embed_image(image, group.label)], group.label) for group in groups if (image := read_last_sheet(group.runs[0])) is not None]
+    are_drawn = all(isinstance(group.configs[0], GenerateConfig) for group in groups)
+    shown = "Drawn from the first conditions of the set" if are_drawn else "Original | VAE | rebuilt, the first images of the set"
     all_sections = [
         *sections,
         ("Numbers", numbers),
         ("Curves", html.embed_image(drawn, "curves of all runs")),
-        ("Original | VAE | rebuilt, the first images of the set, first seed", html.figures(sheets) if sheets else html.note("no sheets")),
+        (f"{shown}, first seed", html.figures(sheets) if sheets else html.note("no sheets")),
         ("What differs", html.table(("field", *(group.label for group in groups)), list_changed_fields(groups))),
         ("Runs", html.table(("", "runs"), [(group.label, ", ".join(str(run.folder) for run in group.runs)) for group in groups])),
     ]

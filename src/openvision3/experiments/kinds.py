@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openvision3.generate.config import GenerateConfig
+from openvision3 import hub
+from openvision3.data.prepared import rows_of_a_process
+from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS, GenerateConfig
 from openvision3.generate.recipes import RECIPES as GENERATORS
-from openvision3.generate.training import check_start as check_generator
 from openvision3.generate.training import train_generator
 from openvision3.settings import from_dict, read_json
 from openvision3.train.config import PretrainConfig
@@ -19,29 +21,53 @@ from openvision3.train.run import Outcome
 
 RunConfig = PretrainConfig | GenerateConfig
 
+SEED = "{seed}"
+"""in the tokens of a generator: the seed of its run, so that each seed draws in the tokens of another model"""
+
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of run: its config, its recipes, and how one is checked and trained."""
 
+    what: str
+    """what its recipes train"""
     config: type[PretrainConfig] | type[GenerateConfig]
     recipes: dict[str, Callable[[], Any]]
     check: Callable[[Any, int], None]
-    """(config, processes): raises what would end the run at its start"""
+    """(config, number of processes): raises ValueError, FileNotFoundError for what would end the run at its start"""
     train: Callable[..., Outcome]
     """(config, name of the run, signals)"""
 
 
-PRETRAINING = Kind(PretrainConfig, RECIPES, check_start, pretrain)
-GENERATION = Kind(GenerateConfig, GENERATORS, check_generator, train_generator)
-KINDS = (PRETRAINING, GENERATION)
+def _check_generator(config: GenerateConfig, world: int) -> None:
+    rows_of_a_process(config.batch, world, config.micro_batch)
+    if not config.tokens.startswith((VAE_TOKENS, PEER_TOKENS)):
+        hub.find_folder(config.tokens)
+
+
+MODEL = Kind("a model", PretrainConfig, RECIPES, check_start, pretrain)
+GENERATOR = Kind("a generator", GenerateConfig, GENERATORS, _check_generator, train_generator)
+KINDS = (MODEL, GENERATOR)
 
 
 def kind_of(config: RunConfig) -> Kind:
     return next(kind for kind in KINDS if isinstance(config, kind.config))
 
 
+def to_config(values: dict[str, Any]) -> RunConfig:
+    """The config of a run of either kind: that of a generator names the tokens it draws. Raises ValueError."""
+    return from_dict(GenerateConfig, values) if "tokens" in values else from_dict(PretrainConfig, values)
+
+
 def read_config(path: Path) -> RunConfig:
-    """The config.json of a run of either kind: that of a generator names the tokens it draws. Raises FileNotFoundError, ValueError."""
-    values = read_json(path)
-    return from_dict(GenerateConfig if "tokens" in values else PretrainConfig, values)
+    """Raises FileNotFoundError, ValueError."""
+    return to_config(read_json(path))
+
+
+def seeded(config: RunConfig, seed: int) -> RunConfig:
+    """A copy of the config for the run of this seed, which draws in the tokens of the model of this seed."""
+    config = copy.deepcopy(config)
+    config.seed = seed
+    if isinstance(config, GenerateConfig):
+        config.tokens = config.tokens.replace(SEED, str(seed))
+    return config

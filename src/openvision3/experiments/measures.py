@@ -1,6 +1,7 @@
-"""What is measured of each finished run of an ablation: reconstruction, understanding and drawability on named sets of held-out images.
+"""What is measured of each finished run of an ablation: a model's reconstruction, understanding and drawability on named sets, a generator's drawings.
 
-`evaluate/run.py` measures; its results.json of each set lies in RUN/measures/SET, and the numbers of all sets in RUN/measures.json.
+`evaluate/run.py` and `evaluate/generation.py` measure; the results.json of each set lies in RUN/measures/SET, and the numbers of all sets in
+RUN/measures.json.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from torch import Tensor
 from openvision3 import distributed
 from openvision3.data.names import DataOptions, open_source
 from openvision3.data.sources import Source
+from openvision3.evaluate.generation import evaluate_generation
 from openvision3.evaluate.image_set import ImageSet, on_first
 from openvision3.evaluate.metrics.drawability import evaluate_drawability
-from openvision3.evaluate.options import Options
+from openvision3.evaluate.options import GenerationOptions, Options
 from openvision3.evaluate.run import evaluate
 from openvision3.evaluate.subjects import Subject
 from openvision3.files import write_whole
+from openvision3.generate.config import GenerateConfig
+from openvision3.generate.generator import load_generator
+from openvision3.networks.inception import EfficientNetFeatures
 from openvision3.pipeline import Pipeline, load
 from openvision3.train.config import PretrainConfig
+from openvision3.train.data_config import DataConfig
 from openvision3.train.open_data import data_options, open_held_out
 
 FILE = "measures.json"
@@ -40,6 +46,8 @@ class HeldOutSet:
     train: str = ""
     """training images with classes, to which the probe is fitted"""
     label_key: str = ""
+    samples: int = 0
+    """of a generator: drawings that are compared with these images"""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -66,7 +74,7 @@ def parse_sets(measure: Sequence[str], classify: Sequence[str], label_key: str) 
     return sets
 
 
-def check_sets(sets: Sequence[HeldOutSet], config: PretrainConfig) -> None:
+def check_sets(sets: Sequence[HeldOutSet], config: DataConfig) -> None:
     """Open every set once, so that a missing one ends the command before anything is trained. Raises ValueError, FileNotFoundError."""
     drawn = tuple(one.data for one in sets if not one.train)
     for names in (drawn, *((name,) for one in sets if one.train for name in (one.data, one.train))):
@@ -128,9 +136,49 @@ def measure_run(folder: Path, sets: Sequence[HeldOutSet], config: PretrainConfig
             if row.model == name and (short := _short(row.metric)):
                 values[f"{one.name}: {short}"] = row.number.value
     values["flow loss"] = measure_drawability(pipeline, [one.data for one in sets if not one.train], config)
+    _write(folder, sets, values)
+    return values
+
+
+def measure_drawings(folder: Path, sets: Sequence[HeldOutSet], config: GenerateConfig, precision: str, device: str) -> dict[str, float]:
+    """Draw without guidance, compare with the images of every set, and write measures.json. Raises ValueError, FileNotFoundError as `measure_run`."""
+    generator = load_generator(distributed.from_first(str(folder)), device=device, precision=precision, tokens=config.tokens)
+    values: dict[str, float] = {}
+    for one in sets:
+        options = GenerationOptions(
+            model=str(folder),
+            data=(one.data,),
+            out=str(folder / "measures" / one.name),
+            count=one.samples,
+            caption_keys=config.caption_keys,
+            index=config.index,
+            cache=config.cache,
+            cache_gb=config.cache_gb,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+        )
+        evaluation = evaluate_generation(options, lambda _: generator.functions())
+        if distributed.rank() == 0:
+            with distributed.alone():
+                evaluation.save(Path(options.out))
+        for row in evaluation.results.rows:
+            for start, short in DRAWN.items():
+                if row.metric == f"{start} on {EfficientNetFeatures.name} features":
+                    values[f"{one.name}: {short}"] = row.number.value
+        missing = [entry for entry in evaluation.results.not_run if EfficientNetFeatures.name in entry.metric]
+        if missing:
+            raise ValueError(f"{one.name}: {missing[0].metric} cannot be measured: {missing[0].needs}")
+    _write(folder, sets, values)
+    return values
+
+
+DRAWN = {"KID": "KID of drawings", "precision": "precision", "recall": "recall"}
+"""{beginning of a metric of `evaluate generation`: its name in the tables}"""
+
+
+def _write(folder: Path, sets: Sequence[HeldOutSet], values: dict[str, float]) -> None:
     if distributed.rank() == 0:
         write_whole(folder / FILE, json.dumps({"sets": [asdict(one) for one in sets], "values": values}, indent=1) + "\n")
-    return values
 
 
 def _short(metric: str) -> str:
@@ -156,6 +204,6 @@ def measure_drawability(pipeline: Pipeline, held_out: Sequence[str], config: Pre
     return on_first(lambda: evaluate_drawability(train, unseen).value)
 
 
-def _reading(config: PretrainConfig) -> DataOptions:
+def _reading(config: DataConfig) -> DataOptions:
     """Held-out sets are read as the training data are, but for `only`, which chooses samples to train on."""
     return DataOptions(side="test", caption_keys=config.caption_keys, index=config.index, cache=config.cache, cache_gb=config.cache_gb)

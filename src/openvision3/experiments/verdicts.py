@@ -25,6 +25,9 @@ SCORES: dict[str, tuple[str, tuple[str, ...], float, bool]] = {
     "KID x 1000": ("reconstruction", ("KID",), 1000.0, False),
     "R@1, zero-shot and probe, %": ("understanding", SHARES, 100.0, True),
     "flow loss": ("drawability", ("flow loss",), 1.0, False),
+    "KID of drawings x 1000": ("drawing", ("KID of drawings",), 1000.0, False),
+    "precision, %": ("drawing", ("precision",), 100.0, True),
+    "recall, %": ("drawing", ("recall",), 100.0, True),
 }
 """{what is tested: (axis, metrics whose mean over all sets it is, factor, whether higher is better)}"""
 KEPT, LOSES, UNDECIDED = "kept", "not kept: loses", "not kept: wins nothing"
@@ -62,7 +65,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A fork against its parent: the four scores decide, the measures of single sets are shown."""
+    """A fork against its parent: the scores decide, the measures of single sets are shown."""
 
     fork: Fork
     scores: Sequence[Test]
@@ -111,6 +114,11 @@ def score(values: Mapping[str, float], name: str) -> float | None:
     return statistics.fmean(own) if own else None
 
 
+def tested(verdicts: Sequence[Verdict]) -> list[str]:
+    """The scores by which any of the forks was judged, in the order of SCORES."""
+    return [name for name in SCORES if any(test.what == name for verdict in verdicts for test in verdict.scores)]
+
+
 def choose_levers(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Records of verdicts -> labels of the kept forks; of several that change the same fields, the one with most won scores, then the smallest p."""
     best: dict[tuple[str, ...], tuple[tuple[int, float], str]] = {}
@@ -126,7 +134,8 @@ def choose_levers(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
 NOTE = (
     "A fork is kept when at least one of its scores is better than the parent's with p < .05, and none is worse with p < .05: paired t-test over seeds, "
     "not corrected for the number of forks. A score is the mean over all sets: PSNR; KID on EfficientNet features; the mean of R@1 in both directions, "
-    "zero-shot and linear probe; the held-out loss of a small flow model on the tokens, a proxy of generation that also falls when tokens say less."
+    "zero-shot and linear probe; the held-out loss of a small flow model on the tokens, a proxy of generation that also falls when tokens say less; "
+    "of a generator KID, precision and recall of its unguided drawings on these features."
 )
 
 
@@ -141,7 +150,7 @@ def write_section(values: Mapping[str, Values], verdicts: Sequence[Verdict]) -> 
     made = html.note("Mean ± standard deviation over seeds.") + html.table(("", *values), rows)
     if verdicts:
         made += html.note(NOTE) + html.figures([([html.embed_image(draw_verdicts(verdicts), "differences with their intervals")], "")], wide=True)
-        made += html.table(("fork - parent", *SCORES, "seeds", "verdict"), verdict_rows(verdicts))
+        made += html.table(("fork - parent", *tested(verdicts), "seeds", "verdict"), verdict_rows(verdicts))
         made += html.table(
             ("measure", *(verdict.fork.label for verdict in verdicts)),
             [(metric, *(_of(verdict, metric) for verdict in verdicts)) for metric in metrics if metric not in SCORES],
@@ -165,11 +174,11 @@ def draw_verdicts(verdicts: Sequence[Verdict]) -> bytes:
 
     panels = [
         Intervals(
-            f"{name} ({'+' if is_higher_better else '-'} is better)",
+            f"{name} ({'+' if SCORES[name][3] else '-'} is better)",
             [row(verdict, next((test for test in verdict.scores if test.what == name), None)) for verdict in verdicts],
             labelled=not place,
         )
-        for place, (name, (_, _, _, is_higher_better)) in enumerate(SCORES.items())
+        for place, name in enumerate(tested(verdicts))
     ]
     better, worse, undecided = OUTCOMES
     names = [undecided, worse, better, ""]  # blue, orange, green
@@ -178,15 +187,16 @@ def draw_verdicts(verdicts: Sequence[Verdict]) -> bytes:
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     """A row a fork: the difference by each score, the number of seeds, the verdict."""
+    scores = tested(verdicts)
     return [
-        (one.fork.label, *(next((str(test) for test in one.scores if test.what == name), "not measured") for name in SCORES), str(len(one.seeds)), one.says)
+        (one.fork.label, *(next((str(test) for test in one.scores if test.what == name), "not measured") for name in scores), str(len(one.seeds)), one.says)
         for one in verdicts
     ]
 
 
 def format_markdown(verdicts: Sequence[Verdict]) -> str:
     """The table of verdicts for a docs page."""
-    header = ("fork - parent", *SCORES, "seeds", "verdict")
+    header = ("fork - parent", *tested(verdicts), "seeds", "verdict")
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *verdict_rows(verdicts)))
 
 
