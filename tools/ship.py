@@ -2,9 +2,10 @@
 
     python tools/ship.py mini runs/mini_low_res runs/mini_high_res --rename /data/drawings=DRAWINGS /data=DATA --licence 'CC BY-SA 4.0 ...'
     python tools/ship.py vae runs/vae/ema runs/vae_more/ema --fingerprints first.safetensors more.safetensors --rename /data=DATA
+    python tools/ship.py generators/drawings runs/drawings_dit_tiny runs/larger --rename /data/drawings=DRAWINGS --licence 'CC BY-SA 4.0 ...'
 
 The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data.
-Then: `openvision3 calibrate`, `make results`, `make card`.
+Then: `openvision3 calibrate`, `make results`, `make card`; of a generator `tools/generator_card.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tyro.conf import Positional
 from openvision3 import hub
 from openvision3.data.fingerprint import FILE as FINGERPRINT
 from openvision3.data.fingerprint import Fingerprint
+from openvision3.generate import folder as generators
 from openvision3.pipeline import load
 
 COMMANDS = "command.txt"
@@ -34,14 +36,14 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 class Options:
     """What ships."""
 
-    which: Positional[Literal["mini", "vae"]]
+    which: Positional[Literal["mini", "vae", "generators/drawings"]]
     """the folder of the package that is replaced"""
     runs: Positional[tuple[Path, ...]]
-    """mini: run folders; vae: folders that tools/train_embedded_vae.py wrote (OUT/ema)"""
+    """mini and generators: run folders; vae: folders that tools/train_embedded_vae.py wrote (OUT/ema)"""
     rename: tuple[str, ...] = ()
     """OLD=NEW pairs, applied in their order"""
     licence: str = ""
-    """mini: the terms of the weights, in words"""
+    """mini and generators: the terms of the weights, in words"""
     fingerprints: tuple[Path, ...] = ()
     """vae: fingerprints of the data of its stages (openvision3 data fingerprint), saved as one; the mini's run has its own"""
 
@@ -73,8 +75,21 @@ def write_mini(options: Options, folder: Path) -> None:
     pipeline.training = options.elsewhere(pipeline.training) | {"licence": options.licence}
     pipeline.fingerprint.data = tuple(options.elsewhere(pipeline.fingerprint.data))
     pipeline.save(folder, dtype=torch.bfloat16, with_vae=False)
+    write_commands(options, folder)
+
+
+def write_commands(options: Options, folder: Path) -> None:
+    """The first command of each run: those that resumed it say no more."""
     commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] for run in options.runs]
     (folder / COMMANDS).write_text("".join(f"openvision3 {options.elsewhere(command)}\n" for command in commands), encoding="utf-8")
+
+
+def write_generator(options: Options, folder: Path) -> None:
+    """The averaged weights of the newest checkpoint of the last run."""
+    rae, config, _ = generators.load(options.runs[-1])
+    training = options.elsewhere(config.training) | {"licence": options.licence}
+    generators.save(folder, rae, config.label_names, training=training, weights=rae.state_dict(), dtype=torch.bfloat16)
+    write_commands(options, folder)
 
 
 def write_vae(options: Options, folder: Path) -> None:
@@ -95,9 +110,10 @@ def write_vae(options: Options, folder: Path) -> None:
 
 def main(options: Options) -> None:
     target = hub.ASSETS / options.which
+    target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=hub.ASSETS) as made:  # whole, before the old one gives way
         new = Path(made) / "new"
-        {"mini": write_mini, "vae": write_vae}[options.which](options, new)
+        {"mini": write_mini, "vae": write_vae}.get(options.which, write_generator)(options, new)
         if target.is_dir():
             target.rename(Path(made) / "old")
         new.rename(target)

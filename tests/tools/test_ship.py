@@ -7,10 +7,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_runs import small
+from tiny_generator import small_generator
 
 from openvision3 import hub
+from openvision3.generate.flow import Sampling
+from openvision3.generate.generator import load_generator
+from openvision3.generate.training import train_generator
 from openvision3.pipeline import load
 from openvision3.train.pretrain import pretrain
 
@@ -46,6 +53,17 @@ def test_the_mini_is_replaced_by_the_run_with_its_command_and_no_path_of_this_ma
         assert str(run.parent) not in (shipped / path).read_text()
     model = load(shipped)
     assert model.training["licence"] == "CC BY-SA 4.0" and model.fingerprint is not None and model.fingerprint.data == ("DATA/train",)
+
+
+def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draws(assets, tmp_path):
+    train_generator(small_generator(tmp_path, "run"), "small")
+    ship.main(ship.Options("generators/drawings", (tmp_path / "run",), rename=(f"{tmp_path}=DATA",), licence="CC BY-SA 4.0"))
+    shipped = assets / "generators" / "drawings"
+    config = json.loads((shipped / "config.json").read_text())
+    assert config["training"]["licence"] == "CC BY-SA 4.0" and config["training"]["data"] == ["DATA/train"]
+    assert {tensor.dtype for name, tensor in load_file(shipped / "model.safetensors").items() if name.endswith(".weight")} == {torch.bfloat16}
+    one, other = (load_generator(path, device="cpu").generate("red", sampling=Sampling(steps=2)) for path in (tmp_path / "run", shipped))
+    assert np.abs(np.asarray(one[0], float) - np.asarray(other[0], float)).mean() < 2
 
 
 def test_what_cannot_ship_leaves_the_old_one(run, assets):

@@ -1,0 +1,188 @@
+"""Write the card of a generator that draws from texts: unpicked drawings of each kind of text, its scores, its training data with licences.
+
+    python tools/generator_card.py drawings --results results/drawn --train openmoji 'DRAWINGS/*-train-*.tar' \
+        --show 'Concepts that training knows from other styles=DRAWINGS/*-unseen_style-*.tar' --licence 'CC BY-SA 4.0' --licence-id cc-by-sa-4.0 \
+        --out src/openvision3/assets/generators/drawings/README.md
+
+RESULTS are folders of `openvision3 evaluate generation`. Each `--show NAME=DATA` draws the first captions of these data by a hash of the caption; TRIED are
+drawn, too. One image each, number 0 of seed 0: nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from card import commands_of, markdown_line, training_table
+from PIL import Image, ImageDraw
+from tyro.conf import Positional
+
+import openvision3
+from openvision3.data.names import DataOptions, open_source
+from openvision3.data.openmoji import hash_share
+from openvision3.evaluate.results import Results
+from openvision3.evaluate.tables import shown
+from openvision3.files import write_whole
+from openvision3.generate.flow import Sampling
+from openvision3.generate.folder import find, read
+
+TRIED = (
+    *("a yellow star", "a red apple", "pizza", "cat face", "a house", "a green heart", "a blue dog face", "a purple apple"),
+    *("a red car", "a blue tree", "a green cat face", "a pink house", "a black heart", "an orange fish", "two red hearts", "a yellow car"),
+)
+"""names and combinations that anyone can judge; of the coloured things few stand in the training data"""
+COLUMNS, SIDE = 8, 128
+
+
+@dataclass
+class Options:
+    """What the card is written from."""
+
+    results: tuple[Path, ...]
+    """folders of openvision3 evaluate generation"""
+    licence: str
+    """the terms of the weights, in words"""
+    licence_id: str
+    """the terms as the hub spells them, such as cc-by-sa-4.0"""
+    model: Positional[str] = "drawings"
+    """a shipped name or the folder of a generator"""
+    show: tuple[str, ...] = ()
+    """NAME=DATA: captions of these data are drawn"""
+    train: tuple[str, ...] = ()
+    """the training data, whose sources and licences are counted"""
+    count: int = 32
+    """captions of each of --show that are drawn"""
+    guidance: float = 3.0
+    """scale of the guidance"""
+    images: Path = Path("docs/card")
+    """folder for the sheets"""
+    out: Path = Path("card.md")
+    strip: Path | None = None
+    """also draw TRIED here, as the README shows them"""
+
+
+def captions(data: str, count: int) -> list[str]:
+    """The first captions of the data by a hash of the caption, each once."""
+    source = open_source((data,), DataOptions(side="test", caption_keys=("caption",)))
+    found = {next(iter(source.captions(index)), "") for index in range(len(source))} - {""}
+    return sorted(found, key=hash_share)[:count]
+
+
+def draw_sheet(images: list[Image.Image], texts: list[str]) -> Image.Image:
+    """Images under each other in rows of COLUMNS, the text below each."""
+    gap, line = 8, 18
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + gap) + gap, -(-len(images) // COLUMNS) * (SIDE + line + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = gap + number % COLUMNS * (SIDE + gap), gap + number // COLUMNS * (SIDE + line + gap)
+        sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        while len(text) > 4 and pen.textlength(text, font_size=11) > SIDE:
+            text = f"{text.removesuffix(' ...')[:-1]} ..."
+        pen.text((x, y + SIDE + 2), text, fill="black", font_size=11)
+    return sheet
+
+
+def result_table(folder: Path) -> str:
+    """Each metric of every column of the results, with the number of samples and the reference."""
+    results = Results.load(folder)
+    columns = list(dict.fromkeys(row.model for row in results.rows))
+    lines = [markdown_line([folder.name, *columns]), "|---|" + "---|" * len(columns)]
+    for metric in dict.fromkeys(row.metric for row in results.rows):
+        of = {row.model: row.number for row in results.rows if row.metric == metric}
+        lines.append(markdown_line([metric, *(shown(metric, of[column]) if column in of else "" for column in columns)]))
+    count = max(row.number.count for row in results.rows)
+    return "\n".join(lines) + f"\n\n{count:,} samples, against {results.rows[0].setting.data}."
+
+
+def from_card(options: Options, path: Path) -> str:
+    return os.path.relpath(path, options.out.parent)
+
+
+def card(options: Options, sheets: list[tuple[str, Path]], training: str, sampling: Sampling) -> str:
+    folder = find(options.model)
+    config = read(folder)
+    weights = (folder / "model.safetensors").stat().st_size / 1e6
+    name = options.model
+    drawn = "\n\n".join(f"**{title}**\n\n![{title}]({from_card(options, path)})" for title, path in sheets)
+    return f"""---
+library_name: openvision3
+pipeline_tag: text-to-image
+license: {options.licence_id}
+---
+# {name}: a generator of small drawings
+
+It draws {config.size} px images from a few words, such as "a red heart": RAE's diffusion transformer with the wide head (arXiv 2510.11690) in the tokens of
+`{config.tokens}` (sha256 `{config.tokens_sha256[:16]}...`), {weights:.1f} MB in bf16.
+
+    openvision3 generate "a red heart" --out heart.png
+
+```python
+import openvision3 as ov3
+
+generator = ov3.load_generator("{name}")
+image = generator.generate("a red heart", sampling=ov3.Sampling(guidance={sampling.guidance:g}))[0]
+```
+
+## Unpicked drawings
+
+Guidance {sampling.guidance:g}, {sampling.steps} steps, seed {sampling.seed}; of each text image number 0.
+
+{drawn}
+
+## Scores
+
+{(chr(10) + chr(10)).join(result_table(folder) for folder in options.results) or "Not measured."}
+
+How each is measured: [evaluation]({from_card(options, Path("docs/evaluation.md"))}). Of these data no published numbers exist.
+
+## What it cannot do
+
+It knows the names of drawings and single colours, not sentences: several things, their places and their number it mostly ignores. What no drawing in
+its training shows, it draws as something near in words. It has never seen a photograph, and it draws no letters.
+
+## Training
+
+{commands_of(folder)}{training}
+
+## Licence
+
+{options.licence}. Code: Apache-2.0.
+"""
+
+
+def main(options: Options) -> None:
+    if wrong := [pair for pair in options.show if "=" not in pair]:
+        raise ValueError(f"--show {wrong[0]} must look like NAME=DATA, such as 'names=DRAWINGS/*.tar'")
+    generator = openvision3.load_generator(options.model, device="cpu")
+    sampling = Sampling(guidance=options.guidance)
+    of_data = {title: captions(data, options.count) for title, _, data in (pair.partition("=") for pair in options.show)}
+    sheets = []
+    options.images.mkdir(parents=True, exist_ok=True)
+    for title, texts in {"Plain names and combinations": list(TRIED), **of_data}.items():
+        images = [image for text in texts for image in generator.generate(text, sampling=sampling)]
+        sheet = draw_sheet(images, texts)
+        path = options.images / f"drawn-{'-'.join(title.lower().split())}.png"
+        sheet.save(path)
+        sheets.append((title, path))
+        if options.strip and texts == list(TRIED):
+            sheet.save(options.strip)
+    training, credits = training_table(options.train) if options.train else ("Not named.", [])
+    if credits:
+        raise ValueError("authors of single images would have to be credited; train on data whose licences do not ask for that")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out, card(options, sheets, training, sampling))
+    print(f"{options.out}, {len(sheets)} sheets in {options.images}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    try:
+        main(tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"generator_card: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
