@@ -52,7 +52,7 @@ MEASURE := $(BIN)/openvision3 evaluate all mini --tokenizer simple --sigmas 0
 LICENCE := CC BY-SA 4.0, attribution "OpenMoji - the open-source emoji and icon project" and the sources above
 LICENCE_ID := cc-by-sa-4.0
 SETS    := pictures flowers_ccby grocery_mit trashnet_mit flickr8k imagenette photos
-ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --precision fp32 --compile off --out results/ablations
+ABLATE  := --steps 100 --captions 1 --no-aliases --no-sentences --compile off --out results/ablations
 
 results: setup
 	$(MEASURE) --data openmoji --count 256 --out results/openmoji
