@@ -40,6 +40,18 @@ def finished(tmp_path_factory) -> tuple[PretrainConfig, Outcome]:
     return config, pretrain(config, "tiny")
 
 
+@pytest.mark.parametrize("settings", [{}, {"families": True, "pixel_share": 0.5, "micro_batch": 2}])
+def test_the_batches_of_a_run_are_those_of_its_config_and_every_sample_comes_once_an_epoch(tmp_path, settings):
+    config = small(tmp_path, "run", **({"families": False} | settings))
+    training = module.Pretraining(config, run_module.Start(tmp_path / "run"))
+    plan, count = training.batches.plan, len(training.source)
+    for name in ("size", "batch", "seed", "pixel_share", "micro_batch", "families"):
+        assert getattr(plan, name) == getattr(config, name), name
+    assert plan.family_balance == 0 and plan.lanes == training.lanes == 1
+    for epoch in range(3):
+        assert sorted(training.batches.index(epoch * count + place) for place in range(count)) == list(range(count))
+
+
 def load_another_vae(monkeypatch) -> None:
     """From now on the VAE of every run has another sha256."""
     load = module.hub.load_vae

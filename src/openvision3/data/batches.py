@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -81,6 +81,7 @@ class BatchPlan:
     batch: int
     """rows on all ranks"""
     seed: int
+    _: KW_ONLY
     pixel_share: float = 1.0
     """the share of rows that get the pixel loss: every 1/share-th row of the global batch, shifted by one each step"""
     micro_batch: int = 0

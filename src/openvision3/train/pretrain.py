@@ -130,7 +130,16 @@ class Pretraining(Training):
         self.batches = TrainingBatches(
             self.source,
             tokenizer,
-            BatchPlan(self.shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch, config.families, self.lanes),
+            BatchPlan(
+                self.shape,
+                config.size,
+                config.batch,
+                config.seed,
+                pixel_share=config.pixel_share,
+                micro_batch=config.micro_batch,
+                families=config.families,
+                lanes=self.lanes,
+            ),
             ranks=ranks,
             latents=self.cache,
             workers=config.workers,

@@ -48,7 +48,7 @@ class Trial(Training):
                 captions += source.captions(index)
         tokenizer = TextTokenizer.train(captions, config.vocabulary)
         shape = TextShape(config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences)
-        plan = BatchPlan(shape, config.size, config.batch, config.seed, config.pixel_share, config.micro_batch)
+        plan = BatchPlan(shape, config.size, config.batch, config.seed, pixel_share=config.pixel_share, micro_batch=config.micro_batch)
         self.batches = TrainingBatches(source, tokenizer, plan, ranks=start.ranks, workers=config.workers, pinned=start.device == "cuda")
         vae = hub.load_vae(config.model.vae.name, shift=config.model.vae.shift, dtype=dtype_of(start.precision))
         self.model = initial_model(config, vae, tokenizer)
