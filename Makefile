@@ -72,7 +72,7 @@ results: setup
 card: setup
 	@test -n "$(TRAIN)$(SHOW)" || echo "without TRAIN='openmoji DRAWINGS/*-train-*.tar' and SHOW='openmoji=openmoji drawings=DRAWINGS/*_*-*.tar' the card shows no images and no sources"
 	set -f; $(BIN)/python tools/card.py mini --results $(wildcard results/openmoji results/drawings $(SETS:%=results/%)) \
-	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW) --strip docs/rebuilt.png) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md --only 'source!=stamps'
+	  $(if $(TRAIN),--train $(TRAIN)) $(if $(SHOW),--show $(SHOW) --strip docs/rebuilt.png) --licence '$(LICENCE)' --licence-id '$(LICENCE_ID)' --images docs/card --out src/openvision3/assets/mini/README.md --vae-out src/openvision3/assets/vae/README.md --only 'source!=stamps' --terms 'clipart=public domain'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

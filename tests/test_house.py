@@ -1,6 +1,7 @@
 """The house of docs/design.md: arrows point down, there is no circle, few files stand at the door, and every room says what it is for."""
 
 import ast
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -138,3 +139,11 @@ def test_no_file_is_called_utils_and_none_is_empty():
 )
 def test_tests_stand_in_the_rooms_of_what_they_test(test):
     assert test in (".", "tools") or (PACKAGE / test).is_dir(), test
+
+
+def test_no_tracked_file_is_a_link():
+    """A link to a place of one machine, such as .venv, breaks `make setup` elsewhere."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=PACKAGE.parents[1], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []

@@ -273,11 +273,11 @@ def test_labels_must_be_a_list_of_texts(labels):
 def calibrated(threshold: float):
     model = make_pipeline()
     model.familiarity = Familiarity.fit(model.describe(model.prepare([photo(64, 64, seed) for seed in range(40)])))
-    model.familiarity.calibration = Calibration(threshold, ("drawings",), (0.0, 0.5, 1.0), 0.5, {})
+    model.familiarity.calibration = Calibration(threshold, ("drawings",), (0.0, 0.5, 0.25, 1.0), 0.5, {})
     return model
 
 
-def test_answers_are_the_captions_with_the_mean_log_probability_of_their_words():
+def test_answers_are_the_captions_with_the_log_probabilities_of_their_words():
     images = [photo(64, 64, seed) for seed in range(3)]
     answers = pipeline().answer(images, max_length=6)
     assert [answer.caption for answer in answers] == pipeline().caption(images, max_length=6)
@@ -287,8 +287,9 @@ def test_answers_are_the_captions_with_the_mean_log_probability_of_their_words()
     row = [words.begin_id, *ids, words.end_id]
     with torch.no_grad():
         logs = model.captioner(tokens, torch.tensor([row])).log_softmax(-1)[0]
-    expected = sum(float(logs[i, word]) for i, word in enumerate(row[1:])) / (len(row) - 1)
-    assert answers[0].log_probability == pytest.approx(expected, abs=1e-4)
+    expected = sum(float(logs[i, word]) for i, word in enumerate(row[1:]))
+    assert answers[0].total_log_probability == pytest.approx(expected, abs=1e-4)
+    assert answers[0].log_probability == pytest.approx(expected / (len(row) - 1), abs=1e-4)
     assert all(answer.confidence is None and answer.in_distribution is None for answer in answers), "there is no calibration"
 
 
@@ -299,7 +300,8 @@ def test_a_calibrated_model_says_what_it_knows_and_keeps_it_when_saved(tmp_path)
         [answer] = model.answer(image)
         assert answer.in_distribution is expected and model.in_distribution(image) == [expected]
         familiarity = float(model.familiarity.score(model.describe(model.prepare(image)))[0])
-        assert answer.confidence == pytest.approx(1 / (1 + math.exp(-(0.5 * answer.log_probability + familiarity))), abs=1e-6)
+        odds = 0.5 * answer.log_probability + 0.25 * answer.total_log_probability + familiarity
+        assert answer.confidence == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-6)
     ranking = model.classify(image, NAMES)
     assert model.label_confidence(ranking) == pytest.approx(max(p**0.5 for _, p in ranking) / sum(p**0.5 for _, p in ranking))
     model.save(tmp_path / "m")

@@ -40,6 +40,7 @@ from openvision3.pipeline import Pipeline
 from openvision3.settings import flat, read_rules
 
 CREDITS = "CREDITS.txt"
+UNRECORDED = "not recorded"
 Cell = tuple[Image.Image, Image.Image, str, str]
 """the original, its reconstruction, the written caption, the true one"""
 IN_A_ROW = 4
@@ -89,6 +90,8 @@ class Options:
     """the training data, whose sources and licences are counted; who is credited for single images is listed in CREDITS.txt beside the card"""
     only: tuple[str, ...] = ()
     """as --only of the training"""
+    terms: tuple[str, ...] = ()
+    """SOURCE=TERMS of sources whose samples hold no licence, such as 'clipart=public domain'"""
     count: int = 32
     """images of each kind that are shown"""
     images: Path = Path("docs/card")
@@ -157,8 +160,9 @@ def limits(results: dict[str, Results], model: str) -> list[str]:
     return lines
 
 
-def training_table(names: tuple[str, ...], only: tuple[str, ...] = ()) -> tuple[str, list[str]]:
-    """(sources, licences and numbers of the training samples, from their JSON fields; whom to credit for single samples)."""
+def training_table(names: tuple[str, ...], only: tuple[str, ...] = (), terms: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    """(sources, licences and numbers of the training samples, from their JSON fields or `terms`; whom to credit for single samples)."""
+    by_source = dict(pair.split("=", 1) for pair in terms)
     source = open_source(names, DataOptions(only=read_rules(only)))
     counts: Counter[tuple[str, str]] = Counter()
     credits: dict[str, None] = {}
@@ -166,7 +170,10 @@ def training_table(names: tuple[str, ...], only: tuple[str, ...] = ()) -> tuple[
         counts[origin(source, index)] += 1
         if credit := source.value(index, "attribution"):
             credits[credit] = None
-    lines = [markdown_line([where, licence, f"{count:,}"]) for (where, licence), count in sorted(counts.items())]
+    lines = [
+        markdown_line([where, by_source.get(where, licence) if licence == UNRECORDED else licence, f"{count:,}"])
+        for (where, licence), count in sorted(counts.items())
+    ]
     return "\n".join([markdown_line(["source", "licence", "samples"]), "|---|---|---|", *lines]), sorted(credits)
 
 
@@ -175,7 +182,7 @@ def origin(source: Source, index: int) -> tuple[str, str]:
     drawing = source.drawing(index)
     if drawing and drawing[0] == STYLE:
         return OPENMOJI
-    where, licence = (source.value(index, name) or "not recorded" for name in ("source", "licence"))
+    where, licence = (source.value(index, name) or UNRECORDED for name in ("source", "licence"))
     return where.split(": ")[0].split("@" if where.startswith("github:") else "\n")[0], licence
 
 
@@ -361,13 +368,15 @@ def main(options: Options) -> None:
     lacking = [name for name, result in results.items() if not any(row.model == options.model for row in result.rows)]
     if lacking or not results:
         raise ValueError(f"no results of {options.model} in {', '.join(lacking) or 'no folder'}; name folders that openvision3 evaluate wrote with --results")
+    if wrong := [pair for pair in options.terms if "=" not in pair]:
+        raise ValueError(f"--terms {wrong[0]} must look like SOURCE=TERMS, such as 'clipart=public domain'")
     if wrong := [pair for pair in options.show if "=" not in pair]:
         raise ValueError(f"--show {wrong[0]} must look like NAME=DATA, such as drawings=DRAWINGS/*.tar")
     known, unknown = recorded_training(options.model, folder, (folder / "vae", hub.EMBEDDED))
     if options.show and unknown:
         raise ValueError(f"what {' and '.join(unknown)} was trained on is not recorded, so that unseen images cannot be told; see openvision3 data fingerprint")
     all_known = [Known(one.of, one.fingerprint) for one in known]
-    training, credits = training_table(options.train, options.only) if options.train else ("Not named.", [])
+    training, credits = training_table(options.train, options.only, options.terms) if options.train else ("Not named.", [])
     if credits:
         training += f"\n\nThe authors of {len(credits):,} of these images are credited one by one in [{CREDITS}]({CREDITS})."
     sheets = [sheet for pair in options.show for sheet in show_images(pipeline, all_known, pair, options)]

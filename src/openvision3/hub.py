@@ -265,7 +265,7 @@ def find_or_first(name: str | Path, what: str, place: Path) -> Path:
     """As `find_folder`; "" is the first of those shipped in `place`. Raises FileNotFoundError."""
     names = shipped_in(place)
     if not str(name) and not names:
-        raise FileNotFoundError(f"no {what} comes with this version; name the folder or the run of one with --model")
+        raise FileNotFoundError(f"no {what} comes with this version; name the folder or the run of one with --model, or train one: openvision3 train --help")
     return find_folder(str(name) or names[0], what, place)
 
 

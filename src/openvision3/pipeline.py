@@ -44,8 +44,10 @@ class Answer(NamedTuple):
     caption: str
     log_probability: float
     """mean over its word pieces"""
+    total_log_probability: float
+    """sum over its word pieces: those that stand in every caption, as in "a photo of a rose", add next to nothing to it"""
     confidence: float | None
-    """estimated probability that the caption is right: word F1 of 50 % or more with a reference"""
+    """estimated probability that the caption is right: it shares half of the words that tell captions apart (F1 of 50 % or more)"""
     in_distribution: bool | None
     """whether the image resembles the training images"""
 
@@ -256,13 +258,14 @@ class Pipeline:
         tokens, ids = self._write(prepared, max_length, beams, top_p, temperature, seed)
         captions = [self.tokenizer.text(row) for row in ids]
         with self._autocast():
-            likely = self.model.captioner.mean_log_probability(tokens, ids, self.tokenizer.begin_id, self.tokenizer.end_id).tolist()
+            means, totals = self.model.captioner.log_probabilities(tokens, ids, self.tokenizer.begin_id, self.tokenizer.end_id)
+        words = list(zip(captions, means.tolist(), totals.tolist(), strict=True))
         if self.familiarity is None or self.familiarity.calibration is None:
-            return [Answer(caption, by_words, None, None) for caption, by_words in zip(captions, likely, strict=True)]
+            return [Answer(caption, mean, total, None, None) for caption, mean, total in words]
         calibration, familiar = self.familiarity.calibration, self.familiarity.score(self.describe(prepared)).tolist()
         return [
-            Answer(caption, by_words, caption_confidence(calibration, by_words, by_image), by_image >= calibration.threshold)
-            for caption, by_words, by_image in zip(captions, likely, familiar, strict=True)
+            Answer(caption, mean, total, caption_confidence(calibration, mean, total, by_image), by_image >= calibration.threshold)
+            for (caption, mean, total), by_image in zip(words, familiar, strict=True)
         ]
 
     def _write(self, images: Tensor, max_length: int | None, beams: int, top_p: float | None, temperature: float, seed: int) -> tuple[Tensor, list[list[int]]]:

@@ -148,7 +148,7 @@ def test_classify_takes_several_names_a_class_and_templates(work, model, capsys)
 def test_an_image_unlike_all_training_images_is_called_unsure(work, model, capsys, tmp_path, threshold):
     own = ov3.load(model)
     own.familiarity = Familiarity.fit(own.describe(own.prepare([photo(64, 64, seed) for seed in range(40)])))
-    own.familiarity.calibration = Calibration(threshold, ("drawings", "flowers"), (0.0, 0.5, 0.01), 0.5, {})
+    own.familiarity.calibration = Calibration(threshold, ("drawings", "flowers"), (0.0, 0.5, 0.01, 0.01), 0.5, {})
     own.save(tmp_path / "calibrated")
     for argv in (["caption"], ["classify", "--labels", "red heart", "black cat"]):
         argv = [argv[0], "pics/a.png", *argv[1:], "--model", str(tmp_path / "calibrated")]

@@ -15,7 +15,7 @@ from openvision3.data.familiarity import (
     label_confidence,
 )
 
-CALIBRATION = Calibration(0.25, ("drawings", "flowers"), (0.5, 2.0, -1.0), 0.5, {"openmoji": {"images": 3, "unsure": 0.0}})
+CALIBRATION = Calibration(0.25, ("drawings", "flowers"), (0.5, 2.0, 0.25, -1.0), 0.5, {"openmoji": {"images": 3, "unsure": 0.0}})
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_the_sharpness_undoes_logits_that_are_too_large():
 
 
 def test_confidences_are_the_formulas():
-    assert caption_confidence(CALIBRATION, -1.0, 0.5) == pytest.approx(1 / (1 + math.exp(2.0)))
+    assert caption_confidence(CALIBRATION, -1.0, -2.0, 0.5) == pytest.approx(1 / (1 + math.exp(2.5)))
     assert label_confidence(CALIBRATION, [0.64, 0.36]) == pytest.approx(0.8 / 1.4)
 
 

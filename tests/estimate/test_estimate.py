@@ -474,7 +474,7 @@ def test_devices_are_named_as_people_name_them(text, name, count, nodes):
         ("h101", "unknown device 'h101'. Did you mean 'h100'.* Choose one of h100, "),
         ("12xh100", "12 devices do not fill machines of 8; choose a multiple of 8, or set --per-node"),
         ("0xh100", "must be at least 1"),
-        ("8xh100:8", "is not understood; write h100, h100:8 or 64xh100"),
+        ("8xh100:8", "is not understood; write h100, 8xh100 or 64xh100"),
     ],
 )
 def test_devices_that_are_not_known_are_refused(text, message):
@@ -541,7 +541,7 @@ def test_a_damaged_vae_config_is_one_line(tmp_path, capsys):
 def test_help_needs_no_torch():
     code = "import sys; from openvision3 import cli; cli.main(['estimate', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--gpus h100:8" in done.stdout
+    assert "--gpus 8xh100" in done.stdout
 
 
 def test_help_on_a_recipe_shows_the_options(capsys):

@@ -9,6 +9,7 @@ from tiny_pipeline import NAMES, photo, pipeline
 
 import openvision3 as ov3
 from openvision3 import cli
+from openvision3.experiments.calibrate import judge
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,21 @@ def test_the_saved_model_calls_those_images_unsure_that_were_counted(folders, ca
     model = ov3.load(str(folders / "model"), device="cpu")
     for name in ("val", "outside"):
         known = model.in_distribution([folders / name / f"{i}.png" for i in range(40)])
-        assert measured[str(folders / name)] == {"images": 40, "unsure": pytest.approx(known.count(False) / 40, abs=0.03)}  # rows are saved in half precision
+        found = measured[str(folders / name)]
+        assert found["images"] == 40 and found["unsure"] == pytest.approx(known.count(False) / 40, abs=0.03)  # rows are saved in half precision
+        assert ("confidence" in found) == ("captions_right" in found) == (name == "val")
     assert measured[str(folders / "val")]["unsure"] == 0.2 > measured[str(folders / "outside")]["unsure"], "the outside images here are the training images"
     assert measured["caption"]["answers"] == 40 and 0 <= measured["label"]["calibration_error"] <= 1
+
+
+def test_words_that_all_captions_of_a_set_share_make_no_caption_right():
+    flowers = ["a photo of a rose", "a photo of a tulip", "a photo of a daisy"]
+    references = [(text,) for text in flowers]
+    assert judge(flowers, references) == [True, True, True]
+    assert judge(["a photo of a lemon", "a photo", "daisy"], references) == [False, False, True]
+    assert judge(["red heart", "heart", "blue heart"], [("red heart",), ("red heart",), ("big red star", "blue heart")]) == [True, True, True]
+    assert judge(["a cat", "a dog"], [("a cat",), ("a cat",)]) == [True, True], "captions that are all alike have no other words"
+    assert judge(["star"], [()]) == [False]
 
 
 @pytest.mark.parametrize(

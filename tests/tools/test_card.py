@@ -115,3 +115,10 @@ def test_results_of_another_model_are_refused_before_anything_is_written(written
     with pytest.raises(ValueError, match="no results of mini in retrieval; name folders that openvision3 evaluate wrote"):
         card.main(card.Options((folder / "retrieval",), "the terms", "mit", images=tmp_path / "images", out=tmp_path / "card.md"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_terms_stand_where_the_samples_hold_no_licence_and_nowhere_else(data, tmp_path):
+    members = {"0.png": write_photo(tmp_path / "x.png", 40, 40, 1).read_bytes(), "0.txt": b"a boat", "0.json": b'{"source": "clipart"}'}
+    bare = write_shard(tmp_path / "bare.tar", members)
+    table, _ = card.training_table((str(bare), data[0]), terms=("clipart=public domain", "chalk 1.0=secret"))
+    assert "| clipart | public domain | 1 |" in table and "| chalk 1.0 | MIT | 2 |" in table

@@ -49,7 +49,10 @@ def calibrate(argv: Sequence[str]) -> int:
         return 0
     for name, values in result.calibration.measured.items():
         if "unsure" in values:
-            print(f"{name}: {100 * values['unsure']:.1f}% of {values['images']} images are called unsure")
+            captions = ""
+            if "confidence" in values:
+                captions = f"; {100 * values['captions_right']:.1f}% of the captions are right, mean confidence {100 * values['confidence']:.1f}%"
+            print(f"{name}: {100 * values['unsure']:.1f}% of {values['images']} images are called unsure{captions}")
         else:
             print(f"{name}: {100 * values['right']:.1f}% of {values['answers']} answers are right, calibration error {100 * values['calibration_error']:.1f}%")
     if len(result.problems):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from json import dumps
@@ -184,11 +186,11 @@ def _parse_options(kind: Any, argv: Sequence[str], program: str, description: st
 
 
 def estimate(argv: Sequence[str]) -> int:
-    """Estimate memory, hours, disk and network of a run: openvision3 estimate RECIPE [--gpus h100:8]"""
+    """Estimate memory, hours, disk and network of a run: openvision3 estimate RECIPE [--gpus 8xh100]"""
     program = "openvision3 estimate"
     about = "Estimate what a run takes and what would make it cheaper, without loading or training anything. Set fields of the run as for openvision3 train."
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {program} RECIPE [--gpus h100:8] [--explain] [--field value ...]\n\n{about}")
+        print(f"usage: {program} RECIPE [--gpus 8xh100] [--explain] [--field value ...]\n\n{about}")
         print(f"\noptions: {program} RECIPE --help; recipes and fields: openvision3 train --help")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     from openvision3.estimate.plan import estimate
@@ -222,7 +224,8 @@ def ablate(argv: Sequence[str]) -> int:
     name, program = argv[0], f"{program} {argv[0]}"
     if name not in ABLATIONS:
         raise unknown("ablation", name, ABLATIONS)
-    options, rest = _parse_options(AblationOptions, argv[1:], program, question(name))
+    about = re.sub(r"\n(Source|Result):", r"\n\n\1:", inspect.cleandoc(ABLATIONS[name].__doc__ or ""))  # each a paragraph of its own
+    options, rest = _parse_options(AblationOptions, argv[1:], program, about)
     kind, options.recipe = choose_recipe(name, options.recipe)
     base = base_config(options, (configure_generator if kind is GENERATOR else configure_run)(options.recipe, rest, program))
     output_folder(options.out, (*base.data, *base.val))

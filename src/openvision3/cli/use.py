@@ -119,7 +119,7 @@ def classify(
     vae: VaeFolder = "",
     json: Json = False,
 ) -> int:
-    """Choose among labels for each image, with probabilities.
+    """Choose among labels for each image. A probability is that among the labels given; confidence is how often such a choice is right, if a label fits.
 
     Args:
         labels: the texts to choose among, such as --labels "a cat" "a dog"; several names of one class are separated by |: "rose|roses"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openvision3.files import write_whole
 
-FORMAT = "openvision3 familiarity 1"
+FORMAT = "openvision3 familiarity 2"
 FILE = "familiarity.safetensors"
 NEIGHBOURS = 3
 
@@ -32,8 +32,8 @@ class Calibration:
     """familiarity below which an image resembles nothing of the training"""
     kinds: tuple[str, ...]
     """what the model was trained on, in words"""
-    caption: tuple[float, float, float]
-    """bias and weights of (mean log-probability of a word piece, familiarity) in the log-odds that a caption is right"""
+    caption: tuple[float, float, float, float]
+    """bias and weights of (mean and sum of the log-probabilities of word pieces, familiarity) in the log-odds that a caption is right"""
     sharpness: float
     """the power by which probabilities of labels are raised: 1 / temperature"""
     measured: dict[str, Any]
@@ -89,13 +89,13 @@ class Familiarity:
                 calibration.kinds, calibration.caption = tuple(calibration.kinds), (*calibration.caption,)
             return cls(F.normalize(known.float(), dim=-1), calibration)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; write it again with openvision3 calibrate, or remove it") from error
+            raise ValueError(f"{path} cannot be read: {error}; remove it, and write it again with openvision3 calibrate") from error
 
 
-def caption_confidence(calibration: Calibration, log_probability: float, familiarity: float) -> float:
-    """The estimated probability that a caption is right."""
-    bias, by_words, by_image = calibration.caption
-    return 1 / (1 + math.exp(-max(-30.0, min(30.0, bias + by_words * log_probability + by_image * familiarity))))
+def caption_confidence(calibration: Calibration, mean: float, total: float, familiarity: float) -> float:
+    """The estimated probability that a caption of these log-probabilities is right."""
+    bias, by_mean, by_total, by_image = calibration.caption
+    return 1 / (1 + math.exp(-max(-30.0, min(30.0, bias + by_mean * mean + by_total * total + by_image * familiarity))))
 
 
 def label_confidence(calibration: Calibration, probabilities: Sequence[float]) -> float:

@@ -84,7 +84,7 @@ def parse_devices(text: str, per_node: int = NODE) -> Devices:
         return Devices(here())
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?([a-z0-9-]*[a-z0-9])(?::(\d+))?", text)
     if match is None or (match[1] and match[3]):
-        raise ValueError(f"gpus {text!r} is not understood; write h100, h100:8 or 64xh100")
+        raise ValueError(f"gpus {text!r} is not understood; write h100, 8xh100 or 64xh100")
     name, count = match[2], int(match[1] or match[3] or 1)
     if name == "cpu":
         device = this_processor()

@@ -43,7 +43,7 @@ class Options:
     """Options of `estimate` in addition to the fields of the run."""
 
     gpus: str = ""
-    """the devices, such as h100:8 or 64xh100. Not set: this machine's device"""
+    """the devices, such as 8xh100. Not set: this machine's device"""
     utilisation: float = 0.40
     """share of the peak speed that the run reaches; a run's log shows its samples/s"""
     price_per_hour: float = 0.0

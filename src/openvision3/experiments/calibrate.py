@@ -5,6 +5,7 @@ The threshold comes from held-out images of the trained kinds alone; images of o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +29,16 @@ from openvision3.data.names import DataOptions, open_source
 from openvision3.data.openmoji import Side
 from openvision3.data.problems import Problems
 from openvision3.data.shards.tars import Watch, plain
-from openvision3.evaluate.metrics.captioning import token_f1
+from openvision3.evaluate.metrics.captioning import token_f1, words
 from openvision3.files import write_whole
 from openvision3.pipeline import Pipeline
 from openvision3.report.plots import Line, Lines, draw
 from openvision3.settings import PathName, read_rules, write_json
 
 RIGHT = 0.5
-"""a caption is right if its word F1 with a reference reaches this"""
+"""a caption is right if the F1 of its words with a reference reaches this, of words that tell captions of its name apart"""
+COMMON = 0.5
+"""words in the captions of more than this share of a name's images tell nothing apart, such as those of "a photo of a rose" but the last"""
 CHOICES = 10
 """labels that an image is classified among: its own caption, and those of nine other images"""
 BATCH = 32
@@ -80,7 +83,7 @@ class Rows(NamedTuple):
     features: Tensor
     """(n, D)"""
     likely: Tensor
-    """(n,) mean log-probability of the words of its caption"""
+    """(n, 2) mean and sum of the log-probabilities of the words of its caption"""
     is_right: Tensor
     """(n,) whether the caption is right; False without references"""
     embedding: Tensor
@@ -116,7 +119,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
 
     likely, is_right = (torch.cat([getattr(rows, name) for rows in held_out.values()]) for name in ("likely", "is_right"))
     captioned = torch.tensor([bool(texts) for rows in held_out.values() for texts in rows.references])
-    inputs, is_right = torch.stack([likely, familiar], 1)[captioned], is_right[captioned]
+    inputs, is_right = torch.cat([likely, familiar[:, None]], 1)[captioned], is_right[captioned]
     if len(inputs) < 32:
         raise ValueError(f"{len(inputs)} held-out images with captions are too few to calibrate with; name --val data with 32 or more, or set --caption-keys")
     probabilities = _choices(pipeline, held_out)
@@ -124,7 +127,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
     def fitted(rows: slice, label_rows: slice) -> Calibration:
         first = torch.zeros(len(probabilities[label_rows]), dtype=torch.long)
         bias, *slopes = fit_logistic(inputs[rows], is_right[rows])
-        return Calibration(threshold, options.kinds, (bias, slopes[0], slopes[1]), fit_sharpness(probabilities[label_rows], first), measured)
+        return Calibration(threshold, options.kinds, (bias, slopes[0], slopes[1], slopes[2]), fit_sharpness(probabilities[label_rows], first), measured)
 
     of_captions, of_labels = torch.zeros(len(inputs), dtype=torch.double), torch.zeros(len(probabilities), dtype=torch.double)
     for half in (0, 1):
@@ -132,6 +135,11 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
         of_others = fitted(other, other)
         of_captions[own] = torch.tensor([caption_confidence(of_others, *row) for row in inputs[own].tolist()], dtype=torch.double)
         of_labels[own] = torch.tensor([label_confidence(of_others, row) for row in probabilities[own].tolist()], dtype=torch.double)
+    place = 0
+    for name, rows in held_out.items():  # how far one fit to all names holds for each
+        own = slice(place, place := place + sum(bool(texts) for texts in rows.references))
+        if len(is_right[own]):
+            measured[name] |= {"captions_right": round(float(is_right[own].double().mean()), 4), "confidence": round(float(of_captions[own].mean()), 4)}
     curves = {}
     for name, confidence, right in (("caption", of_captions, is_right), ("label", of_labels, probabilities.argmax(1) == 0)):
         error, table = calibration_error(confidence, right)
@@ -139,7 +147,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
         curves[name] = Line([said for said, _, _ in table], [seen for _, seen, _ in table])
     familiarity.calibration = fitted(slice(None), slice(None))
     pipeline.familiarity = familiarity
-    lines = {**curves, "equal": Line([0, 1], [0, 1])}
+    lines = {**curves, "perfect": Line([0, 1], [0, 1])}
     return Result(familiarity.calibration, draw([Lines("share of answers that are right", lines, "confidence", True)], [*lines], columns=1), problems)
 
 
@@ -169,17 +177,32 @@ def _features(pipeline: Pipeline, options: CalibrationOptions, watch: Watch, pro
 
 def _answers(pipeline: Pipeline, options: CalibrationOptions, name: str, watch: Watch, problems: Problems) -> Rows:
     """What the model says of the images of `name`. Raises ValueError if there are none."""
-    features, likely, is_right, embedding, references = [], [], [], [], []
+    features, likely, written, embedding = [], [], [], []
+    references: list[tuple[str, ...]] = []
     for images, captions in _batches(pipeline, options, (name,), options.count, "test", watch, problems):
         answers = pipeline.answer(images)
         features.append(pipeline.describe(images.to(pipeline.device)).cpu())
-        likely += [answer.log_probability for answer in answers]
-        is_right += [any(token_f1(answer.caption, text) >= RIGHT for text in texts) for answer, texts in zip(answers, captions, strict=True)]
+        likely += [(answer.log_probability, answer.total_log_probability) for answer in answers]
+        written += [answer.caption for answer in answers]
         embedding.append(pipeline.embed_images(images).cpu())
         references += captions
     if not references:
         raise ValueError(f"{name} holds no usable image; name other data")
-    return Rows(torch.cat(features), torch.tensor(likely), torch.tensor(is_right), torch.cat(embedding), references)
+    return Rows(torch.cat(features), torch.tensor(likely), torch.tensor(judge(written, references)), torch.cat(embedding), references)
+
+
+def judge(written: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each caption is right by one of its references: by the words that tell these references apart, or by all where a reference has no other."""
+    counts = Counter(word for texts in references for word in {word for text in texts for word in words(text)})
+    common = {word for word, count in counts.items() if count > COMMON * len(references)}
+
+    def telling(text: str) -> str:
+        return " ".join(word for word in words(text) if word not in common)
+
+    def is_right(caption: str, text: str) -> bool:
+        return token_f1(telling(caption), telling(text)) >= RIGHT if telling(text) else token_f1(caption, text) >= RIGHT
+
+    return [any(is_right(caption, text) for text in texts) for caption, texts in zip(written, references, strict=True)]
 
 
 def _choices(pipeline: Pipeline, held_out: dict[str, Rows]) -> Tensor:

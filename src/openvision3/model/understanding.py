@@ -242,15 +242,19 @@ class Captioner(nn.Module):
         return [row[: row.index(end)] if end in row else row for row in torch.stack(columns, 1).tolist()]
 
     @torch.no_grad()
-    def mean_log_probability(self, tokens: Tensor, captions: Sequence[Sequence[int]], begin: int, end: int) -> Tensor:
-        """tokens (B, N, D) and the word ids of a caption each -> (B,): mean log-probability of a word, the end token included where it fits."""
+    def log_probabilities(self, tokens: Tensor, captions: Sequence[Sequence[int]], begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """tokens (B, N, D) and the word ids of a caption each -> log-probability of each caption (B,): mean and sum over its words.
+
+        The end token is included where it fits.
+        """
         rows = [[begin, *caption, end][: self.config.positions] for caption in captions]
         length = max(map(len, rows))
         ids = torch.tensor([row + [end] * (length - len(row)) for row in rows], device=tokens.device)
         counts = torch.tensor([len(row) - 1 for row in rows], device=tokens.device)
         scores = self(tokens, ids)[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         is_word = torch.arange(length - 1, device=tokens.device) < counts[:, None]
-        return (scores * is_word).sum(1) / counts
+        total = (scores * is_word).sum(1)
+        return total / counts, total
 
     @torch.no_grad()
     def write_beam(self, tokens: Tensor, begin: int, end: int, *, max_length: int = 32, beams: int = 4, length_penalty: float = 0.6) -> list[list[int]]:

@@ -33,7 +33,7 @@ def llava15_align() -> LlavaConfig:
     """LLaVA-1.5, first phase: the projector alone learns, on LLaVA-558K, one epoch of batch 256.
 
     torchrun --nproc-per-node 8 -m openvision3 train llava15_align --data blip_laion_cc_sbu_558k.json --images images.zip --tower MODEL
-    Questions are left out (template plain). Costs: openvision3 estimate llava15_align --gpus h100:8; expected: not measured here.
+    Questions are left out (template plain). Costs: openvision3 estimate llava15_align --gpus 8xh100; expected: not measured here.
     """
     config = _published(ALIGNED, 256, 1e-3)
     config.template = "plain"
@@ -44,7 +44,7 @@ def llava15_instruct() -> LlavaConfig:
     """LLaVA-1.5, second phase: projector and language model learn, on the mix of 665K conversations, one epoch of batch 128.
 
     torchrun --nproc-per-node 8 -m openvision3 train llava15_instruct --data llava_v1_5_mix665k.json --images FOLDERS --init runs/llava15_align
-    The tower stays frozen. Costs: openvision3 estimate llava15_instruct --gpus h100:8; expected: not measured here.
+    The tower stays frozen. Costs: openvision3 estimate llava15_instruct --gpus 8xh100; expected: not measured here.
     """
     config = _published(INSTRUCTED, 128, 2e-5)
     config.train_language, config.init = "full", "runs/llava15_align"
