@@ -15,10 +15,9 @@ from openvision3.cli.common import deferred, parse
 from openvision3.cli.evaluate import KINDS, AskedOptions, DrawnOptions, TableOptions
 from openvision3.cli.evaluate import Options as EvaluateOptions
 from openvision3.cli.search import find_images, index_images
-from openvision3.cli.train import configure, configure_run
+from openvision3.cli.train import configure, configure_ablation
 from openvision3.estimate.planned import Options
 from openvision3.evaluate.metrics.vqa import BENCHMARKS
-from openvision3.experiments.ablate import AblationOptions, base_config
 from openvision3.experiments.ablations import ABLATIONS, Parent
 from openvision3.generate.recipes import RECIPES as GENERATORS
 from openvision3.train.decoder_config import RECIPES as DECODERS
@@ -56,8 +55,8 @@ def check(words: list[str]) -> None:
         for recipe in [r.__name__ for r in IN_TURN[name]] if name in IN_TURN else [name]:
             configure(recipe, fields)
     elif verb == "ablate":
-        options, fields = parse(AblationOptions, rest[1:], "ablate", return_unknown_args=True)
-        ABLATIONS[rest[0]](Parent(options.recipe, base_config(options, configure_run(options.recipe, fields))))
+        options, base = configure_ablation(rest[0], rest[1:])
+        ABLATIONS[rest[0]](Parent(options.recipe, base))
     elif verb == "evaluate" and rest[0] == "vqa":
         assert rest[1] in BENCHMARKS
         parse(AskedOptions, rest[2:], "evaluate vqa")

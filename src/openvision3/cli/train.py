@@ -18,6 +18,8 @@ from openvision3.cli.paths import check_apart
 from openvision3.settings import PathName, unknown
 
 if TYPE_CHECKING:
+    from openvision3.experiments.ablate import AblationOptions
+    from openvision3.experiments.kinds import RunConfig
     from openvision3.generate.config import GenerateConfig
     from openvision3.train.config import PretrainConfig
     from openvision3.train.decoder_config import DecoderConfig
@@ -210,10 +212,8 @@ def estimate(argv: Sequence[str]) -> int:
 
 def ablate(argv: Sequence[str]) -> int:
     """Repeat an experiment of the paper as a grid of short runs: openvision3 ablate NAME [--steps 300]"""
-    from openvision3.experiments.ablate import AblationOptions, base_config, choose_recipe
     from openvision3.experiments.ablate import ablate as run_grid
     from openvision3.experiments.ablations import ABLATIONS, question
-    from openvision3.experiments.kinds import GENERATOR
 
     program = "openvision3 ablate"
     if not argv or argv[0] in ("-h", "--help"):
@@ -221,15 +221,24 @@ def ablate(argv: Sequence[str]) -> int:
         print(f"usage: {program} NAME [--steps 300] [--seeds 0 1 2] [--recipe RECIPE] [--out runs/ablate] [--field value ...]\n\nablations:\n{lines}")
         print(f"\noptions: {program} NAME --help; fields of the base: openvision3 train RECIPE --help")
         return 0 if argv else 2
-    name, program = argv[0], f"{program} {argv[0]}"
+    options, base = configure_ablation(argv[0], argv[1:])
+    output_folder(options.out, (*base.data, *base.val))
+    return run_grid(argv[0], options, base)
+
+
+def configure_ablation(name: str, rest: Sequence[str]) -> tuple[AblationOptions, RunConfig]:
+    """The options of the ablation and the config that it forks. Raises ValueError for an unknown ablation, or a recipe that it does not change."""
+    from openvision3.experiments.ablate import AblationOptions, base_config, choose_recipe
+    from openvision3.experiments.ablations import ABLATIONS
+    from openvision3.experiments.kinds import GENERATOR
+
     if name not in ABLATIONS:
         raise unknown("ablation", name, ABLATIONS)
+    program = f"openvision3 ablate {name}"
     about = re.sub(r"\n(Source|Result):", r"\n\n\1:", inspect.cleandoc(ABLATIONS[name].__doc__ or ""))  # each a paragraph of its own
-    options, rest = _parse_options(AblationOptions, argv[1:], program, about)
+    options, fields = _parse_options(AblationOptions, rest, program, about)
     kind, options.recipe = choose_recipe(name, options.recipe)
-    base = base_config(options, (configure_generator if kind is GENERATOR else configure_run)(options.recipe, rest, program))
-    output_folder(options.out, (*base.data, *base.val))
-    return run_grid(name, options, base)
+    return options, base_config(options, (configure_generator if kind is GENERATOR else configure_run)(options.recipe, fields, program))
 
 
 def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> int:
