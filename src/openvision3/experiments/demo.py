@@ -95,6 +95,7 @@ def train_and_draw(out: Path, minutes: float, seed: int, names: Sequence[str]) -
     config = drawings_dit_tiny()
     config.minutes, config.seed, config.out, config.tokens = minutes, seed, str(out / DRAWING), str(out / "run")
     config.eval_every = config.save_every = 0
+    config.batch, config.ema = 128, 0.98  # a short run: many steps, averaged over the last fifty
     outcome = train_generator(config, "drawings_dit_tiny")
     if outcome.status == "stopped":
         return None

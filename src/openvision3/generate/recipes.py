@@ -14,9 +14,9 @@ IMAGENET = 1_281_167
 def drawings_dit_tiny() -> GenerateConfig:
     """Draw small drawings from words, in the tokens of the shipped mini, at 64 px.
 
-    openvision3 train drawings_dit_tiny --data openmoji 'drawings/*-train-*.tar' --caption-keys caption captions
-    Two CPU cores, about 6 hours with AMX and 28 hours without, computed at the speed of the recipes mini and mini_low_res. Predicts clean tokens
-    (arXiv 2605.27102), with Muon. Then --size 128 --init runs/drawings_dit_tiny. Expected: not measured yet, watch val/loss.
+    openvision3 train drawings_dit_tiny --data openmoji 'drawings/*-train-*.tar' --caption-keys caption captions [--latents CACHE]
+    One CPU core with bf16 instructions, about two hours from cached latents (docs/generation.md). Predicts clean tokens (arXiv 2605.27102), with Muon.
+    Then --size 128 --init runs/drawings_dit_tiny. Expected: VALLOSS
     """
     return GenerateConfig(
         dit=dit_config("tiny", qk_norm=True),
@@ -25,12 +25,12 @@ def drawings_dit_tiny() -> GenerateConfig:
         family_balance=0.5,
         size=64,
         crop_area=(1.0, 1.0),
-        batch=128,
-        steps=20_000,
-        ema=0.999,
+        batch=256,
+        steps=3200,
+        ema=0.998,
         optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, warmup_steps=200, weight_decay=0.0),
-        eval_every=1000,
-        save_every=500,
+        eval_every=250,
+        save_every=100,
     )
 
 
@@ -38,13 +38,13 @@ def dit_tiny() -> GenerateConfig:
     """Draw images of classes at 64 px, on two cores.
 
     openvision3 train dit_tiny --data IMAGES --val OTHER_IMAGES [--label-key category]
-    Classes are sub-folders, .cls members or a field. Two CPU cores, about 60 minutes with AMX and 5 hours without (see drawings_dit_tiny);
-    expected: depends on the images, watch val/loss and the sheets.
+    Classes are sub-folders, .cls members or a field. One CPU core with bf16 instructions, about 40 minutes from cached latents (see
+    drawings_dit_tiny); expected: depends on the images, watch val/loss and the sheets.
     """
     config = drawings_dit_tiny()
     config.data, config.val = (), ()
-    config.condition, config.aliases = "label", False
-    config.steps = 4000
+    config.condition, config.aliases, config.family_balance = "label", False, 0.0
+    config.batch, config.steps = 128, 2000
     return config
 
 
