@@ -133,7 +133,7 @@ def balance(parent: Parent) -> Grid:
 
     Hypothesis: understanding tolerates much more weight on reconstruction than the paper gives it.
     Source: the paper's table says 2 : 1, the article's text 1 : 2; the others are ours.
-    Result: on the earlier split more weight on reconstruction rebuilt better up to 1 : 20; the recipes of this scale take 1 : 4 (docs/results.md).
+    Result: at mini scale more weight on reconstruction rebuilds better up to 1 : 20; the recipes of this scale take 1 : 4 (docs/results.md).
     """
     notes = {0.5: "2 : 1 (the paper's table)", 1.0: "1 : 1", 2.0: "1 : 2 (the article's words)", 4.0: "1 : 4", 8.0: "1 : 8", 20.0: "1 : 20"}
     return Grid([Fork(f"und : rec {note}", {"model.loss.omega_rec": rec, "model.loss.omega_und": 1.0}) for rec, note in notes.items()])
