@@ -24,7 +24,7 @@ from openvision3.train.decoder_config import RECIPES as DECODERS
 from openvision3.train.recipes import IN_TURN, RECIPES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(p for p in (ROOT / "launch").iterdir()), *(ROOT / "src").rglob("assets/*/README.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(p for p in (ROOT / "launch").iterdir()), *(ROOT / "src").glob("**/assets/**/README.md")]
 
 
 def commands(text: str) -> Iterator[list[str]]:

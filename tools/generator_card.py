@@ -63,7 +63,7 @@ class Options:
     """folder for the sheets"""
     out: Path = Path("card.md")
     strip: Path | None = None
-    """also draw TRIED here, as the README shows them"""
+    """also draw the first two rows of the first of --show here"""
 
 
 def captions(data: str, count: int) -> list[str]:
@@ -95,8 +95,8 @@ def result_table(folder: Path) -> str:
     for metric in dict.fromkeys(row.metric for row in results.rows):
         of = {row.model: row.number for row in results.rows if row.metric == metric}
         lines.append(markdown_line([metric, *(shown(metric, of[column]) if column in of else "" for column in columns)]))
-    count = max(row.number.count for row in results.rows)
-    return "\n".join(lines) + f"\n\n{count:,} samples, against {results.rows[0].setting.data}."
+    kid, twice = (next(row.number for row in results.rows if row.metric.startswith(name)) for name in ("KID", "near_duplicates"))
+    return "\n".join(lines) + f"\n\n{kid.count:,} samples, against {results.rows[0].setting.data}; near_duplicates: {twice.how}."
 
 
 def from_card(options: Options, path: Path) -> str:
@@ -169,8 +169,8 @@ def main(options: Options) -> None:
         path = options.images / f"drawn-{'-'.join(title.lower().split())}.png"
         sheet.save(path)
         sheets.append((title, path))
-        if options.strip and texts == list(TRIED):
-            sheet.save(options.strip)
+        if options.strip and len(sheets) == 2:
+            draw_sheet(images[: 2 * COLUMNS], texts[: 2 * COLUMNS]).save(options.strip)
     training, credits = training_table(options.train) if options.train else ("Not named.", [])
     if credits:
         raise ValueError("authors of single images would have to be credited; train on data whose licences do not ask for that")

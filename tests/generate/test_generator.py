@@ -268,3 +268,12 @@ def test_info_describes_it(place, capsys):
     assert "draws images of 32 px by text: 4 tokens of 64" in told and "guidance        learnt" in told and "steps: 3" in told
     assert main(["info", str(place), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model_type"] == "openvision3-generator"
+
+
+def test_the_shipped_generator_draws_what_the_shipped_model_then_names():
+    """By the eye of the model in whose tokens it draws: chance is 2 of 16."""
+    texts = ["a green heart", "a red heart", "cat face", "rocket", "a house", "a yellow star", "pizza", "a red apple"]
+    drawn = ov3.load_generator("drawings", device="cpu").generate(texts, count=2, sampling=Sampling(steps=20, guidance=2.0))
+    model = ov3.load("mini", device="cpu")
+    named = [max(model.classify(image, texts), key=lambda pair: pair[1])[0] for image in drawn]
+    assert sum(name == texts[number // 2] for number, name in enumerate(named)) >= 12
