@@ -95,8 +95,9 @@ def result_table(folder: Path) -> str:
     for metric in dict.fromkeys(row.metric for row in results.rows):
         of = {row.model: row.number for row in results.rows if row.metric == metric}
         lines.append(markdown_line([metric, *(shown(metric, of[column]) if column in of else "" for column in columns)]))
-    kid, twice = (next(row.number for row in results.rows if row.metric.startswith(name)) for name in ("KID", "near_duplicates"))
-    return "\n".join(lines) + f"\n\n{kid.count:,} samples, against {results.rows[0].setting.data}; near_duplicates: {twice.how}."
+    samples = next(row.number.count for row in results.rows if not row.metric.startswith("recall"))  # that one counts the reference
+    twice = [f"; near_duplicates: {row.number.how}" for row in results.rows if row.metric == "near_duplicates"]
+    return "\n".join(lines) + f"\n\n{samples:,} samples, against {results.rows[0].setting.data}{''.join(twice[:1])}."
 
 
 def from_card(options: Options, path: Path) -> str:
