@@ -117,7 +117,7 @@ def test_micro_batches_and_two_processes_train_what_one_does(root, whole):
         words += ["--steps", "6", "--statistics", "8", "--precision", "fp32", "--device", "cpu", "--log-every", "2", "--save-every", "3", "--eval-every", "3"]
         words += ["--dit.width", "64", "--dit.depth", "2", "--dit.heads", "2", "--dit.head-width", "64", "--dit.head-depth", "1", "--dit.head-heads", "2"]
         words += ["--optimizer.kind", "adamw", "--optimizer.learning-rate", "1e-3", "--optimizer.warmup-steps", "2", "--optimizer.weight-decay", "0.2"]
-        words += ["--ema", "0.9", "--crop-area", "0.4", "1", "--no-aliases", *more[:-1], "--out", str(out)]
+        words += ["--ema", "0.9", "--crop-area", "0.4", "1", "--no-aliases", "--family-balance", "0", "--dit.head-mlp", "0", *more[:-1], "--out", str(out)]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, *launcher, "-m", "openvision3", *words], capture_output=True, text=True, env=environment, timeout=300)
