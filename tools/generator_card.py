@@ -69,8 +69,8 @@ class Options:
 def captions(data: str, count: int) -> list[str]:
     """The first captions of the data by a hash of the caption, each once."""
     source = open_source((data,), DataOptions(side="test", caption_keys=("caption",)))
-    found = {next(iter(source.captions(index)), "") for index in range(len(source))} - {""}
-    return sorted(found, key=hash_share)[:count]
+    first_captions = {next(iter(source.captions(index)), "") for index in range(len(source))} - {""}
+    return sorted(first_captions, key=hash_share)[:count]
 
 
 def draw_sheet(images: list[Image.Image], texts: list[str]) -> Image.Image:
