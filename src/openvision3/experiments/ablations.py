@@ -321,14 +321,10 @@ def word_reading(parent: Parent) -> Grid:
 SCHEDULE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")
 """Fields of a phase that follow from the length and place of a run, and are set for each fork anew."""
 
-ABLATIONS: dict[str, Callable[[Parent], Grid]] = {
-    ablation.__name__: ablation
-    for ablation in (
-        *(synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together),
-        *(spaces, dit_head, time_shift, token_statistics, prediction, word_reading),
-    )
-}
-OF_GENERATORS = tuple(ablation.__name__ for ablation in (spaces, dit_head, time_shift, token_statistics, prediction, word_reading))
+_OF_MODELS = (synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together)
+_OF_GENERATORS = (spaces, dit_head, time_shift, token_statistics, prediction, word_reading)
+ABLATIONS: dict[str, Callable[[Parent], Grid]] = {ablation.__name__: ablation for ablation in (*_OF_MODELS, *_OF_GENERATORS)}
+OF_GENERATORS = tuple(ablation.__name__ for ablation in _OF_GENERATORS)
 """those that fork a generator"""
 
 
