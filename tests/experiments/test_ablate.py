@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 from tiny_pipeline import write_photo
 
 from openvision3 import cli
+from openvision3.cli.train import configure_ablation
 from openvision3.experiments.ablate import AblationOptions, base_config, change_fields, is_finished, judge, plan_runs
 from openvision3.experiments.ablations import Claim, Fork, Parent
 from openvision3.experiments.compare import Group, format_tables, protocol, read_groups, split_into_tables, write_comparison
@@ -445,6 +447,18 @@ def test_a_generator_draws_in_the_tokens_of_the_models_of_its_seed_and_its_drawi
     assert cli.main(["compare", *map(str, sorted(out.glob("*/seed-*"))), "--out", str(tmp_path / "compare.html")]) == 0
     assert cli.main(["ablate", "synergy", "--out", str(out), *command]) == 2
     assert "holds an ablation of a generator, not of a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dit_head", "levers"])
+def test_an_option_of_an_ablation_that_is_also_a_field_of_its_recipe_reaches_the_recipe(name):
+    given = {"steps": 7, "label_key": "kind"}
+    words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    options, base = configure_ablation(name, [*words, "--data", "openmoji"])
+    shared = {one.name for one in dataclasses.fields(AblationOptions)} & {one.name for one in dataclasses.fields(base)} - {"out"}
+    assert shared <= given.keys() and "steps" in shared
+    assert {key: getattr(base, key) for key in shared} == {key: given[key] for key in shared}
+    assert options.label_key == "kind"
+    assert configure_ablation("dit_head", ["--data", "openmoji"])[1].label_key == "", "sub-folders and .cls members are looked for without the option"
 
 
 @pytest.mark.parametrize(

@@ -64,19 +64,23 @@ class AblationOptions:
     A generator is measured by the KID, precision and recall of its drawings, against these sets; not set: --val"""
     classify: tuple[PathName, ...] = ()
     """after each run, measure zero-shot and a linear probe on these sets with classes: NAME=TRAIN,TEST ..."""
-    label_key: str = "category"
-    """JSON field of the shards of --classify that holds the class"""
+    label_key: str | None = None
+    """JSON field with the class: of the images of --classify (not set: category); of a generator's --data (not set: as in openvision3 train)"""
     samples: int = 500
     """of a generator: images drawn for each set of --measure"""
     levers: tuple[str, ...] = ()
     """levers_together: labels of the forks of levers to join. Not set: those that levers has kept in the same folder"""
 
     def __post_init__(self):
-        parse_sets(self.measure, self.classify, self.label_key)
+        self.sets()
         if self.samples < 2:
             raise ValueError(f"samples {self.samples} must be at least 2")
         if self.steps < 1 or not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"steps {self.steps}, seeds {self.seeds}: choose at least one step, and at least one seed, each once")
+
+    def sets(self) -> list[HeldOutSet]:
+        """Those of --measure and --classify. Raises ValueError: words that name none."""
+        return parse_sets(self.measure, self.classify, "category" if self.label_key is None else self.label_key)
 
 
 def choose_recipe(name: str, recipe: str) -> tuple[Kind, str]:
@@ -90,13 +94,17 @@ def choose_recipe(name: str, recipe: str) -> tuple[Kind, str]:
 
 
 def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
-    """The recipe with the fields of the command line, for as many steps as the options say. A generator's average covers at most a tenth of them."""
+    """The recipe with the fields of the command line, for as many steps as the options say. A generator's average covers at most a tenth of them.
+
+    Options that a recipe has as fields too go to the recipe as well: `steps`, and `label_key`. (`out` holds all runs.)
+    """
     config = copy.deepcopy(config)
     if config.seed != kind_of(config).recipes[options.recipe]().seed:
         raise ValueError(f"seed {config.seed}: an ablation trains every row once for each of --seeds")
     config.steps, config.minutes, config.keep, config.keep_best, config.resume = options.steps, 0.0, 1, 0, False
     if isinstance(config, GenerateConfig):
         config.ema = min(config.ema, max(0.9, round(1 - 10 / config.steps, 4)))
+        config.label_key = options.label_key or ""
     return set_schedule(config)
 
 
@@ -167,7 +175,7 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     """
     parent = Parent(options.recipe, base, _levers(options) if name == levers_together.__name__ else (), options.seeds[0])
     grid = ABLATIONS[name](parent)
-    sets = parse_sets(options.measure, options.classify, options.label_key)
+    sets = options.sets()
     if kind_of(base) is GENERATOR and options.classify:
         raise ValueError("classify measures a model, and this ablation changes a generator; leave it out, and name references with --measure")
     if not sets and name in MEASURED:
