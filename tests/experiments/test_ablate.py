@@ -467,9 +467,11 @@ def test_an_option_of_an_ablation_that_is_also_a_field_of_its_recipe_reaches_the
         (["dit_head", "--recipe", "mini"], "changes a generator, and recipe mini trains none; choose one of drawings_dit_tiny"),
         (["synergy", "--recipe", "dit_tiny"], "recipe dit_tiny trains a generator, which this command does not take"),
         (["spaces"], "name the runs of an ablation synergy in --tokens"),
-        (["spaces", "--tokens", "nowhere/base/seed-{seed}", "--data", "openmoji"], "nowhere/base/seed-0"),
+        (["spaces", "--tokens", "nowhere/base/seed-{seed}", "--data", "openmoji", "--val", "openmoji"], "nowhere/base/seed-0"),
         (["dit_head", "--data", "openmoji", "--classify", "a=b,c"], "classify measures a model"),
         (["dit_head", "--samples", "1"], "samples 1 must be at least 2"),
+        (["dit_head", "--data", "openmoji"], "val is empty: name held-out images with --val"),
+        (["time_shift", "--data", "openmoji", "--val", "openmoji"], "size 64: images of so few values are not shifted"),
         (["word_reading", "--data", "openmoji"], "word_reading needs a recipe that draws from texts"),
     ],
 )
@@ -477,3 +479,13 @@ def test_what_an_ablation_of_generators_cannot_use_is_one_line(argv, words, tmp_
     assert cli.main(["ablate", *argv, "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_a_command_that_ended_before_its_first_run_binds_no_later_one(command, tmp_path, capsys):
+    argv = ["ablate", "synergy", "--out", str(tmp_path / "out"), *command]
+    assert cli.main([*argv, "--latents", str(tmp_path / "nowhere")]) == 2
+    assert (tmp_path / "out" / "base.json").is_file()
+    assert cli.main([*argv, "--steps", "1", "--seeds", "0"]) == 0
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    assert "holds an ablation with steps 1, not 2" in capsys.readouterr().err

@@ -262,16 +262,16 @@ def _shortest(name: str, names: Iterable[str]) -> str:
 
 
 def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
-    """The precision of all forks, which the first command settles. Raises ValueError if `out` holds forks of another base."""
+    """The precision of all forks, which the first command with a run settles. Raises ValueError if `out` holds forks of another base."""
     path = out / "base.json"
-    if not path.is_file():
+    if next(out.glob("*/seed-*/config.json"), None) is None:  # an older base.json is of a command that ended before its first run began
         if draw:
             raise ValueError(f"{out} holds no ablation: nothing to draw")
         out.mkdir(parents=True, exist_ok=True)
         precision, why = choose_precision(base.precision, device)
         console().print(f"precision of all runs: {precision} ({why})", markup=False)
         base = change_fields(base, {"precision": precision})
-        write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=True)
+        write_whole(path, json.dumps(to_dict(base), indent=2) + "\n", first_wins=not path.is_file())
     kept = read_config(path)
     if type(kept) is not type(base):
         raise ValueError(f"{out} holds an ablation of {kind_of(kept).what}, not of {kind_of(base).what}; name another folder with --out")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openvision3.experiments.kinds import SEED
+from openvision3.experiments.kinds import SEED, seeded, shift_by_size
 from openvision3.model.encoder import SIZES
 from openvision3.settings import flat, to_dict
 from openvision3.train.recipes import IN_TURN
@@ -280,9 +280,11 @@ def time_shift(parent: Parent) -> Grid:
     """Must times be shifted towards noise?
 
     Hypothesis: tokens of many values need more noise.
-    Source: RAE, section on the dimension-dependent schedule. It needs more than 4,096 values an image, as 128 px have here.
+    Source: RAE, section on the dimension-dependent schedule. It needs more than 4,096 values an image, as 128 px have here (--size 128).
     Result: not measured yet.
     """
+    if shift_by_size(seeded(parent.config, parent.seed)) == 1:
+        raise ValueError(f"size {parent.config.size}: images of so few values are not shifted, so both forks would be the same; choose a larger --size")
     return Grid([Fork("times shifted by size", {"flow.shift": 0.0}), Fork("times not shifted", {"flow.shift": 1.0})])
 
 

@@ -11,10 +11,13 @@ from typing import Any
 from openvision3 import hub
 from openvision3.data.prepared import rows_of_a_process
 from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS, GenerateConfig
+from openvision3.generate.flow import dimension_shift
 from openvision3.generate.recipes import RECIPES as GENERATORS
+from openvision3.generate.space import open_space
 from openvision3.generate.training import train_generator
 from openvision3.settings import from_dict, read_json
 from openvision3.train.config import PretrainConfig
+from openvision3.train.open_data import check_held_out
 from openvision3.train.pretrain import check_start, pretrain
 from openvision3.train.recipes import RECIPES
 from openvision3.train.run import Outcome
@@ -40,6 +43,7 @@ class Kind:
 
 
 def _check_generator(config: GenerateConfig, world: int) -> None:
+    check_held_out(config)
     rows_of_a_process(config.batch, world, config.micro_batch)
     if not config.tokens.startswith((VAE_TOKENS, PEER_TOKENS)):
         hub.find_folder(config.tokens)
@@ -62,6 +66,13 @@ def to_config(values: dict[str, Any]) -> RunConfig:
 def read_config(path: Path) -> RunConfig:
     """Raises FileNotFoundError, ValueError."""
     return to_config(read_json(path))
+
+
+def shift_by_size(config: GenerateConfig) -> float:
+    """The shift of times that the size of images and tokens asks for. Opens the model whose tokens are drawn. Raises FileNotFoundError, ValueError."""
+    space = open_space(config.tokens, "fp32")
+    rows, columns = space.grid(config.size)
+    return dimension_shift(rows * columns * space.channels)
 
 
 def seeded(config: RunConfig, seed: int) -> RunConfig:

@@ -42,6 +42,12 @@ def data_options(config: DataConfig, **more: Any) -> DataOptions:
     )
 
 
+def check_held_out(config: DataConfig) -> None:
+    """Raises ValueError if no held-out images are named."""
+    if not config.val:
+        raise ValueError("val is empty: name held-out images with --val (openmoji, a folder or shards)")
+
+
 def open_held_out(config: DataConfig, training: Source) -> Source:
     """EVALUATED emoji of the val side, or the source that `val` names, read as the training data are.
 
@@ -50,8 +56,7 @@ def open_held_out(config: DataConfig, training: Source) -> Source:
     """
     if config.val == ("openmoji",):
         return EmojiSource(openmoji.load_emoji().evaluation("val", EVALUATED))
-    if not config.val:
-        raise ValueError("val is empty: name held-out images with --val (openmoji, a folder or shards)")
+    check_held_out(config)
     source = open_source(config.val, data_options(config, side="val"), watch=track)
     if shared := shared_files(source, training):
         more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
