@@ -170,6 +170,51 @@ def test_a_reference_in_an_npz_scores_as_its_images_in_a_folder(both, root, tmp_
     assert values(other, FID)[str(out / "samples.npz")] == pytest.approx(values(evaluation, FID)["tiny"], rel=1e-6)
 
 
+OWN = """
+import torch
+from openvision3.evaluate.protocol import Functions
+
+def colours(device, precision):
+    return Functions("colours", 16, features=lambda images: images.mean((2, 3)))
+
+def colours_again(device, precision):
+    return Functions("colours", 16, features=lambda images: images.mean((2, 3)))
+
+def none(device, precision):
+    return Functions("none", 16, caption=lambda images: [""] * len(images))
+"""
+
+
+def test_images_are_compared_by_the_features_of_ones_own_network(root, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    evaluation = evaluate(options(root, tmp_path / "out", guidance=(2.0,), extractors=(f"{tmp_path / 'own.py'}:colours",)))
+    measured = {row.metric: row.number for row in evaluation.results.rows if row.model == "tiny"}
+    pixels = [torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2).float() for path in (tmp_path / "out" / "samples.npz", root / "images.npz")]
+    shrunk = [torch.nn.functional.interpolate(x, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 255) for x in pixels]
+    ours, theirs = ((x / 127.5 - 1).mean((2, 3)).double().numpy() for x in shrunk)
+    root_trace = np.sqrt(np.linalg.eigvals(np.cov(ours.T) @ np.cov(theirs.T)).real.clip(0)).sum()
+    expected = ((ours.mean(0) - theirs.mean(0)) ** 2).sum() + np.trace(np.cov(ours.T) + np.cov(theirs.T)) - 2 * root_trace
+    assert measured["FID on colours features"].value == pytest.approx(expected, rel=1e-3)
+    assert {"KID on colours features", "precision on colours features", "recall on colours features"} <= measured.keys()
+    copies = {row.metric: row.number.value for row in evaluation.results.rows if row.model != "tiny"}
+    assert copies["FID on colours features"] < measured["FID on colours features"].value / 10, "guided samples are copies of the reference here"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["none"], "none gives no features to compare images by"),
+        (["colours", "colours_again"], "two extractors are called colours"),
+        (["colour"], "defines no function 'colour'; choose one of colours"),
+    ],
+)
+def test_an_extractor_that_cannot_be_used_is_one_line(root, tmp_path, names, message):
+    (tmp_path / "own.py").write_text(OWN)
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate(options(root, tmp_path / "out", extractors=tuple(f"{tmp_path / 'own.py'}:{name}" for name in names)))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 class Inception8(generation.Inception):
     """In the place of Inception: eight of EfficientNet's features."""
 

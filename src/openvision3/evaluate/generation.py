@@ -30,6 +30,7 @@ from openvision3.evaluate.image_set import ImageSet, Watch, on_first, without_pr
 from openvision3.evaluate.metrics.distances import Statistics
 from openvision3.evaluate.metrics.generation import ADM, KEPT, Compared, Nearest, SetFeatures, compare, random_rows
 from openvision3.evaluate.options import GenerationOptions
+from openvision3.evaluate.peers.features import PeerFeatures
 from openvision3.evaluate.protocol import Conditions, DrawingFunctions, Number, number
 from openvision3.evaluate.results import NotRun, Results, Row, Scores, Setting
 from openvision3.evaluate.run import CROPS
@@ -176,8 +177,15 @@ def evaluate_generation(
 
 
 def _extractors(options: GenerationOptions) -> tuple[list[Extractor], list[tuple[str, str]]]:
-    """The networks that are here, the one that ships first, and (metric, what it needs) for the others. Raises FileNotFoundError where one was named."""
-    extractors: list[Extractor] = [EfficientNetFeatures().to(options.device)]
+    """The networks that are here, the one that ships first, and (metric, what it needs) for the others.
+
+    Raises:
+        FileNotFoundError: one was named and is not here. ValueError: two of one name, or a peer without features.
+    """
+    extractors: list[Extractor] = [EfficientNetFeatures().to(options.device), *(PeerFeatures(peer, options.device) for peer in options.extractors)]
+    names = [extractor.name for extractor in extractors]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"two extractors are called {twice}; name each once, and give your own another name in its Functions")
     try:
         extractors.append(Inception(options.inception or find("inception-2015", needed_by="gFID")).to(options.device))
     except FileNotFoundError as error:

@@ -179,6 +179,8 @@ class GenerationOptions:
     """images per batch"""
     inception: PathName = ""
     """weights-inception-2015-12-05-6726825d.pth. Not set: the file of `openvision3 fetch`; without it, scores on other features remain"""
+    extractors: tuple[PathName, ...] = ()
+    """further networks whose features images are compared by: peers that give features, such as dinov2-base=FOLDER, or FILE.py:FUNCTION (docs/peers.md)"""
     caption_keys: tuple[str, ...] = ()
     """JSON fields of shards that hold captions. Not set: the .txt member"""
     only: tuple[str, ...] = ()
