@@ -250,9 +250,13 @@ def test_bad_input_is_one_line_and_writes_nothing(place, tmp_path, monkeypatch, 
     assert code == 2 and len(lines) == 1 and words in lines[0] and not [*tmp_path.iterdir()]
 
 
-def test_a_text_of_unknown_words_is_told_of(place, tmp_path, capsys):
-    assert main(["generate", "\u65e5\u672c\u8a9e", "--model", str(place), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 0
-    assert "unknown" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("\u65e5\u672c\u8a9e", "mostly unknown to this model's tokenizer (3 of the 3 tokens of all)"), ("red heart \u732b", "33 % of the 3 tokens of 1 texts")],
+)
+def test_the_share_of_a_text_that_is_unknown_is_told(place, tmp_path, capsys, text, share):
+    assert main(["generate", text, "--model", str(place), "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "x.png")]) == 0
+    assert share in capsys.readouterr().err
 
 
 def test_a_condition_of_a_network_that_was_never_given_one_is_not_guided(root):

@@ -189,7 +189,8 @@ class TextTokenizer:
         counts = self.count(texts, positions)
         if counts.lost:
             first = next(text for text in texts if self.count([text], positions).lost)
-            return f"{counts.lost} of {counts.texts} texts, such as {first!r:.60}, are mostly unknown to this model's tokenizer: their results mean little"
+            share = f"{counts.unknown} of the {counts.pieces} tokens of all"
+            return f"{counts.lost} of {counts.texts} texts, such as {first!r:.60}, are mostly unknown to this model's tokenizer ({share}): their results mean little"
         return self.same(texts, positions)
 
     def text_ids(self, texts: Sequence[str], positions: int) -> Tensor:

@@ -166,7 +166,8 @@ class Generator:
                 raise ValueError(f"{text!r:.60} is no text to draw; give one such as 'a red heart'")
         tokenizer, text_encoder = self.rae.space.tokenizer, self.rae.space.text_encoder
         assert tokenizer is not None and text_encoder is not None
-        if complaint := tokenizer.complaint(texts, text_encoder.config.positions - 1):
+        positions = text_encoder.config.positions - 1
+        if complaint := tokenizer.complaint(texts, positions) or str(tokenizer.count(texts, positions)):
             warnings.warn(complaint, stacklevel=3)
         return texts
 
