@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from PIL import Image
 from public_dit import public_output, public_state
 from safetensors.torch import save_file
+from tiny_peers import save_rae
 
+from openvision3.cli import main
 from openvision3.generate.dit import Condition
+from openvision3.generate.flow import Sampling
+from openvision3.generate.generator import load_generator
 from openvision3.generate.public import read_public
+from openvision3.generate.rae import noise_of
 
 SIZES = {"unlike widths": (24, 2, 3, 32, 4), "equal widths": (32, 2, 2, 32, 4)}
 """width, heads, depth, width and heads of the head"""
@@ -36,11 +44,37 @@ def test_of_a_training_state_the_averaged_weights_are_read(tmp_path):
     assert torch.equal(read_public(tmp_path / "last.pt").weights["leave.bias"], average["final_layer.linear.bias"])
 
 
-def test_without_the_buffers_of_rotations_the_heads_of_known_widths_are_known_and_others_are_asked_for(tmp_path):
-    state = {name: value for name, value in public_state(*SIZES["unlike widths"]).items() if "_rope" not in name}
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="heads is not known: there is no enc_feat_rope"):
-        read_public(tmp_path / "w.safetensors")
+def test_without_the_buffers_of_rotations_the_heads_of_unknown_widths_are_asked_for_and_taken(tmp_path):
+    _, heads, _, _, head_heads = SIZES["unlike widths"]
+    whole = public_state(*SIZES["unlike widths"])
+    save_file({name: value for name, value in whole.items() if "_rope" not in name}, tmp_path / "without.safetensors")
+    save_file(whole, tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match=r"heads is not known: there is no enc_feat_rope.*--dit.heads$"):
+        read_public(tmp_path / "without.safetensors")
+    with pytest.raises(ValueError, match=r"5 attention heads do not fit width 24: set --dit.heads alike"):
+        read_public(tmp_path / "without.safetensors", (5, head_heads))
+    found, expected = read_public(tmp_path / "without.safetensors", (heads, head_heads)), read_public(tmp_path / "whole.safetensors")
+    assert found.config == expected.config and all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+
+
+def test_public_weights_draw_with_the_rae_whose_tokens_they_were_trained_on(tmp_path, capsys):
+    save_rae(tmp_path / "rae", "mae")
+    rae, file, out = f"peer:rae-mae={tmp_path / 'rae'}", tmp_path / "stage2_model.safetensors", tmp_path / "drawn.png"
+    state = public_state(*SIZES["unlike widths"], grid=2, channels=64)
+    save_file(state, file)
+    argv = ["generate", "--label", "3", "--model", str(file), "--steps", "4", "--guidance", "1", "--device", "cpu", "--out", str(out)]
+    assert main(argv) == 2
+    assert "does not say whose tokens it draws; name its RAE, such as --tokens peer:rae-dinov2" in capsys.readouterr().err
+    assert main([*argv, "--tokens", rae]) == 0 and Image.open(out).size == (32, 32)
+    tokens = noise_of([0], 0, (4, 64))
+    times = 1 - torch.arange(5) / 4  # 256 values: not shifted
+    for t, after in itertools.pairwise(times.tolist()):
+        tokens = tokens + (after - t) * public_output(state, tokens, torch.tensor([t]), torch.tensor([3]), SIZES["unlike widths"][2])
+    generator = load_generator(file, tokens=rae, device="cpu")
+    torch.testing.assert_close(generator.draw_tokens(labels=3, sampling=Sampling(steps=4)), tokens, rtol=1e-3, atol=1e-3 * float(tokens.abs().max()))
+    save_file(public_state(*SIZES["unlike widths"], grid=2), file)
+    assert main([*argv, "--tokens", rae]) == 2
+    assert "draws tokens of 5 channels, and those of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ class TextTokenizer:
         if counts.lost:
             first = next(text for text in texts if self.count([text], positions).lost)
             share = f"{counts.unknown} of the {counts.pieces} tokens of all"
-            return f"{counts.lost} of {counts.texts} texts, such as {first!r:.60}, are mostly unknown to this model's tokenizer ({share}): their results mean little"
+            texts_lost = f"{counts.lost} of {counts.texts} texts, such as {first!r:.60},"
+            return f"{texts_lost} are mostly unknown to this model's tokenizer ({share}): their results mean little"
         return self.same(texts, positions)
 
     def text_ids(self, texts: Sequence[str], positions: int) -> Tensor:

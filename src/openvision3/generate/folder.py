@@ -24,6 +24,8 @@ from openvision3.settings import flat, to_dict
 
 FORMAT = 1
 SHIPPED = hub.ASSETS / "generators"
+PUBLIC_DROP = 0.1
+"""share of the rows that RAE trains without their label"""
 
 
 @dataclass
@@ -87,9 +89,13 @@ def read(folder: Path) -> GeneratorConfig:
 def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tuple[RAE, GeneratorConfig, Path]:
     """Read a generator strictly, with the model whose tokens it draws; `tokens` names that one, if the name in its config is not found.
 
+    Or read RAE's public weights; `tokens` must name their RAE.
+
     Raises:
         FileNotFoundError, ValueError: one line on what is missing or does not fit.
     """
+    if str(name).endswith(SUFFIXES):
+        return _load_public(Path(name), precision, tokens)
     folder = find(name)
     config = read(folder)
     try:
@@ -104,6 +110,22 @@ def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tupl
         )
     load_weights(rae, folder)
     return rae.eval(), config, folder
+
+
+def _load_public(path: Path, precision: str, tokens: str) -> tuple[RAE, GeneratorConfig, Path]:
+    """RAE's public weights as the generator of the tokens that they were trained on, whose normalisation belongs to their RAE. Classes have numbers alone."""
+    public = read_public(path)
+    if not tokens:
+        raise ValueError(f"{path} does not say whose tokens it draws; name its RAE, such as --tokens peer:rae-dinov2")
+    space = open_space(tokens, precision)
+    if space.channels != public.channels:
+        raise ValueError(f"{path} draws tokens of {public.channels} channels, and those of {tokens} have {space.channels}; name its RAE in --tokens")
+    names = tuple(str(number) for number in range(public.classes))
+    training = {"recipe": f"RAE's public weights, {path.name}"}
+    config = GeneratorConfig(FORMAT, space.size, tokens, space.sha256, "label", names, PUBLIC_DROP, public.config, FlowConfig(predict="velocity"), training)
+    rae = RAE(_settings(config), space, public.classes)
+    hub.copy_tensors(rae.dit.state_dict(), public.weights, path)
+    return rae.eval(), config, path
 
 
 def _settings(config: GeneratorConfig) -> GenerateConfig:
@@ -131,7 +153,7 @@ def start_from(rae: RAE, name: str) -> None:
     """
     now = rae.config
     if name.endswith(SUFFIXES):
-        public = read_public(name)
+        public = read_public(name, (now.dit.heads, now.dit.head_heads))
         _refuse_other(name, {"condition": "label", "dit": to_dict(public.config), "flow": {"predict": "velocity"}}, now)
         return hub.copy_tensors(rae.dit.state_dict(), public.weights, Path(name))
     folder = find(name)

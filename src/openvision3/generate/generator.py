@@ -16,6 +16,7 @@ from openvision3.data.captions import checked_text
 from openvision3.data.images import pil_images
 from openvision3.device import choose_device
 from openvision3.evaluate.protocol import DrawingFunctions
+from openvision3.files import sha256_of
 from openvision3.generate import folder
 from openvision3.generate.dit import Condition
 from openvision3.generate.flow import Sampling
@@ -43,7 +44,7 @@ class Generator:
 
     @property
     def sha256(self) -> str:
-        return hub.weights_sha256(self.folder)
+        return sha256_of(self.folder) if self.folder.is_file() else hub.weights_sha256(self.folder)
 
     @property
     def device(self) -> torch.device:

@@ -62,8 +62,10 @@ class PublicDiT:
         return dit.eval()
 
 
-def read_public(path: str | Path) -> PublicDiT:
+def read_public(path: str | Path, heads: tuple[int, int] = (0, 0)) -> PublicDiT:
     """Read a file of RAE's stage 2; of a training state the averaged weights are taken.
+
+    `heads` are the attention heads of trunk and head where neither the file nor its widths tell them; 0: unknown.
 
     Raises:
         FileNotFoundError. ValueError: no such layout; names the first tensor that is missing or unknown.
@@ -72,7 +74,7 @@ def read_public(path: str | Path) -> PublicDiT:
     if not any(name.startswith("s_embedder.") for name in state):
         raise ValueError(f"{path} does not hold RAE's DiT with a wide head: it has no s_embedder, but {', '.join(sorted(state)[:3])} ...")
     try:
-        return _convert(state)
+        return _convert(state, heads)
     except KeyError as error:
         raise ValueError(f"{path} does not hold RAE's DiT with a wide head: {error.args[0]} is missing") from error
     except (RuntimeError, ValueError) as error:
@@ -89,13 +91,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _convert(state: dict[str, Tensor]) -> PublicDiT:
+def _convert(state: dict[str, Tensor], given: tuple[int, int]) -> PublicDiT:
     state = {name.replace("embedding_table.weight", "embedding_table"): value for name, value in state.items()}
     blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     widths = [len(state[f"blocks.{number}.norm1.weight"]) for number in range(blocks)]
     width, head_width = len(state["s_embedder.proj.bias"]), len(state["x_embedder.proj.bias"])
     depth = widths.count(width) if width != head_width else blocks - HEAD_BLOCKS
-    heads = _heads(state, "enc_feat_rope", width), _heads(state, "dec_feat_rope", head_width)
+    heads = _heads(state, "enc_feat_rope", width, given[0], "dit.heads"), _heads(state, "dec_feat_rope", head_width, given[1], "dit.head-heads")
     positions = state["pos_embed"].flatten(0, 1)
     config = DiTConfig(
         width, depth, heads[0], state["blocks.0.mlp.w3.weight"].shape[1], head_width, blocks - depth, heads[1],
@@ -130,12 +132,18 @@ def _convert(state: dict[str, Tensor]) -> PublicDiT:
     return public
 
 
-def _heads(state: dict[str, Tensor], rotations: str, width: int) -> int:
+def _heads(state: dict[str, Tensor], rotations: str, width: int, given: int, option: str) -> int:
     if f"{rotations}.freqs_cos" in state:
         return width // state[f"{rotations}.freqs_cos"].shape[-1]
-    if width not in HEADS:
-        raise ValueError(f"the number of attention heads is not known: there is no {rotations}.freqs_cos, and width {width} is none of RAE's")
-    return HEADS[width]
+    heads = HEADS.get(width, given)
+    if not heads:
+        raise ValueError(
+            f"the number of attention heads is not known: there is no {rotations}.freqs_cos, and width {width} is none of RAE's; "
+            f"give it to `openvision3 train` with --{option}"
+        )
+    if width % (4 * heads):
+        raise ValueError(f"{heads} attention heads do not fit width {width}: set --{option} alike, to the number that the file was trained with")
+    return heads
 
 
 def _reordered(qkv: Tensor, heads: int) -> Tensor:
