@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/vae_speed.py
 	$(BIN)/python benchmarks/step_speed.py
+	$(BIN)/python benchmarks/dit_speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py
 	@test -n "$(SHARDS)" || echo "to time the reader and the latent cache too: make bench SHARDS='data/*.tar'"

@@ -237,8 +237,8 @@ def write_report(path: Path, outcome: Outcome[Pretraining], findings: Findings, 
         ("Original | VAE alone | rebuilt from tokens", html.figures(rebuilt)),
         ("Captions (above: written, below: true name)", html.cards(cards)),
         ("Zero-shot by emoji group", html.table(("group", "emoji", "accuracy"), zeroshot) + zero_note),
-        *([("Drawn from words", from_words)] if from_words else []),
         ("How this was measured", html.table(("of", "metric", "value", "count", "how"), measured)),
+        *([("Drawn from words", from_words)] if from_words else []),
     ]
     drawings = [int(run.last("samples") or 0) for run in (first, last)]
     training = outcome.training.pipeline.training
