@@ -92,10 +92,15 @@ def test_raes_grid_has_fifty_times_and_ends_where_theirs_does():
 MEAN, DEVIATION = 1.5, 0.4
 
 
-def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-    """The expected velocity at x_t when every value of the data is N(MEAN, DEVIATION^2): noise and data given their weighted sum."""
-    centred, variance = x - (1 - t) * MEAN, (1 - t) ** 2 * DEVIATION**2 + t**2
-    return t / variance * centred - (MEAN + (1 - t) * DEVIATION**2 / variance * centred)
+def gaussian_velocity(x: torch.Tensor, t: float, mean: float = MEAN) -> torch.Tensor:
+    """The expected velocity at x_t when every value of the data is N(mean, DEVIATION^2): noise and data given their weighted sum."""
+    centred, variance = x - (1 - t) * mean, (1 - t) ** 2 * DEVIATION**2 + t**2
+    return t / variance * centred - (mean + (1 - t) * DEVIATION**2 / variance * centred)
+
+
+def gaussian_at(t: float, noise: torch.Tensor, mean: float = MEAN) -> torch.Tensor:
+    """Where the flow has carried noise to at time t."""
+    return (1 - t) * mean + math.sqrt((1 - t) ** 2 * DEVIATION**2 + t**2) * noise
 
 
 def error(method: str, steps: int) -> float:
@@ -109,6 +114,22 @@ def test_samplers_solve_the_gaussian_euler_in_the_first_order_and_heun_in_the_se
     euler, heun = [[error(method, steps) for steps in (40, 80)] for method in ("euler", "heun")]
     assert 1.7 < euler[0] / euler[1] < 2.3 and 3.2 < heun[0] / heun[1] < 5
     assert heun[0] < euler[0] / 5 and heun[1] < 1e-3
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, flow.dimension_shift(16 * 16 * 768)])
+@pytest.mark.parametrize("sampling", [Sampling(steps=400), Sampling(steps=100, method="heun"), Sampling(steps=49, method="heun", grid="rae49")])
+def test_every_grid_arrives_where_the_gaussian_is_at_its_last_time(sampling, shift):
+    times, noise = flow.time_grid(sampling, shift), normal(3)
+    found = flow.integrate(gaussian_velocity, noise, times, sampling.method)
+    torch.testing.assert_close(found, gaussian_at(times[-1], noise), rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guidance_between_two_gaussians_of_one_deviation_draws_the_gaussian_of_the_extrapolated_mean(guidance):
+    alone, noise = -0.5, normal(3)
+    times = flow.time_grid(Sampling(steps=200), 1.0)
+    found = flow.integrate(lambda x, t: flow.guided(gaussian_velocity(x, t), gaussian_velocity(x, t, alone), guidance), noise, times, "heun")
+    torch.testing.assert_close(found, gaussian_at(0, noise, alone + guidance * (MEAN - alone)), rtol=0, atol=2e-3)
 
 
 def test_heun_takes_the_velocity_twice_a_step_but_never_at_time_zero():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,6 +68,55 @@ def test_what_is_evaluated_is_the_averaged_network(root):
     others = [row["val/loss"] for row in metrics(root / "moving") if "val/loss" in row]
     assert max(losses) - min(losses) < max(others) - min(others)
     assert others[-1] != losses[-1]
+
+
+def test_with_compiled_blocks_too_the_averaged_network_is_evaluated_and_saved(root, whole, monkeypatch):
+    """The public code evaluated the online weights after compilation. Backend eager: graphs are captured, and nothing needs a C++ compiler."""
+    compiled: list[torch.nn.Module] = []
+
+    def compile_eagerly(block: torch.nn.Module) -> None:
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    monkeypatch.setattr("openvision3.train.run.choose_compile", lambda *_: (True, ""))
+    train_generator(small_generator(root, "compiled", ema=0.9, compile="on"))
+    assert len(compiled) == 3, "two blocks of the trunk, one of the head"
+    for one, other in zip(metrics(whole), metrics(root / "compiled"), strict=True):
+        assert all(name not in one or one[name] == pytest.approx(other[name], rel=1e-5) for name in ("train/loss", "val/loss"))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(root / "compiled")[name], value, rtol=0, atol=1e-5)
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(root, whole):
+    train_generator(small_generator(root, "in parts", ema=0.9, micro_batch=1))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(root / "in parts")[name], value, rtol=0, atol=5e-4)
+
+
+def test_a_signal_saves_a_run_that_goes_on_to_the_same_bits(root, whole, monkeypatch):
+    real = Generation.before_step
+
+    def signalled(self, state, optimizers):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, state, optimizers)
+
+    with monkeypatch.context() as once:
+        once.setattr(Generation, "before_step", signalled)
+        outcome = train_generator(small_generator(root, "signalled", ema=0.9))
+    assert outcome.status == "stopped" and outcome.steps < 6
+    train_generator(small_generator(root, "signalled", ema=0.9, resume=True))
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(root / "signalled")[name], value), name
+
+
+def test_a_network_that_is_narrower_than_a_token_is_told_that_its_loss_has_a_floor(root):
+    narrow = small_dit(width=32, head_width=48, heads=2, head_heads=2)
+    train_generator(small_generator(root, "narrow", steps=1, dit=narrow))
+    assert "no part of the network is as wide as the 64 channels of a token" in (root / "narrow" / "log.txt").read_text()
+    train_generator(small_generator(root, "wide", steps=1, dit=replace(narrow, head_width=64)))
+    assert "no part of the network" not in (root / "wide" / "log.txt").read_text()
 
 
 def test_statistics_are_exact_and_of_the_images_that_the_run_begins_with(root):
