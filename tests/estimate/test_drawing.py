@@ -91,3 +91,10 @@ def test_pieces_repeat_nothing_and_take_less_memory():
     pieces, whole = estimate(config, "", Options(gpus="8xh100"), advise=False), of(imagenet_dit_xl)
     assert pieces.sample_flops == whole.sample_flops and whole.fits is False and pieces.fits
     assert "--micro-batch 64" in [row["set"] for row in of(imagenet_dit_xl, advise=True).advice]
+
+
+def test_the_protocol_at_512_px_is_the_same_recipe_with_four_times_the_tokens():
+    config = imagenet_dit_b()
+    config.size, config.classes = 512, "1000"
+    larger, plan = estimate(config, "", Options(gpus="8xh100"), advise=False), of(imagenet_dit_b)
+    assert larger.parameters == plan.parameters and 4 < larger.sample_flops / plan.sample_flops < 6

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_inception import Inception8
 from tiny_pipeline import photo
 
 from openvision3.data.images import to_tensor
@@ -213,22 +214,6 @@ def test_an_extractor_that_cannot_be_used_is_one_line(root, tmp_path, names, mes
     with pytest.raises(ValueError, match=message) as caught:
         evaluate(options(root, tmp_path / "out", extractors=tuple(f"{tmp_path / 'own.py'}:{name}" for name in names)))
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-
-
-class Inception8(generation.Inception):
-    """In the place of Inception: eight of EfficientNet's features."""
-
-    width, spatial_width, sha256 = 8, 8, "1" * 64
-
-    def __init__(self):
-        torch.nn.Module.__init__(self)
-        self.network = EfficientNetFeatures()
-
-    def features(self, images):
-        from openvision3.networks.inception import InceptionFeatures
-
-        pool = self.network(images)
-        return InceptionFeatures(pool[:, :8], pool[:, 8:16], pool[:, 16:26])
 
 
 def test_statistics_of_an_adm_file_take_the_place_of_those_of_its_images(root, tmp_path, monkeypatch):

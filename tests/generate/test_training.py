@@ -10,20 +10,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from public_dit import public_state
 from safetensors.torch import load_file, save_file
 from small_runs import Crash, assert_same_run, crash_at, metrics, pictures
 from tiny_generator import small_dit, small_generator, tokens_folder
+from tiny_inception import Inception8
 
 from openvision3.cli import main
 from openvision3.generate.flow import FlowConfig
 from openvision3.generate.generator import load_generator
 from openvision3.generate.public import read_public
+from openvision3.generate.recipes import imagenet_dit_b
 from openvision3.generate.space import Moments
 from openvision3.generate.training import Generation, train_generator
 from openvision3.hub import complete_checkpoints
+from openvision3.networks.inception import EfficientNetFeatures
 from openvision3.train.run import Start
 
 
@@ -312,3 +316,27 @@ def test_labels_reach_the_network_by_their_row(root):
     batch = next(training.batches.from_step(0))
     names = [training.source.key(training.batches.index(row)).split("/")[-2] for row in range(4)]
     assert [training.label_names[label] for label in batch["labels"].tolist()] == names and "text_ids" not in batch
+
+
+def test_the_papers_protocol_runs_from_labelled_images_to_gfid_without_and_with_guidance(root, monkeypatch, capsys):
+    """Its network, path and sampler at a small size; eight features of the network that ships stand in Inception's place."""
+    monkeypatch.setattr("openvision3.evaluate.generation._extractors", lambda _: ([EfficientNetFeatures(), Inception8()], []))
+    data, val = classes(root, "by class", 4, ("apple", "banana", "cherry")), classes(root, "held by class", 1, ("banana", "cherry"))
+    paper = replace(imagenet_dit_b(), dit=small_dit(qk_norm=False))
+    settings = {name: getattr(paper, name) for name in ("flow", "dit", "ema", "drop", "condition", "crop_area", "mirror", "optimizer")}
+    train_generator(small_generator(root, "paper", data=(data,), val=(val,), **settings))
+    argv = ["evaluate", "generation", str(root / "paper"), "--data", data, "--count", "12", "--steps", "4", "--guidance", "1.5", "--device", "cpu"]
+    assert main([*argv, "--grid", "full", "--out", str(root / "scores"), "--json"]) == 0
+    rows = json.loads((root / "scores" / "results.json").read_text())["rows"]
+    measured = {(row["model"], row["metric"]) for row in rows}
+    columns = {row["model"] for row in rows}
+    assert len(columns) == 2 and {name for name in columns if name.endswith("guidance 1.5")}
+    assert all((model, metric) in measured for model in columns for metric in ("gfid", "sfid", "inception_score", "precision", "recall"))
+    assert {row["labels"] for row in rows} == {"balanced over 3 classes"}
+    samples = np.load(root / "scores" / "samples.npz")["arr_0"]
+    assert samples.shape == (12, 32, 32, 3) and samples.dtype == np.uint8
+    (root / "scores" / "results.json").unlink()
+    drawn = (root / "scores" / "samples-guidance-1.5.npz").read_bytes()
+    capsys.readouterr()
+    assert main([*argv, "--grid", "full", "--out", str(root / "scores")]) == 0
+    assert (root / "scores" / "samples-guidance-1.5.npz").read_bytes() == drawn and "gfid" in capsys.readouterr().out
