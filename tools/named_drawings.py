@@ -5,8 +5,8 @@
 
 PACKAGES is the folder of those `.tgz` files. Nothing else is read, and nothing is downloaded. The same packages and options give the same bytes, and
 after a kill the same command goes on with the next shard. A shard is named by its style and kind: `noto-train-00000.tar`,
-`noto-unseen_concept-00000.tar`. Each sample is a PNG, its name as `.txt`, and a JSON with `caption`, `captions` (further ones), `style`, `family`,
-`source` and `licence`.
+`noto-unseen_concept-00000.tar`. Each sample is a PNG, its name as `.txt`, and a JSON with `caption`, `phrase` (the caption with an article), `captions`
+(further ones), `style`, `family`, `source` and `licence`.
 
 Some drawings are held out of training, of three kinds. Families (the concept; of people, whatever the gender and skin tone) are the same over all
 styles and OpenMoji:
@@ -258,6 +258,14 @@ def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[D
     return list(drawings.values()), left_out
 
 
+def with_article(caption: str) -> str:
+    """A red heart for red heart, as people ask for a drawing; the same words where none fits: names, numbers, and most of what is plural."""
+    first, last = caption.split()[0], caption.split()[-1]
+    if not (caption.isascii() and first.isalpha() and first.islower()) or (last.endswith("s") and not last.endswith("ss")):
+        return caption
+    return f"{'an' if first[0] in 'aeiou' else 'a'} {caption}"
+
+
 def _share(*texts: str) -> float:
     return openmoji.hash_share("/".join(texts))
 
@@ -361,6 +369,7 @@ def write_shard(shard: Shard) -> tuple[str, list[str]]:
                 continue
             package = shard.package
             values = asdict(drawing) | {
+                "phrase": with_article(drawing.caption),
                 "kind": shard.kind,
                 "source": f"@iconify-json/{package.style} {package.version}: {drawing.icon}",
                 "licence": package.licence,

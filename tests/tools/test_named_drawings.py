@@ -1,5 +1,6 @@
 """The script that writes named drawings as shards, on packages made here."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -14,6 +15,10 @@ from openvision3.data import openmoji
 from openvision3.data.names import DataOptions, open_source
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "named_drawings.py"
+spec = importlib.util.spec_from_file_location("named_drawings", SCRIPT)
+named_drawings = importlib.util.module_from_spec(spec)
+sys.modules["named_drawings"] = named_drawings  # its dataclasses look there
+spec.loader.exec_module(named_drawings)
 SQUARE = '<path fill="#c01020" d="M2 2h12v12H2z"/>'
 INFO = {"license": {"title": "MIT", "spdx": "MIT"}, "author": {"name": "Somebody", "url": "https://example.org"}}
 
@@ -182,3 +187,11 @@ def test_bad_input_ends_with_2_and_one_line_that_says_what_to_do(packages, tmp_p
     (packages / "one.tgz").unlink()
     (packages / "cldr.tgz").unlink()
     assert "npm pack cldr-annotations-full" in draw(packages, tmp_path / "a").stderr
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase"),
+    [("red heart", "a red heart"), ("apple", "an apple"), ("Grenada", "Grenada"), ("2nd place", "2nd place"), ("scissors", "scissors"), ("dress", "a dress")],
+)
+def test_a_phrase_is_the_caption_with_an_article_where_one_fits(caption, phrase):
+    assert named_drawings.with_article(caption) == phrase
