@@ -44,6 +44,11 @@ scores = pipeline("zero-shot-image-classification", model=folder, trust_remote_c
 by_label = {row["label"]: row["score"] for row in scores}
 pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(Image.open(image), return_tensors="pt")["pixel_values"]
 assert torch.equal(pixels, inputs["pixel_values"])
+extracted = {task: pipeline(task, model=folder, trust_remote_code=True) for task in ("image-feature-extraction", "feature-extraction")}
+assert torch.allclose(extracted["image-feature-extraction"](image, return_tensors=True), tokens, atol=1e-5)
+assert torch.allclose(extracted["image-feature-extraction"](image, return_tensors=True, pool=True), output.vision_model_output.pooler_output, atol=1e-5)
+words = extracted["feature-extraction"](TEXTS[0], return_tensors=True)
+assert torch.allclose(words[0], output.text_model_output.last_hidden_state[0, : words.shape[1]], atol=1e-5)
 save_file({"logits": output.logits_per_image.contiguous(), "tokens": tokens, "scores": torch.tensor([by_label[text] for text in TEXTS])}, answer)
 """
 
