@@ -1,6 +1,7 @@
 """The time from the command to the first word of an answer, beside that of the imports alone: `python benchmarks/chat_speed.py [CHAT]`.
 
-CHAT is a folder or a run of a chat model; without it the one that ships is asked. The first run is not counted: it unpacks SmolLM2 where that was not done yet, and fills the cache of the disk. Aim: 15 s on two cores.
+CHAT is a folder or a run of a chat model; without it the one that ships is asked. The first run is not counted: it unpacks SmolLM2 where that was not
+done yet, and fills the cache of the disk. Aim: 15 s on two cores.
 """
 
 from __future__ import annotations
