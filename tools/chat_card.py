@@ -283,7 +283,7 @@ def main(options: Options) -> None:
         check_credits(credits, options.credits)
         training += f"\n\nThe authors of {len(credits):,} of these images are credited one by one in [{CREDITS}]({options.link(options.credits)})."
     seen = contents(options.talk)
-    examples = []
+    examples: list[str] = []
     options.images.mkdir(parents=True, exist_ok=True)
     for title, data in options.shown_data:
         chosen = choose(data, options.count, seen)

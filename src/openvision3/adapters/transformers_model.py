@@ -155,7 +155,7 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
         if input_ids is None or pixel_values is None:
             if return_loss or (input_ids is None and pixel_values is None):
                 raise ValueError("pixel_values or input_ids are missing: give one of them for features, and both for logits and the loss")
-            alone = self.get_text_features(input_ids, attention_mask) if pixel_values is None else self.get_image_features(pixel_values, **options)
+            alone = self.get_image_features(pixel_values, **options) if input_ids is None else self.get_text_features(input_ids, attention_mask)  # type: ignore[arg-type]
             return alone if use_dict else alone.to_tuple()
         images, texts = self.get_image_features(pixel_values, **options), self.get_text_features(input_ids, attention_mask)
         image_embeds, text_embeds = (F.normalize(pooled.float(), dim=-1) for pooled in (images["pooler_output"], texts["pooler_output"]))

@@ -200,7 +200,7 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
 
     places = (("generator", GENERATORS), ("chat model", CHATS))
     folder = find_folder(model, *next((place for place in places if model in shipped_in(place[1])), ("model", ASSETS)))
-    describe = {GENERATOR: _info_of_generator, CHAT: _info_of_chat}.get(read_json(folder / "config.json").get("model_type"))
+    describe = {GENERATOR: _info_of_generator, CHAT: _info_of_chat}.get(str(read_json(folder / "config.json").get("model_type")))
     if describe:
         return describe(folder, json)
     network, tokenizer, config = load_model(folder)
