@@ -44,7 +44,7 @@ def talk(root: Path, name: str, numbers: range) -> tuple[str, Path]:
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("chat_card")
     (shard, train), (held_shard, held) = talk(root, "train", range(6)), talk(root, "held", range(4, 10))
-    train_chat(small_chat(root, "run", data=(str(train),), val=(), eval_every=0, steps=2))
+    train_chat(small_chat(root, "run", data=(str(train),), images=(str(train.with_suffix(".zip")),), val=(), eval_every=0, steps=2))
     for name, more in (("scores", []), ("blank", ["--blank"])):
         arguments = ["--data", str(held), "--max-tokens", "4", "--device", "cpu", "--out", str(root / name), *more]
         assert cli.main(["evaluate", "vqa", "conversations", str(root / "run"), *arguments]) == 0
