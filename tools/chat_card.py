@@ -127,9 +127,8 @@ def limits(scores: Sequence[Scored]) -> list[str]:
         for kind, number in scored.model.items():
             floor = max(scored.blank[kind].value, scored.commonest[kind])
             if (number.value if number.low is None else number.low) <= floor:
-                lines.append(
-                    f"- {scored.data}, {kind or 'all questions'}: no better than without looking: {shown('accuracy', number)}, floor {100 * floor:.1f} %."
-                )
+                seen, better = shown("accuracy", number), f"{100 * floor:.1f} %"
+                lines.append(f"- {scored.data}, {kind or 'all questions'}: not surely above the better floor: {seen}, {better}.")
     return lines
 
 
@@ -217,9 +216,8 @@ def card(options: Options, chat: Chat, scores: Sequence[Scored], examples: Seque
     name = Path(options.model).name or chat.name
     tables = "\n\n".join(f"{scored.data}:\n\n{score_table(scored)}" for scored in scores) or "Not measured."
     commands = "\n".join(dict.fromkeys(command for scored in scores for command in scored.commands))
-    cannot = "\n".join(
-        [*limits(scores), f"- It sees {config.size} px: small things, texts and faces are lost. It knows what its sources show; of anything else it guesses."]
-    )
+    size = f"- It sees {config.size} px: small things and letters are lost. It knows what the sources below show; of anything else it guesses."
+    cannot = "\n".join([*limits(scores), size])
     facts = "\n".join(f"- {fact}: {value}" for fact, value in flat(config.training).items() if fact != "licence")
     return f"""---
 library_name: openvision3
