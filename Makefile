@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python benchmarks/dit_speed.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/scale.py
+	test -z "$(CHAT)" || $(BIN)/python benchmarks/chat_speed.py $(CHAT)
 	@test -n "$(SHARDS)" || echo "to time the reader and the latent cache too: make bench SHARDS='data/*.tar'"
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/data_speed.py $(SHARDS)
 	test -z "$(SHARDS)" || $(BIN)/python benchmarks/latents_speed.py $(SHARDS)

@@ -17,7 +17,9 @@ from PIL import features
 from openvision3 import cli, doctor
 from openvision3.cli.train import lines_of_a_trial
 from openvision3.doctor import examine
+from openvision3.generate import folder as generators
 from openvision3.train import trial
+from openvision3.understand import folder as chats
 
 
 def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
@@ -25,6 +27,7 @@ def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
     report = examine()
     assert report["torch"] == torch.__version__ and report["bf16_over_fp32"] == 1.5 and report["precision"] == "bf16"
     assert not any("VAE" in problem for problem in report["problems"])
+    assert "mini" in report["shipped_models"] and report["shipped_generators"] == generators.shipped() and report["shipped_chats"] == chats.shipped()
     monkeypatch.setattr(features, "check", lambda name: False)
     monkeypatch.setattr("openvision3.hub.EMBEDDED", tmp_path)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)

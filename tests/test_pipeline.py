@@ -464,9 +464,10 @@ def test_the_shipped_weights_are_small_and_have_a_card_and_their_credits():
     weights = [assets / "mini" / "model.safetensors", assets / "vae" / "diffusion_pytorch_model.safetensors"]
     assert sum(path.stat().st_size for path in weights) < 36e6
     assert all(path.stat().st_size < 30e6 for path in assets.glob("generators/*/model.safetensors"))
+    assert all(path.stat().st_size < 20e6 for path in assets.glob("chats/*/model.safetensors"))
     assert sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) < 90e6
-    for name in ("mini", "vae", "generators/drawings"):
-        assert "CC BY-SA 4.0" in (assets / name / "README.md").read_text(encoding="utf-8")
+    for folder in (assets / "mini", assets / "vae", *assets.glob("generators/*"), *assets.glob("chats/*")):
+        assert "CC BY-SA 4.0" in (folder / "README.md").read_text(encoding="utf-8"), folder
     assert len((assets / "mini" / "CREDITS.txt").read_text(encoding="utf-8").splitlines()) > 2000
 
 

@@ -152,4 +152,6 @@ def test_pages_have_no_gap_to_be_filled_and_link_to_what_is_there(page):
 
 
 def test_the_assets_have_their_cards():
-    assert {path.parent.name for path in PAGES if "assets" in path.parts} == {"mini", "vae", "drawings"}
+    weights = {"model.safetensors", "diffusion_pytorch_model.safetensors"}
+    models = {path.parent for path in (ROOT / "src" / "openvision3" / "assets").glob("**/*.safetensors") if path.name in weights}
+    assert {path.parent for path in PAGES if "assets" in path.parts} == models and len(models) >= 3

@@ -11,17 +11,14 @@ kind of held-out drawing. They are the first by a hash of their content, not cho
 from __future__ import annotations
 
 import json
-import os
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
+from card_parts import CREDITS, CardOptions, commands_of, credits_in_words, markdown_line, origin, run, training_table
 from PIL import Image, ImageDraw
 from tyro.conf import Positional
 
@@ -29,7 +26,7 @@ import openvision3
 from openvision3 import hub
 from openvision3.data.images import to_pil
 from openvision3.data.names import DataOptions, open_source
-from openvision3.data.openmoji import STYLE, hash_share
+from openvision3.data.openmoji import hash_share
 from openvision3.data.sources import Source
 from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.overlap import Known, Overlap, recorded_training
@@ -37,14 +34,11 @@ from openvision3.evaluate.results import DRAWING_KINDS, SEEN, UNSEEN, Results, R
 from openvision3.evaluate.tables import shown
 from openvision3.files import write_whole
 from openvision3.pipeline import Pipeline
-from openvision3.settings import flat, read_rules
+from openvision3.settings import flat
 
-CREDITS = "CREDITS.txt"
-UNRECORDED = "not recorded"
 Cell = tuple[Image.Image, Image.Image, str, str]
 """the original, its reconstruction, the written caption, the true one"""
 IN_A_ROW = 4
-OPENMOJI = ("OpenMoji", "CC BY-SA 4.0")
 TABLES: tuple[tuple[str, dict[str, str]], ...] = (
     ("Reconstruction, of the model and of its VAE alone", {"psnr": "PSNR", "VAE psnr": "PSNR, VAE", "ssim": "SSIM", "VAE ssim": "SSIM, VAE"}),
     (
@@ -73,34 +67,13 @@ WEAK = {
 
 
 @dataclass
-class Options:
+class Options(CardOptions):
     """What the card is written from."""
 
-    results: tuple[Path, ...]
-    """folders of openvision3 evaluate; a set is called as its folder"""
-    licence: str
-    """the terms of the weights, in words"""
-    licence_id: str
-    """the terms as the hub spells them, such as cc-by-sa-4.0"""
     model: Positional[str] = "mini"
     """a shipped name or a model folder"""
-    show: tuple[str, ...] = ()
-    """NAME=DATA: images are shown of these data"""
-    train: tuple[str, ...] = ()
-    """the training data, whose sources and licences are counted; who is credited for single images is listed in CREDITS.txt beside the card"""
-    only: tuple[str, ...] = ()
-    """as --only of the training"""
-    terms: tuple[str, ...] = ()
-    """SOURCE=TERMS of sources whose samples hold no licence, such as 'clipart=public domain'"""
-    count: int = 32
-    """images of each kind that are shown"""
-    images: Path = Path("docs/card")
-    """folder for the images"""
-    out: Path = Path("card.md")
     vae_out: Path | None = None
     """also write the card of the embedded VAE, from the rows of the same results"""
-    strip: Path | None = None
-    """also draw the first four images of each of the first two kinds here, a kind a row"""
 
 
 @dataclass
@@ -141,10 +114,6 @@ def result_tables(results: dict[str, Results], model: str, tables: Sequence[tupl
     return "\n\n".join(blocks)
 
 
-def markdown_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def limits(results: dict[str, Results], model: str) -> list[str]:
     """What the results show that the model cannot do, a line each: over the samples that training has not seen, where there are some."""
     lines = []
@@ -160,32 +129,6 @@ def limits(results: dict[str, Results], model: str) -> list[str]:
     return lines
 
 
-def training_table(names: tuple[str, ...], only: tuple[str, ...] = (), terms: tuple[str, ...] = ()) -> tuple[str, list[str]]:
-    """(sources, licences and numbers of the training samples, from their JSON fields or `terms`; whom to credit for single samples)."""
-    by_source = dict(pair.split("=", 1) for pair in terms)
-    source = open_source(names, DataOptions(only=read_rules(only)))
-    counts: Counter[tuple[str, str]] = Counter()
-    credits: dict[str, None] = {}
-    for index in range(len(source)):
-        counts[origin(source, index)] += 1
-        if credit := source.value(index, "attribution"):
-            credits[credit] = None
-    lines = [
-        markdown_line([where, by_source.get(where, licence) if licence == UNRECORDED else licence, f"{count:,}"])
-        for (where, licence), count in sorted(counts.items())
-    ]
-    return "\n".join([markdown_line(["source", "licence", "samples"]), "|---|---|---|", *lines]), sorted(credits)
-
-
-def origin(source: Source, index: int) -> tuple[str, str]:
-    """(where a sample is from, its licence)."""
-    drawing = source.drawing(index)
-    if drawing and drawing[0] == STYLE:
-        return OPENMOJI
-    where, licence = (source.value(index, name) or UNRECORDED for name in ("source", "licence"))
-    return where.split(": ")[0].split("@" if where.startswith("github:") else "\n")[0], licence
-
-
 def choose(source: Source, pipeline: Pipeline, known: list[Known], count: int) -> dict[str, list[int]]:
     """The first unseen samples of each kind by a hash of their content; "" for samples that are no drawings."""
     images = ImageSet(source, pipeline.size)
@@ -198,9 +141,8 @@ def choose(source: Source, pipeline: Pipeline, known: list[Known], count: int) -
     return {kind: [index for index in order if index in samples][:count] for kind, samples in kinds.items() if samples}
 
 
-def show_images(pipeline: Pipeline, known: list[Known], pair: str, options: Options) -> list[Shown]:
+def show_images(pipeline: Pipeline, known: list[Known], name: str, data: str, options: Options) -> list[Shown]:
     """Write one image for each kind of sample in the data. Raises ValueError where training has seen all of them."""
-    name, data = pair.split("=", 1)
     source = open_source((data,), DataOptions(side="test"))
     functions = pipeline.functions(options.model)
     rebuild, write = functions.reconstruct, functions.caption
@@ -251,9 +193,7 @@ def card(options: Options, results: dict[str, Results], sheets: list[Shown], tra
     examples = []
     for one in sheets:
         licences = "; ".join(f"{count} {licence}" for licence, count in sorted(one.licences.items()))
-        credits = f"\n\n<details><summary>Credits</summary>\n\n{chr(10).join(f'- {credit}' for credit in one.credits)}\n\n</details>" if one.credits else ""
-        link = Path(os.path.relpath(one.path, options.out.parent)).as_posix()
-        examples.append(f"### {one.title}\n\n![{one.title}]({link})\n\nFrom {licences}.{credits}")
+        examples.append(f"### {one.title}\n\n![{one.title}]({options.link(one.path)})\n\nFrom {licences}.{credits_in_words(one.credits)}")
     overlap = "\n".join(f"- {name}: {result.overlap}" for name, result in results.items() if result.overlap)
     commands = "\n".join(dict.fromkeys(result.command for result in results.values()))
     facts = "\n".join(f"- {name}: {value}" for name, value in flat(config.training).items())
@@ -311,12 +251,6 @@ In brackets: 95 % intervals over samples. Every number with its protocol: `resul
 """
 
 
-def commands_of(folder: Path) -> str:
-    """The commands that trained a shipped model, as tools/ship.py keeps them; "" for another one."""
-    path = folder / "command.txt"
-    return f"```\n{path.read_text(encoding='utf-8')}```\n\n" if path.is_file() else ""
-
-
 def vae_card(options: Options, results: dict[str, Results], training: str) -> str:
     """The text of the card of the embedded VAE."""
     vae = json.loads((hub.EMBEDDED / "config.json").read_text(encoding="utf-8"))
@@ -368,10 +302,7 @@ def main(options: Options) -> None:
     lacking = [name for name, result in results.items() if not any(row.model == options.model for row in result.rows)]
     if lacking or not results:
         raise ValueError(f"no results of {options.model} in {', '.join(lacking) or 'no folder'}; name folders that openvision3 evaluate wrote with --results")
-    if wrong := [pair for pair in options.terms if "=" not in pair]:
-        raise ValueError(f"--terms {wrong[0]} must look like SOURCE=TERMS, such as 'clipart=public domain'")
-    if wrong := [pair for pair in options.show if "=" not in pair]:
-        raise ValueError(f"--show {wrong[0]} must look like NAME=DATA, such as drawings=DRAWINGS/*.tar")
+    options.check()
     known, unknown = recorded_training(options.model, folder, (folder / "vae", hub.EMBEDDED))
     if options.show and unknown:
         raise ValueError(f"what {' and '.join(unknown)} was trained on is not recorded, so that unseen images cannot be told; see openvision3 data fingerprint")
@@ -379,7 +310,7 @@ def main(options: Options) -> None:
     training, credits = training_table(options.train, options.only, options.terms) if options.train else ("Not named.", [])
     if credits:
         training += f"\n\nThe authors of {len(credits):,} of these images are credited one by one in [{CREDITS}]({CREDITS})."
-    sheets = [sheet for pair in options.show for sheet in show_images(pipeline, all_known, pair, options)]
+    sheets = [sheet for name, data in options.shown_data for sheet in show_images(pipeline, all_known, name, data, options)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, card(options, results, sheets, training))
     if credits:
@@ -392,9 +323,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    try:
-        main(tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"card: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run("card", main, Options, __doc__)

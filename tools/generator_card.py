@@ -10,15 +10,10 @@ drawn, too. One image each, number 0 of seed 0: nothing is chosen.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import torch
-import tyro
-from card import commands_of, markdown_line, training_table
+from card_parts import CardOptions, commands_of, markdown_line, run, training_table
 from PIL import Image, ImageDraw
 from tyro.conf import Positional
 
@@ -40,30 +35,13 @@ COLUMNS, SIDE = 8, 128
 
 
 @dataclass
-class Options:
+class Options(CardOptions):
     """What the card is written from."""
 
-    results: tuple[Path, ...]
-    """folders of openvision3 evaluate generation"""
-    licence: str
-    """the terms of the weights, in words"""
-    licence_id: str
-    """the terms as the hub spells them, such as cc-by-sa-4.0"""
     model: Positional[str] = "drawings"
     """a shipped name or the folder of a generator"""
-    show: tuple[str, ...] = ()
-    """NAME=DATA: captions of these data are drawn"""
-    train: tuple[str, ...] = ()
-    """the training data, whose sources and licences are counted"""
-    count: int = 32
-    """captions of each of --show that are drawn"""
     guidance: float = 3.0
     """scale of the guidance"""
-    images: Path = Path("docs/card")
-    """folder for the sheets"""
-    out: Path = Path("card.md")
-    strip: Path | None = None
-    """also draw the first two rows of the first of --show here"""
 
 
 def captions(data: str, count: int) -> list[str]:
@@ -100,16 +78,12 @@ def result_table(folder: Path) -> str:
     return "\n".join(lines) + f"\n\n{samples:,} samples, against {results.rows[0].setting.data}{''.join(twice[:1])}."
 
 
-def from_card(options: Options, path: Path) -> str:
-    return os.path.relpath(path, options.out.parent)
-
-
 def card(options: Options, sheets: list[tuple[str, Path]], training: str, sampling: Sampling) -> str:
     folder = find(options.model)
     config = read(folder)
     weights = (folder / "model.safetensors").stat().st_size / 1e6
     name = options.model
-    drawn = "\n\n".join(f"**{title}**\n\n![{title}]({from_card(options, path)})" for title, path in sheets)
+    drawn = "\n\n".join(f"**{title}**\n\n![{title}]({options.link(path)})" for title, path in sheets)
     return f"""---
 library_name: openvision3
 pipeline_tag: text-to-image
@@ -139,7 +113,7 @@ Guidance {sampling.guidance:g}, {sampling.steps} steps, seed {sampling.seed}; of
 
 {(chr(10) + chr(10)).join(result_table(folder) for folder in options.results) or "Not measured."}
 
-How each is measured: [evaluation]({from_card(options, Path("docs/evaluation.md"))}). Of these data no published numbers exist.
+How each is measured: [evaluation]({options.link(Path("docs/evaluation.md"))}). Of these data no published numbers exist.
 
 ## What it cannot do
 
@@ -157,11 +131,10 @@ its training shows, it draws as something near in words. It has never seen a pho
 
 
 def main(options: Options) -> None:
-    if wrong := [pair for pair in options.show if "=" not in pair]:
-        raise ValueError(f"--show {wrong[0]} must look like NAME=DATA, such as 'names=DRAWINGS/*.tar'")
+    options.check()
     generator = openvision3.load_generator(options.model, device="cpu")
     sampling = Sampling(guidance=options.guidance)
-    of_data = {title: captions(data, options.count) for title, _, data in (pair.partition("=") for pair in options.show)}
+    of_data = {title: captions(data, options.count) for title, data in options.shown_data}
     sheets = []
     options.images.mkdir(parents=True, exist_ok=True)
     for title, texts in {"Plain names and combinations": list(TRIED), **of_data}.items():
@@ -172,7 +145,7 @@ def main(options: Options) -> None:
         sheets.append((title, path))
         if options.strip and len(sheets) == 2:
             draw_sheet(images[: 2 * COLUMNS], texts[: 2 * COLUMNS]).save(options.strip)
-    training, credits = training_table(options.train) if options.train else ("Not named.", [])
+    training, credits = training_table(options.train, options.only, options.terms) if options.train else ("Not named.", [])
     if credits:
         raise ValueError("authors of single images would have to be credited; train on data whose licences do not ask for that")
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -181,9 +154,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    try:
-        main(tyro.cli(Annotated[Options, tyro.conf.OmitArgPrefixes], description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"generator_card: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run("generator_card", main, Options, __doc__)

@@ -3,20 +3,23 @@
     python tools/ship.py mini runs/mini_low_res runs/mini_high_res --rename /data/drawings=DRAWINGS /data=DATA --licence 'CC BY-SA 4.0 ...'
     python tools/ship.py vae runs/vae/ema runs/vae_more/ema --fingerprints first.safetensors more.safetensors --rename /data=DATA
     python tools/ship.py generators/drawings runs/drawings_dit_tiny runs/larger --rename /data/drawings=DRAWINGS --licence 'CC BY-SA 4.0 ...'
+    python tools/ship.py chats/small runs/chat_align runs/chat_instruct --rename /data/talk=TALK --licence 'CC BY-SA 4.0 ...'
 
-The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data.
-Then: `openvision3 calibrate`, `make results`, `make card`; of a generator `tools/generator_card.py`.
+The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data; a path
+that is left is refused. Then: `openvision3 calibrate`, `make results`, `make card`; of a generator `tools/generator_card.py`, of a chat model
+`tools/chat_card.py`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -27,29 +30,37 @@ from openvision3.data.fingerprint import FILE as FINGERPRINT
 from openvision3.data.fingerprint import Fingerprint
 from openvision3.generate import folder as generators
 from openvision3.pipeline import load
+from openvision3.understand import folder as chats
+from openvision3.understand.language import SMOLLM2, language_sha256
 
 COMMANDS = "command.txt"
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+TOWER, LANGUAGE = "mini", SMOLLM2
+"""what a shipped chat model sees and speaks through: what everyone has or can fetch"""
+PATH = re.compile(r"""(?<![\w.:/~\])}-])/[\w.-]+/[^\s"']*""")
+"""an absolute path, which is of this machine; no address and no globbed or relative path"""
 
 
 @dataclass
 class Options:
     """What ships."""
 
-    which: Positional[Literal["mini", "vae", "generators/drawings"]]
-    """the folder of the package that is replaced"""
+    which: Positional[str]
+    """the folder of the package that is replaced: mini, vae, generators/NAME or chats/NAME"""
     runs: Positional[tuple[Path, ...]]
-    """mini and generators: run folders; vae: folders that tools/train_embedded_vae.py wrote (OUT/ema)"""
+    """run folders; vae: folders that tools/train_embedded_vae.py wrote (OUT/ema)"""
     rename: tuple[str, ...] = ()
     """OLD=NEW pairs, applied in their order"""
     licence: str = ""
-    """mini and generators: the terms of the weights, in words"""
+    """the terms of the weights, in words; the VAE has none of its own"""
     fingerprints: tuple[Path, ...] = ()
     """vae: fingerprints of the data of its stages (openvision3 data fingerprint), saved as one; the mini's run has its own"""
 
     def __post_init__(self):
         if wrong := [pair for pair in self.rename if not pair.rpartition("=")[0]]:
             raise ValueError(f"--rename {wrong[0]} must look like OLD=NEW")
+        if not re.fullmatch(r"mini|vae|(generators|chats)/[\w.-]+", self.which):
+            raise ValueError(f"{self.which} does not ship; choose one of mini, vae, generators/NAME and chats/NAME")
         if not self.runs:
             raise ValueError("name at least one run")
         if (self.which == "vae") != bool(self.fingerprints):
@@ -92,6 +103,20 @@ def write_generator(options: Options, folder: Path) -> None:
     write_commands(options, folder)
 
 
+def write_chat(options: Options, folder: Path) -> None:
+    """What the last run has learned. Raises ValueError where it saw or spoke through other weights than those that come with it."""
+    run = chats.find(options.runs[-1])
+    config = chats.read(run)
+    for part, name, sha256 in (("tower", TOWER, hub.weights_sha256(hub.find_folder(TOWER))), ("language", LANGUAGE, language_sha256(LANGUAGE))):
+        seen = getattr(config, f"{part}_sha256")
+        if seen != sha256:
+            raise ValueError(f"{run} was trained with a {part} of sha256 {seen[:12]}..., but {name} has {sha256[:12]}...; train it with --{part} {name}")
+    training = options.elsewhere(config.training) | {"licence": options.licence}
+    config = replace(config, tower=TOWER, language=LANGUAGE, training=training)
+    chats.save(folder, config, hub.read_tensors(run / "model.safetensors"), dtype=torch.bfloat16)
+    write_commands(options, folder)
+
+
 def write_vae(options: Options, folder: Path) -> None:
     """The weights of the last folder; training.json holds the stages, the last one first, each in the `started_from` of the one after it."""
     folder.mkdir()
@@ -108,12 +133,23 @@ def write_vae(options: Options, folder: Path) -> None:
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
+WRITERS = {"mini": write_mini, "vae": write_vae, "generators": write_generator, "chats": write_chat}
+
+
+def check_no_path(folder: Path) -> None:
+    """Raises ValueError where a file of text names a place of this machine."""
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".md", ".txt") and file.name != "tokenizer.json" and (path := PATH.search(file.read_text(encoding="utf-8"))):
+            raise ValueError(f"{file.name} would name {path[0]}, a place of this machine; give it another name with --rename, such as {path[0]}=DATA")
+
+
 def main(options: Options) -> None:
     target = hub.ASSETS / options.which
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=hub.ASSETS) as made:  # whole, before the old one gives way
         new = Path(made) / "new"
-        {"mini": write_mini, "vae": write_vae}.get(options.which, write_generator)(options, new)
+        WRITERS[options.which.partition("/")[0]](options, new)
+        check_no_path(new)
         if target.is_dir():
             target.rename(Path(made) / "old")
         new.rename(target)

@@ -15,8 +15,10 @@ def examine() -> dict[str, Any]:
     """Everything that `openvision3 doctor` shows; `problems` lists what is missing and what to do about it."""
     from PIL import features
 
-    from openvision3.hub import EMBEDDED, shipped
+    from openvision3.generate.folder import SHIPPED as GENERATORS
+    from openvision3.hub import EMBEDDED, shipped, shipped_in
     from openvision3.progress import environment
+    from openvision3.understand.folder import SHIPPED as CHATS
 
     device = choose_device()
     speed = measure_precision(device)
@@ -38,6 +40,8 @@ def examine() -> dict[str, Any]:
         "bf16_over_fp32": round(speed["bf16"] / speed["fp32"], 2),
         "raqm": features.check("raqm"),
         "shipped_models": shipped(),
+        "shipped_generators": shipped_in(GENERATORS),
+        "shipped_chats": shipped_in(CHATS),
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),
         "problems": problems,
     }

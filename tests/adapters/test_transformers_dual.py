@@ -115,11 +115,25 @@ def test_the_pipelines_of_transformers_answer_as_our_model(folder):
     expected = pipeline().classify(photo(60, 40), NAMES)
     assert [a["label"] for a in answers] == [label for label, _ in expected]
     assert [a["score"] for a in answers] == pytest.approx([score for _, score in expected], abs=1e-4)
-    extract = transformers_pipeline(
+    tower = transformers_pipeline(
         "image-feature-extraction", model=dual_encoder(pipeline()).vision_model, image_processor=AutoImageProcessor.from_pretrained(folder)
     )
-    tokens = extract(photo(60, 40), return_tensors=True)
-    assert torch.allclose(tokens, pipeline().encode(photo(60, 40)), atol=1e-5)
+    for extract in (tower, transformers_pipeline("image-feature-extraction", model=str(folder))):
+        tokens, pooled = (extract(photo(60, 40), return_tensors=True, pool=pool) for pool in (False, True))
+        assert torch.allclose(tokens, pipeline().encode(photo(60, 40)), atol=1e-5)
+        assert torch.allclose(torch.nn.functional.normalize(pooled, dim=-1), pipeline().embed_images(photo(60, 40)), atol=1e-5)
+
+
+@torch.no_grad()
+def test_of_images_or_texts_alone_the_model_gives_their_features():
+    model, batch = dual_encoder(pipeline()), processor(pipeline())(text=[*NAMES], images=[photo(64, 64)], padding=True, return_tensors="pt")
+    images = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+    assert torch.equal(images.pooler_output, model.get_image_features(batch["pixel_values"]).pooler_output) and images.hidden_states
+    words = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**words, return_dict=False)[1], model.get_text_features(**words).pooler_output)
+    for wrong in ({}, {"pixel_values": batch["pixel_values"], "return_loss": True}):
+        with pytest.raises(ValueError, match="give one of them for features, and both for logits"):
+            model(**wrong)
 
 
 def test_the_folder_of_our_own_format_is_told_apart(tmp_path):

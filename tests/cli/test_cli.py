@@ -284,7 +284,31 @@ def test_too_little_memory_is_one_line(work, model, capsys, error, monkeypatch):
         raise error
 
     monkeypatch.setattr("openvision3.pipeline.Pipeline.answer", full)
-    assert "not enough memory" in refused(capsys, "caption", "pics", "--model", model)
+    said = refused(capsys, "caption", "pics", "--model", model)
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    assert "not enough memory" in said and said.endswith(f"; {'set --device cpu' if on_gpu else 'close other programs, or use smaller images'}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["chat"], ["train", "chat_instruct"], ["train", "tiny"], ["train", "dit_tiny"], ["estimate", "tiny"]),
+        *(["reconstruct"], ["encode"], ["generate"], ["search", "index"], ["search"], ["doctor"], ["calibrate"], ["export", "diffusers"]),
+        *(["evaluate", "reconstruction"], ["evaluate", "generation"], ["evaluate", "vqa", "pope"], ["data", "recaption"]),
+    ],
+    ids=" ".join,
+)
+def test_the_advice_on_full_memory_names_options_that_the_command_has(capsys, words):
+    options = set(re.findall(r"--[a-z-]+", cli.memory_advice(words)))
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    assert options <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_the_advice_on_full_memory_is_of_chat_and_of_its_training():
+    assert cli.memory_advice(["chat", "cat.png"]) == "use a smaller --max-tokens; or set --precision bf16; or set --device cpu"
+    assert cli.memory_advice(["train", "chat_instruct"]).startswith("use a smaller --micro-batch, which changes no number; or add --checkpointing")
+    assert cli.memory_advice(["ablate", "synergy"]) == cli.memory_advice(["train", "tiny"]), "it takes the fields of a training, which its help leaves to that"
 
 
 def test_a_disk_without_room_names_the_file_and_what_to_do(work, model, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from tiny_chat import conversations
 
@@ -86,6 +88,13 @@ def test_what_cannot_be_estimated_is_one_line(capsys, arguments, words):
     assert main(["estimate", "chat_align", "--gpus", "h100", *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0], lines
+
+
+@pytest.mark.parametrize("recipe", ["llava15_instruct", "llava_next_instruct"])
+def test_without_transformers_the_extra_is_named_in_one_line(capsys, monkeypatch, recipe):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    assert main(["estimate", recipe, "--gpus", "h100:8"]) == 2
+    assert capsys.readouterr().err == "openvision3: transformers is not installed; pip install 'openvision3[chat]'\n"
 
 
 def test_the_table_of_the_papers_own_run_is_printed(capsys):

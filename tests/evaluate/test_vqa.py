@@ -277,6 +277,21 @@ def test_an_untouched_llava_of_random_weights_has_chance_and_answers_alike_in_an
     assert alone == [row["written"] for row in found.answers[:14]]
 
 
+def test_the_models_own_ways_to_decode_are_set_aside(tmp_path):
+    pytest.importorskip("transformers")
+    from PIL import Image
+
+    from openvision3.evaluate.peers.image_text import load_image_text
+
+    folder = tiny_llava(tmp_path / "llava")
+    asked = [Image.new("RGB", (24, 24), colour) for colour in ("red", "blue")], ["abc", "abcdef abc"], 12
+    plain = load_image_text(str(folder)).answer(*asked)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    changes = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9}
+    (folder / "generation_config.json").write_text(json.dumps(settings | changes))
+    assert load_image_text(str(folder)).answer(*asked) == plain
+
+
 def test_a_folder_without_its_weights_is_refused(tmp_path):
     pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file

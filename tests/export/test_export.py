@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ class Refuse:
             raise ImportError(f"{name} must not be imported")
 
 sys.meta_path.insert(0, Refuse())
+"""
+
+IMPORTS = """
+import sys
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -44,6 +49,11 @@ scores = pipeline("zero-shot-image-classification", model=folder, trust_remote_c
 by_label = {row["label"]: row["score"] for row in scores}
 pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(Image.open(image), return_tensors="pt")["pixel_values"]
 assert torch.equal(pixels, inputs["pixel_values"])
+extracted = {task: pipeline(task, model=folder, trust_remote_code=True) for task in ("image-feature-extraction", "feature-extraction")}
+assert torch.allclose(extracted["image-feature-extraction"](image, return_tensors=True), tokens, atol=1e-5)
+assert torch.allclose(extracted["image-feature-extraction"](image, return_tensors=True, pool=True), output.vision_model_output.pooler_output, atol=1e-5)
+words = extracted["feature-extraction"](TEXTS[0], return_tensors=True)
+assert torch.allclose(words[0], output.text_model_output.last_hidden_state[0, : words.shape[1]], atol=1e-5)
 save_file({"logits": output.logits_per_image.contiguous(), "tokens": tokens, "scores": torch.tensor([by_label[text] for text in TEXTS])}, answer)
 """
 
@@ -57,20 +67,37 @@ with torch.no_grad():
 """
 
 
-def run_elsewhere(code: str, *arguments: Path, cache: Path) -> None:
-    """In a process that cannot import openvision3, from a folder without it."""
+def run_elsewhere(code: str, *arguments: Path, cache: Path, python: str = "") -> None:
+    """In a process that cannot import openvision3, from a folder without it. `python` is of an environment without it; else its import is refused."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REFUSE + f"TEXTS = {[*NAMES]!r}\n" + code, *map(str, arguments)]
+    code = f"{'' if python else REFUSE}{IMPORTS}TEXTS = {[*NAMES]!r}\n{code}"
+    command = [python or sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=cache.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory) -> str:
+    """The Python of a new virtual environment, which has the libraries of this one and not openvision3."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, symlinks=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # without the .pth files in it, such as that of an editable install
+    python = str(folder / "bin" / "python")
+    seen = subprocess.run([python, "-c", "import transformers, openvision3"], cwd=folder, env={}, capture_output=True, text=True)
+    if "No module named 'openvision3'" not in seen.stderr:
+        pytest.skip("openvision3 is installed among the libraries")
+    return python
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("fresh", [False, True])
 @torch.no_grad()
-def test_transformers_opens_the_folder_without_openvision3_and_gets_the_same_numbers(tmp_path):
+def test_transformers_opens_the_folder_without_openvision3_and_gets_the_same_numbers(tmp_path, fresh, request):
     photo(60, 40).save(tmp_path / "image.png")
     transformers.export(pipeline(), tmp_path / "model", "keep")
-    run_elsewhere(TRANSFORMERS, tmp_path / "model", tmp_path / "image.png", tmp_path / "answer", cache=tmp_path / "modules")
+    python = request.getfixturevalue("fresh_python") if fresh else ""
+    run_elsewhere(TRANSFORMERS, tmp_path / "model", tmp_path / "image.png", tmp_path / "answer", cache=tmp_path / "modules", python=python)
     answer, ours, image = load_file(tmp_path / "answer"), pipeline(), photo(60, 40)
     assert torch.allclose(answer["tokens"], ours.encode(image), atol=1e-5)
     assert torch.allclose(answer["logits"], ours.model.temperature * ours.embed_images(image) @ ours.embed_texts(NAMES).T, atol=1e-4)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,17 @@ def test_drawn_text_is_a_function_of_seed_and_sample_however_the_shards_are_cut(
     for data, out, seed in (("one", "a", "1"), ("two", "b", "1"), ("one", "c", "2")):
         assert run(tmp_path / data, tmp_path / out, model, *drawn, seed) == 0
     assert captions(tmp_path / "a") == captions(tmp_path / "b") != captions(tmp_path / "c")
+
+
+def test_the_models_own_ways_to_decode_are_set_aside(tmp_path, model):
+    """transformers fills what is left open from the model's own settings."""
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    settings = json.loads((own / "generation_config.json").read_text())
+    changes = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9}
+    (own / "generation_config.json").write_text(json.dumps(settings | changes))
+    images = [Image.open(io.BytesIO(drawing(seed))).convert("RGB") for seed in range(3)]
+    plain, other = (ImageTextModel(str(folder), Wording(max_new_tokens=12))(images, ["a", "b", "c"]) for folder in (model, own))
+    assert plain == other
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
@@ -593,7 +605,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, model, other_mod
         ((tmp_path / "none", out, model), "no such data"),
         ((tmp_path / "notes.txt", out, model), "neither a folder nor a .tar shard"),
         ((shard, out, "no-such/model"), "neither a folder nor in the local cache"),
-        ((shard, out, str(tmp_path / "in")), "cannot be loaded"),
+        ((shard, out, str(tmp_path / "in")), "cannot be opened"),
         ((shard, out, other_model, "--prompt", "the cat"), "it has no chat template, so put its image token into --prompt: '<image> ...'"),
         ((shard, out, model, "--batch", "0"), "batch 0"),
         ((shard, out, model, "--top-p", "1.5"), "top_p 1.5"),

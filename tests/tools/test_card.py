@@ -17,10 +17,13 @@ from openvision3.evaluate.overlap import Known
 from openvision3.evaluate.results import Results
 from openvision3.evaluate.tables import shown
 
-spec = importlib.util.spec_from_file_location("card", Path(__file__).parents[2] / "tools" / "card.py")
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))  # as for a script: it imports its neighbour
+spec = importlib.util.spec_from_file_location("card", TOOLS / "card.py")
 card = importlib.util.module_from_spec(spec)
 sys.modules["card"] = card
 spec.loader.exec_module(card)
+sys.path.remove(str(TOOLS))
 
 
 def shard(folder, name, rows):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import small
-from tiny_generator import small_generator
+from tiny_chat import small_chat
+from tiny_generator import small_generator, tokens_folder
 
 from openvision3 import hub
 from openvision3.generate.flow import Sampling
@@ -20,6 +21,9 @@ from openvision3.generate.generator import load_generator
 from openvision3.generate.training import train_generator
 from openvision3.pipeline import load
 from openvision3.train.pretrain import pretrain
+from openvision3.understand import folder as chats
+from openvision3.understand.language import GGUF_SHA256
+from openvision3.understand.training import train_chat
 
 spec = importlib.util.spec_from_file_location("ship", Path(__file__).parents[2] / "tools" / "ship.py")
 ship = importlib.util.module_from_spec(spec)
@@ -55,8 +59,10 @@ def test_the_mini_is_replaced_by_the_run_with_its_command_and_no_path_of_this_ma
     assert model.training["licence"] == "CC BY-SA 4.0" and model.fingerprint is not None and model.fingerprint.data == ("DATA/train",)
 
 
-def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draws(assets, tmp_path):
-    train_generator(small_generator(tmp_path, "run"), "small")
+def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draws(assets, tmp_path, monkeypatch):
+    tokens_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)  # so that it names the model of its tokens without a path of this machine
+    train_generator(small_generator(tmp_path, "run", tokens="./tokens"), "small")
     (tmp_path / "run" / "command.txt").write_text(f"openvision3 train small --data {tmp_path}/train\n")
     ship.main(ship.Options("generators/drawings", (tmp_path / "run",), rename=(f"{tmp_path}=DATA",), licence="CC BY-SA 4.0"))
     shipped = assets / "generators" / "drawings"
@@ -66,6 +72,39 @@ def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draw
     assert {tensor.dtype for name, tensor in load_file(shipped / "model.safetensors").items() if name.endswith(".weight")} == {torch.bfloat16}
     one, other = (load_generator(path, device="cpu").generate("red", sampling=Sampling(steps=2)) for path in (tmp_path / "run", shipped))
     assert np.abs(np.asarray(one[0], float) - np.asarray(other[0], float)).mean() < 2
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory) -> Path:
+    """A run that says that it saw through the shipped mini and spoke through SmolLM2."""
+    root = tmp_path_factory.mktemp("chat")
+    train_chat(small_chat(root, "run", train_language="lora", steps=2, init="", val=(), eval_every=0))
+    (root / "run" / "command.txt").write_text(f"openvision3 train small --data {root}/train/data.json\n")
+    return root / "run"
+
+
+def test_a_chat_model_ships_in_bf16_with_its_commands_and_the_names_of_its_parts(chat_run, assets):
+    config = chats.find(chat_run) / "config.json"
+    rename = (f"{chat_run.parent}=TALK",)
+    with pytest.raises(ValueError, match=r"was trained with a tower of sha256 .* but mini has .*; train it with --tower mini"):
+        ship.main(ship.Options("chats/small", (chat_run,), rename=rename))
+    shas = {"tower_sha256": hub.weights_sha256(hub.find_folder("mini"))}
+    config.write_text(json.dumps(json.loads(config.read_text()) | shas))
+    with pytest.raises(ValueError, match=r"was trained with a language of sha256 .* but smollm2 has .*; train it with --language smollm2"):
+        ship.main(ship.Options("chats/small", (chat_run,), rename=rename))
+    shas["language_sha256"] = GGUF_SHA256
+    config.write_text(json.dumps(json.loads(config.read_text()) | shas))
+    with pytest.raises(ValueError, match=r"would name /.*, a place of this machine; give it another name with --rename"):
+        ship.main(ship.Options("chats/small", (chat_run,), licence="CC BY-SA 4.0"))
+    assert not [*(assets / "chats").iterdir()], "what is refused leaves nothing"
+    ship.main(ship.Options("chats/small", (chat_run,), rename=rename, licence="CC BY-SA 4.0"))
+    shipped = assets / "chats" / "small"
+    assert sorted(path.name for path in shipped.iterdir()) == ["README.md", "command.txt", "config.json", "model.safetensors"]
+    assert (shipped / "command.txt").read_text() == "openvision3 train small --data TALK/train/data.json\n"
+    read = chats.read(shipped)
+    assert (read.tower, read.language) == ("mini", "smollm2") and read.training["licence"] == "CC BY-SA 4.0"
+    weights, trained = load_file(shipped / "model.safetensors"), load_file(config.parent / "model.safetensors")
+    assert weights.keys() == trained.keys() and all(torch.equal(weights[name], trained[name].bfloat16()) for name in trained)
 
 
 def test_what_cannot_ship_leaves_the_old_one(run, assets):
@@ -95,6 +134,7 @@ def test_the_stages_of_a_vae_are_recorded_one_in_the_other(assets, tmp_path, run
     ("fields", "words"),
     [
         ({"which": "mini", "runs": ()}, "at least one run"),
+        ({"which": "chat/small", "runs": (Path("x"),)}, "choose one of mini, vae, generators/NAME and chats/NAME"),
         ({"which": "vae", "runs": (Path("x"),)}, "--fingerprints"),
         ({"which": "mini", "runs": (Path("x"),), "rename": ("=y",)}, "must look like OLD=NEW"),
     ],

@@ -1,18 +1,25 @@
 """A chat model answers the same whole, in pieces, in any batch and through transformers' own generation; a conversation goes on."""
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+import vqa_files
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_chat import COLOURS, conversations, language_folder, row, small_chat
 from tiny_generator import tokens_folder
 
+from openvision3 import hub
 from openvision3.cli import main
 from openvision3.data.images import ImageError
 from openvision3.understand import folder
 from openvision3.understand.chat import Chat, load_chat
+from openvision3.understand.language import GGUF_SHA256, find_language
 from openvision3.understand.training import train_chat
 
 
@@ -138,6 +145,77 @@ def test_bf16_answers_too(run, root):
     assert [model.ask(root / f"{name}.png", "what is this ?") for name in COLOURS] == [f"a {name}" for name in COLOURS]
 
 
+@pytest.mark.parametrize("family", ["bloom", "gpt_neox", "qwen2"])
+def test_a_language_model_of_any_family_answers_the_same_alone_and_in_a_batch(root, family):
+    config = small_chat(root, family, language=language_folder(root, f"{family} language", family=family), train_language="lora", steps=2, val=(), eval_every=0)
+    train_chat(config)
+    model = load_chat(root / family, device="cpu", precision="fp32")
+    assert model.room == (None if family == "bloom" else 512)
+    prompts = ["what is this ?", "is there a dog in it ? how many ?"]
+    images = [root / "red.png", root / "dog.png"]
+    assert model.answer_batch(images, prompts, max_tokens=5) == [model.ask(*pair, max_tokens=5) for pair in zip(images, prompts, strict=True)]
+
+
+def test_the_language_models_own_ways_to_decode_are_set_aside(chat, run, root, tmp_path):
+    own = tmp_path / "language"
+    shutil.copytree(root / "language", own)
+    changes = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "min_new_tokens": 20}
+    settings = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps(settings | changes))
+    other = load_chat(run, device="cpu", precision="fp32", language=str(own))
+    for name in COLOURS:
+        question = f"what is this ? a {name}"  # a penalty on repetition would forbid the answer
+        assert other.ask(root / f"{name}.png", question) == chat.ask(root / f"{name}.png", question)
+
+
+def test_a_model_that_was_trained_without_questions_is_refused(root, capsys):
+    train_chat(small_chat(root, "captions", template="plain", steps=1, val=(), eval_every=0))
+    capsys.readouterr()
+    vqa_files.pope(root / "pope")
+    asked = ["evaluate", "vqa", "pope", str(root / "captions"), "--data", str(root / "pope"), "--out", str(root / "out")]
+    for argv in (["chat", str(root / "cat.png"), "what is this ?", "--model", str(root / "captions")], asked):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert "was trained without questions (template plain)" in error and "llava15_instruct --init" in error and error.count("\n") == 1
+
+
+def test_info_describes_a_run_and_a_shipped_one(run, tiles, tmp_path, capsys, monkeypatch):
+    assert main(["info", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "answers questions about images of 32 px, padded to a square; conversations are written as chat" in shown
+    assert "language, sha256" in shown and "all of it" in shown and "steps: 50" in shown
+    shutil.copytree(tiles.folder, tmp_path / "small")
+    monkeypatch.setattr(folder, "SHIPPED", tmp_path)
+    assert main(["info", "small", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (
+        told["anyres"]
+        and told["train_language"] == "lora"
+        and sum(told["parameters"].values()) == sum(tensor.numel() for tensor in load_file(tiles.folder / "model.safetensors").values())
+    )
+
+
+def test_a_shipped_model_names_the_shipped_mini_and_smollm2():
+    for name in folder.shipped():
+        config = folder.read(folder.find(name))
+        assert (config.tower, config.language, config.language_sha256) == ("mini", "smollm2", GGUF_SHA256)
+        assert config.tower_sha256 == hub.weights_sha256(hub.find_folder("mini")), "train it again on the mini that ships"
+
+
+@pytest.mark.slow
+def test_the_shipped_model_answers_two_questions_from_the_command_line(root):
+    if not folder.shipped():
+        pytest.skip("no chat model ships")
+    try:
+        find_language("smollm2")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "openvision3", "chat", str(root / "cat.png"), "What is this?", "What colour is it?"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, answer, second, colour = [line for line in done.stdout.splitlines() if not line.startswith("unsure")][:4]
+    assert (first, second) == ("> What is this?", "> What colour is it?") and answer and colour
+
+
 def test_it_is_known_by_its_weights(chat, run):
     assert chat.folder == folder.find(run) and len(chat.sha256) == 64 and chat.name == chat.folder.name
 
@@ -145,7 +223,7 @@ def test_it_is_known_by_its_weights(chat, run):
 def test_what_cannot_be_asked_is_one_line(chat, root):
     for question, settings, words in (
         (" ", {}, "question is empty"),
-        ("what ?", {"max_tokens": 0}, "do not fit"),
+        ("what ?", {"max_tokens": 0}, "max_tokens 0 must be 1 or more"),
         ("what ?", {"max_tokens": 600}, "reads 512 tokens"),
         ("what <image> ?", {}, "write one for each image"),
     ):

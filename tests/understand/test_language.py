@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -63,10 +64,20 @@ def test_a_damaged_file_and_a_model_of_another_kind_are_one_line(tmp_path):
     whole = (tmp_path / "cut" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     CLIPVisionModel(CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "clip")
-    for name, words in (("cut", "cannot be opened"), ("clip", "not a causal language model")):
+    for name, words in (("cut", "cannot be opened"), ("clip", "no causal language model")):
         with pytest.raises(ValueError, match=words) as error:
             open_language(str(tmp_path / name))
         assert "\n" not in str(error.value)
+
+
+def test_a_model_in_the_hubs_local_cache_opens_by_its_id(folder, tmp_path, monkeypatch):
+    cached = tmp_path / "models--somebody--tiny"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_language("somebody/tiny") == cached / "snapshots" / "abc" and language_sha256("somebody/tiny") == language_sha256(str(folder))
+    assert open_language("somebody/tiny")[0].config.hidden_size == 32
 
 
 def test_names_that_are_not_here_say_how_to_get_them(cache):

@@ -15,7 +15,7 @@ from openvision3.data.batches import to_device
 from openvision3.understand.batches import collate, read_example
 from openvision3.understand.conversations import Conversations
 from openvision3.understand.language import open_language
-from openvision3.understand.llava import Llava, connect, trained_tensors
+from openvision3.understand.llava import Llava, check_tower, connect, trained_tensors
 from openvision3.understand.prompts import Prompts
 from openvision3.understand.tiles import ImageLayout
 
@@ -169,6 +169,17 @@ def test_the_layer_chooses_what_the_projector_reads(root):
 def test_a_layer_that_the_tower_does_not_have_is_one_line(root, layer):
     with pytest.raises(ValueError, match=rf"layer {layer}: the tower has 2 blocks; choose one of -3 to 2"):
         built(root, layer=layer)
+
+
+def test_a_tower_with_a_token_too_many_is_one_line():
+    """Such as one that keeps its class token: the image's places in the conversation would be too few."""
+
+    def tower(images, output_hidden_states):
+        return SimpleNamespace(hidden_states=(torch.zeros(1, 17, 8), torch.zeros(1, 16, 8)))
+
+    check_tower(tower, settings())
+    with pytest.raises(ValueError, match=r"the tower gives 17 tokens for an image of 64 px, and 16 stand in its conversation; choose another --layer"):
+        check_tower(tower, settings(layer=0))
 
 
 def test_a_word_embedding_with_room_stays_as_it_is_and_one_without_gets_a_row_of_zeros(root):

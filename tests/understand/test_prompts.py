@@ -124,6 +124,15 @@ def test_more_or_fewer_images_than_places_for_them_are_refused(images):
         Prompts(byte_level()).ask(TALK[:1], images)
 
 
+@pytest.mark.parametrize("written", ["message['content'] | replace('<image>', '')", "message['content'] ~ message['content']"])
+def test_a_template_that_writes_another_number_of_images_is_refused(written):
+    prompts = Prompts(byte_level(CHATML.replace("message['content']", written)))
+    for ask in (lambda: prompts.ask(TALK[:1], [3]), lambda: prompts.encode(TALK, [3])):
+        with pytest.raises(ConversationError, match=r"1 images became [02] places in the text") as error:
+            ask()
+        assert error.value.reason == "images and <image> differ"
+
+
 def test_the_end_of_a_turn_ends_an_answer():
     tokenizer = byte_level()
     tokenizer.eos_token = "<|endoftext|>"

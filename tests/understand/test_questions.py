@@ -5,6 +5,7 @@ import json
 import re
 import zipfile
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +219,33 @@ def test_what_cannot_be_asked_about_is_counted_and_the_kind_is_that_of_the_capti
                          "The image shows a some kite. It is mainly red."]  # fmt: skip
     assert next(row["accept"][row["kinds"].index("what")] for row, kind, _, _ in questions if kind == "what") == ["apple", "fruit"]
     assert not [kind for _, kind, _, _ in questions if kind == "which"]  # two others are too few
+
+
+def test_an_image_that_cannot_be_read_is_counted_and_a_full_disk_ends_the_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("apple", "bear", "car")):
+        disc([*SHADES.values()][number]).save(tmp_path / "data" / f"{name}.png")
+        (tmp_path / "data" / f"{name}.txt").write_text(f"a photo of a {name}")
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "bear.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    out = tmp_path / "out" / "a.json"
+    assert main(["data", "conversations", str(tmp_path / "data"), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "on 2 images" in shown and "1 unreadable, such as" in shown and "Permission denied" in shown
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    assert main(["data", "conversations", str(tmp_path / "data"), "--out", str(tmp_path / "full" / "a.json")]) == 2
+    error = capsys.readouterr().err
+    assert "full/a.zip: No space left on device; make room" in error and error.count("\n") == 1 and not [*(tmp_path / "full").iterdir()]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):

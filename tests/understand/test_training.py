@@ -54,10 +54,10 @@ def test_a_run_that_dies_goes_on_bit_for_bit(root, monkeypatch):
     assert_same_run(root / "whole", root / "broken")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_all_of_a_language_model_is_trained_saved_and_resumed(root, monkeypatch, tied):
-    name = f"tied-{tied}"
-    settings = {"train_language": "full", "language": language_folder(root, name, tie_word_embeddings=tied)}
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("bloom", True), ("gpt_neox", False)])
+def test_all_of_a_language_model_of_any_family_is_trained_saved_and_resumed(root, monkeypatch, family, tied):
+    name = f"{family}-{tied}"
+    settings = {"train_language": "full", "language": language_folder(root, name, family=family, tie_word_embeddings=tied)}
     with pytest.raises(Crash), monkeypatch.context() as dying:
         crash_at(dying, 5)
         train_chat(small_chat(root, f"full-{name}", **settings))

@@ -137,14 +137,26 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_loss: bool | None = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> OpenVision3Output | tuple:
-        """Embeddings of images and texts, and the logits of all pairs. `return_loss` adds the contrastive loss, where row i of both belongs together."""
+    ) -> OpenVision3Output | BaseModelOutputWithPooling | tuple:
+        """Embeddings of images and texts, and the logits of all pairs. `return_loss` adds the contrastive loss, where row i of both belongs together.
+
+        Of images or texts alone it returns what `get_image_features` and `get_text_features` do: the pipelines for feature extraction give one of them.
+
+        Raises:
+            ValueError: neither images nor texts, or `return_loss` without both.
+        """
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        if input_ids is None or pixel_values is None:
+            if return_loss or (input_ids is None and pixel_values is None):
+                raise ValueError("pixel_values or input_ids are missing: give one of them for features, and both for logits and the loss")
+            alone = self.get_image_features(pixel_values, **options) if input_ids is None else self.get_text_features(input_ids, attention_mask)  # type: ignore[arg-type]
+            return alone if use_dict else alone.to_tuple()
         images, texts = self.get_image_features(pixel_values, **options), self.get_text_features(input_ids, attention_mask)
         image_embeds, text_embeds = (F.normalize(pooled.float(), dim=-1) for pooled in (images["pooler_output"], texts["pooler_output"]))
         logits = temperature(self.log_temperature) * image_embeds @ text_embeds.T
@@ -153,5 +165,4 @@ class OpenVision3Model(OpenVision3PreTrainedModel):
             rows = torch.arange(len(logits), device=logits.device)
             loss = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
         output = OpenVision3Output(loss, logits, logits.T, text_embeds, image_embeds, texts, images)
-        use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()

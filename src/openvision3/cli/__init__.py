@@ -5,6 +5,7 @@ May import everything; nothing imports it. Bad input is one line on stderr and e
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import os
@@ -34,13 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except MemoryError:
-        print("openvision3: not enough memory for images of this size; use a smaller --size", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
-            advice = "use a smaller --size or --batch, or in training a smaller --micro-batch, which changes no number"
-            print(f"openvision3: not enough memory ({error_message(error)[:120]}); {advice}", file=sys.stderr)
+    except (MemoryError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+            print(f"openvision3: not enough memory ({error_message(error)[:120]}); {memory_advice(argv, type(error).__name__ == GPU_FULL)}", file=sys.stderr)
             return 2
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("openvision3"):
             raise
@@ -65,5 +62,38 @@ def verbs() -> dict[str, Callable[..., int]]:
     return {function.__name__: function for function in functions}
 
 
+GPU_FULL = "OutOfMemoryError"
+"""torch's class, by its name: torch is not imported here"""
+SAVING = {
+    "micro_batch": "use a smaller --micro-batch, which changes no number",
+    "checkpointing": "add --checkpointing, which changes none either",
+    "batch": "use a smaller --batch",
+    "count": "use a smaller --count",
+    "size": "use a smaller --size",
+    "max_tokens": "use a smaller --max-tokens",
+    "precision": "set --precision bf16",
+    "device": "set --device cpu",
+}
+"""option -> how it saves memory, the gentlest first"""
+OWN_PARSER = {
+    "train": ("micro_batch", "checkpointing"),
+    "ablate": ("micro_batch", "checkpointing"),
+    "evaluate": ("batch", "precision"),
+    "calibrate": ("device",),
+    "search index": ("batch", "device"),
+    "search": ("device",),
+}
+"""of verbs that choose their options by their first argument: those that save memory"""
+
+
+def memory_advice(argv: Sequence[str], on_gpu: bool = True) -> str:
+    """What to do where the memory is full, by options that the verb at hand has."""
+    verb = argv[0]
+    signature = inspect.signature(verbs()[verb]).parameters
+    own = OWN_PARSER.get(" ".join(argv[:2]), OWN_PARSER.get(verb, ()))
+    chosen = [saving for name, saving in SAVING.items() if (name in own or name in signature) and (on_gpu or name != "device")]
+    return "; or ".join(chosen) or "close other programs, or use smaller images"
+
+
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return type(error).__name__ == GPU_FULL or "can't allocate memory" in str(error)

@@ -12,8 +12,6 @@ from openvision3.fetch import store
 from openvision3.fetch.sources import ASSETS, Asset, find_asset
 from openvision3.files import check_writable
 
-WIDE = 150
-"""columns of a terminal from which on each asset has a row of a table; on narrower ones it has two lines or more"""
 COLOURS = {"here": "green", "damaged": "red", "incomplete": "yellow"}
 
 
@@ -34,6 +32,7 @@ def run(names: Sequence[str], to: str, list_all: bool, check: bool, as_json: boo
 
 
 def _list(assets: Sequence[Asset], folder: Path, as_json: bool) -> int:
+    """A line for each asset, and below it where it is from, within the columns of the terminal."""
     entries = [store.describe(asset, folder) for asset in assets]
     if as_json:
         print(json.dumps(entries, indent=2))
@@ -41,27 +40,15 @@ def _list(assets: Sequence[Asset], folder: Path, as_json: bool) -> int:
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
-    from rich.table import Table
 
-    screen = Console(highlight=False)
-    if not screen.is_terminal:
-        screen.width = 200
-    is_wide = screen.width >= WIDE
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("name", "state", "size", "licence", "needed by", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "state", "size"))
+    screen = Console(highlight=False)  # 80 columns where it is no terminal
     longest = max(len(asset.name) for asset in assets)
     for asset, entry in zip(assets, entries, strict=True):
-        state, size = entry["state"], store.size_in_words(entry["files"])
-        coloured = f"[{COLOURS.get(state, 'dim')}]{state}[/]"
-        source, licence = asset.source.removeprefix("https://"), escape(asset.licence) + (" (gated)" if asset.gated else "")
-        if is_wide:
-            table.add_row(asset.name, coloured, size, licence, asset.needed_by, source)
-        else:
-            screen.print(f"[bold]{asset.name:{longest}}[/]  {coloured}{' ' * (10 - len(state))}  {size}")
-            screen.print(Padding(f"licence {licence}; for {asset.needed_by}; from {source}", (0, 0, 0, 4)))
-    if is_wide:
-        screen.print(table)
+        state = entry["state"]
+        licence = escape(asset.licence) + (" (gated)" if asset.gated else "")
+        coloured = f"[{COLOURS.get(state, 'dim')}]{state}[/]{' ' * (10 - len(state))}"
+        screen.print(f"[bold]{asset.name:{longest}}[/]  {coloured}  {store.size_in_words(entry['files'])}")
+        screen.print(Padding(f"licence {licence}; for {asset.needed_by}; from {asset.source.removeprefix('https://')}", (0, 0, 0, 4)))
     print(f"\nin {folder}; fetch one with: openvision3 fetch NAME; check what is here with: openvision3 fetch --check")
     return 0
 

@@ -305,7 +305,7 @@ def doctor(
         return 0
     for name, value in report.items():
         if name != "problems":
-            print(f"{name:16s} {', '.join(value) if isinstance(value, list) else value}")
+            print(f"{name:18s} {(', '.join(value) or 'none') if isinstance(value, list) else value}")
     print("\n".join(f"! {problem}" for problem in report["problems"]) or "all is well")
     return 0
 

@@ -192,14 +192,17 @@ def encode(
 
 
 def info(model: Positional[Model] = "mini", json: Json = False) -> int:
-    """Describe a model or a generator: parts, sizes, VAE, licence, training."""
-    from openvision3.generate.folder import SHIPPED
-    from openvision3.hub import GENERATOR, find_folder, load_model, shipped_in
+    """Describe a model, a generator or a chat model: parts, sizes, VAE, licence, training."""
+    from openvision3.generate.folder import SHIPPED as GENERATORS
+    from openvision3.hub import ASSETS, CHAT, GENERATOR, find_folder, load_model, shipped_in
     from openvision3.settings import flat, read_json, to_dict
+    from openvision3.understand.folder import SHIPPED as CHATS
 
-    folder = find_folder(model, "generator", SHIPPED) if model in shipped_in(SHIPPED) else find_folder(model)
-    if read_json(folder / "config.json").get("model_type") == GENERATOR:
-        return _info_of_generator(folder, json)
+    places = (("generator", GENERATORS), ("chat model", CHATS))
+    folder = find_folder(model, *next((place for place in places if model in shipped_in(place[1])), ("model", ASSETS)))
+    describe = {GENERATOR: _info_of_generator, CHAT: _info_of_chat}.get(str(read_json(folder / "config.json").get("model_type")))
+    if describe:
+        return describe(folder, json)
     network, tokenizer, config = load_model(folder)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
     side, vae, width = config.size // 16, network.vae, network.encoder.size.width
@@ -236,6 +239,31 @@ def _info_of_generator(folder: Path, json: bool) -> int:
     if config.label_names:
         print(f"  classes         {len(config.label_names)}: {', '.join(config.label_names[:5])}{' ...' if len(config.label_names) > 5 else ''}")
     print(f"  guidance        {'learnt' if config.drop else 'not learnt'}: {config.drop:.0%} of the rows without their condition")
+    for name, value in flat(config.training).items():
+        print(f"  {name}: {value}")
+    return 0
+
+
+def _info_of_chat(folder: Path, json: bool) -> int:
+    from openvision3.hub import read_tensors
+    from openvision3.settings import flat, to_dict
+    from openvision3.understand.folder import read
+    from openvision3.understand.llava import NEWLINE, PROJECTOR
+
+    config = read(folder)
+    counts = {"projector": 0, "language model": 0}
+    for name, tensor in read_tensors(folder / "model.safetensors").items():
+        counts["projector" if name.startswith((PROJECTOR, NEWLINE)) else "language model"] += tensor.numel()
+    if json:
+        print(dumps({"folder": str(folder), **to_dict(config), "parameters": counts}, indent=2))
+        return 0
+    seen = f"images of {config.size} px, {'whole and in tiles' if config.anyres else 'padded to a square'}"
+    learned = {"frozen": "nothing", "lora": f"additions of rank {config.lora_rank} (LoRA)", "full": "all of it"}[config.train_language]
+    print(f"{folder}\n  answers questions about {seen}; conversations are written as {config.template}")
+    print(f"  tower           {config.tower}, sha256 {config.tower_sha256[:12]}, its layer {config.layer}")
+    print(f"  language model  {config.language}, sha256 {config.language_sha256[:12]}")
+    print(f"  projector       {counts['projector'] / 1e6:7.2f} M parameters")
+    print(f"  learned beside  {counts['language model'] / 1e6:7.2f} M parameters of the language model: {learned}")
     for name, value in flat(config.training).items():
         print(f"  {name}: {value}")
     return 0

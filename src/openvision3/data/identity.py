@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from openvision3.data.images import ImageError
@@ -26,12 +28,18 @@ def content_key(image: bytes | Path) -> str:
     """
     if isinstance(image, bytes):
         return _key(len(image), [image] if len(image) <= WHOLE else [image[at : at + BLOCK] for at in _places(len(image))])
+    with reading(image), open(image, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= WHOLE:
+            return _key(size, [file.read()])
+        return _key(size, [os.pread(file.fileno(), BLOCK, at) for at in _places(size)])
+
+
+@contextlib.contextmanager
+def reading(image: Path) -> Iterator[None]:
+    """What the system says of a file that the block reads, as an ImageError: reason `missing` or `unreadable`."""
     try:
-        with open(image, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE:
-                return _key(size, [file.read()])
-            return _key(size, [os.pread(file.fileno(), BLOCK, at) for at in _places(size)])
+        yield
     except FileNotFoundError as error:
         raise ImageError("missing", f"{image} does not exist") from error
     except OSError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openvision3.data.captions import Captions
 from openvision3.data.crops import CROPS, Box, random_view
-from openvision3.data.identity import content_key, digest
+from openvision3.data.identity import content_key, digest, reading
 from openvision3.data.images import ImageError, open_image
 from openvision3.data.order import Mix, Order, Shuffle
 from openvision3.data.problems import Problems
@@ -83,7 +83,7 @@ class Source(ABC):
         """A training view as uint8 (3, size, size), and which part of the upright image it shows. Equal generator states give equal views."""
 
     def encoded(self, index: int) -> bytes:
-        """The image as its file holds it; of one that is drawn here, a PNG of 256 pixels. Raises ImageError, OSError."""
+        """The image as its file holds it; of one that is drawn here, a PNG of 256 pixels. Raises ImageError."""
         data = io.BytesIO()
         self.image(index, 256).save(data, "PNG")
         return data.getvalue()
@@ -143,7 +143,10 @@ class EncodedSource(Source):
 
     def encoded(self, index: int) -> bytes:
         data = self.data(index)
-        return data if isinstance(data, bytes) else data.read_bytes()
+        if isinstance(data, bytes):
+            return data
+        with reading(data):
+            return data.read_bytes()
 
     def sample_key(self, index: int) -> str:
         return content_key(self.data(index))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openvision3.estimate.counts import Cost, count
 from openvision3.estimate.planned import PlannedRun
 from openvision3.estimate.units import FP32
+from openvision3.networks.text_models import library
 from openvision3.understand.config import LlavaConfig
 from openvision3.understand.conversations import Conversations
 from openvision3.understand.language import find_language
@@ -40,6 +41,7 @@ class PlannedChat(PlannedRun):
     def _count_model(self) -> None:
         if self.options.cached:
             raise ValueError("cached latents are not read by the training of a chat model; leave out --cached")
+        library("chat")  # before anything that takes long
         seeing, size = self._build_model(self.config.tower)
         self.config = config = replace(self.config, size=self.config.size or size)
         layout = ImageLayout(config.size, config.anyres)
@@ -79,26 +81,23 @@ class PlannedChat(PlannedRun):
         return text, answers
 
     def _language_settings(self) -> Any:
-        from transformers import AutoConfig, LlamaConfig
-
+        transformers = library("chat")
         name = self.config.language
         if name in PUBLISHED:
             width, mlp, layers, heads, shared, words = PUBLISHED[name]
-            return LlamaConfig(
+            return transformers.LlamaConfig(
                 hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=shared, vocab_size=words,
                 tie_word_embeddings=name == "smollm2",
             )  # fmt: skip
         try:
-            return AutoConfig.from_pretrained(find_language(name), local_files_only=True)
+            return transformers.AutoConfig.from_pretrained(find_language(name), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"the language model {name} is not here: {error}; name its folder, or one of {', '.join(PUBLISHED)}") from error
 
     def _build(self, settings: Any, seen: int, full: bool) -> tuple[Any, nn.Module, nn.Module]:
-        from transformers import AutoModel
-
         width, dtype = settings.hidden_size, torch.bfloat16 if self.precision == "bf16" and not full else torch.float32
         with torch.device("meta"):
-            language = AutoModel.from_config(settings, dtype=dtype).requires_grad_(full).eval()
+            language = library("chat").AutoModel.from_config(settings, dtype=dtype).requires_grad_(full).eval()
             head = nn.Linear(width, settings.vocab_size, bias=False, dtype=dtype).requires_grad_(full)
             if settings.tie_word_embeddings:
                 head.weight = language.get_input_embeddings().weight

@@ -1,4 +1,5 @@
-"""Other people's frozen networks that we look through: perceptual distances, Inception and OpenCLIP's layout.
+"""Other people's frozen networks that we look through: perceptual distances, Inception, OpenCLIP's layout, and models of
+transformers that write text.
 
 May import `model/transformer`, `data`, `fetch` and the ground floor.
 """

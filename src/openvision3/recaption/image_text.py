@@ -6,12 +6,10 @@ transformers is an extra, imported when a model is loaded.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ from openvision3.contents import short
 from openvision3.data.images import ImageError
 from openvision3.draws import draw_seed
 from openvision3.files import sha256_of
+from openvision3.networks.text_models import decode_greedily, in_template, open_image_text, opening
 
-EXTRA = "transformers is not installed; pip install 'openvision3[transformers]'"
+KIND = "image-to-text model"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Identity:
 
 def identify(model: str, revision: str = "", download: bool = False) -> Identity:
     """Raises ValueError: there is no such folder, and no such model in the local cache (or on the hub, with `download`)."""
-    with _loading(model, download) as transformers:
+    with opening(model, KIND, absent=_absent(model, download)) as transformers:
         if not Path(model).is_dir():
             config = transformers.AutoConfig.from_pretrained(model, **_where(revision, download))
             return Identity(model, config._commit_hash or revision or "unknown")
@@ -98,41 +97,16 @@ class ImageTextModel:
 
     def __init__(self, name: str, wording: Wording, *, revision: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32, download: bool = False):
         self.wording, self.device, self.dtype = wording, device, dtype
-        with _loading(name, download) as transformers:
-            self.processor: Any = transformers.AutoProcessor.from_pretrained(name, **_where(revision, download))
-            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True, **_where(revision, download))
-        network, report = loaded
-        if report["missing_keys"]:  # transformers would use random numbers in their place
-            raise ValueError(f"{name} lacks {len(report['missing_keys'])} of the model's weights, such as {min(report['missing_keys'])}; download it again")
-        self.model: Any = network.to(device).eval()
-        self.words: Any = getattr(self.processor, "tokenizer", None)
-        if self.words is None:
-            raise ValueError(f"{name} has no text tokenizer; name a folder that holds model and processor, as save_pretrained writes them")
+        network, self.processor = open_image_text(name, dtype, absent=_absent(name, download), **_where(revision, download))
+        self.model: Any = network.to(device)
+        self.words: Any = self.processor.tokenizer
         self.encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        if not self.encoder_decoder:
-            self.words.padding_side = "left"  # so that an answer follows its prompt directly
-        if self.words.pad_token_id is None:
-            self.words.pad_token = self.words.eos_token
-        self.text = self._templated(wording.prompt)
-        self.generation = self._generation()
+        self.text = in_template(self.processor, wording.prompt, wording.prompt)
+        self.generation = decode_greedily(self.model, self.words)
+        self.generation.max_new_tokens = wording.max_new_tokens
         ends = self.generation.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self._try_out(name)
-
-    def _templated(self, prompt: str) -> str:
-        if not getattr(self.processor, "chat_template", None):
-            return prompt
-        content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-
-    def _generation(self) -> Any:
-        """The model's own settings for the start and end of an answer, with our decoding."""
-        own = copy.deepcopy(self.model.generation_config)
-        own.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=None, no_repeat_ngram_size=None)
-        own.update(max_length=None, max_new_tokens=self.wording.max_new_tokens, min_length=None, min_new_tokens=None, pad_token_id=self.words.pad_token_id)
-        if own.eos_token_id is None:
-            own.eos_token_id = self.words.eos_token_id
-        return own
 
     def _try_out(self, name: str) -> None:
         """Try a grey image before anything is written, so that a prompt that the model cannot take costs no time."""
@@ -224,24 +198,6 @@ def _where(revision: str, download: bool) -> dict[str, Any]:
     return {"local_files_only": not download, **({"revision": revision} if revision else {})}
 
 
-@contextlib.contextmanager
-def _loading(name: str, download: bool) -> Iterator[Any]:
-    """transformers without its progress bars and warnings; its errors become one line."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(EXTRA) from error
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield transformers
-    except ImportError as error:
-        raise ValueError(f"{name} needs a package that is not installed: {short(error)}") from error
-    except OSError as error:
-        local = "" if download or Path(name).is_dir() else "; it is neither a folder nor in the local cache: name a folder, or add --download"
-        raise ValueError(f"{name} cannot be loaded{local or ': ' + short(error)}") from error
-    except (ValueError, KeyError, AttributeError) as error:
-        reason = short(error)
-        if "Unrecognized configuration class" in str(error):
-            reason = "it is not an image-to-text model; choose one that AutoModelForImageTextToText of transformers reads"
-        raise ValueError(f"{name} cannot be loaded: {reason}") from error
+def _absent(name: str, download: bool) -> str:
+    """What is said where transformers does not find a model: its own words are about its hub; "" where they are about a folder."""
+    return "" if download or Path(name).is_dir() else "it is neither a folder nor in the local cache: name a folder, or add --download"

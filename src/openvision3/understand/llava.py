@@ -62,7 +62,7 @@ def connect(settings: Connection, pipeline: Pipeline, language: nn.Module, promp
     )
     config.vision_config.image_size = settings.size
     with torch.device("meta"):
-        network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        network = _class_for(language, getattr(transformers, f"{kind}ForConditionalGeneration"))(config)
     network.model.vision_tower, network.model.language_model = tower, language.base_model
     network.lm_head = language.get_output_embeddings()  # type: ignore[operator]
     network.generation_config = language.generation_config
@@ -75,6 +75,14 @@ def connect(settings: Connection, pipeline: Pipeline, language: nn.Module, promp
         network.model.image_newline = nn.Parameter(torch.randn(width) / math.sqrt(width))
     _choose_trained(network, settings)
     return network.eval()
+
+
+def _class_for(language: Any, llava: type) -> type:
+    """transformers' class, which knows where the word embedding is: it looks for Llama's, and Bloom, whose head shares it too, has another name for it."""
+    embedding = language.get_input_embeddings()
+    place = next(name for name, module in language.base_model.named_modules() if module is embedding)
+    tied = {"lm_head.weight": f"{LANGUAGE}{place}.weight"}
+    return type(llava.__name__, (llava,), {"_tied_weights_keys": tied, "__module__": llava.__module__})
 
 
 def check_tower(tower: Any, settings: Connection) -> None:

@@ -25,6 +25,7 @@ from openvision3.evaluate.protocol import Functions
 from openvision3.fetch.sources import Asset, Model
 from openvision3.fetch.store import find
 from openvision3.files import sha256_of
+from openvision3.networks import text_models
 
 
 @dataclass(frozen=True)
@@ -256,13 +257,10 @@ def weights_sha256(files: Iterable[Path]) -> str:
 
 def library_of(name: Literal["diffusers", "transformers"]) -> Any:
     """The library, quiet. Raises ValueError where it is not installed."""
-    try:
-        if name == "diffusers":
-            import diffusers as library
-        else:
-            import transformers as library  # type: ignore[no-redef]
-    except ImportError as error:
-        raise ValueError(f"{name} is not installed; pip install 'openvision3[transformers]'") from error
+    if name == "transformers":
+        return text_models.library()
+    import diffusers as library  # in any installation
+
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
