@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "train.held_out",
         "train.latent_decoder",
         "train.decoder_config",
+        "train.released",
         "train.trial",
         "train.encode_latents",
         "recaption",

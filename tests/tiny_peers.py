@@ -14,6 +14,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, Sig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from openvision3.model.transformer import sincos_positions
+
 PIECES = ["a", "b", "c", "d", "a</w>", "b</w>", "c</w>", "d</w>", "ab</w>", "cd</w>", "<|startoftext|>", "<|endoftext|>"]
 MERGES = [("a", "b</w>"), ("c", "d</w>")]
 
@@ -195,10 +197,12 @@ def save_openvision2(folder: Path) -> ReferenceVision:
     return model
 
 
-def save_openvision3(folder: Path) -> tuple[ReferenceVision, nn.Module]:
-    """The encoder, with keys that begin with `module.visual.`, and the VAE beside it."""
-    model: Any = loud(ReferenceVision(16, 32, 2))
-    cfg = {**VISION_CFG, "image_size": 32, "patch_size": 2, "in_channels": 16, "output_tokens": True}
+def save_openvision3(folder: Path, width: int = 32, side: int = 32) -> tuple[ReferenceVision, nn.Module]:
+    """The encoder, with keys that begin with `module.visual.`, and the VAE beside it. Positions of the patches are those of the released files."""
+    model: Any = loud(ReferenceVision(16, side, 2, width))
+    with torch.no_grad():
+        model.positional_embedding[1:] = sincos_positions(side // 2, side // 2, width)
+    cfg = {**VISION_CFG, "image_size": side, "patch_size": 2, "in_channels": 16, "width": width, "head_width": width // 2, "output_tokens": True}
     write_openvision(folder, {f"module.visual.{key}": value for key, value in model.state_dict().items()}, {"embed_dim": 24, "vision_cfg": cfg})
     return model, save_vae(folder / "vae", "flux-vae")
 

@@ -94,6 +94,19 @@ class Pipeline:
             f"Pipeline({self.encoder.config.size} encoder, {self.size} px, tokens of {width}, embeddings of {embedding}, VAE {self.vae.name}, on {self.device})"
         )
 
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Parts that were never trained: a released encoder came without them."""
+        return tuple(self.training.get("untrained", ()))
+
+    def check_trained(self, part: str) -> None:
+        """Raises ValueError for a part that was never trained, whose results would be random."""
+        if part in self.untrained:
+            raise ValueError(
+                f"the {part} of this model was never trained, because it began as a released encoder, which has none; "
+                "the model encodes, embeds and rebuilds images, and images can be drawn from its tokens"
+            )
+
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -206,6 +219,7 @@ class Pipeline:
         Raises:
             ValueError: no text, or one that holds half a character.
         """
+        self.check_trained("text encoder")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"texts {texts!r:.80} cannot be embedded; give a text or a list of texts, such as ['a red heart']")
@@ -270,6 +284,7 @@ class Pipeline:
 
     def _write(self, images: Tensor, max_length: int | None, beams: int, top_p: float | None, temperature: float, seed: int) -> tuple[Tensor, list[list[int]]]:
         """Prepared images -> their tokens, and the word ids of a caption each."""
+        self.check_trained("captioner")
         if not isinstance(beams, int) or beams < 1 or (beams > 1 and top_p is not None):
             raise ValueError(f"beams {beams} with top_p {top_p} cannot be used; choose one beam or more, and either beams or top_p")
         if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
@@ -298,6 +313,7 @@ class Pipeline:
         Raises:
             ValueError: different labels that the model cannot tell apart, because their words are unknown or cut off; a template without {}.
         """
+        self.check_trained("text encoder")
         names = _names_of_classes(labels)
         if isinstance(templates, str) or not templates or not all(isinstance(template, str) for template in templates):
             raise ValueError(f"templates must be a list of texts, such as ['a drawing of {{}}']; seen {templates!r:.80}")
@@ -352,6 +368,8 @@ class Pipeline:
             tokens = self.encode(images)
             return [self.decode(noisy(tokens, sigma, draw_key), (images.shape[2], images.shape[3])).cpu() for sigma in sigmas]
 
+        reads, writes = ("text encoder" not in self.untrained), ("captioner" not in self.untrained)
+        never = f"; never trained: {', '.join(self.untrained)}" if self.untrained else ""
         return Functions(
             name,
             self.size,
@@ -361,11 +379,11 @@ class Pipeline:
             reconstruct=lambda images: self.decode(self.encode(images), (images.shape[2], images.shape[3])).cpu(),
             reconstruct_noisy=reconstruct_noisy,
             embed_images=lambda images: self.embed_images(images).cpu(),
-            embed_texts=lambda texts: self._embed(texts).cpu(),
-            count_text=lambda texts: self.tokenizer.count(texts, self.model.text_encoder.config.positions - 1),
-            caption=self.caption,
+            embed_texts=(lambda texts: self._embed(texts).cpu()) if reads else None,
+            count_text=(lambda texts: self.tokenizer.count(texts, self.model.text_encoder.config.positions - 1)) if reads else None,
+            caption=self.caption if writes else None,
             features=lambda images: self.encode(images).mean(1).cpu(),
-            note=f"VAE {self.vae.name}, sha256 {self.vae.sha256 or 'none'}",
+            note=f"VAE {self.vae.name}, sha256 {self.vae.sha256 or 'none'}{never}",
         )
 
     # -- the folder ------------------------------------------------------------------------------------------------

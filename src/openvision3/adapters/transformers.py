@@ -63,7 +63,8 @@ def vision_model(pipeline: Pipeline) -> OpenVision3VisionModel:
 
 
 def dual_encoder(pipeline: Pipeline) -> OpenVision3Model:
-    """Encoder and text encoder of an opened model. It shares their weights."""
+    """Encoder and text encoder of an opened model. It shares their weights. Raises ValueError if the text encoder was never trained."""
+    pipeline.check_trained("text encoder")
     text = pipeline.model.text_encoder
     config = OpenVision3Config(
         vision_config=vision_config(pipeline),

@@ -205,6 +205,7 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
         return describe(folder, json)
     network, tokenizer, config = load_model(folder)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()}
+    untrained = config.training.get("untrained", ())
     side, vae, width = config.size // 16, network.vae, network.encoder.size.width
     if json:
         derived = {"parameters": parts, "grid": [side] * 2, "token_width": width, "stride": vae.stride}
@@ -212,7 +213,10 @@ def info(model: Positional[Model] = "mini", json: Json = False) -> int:
         return 0
     print(f"{folder}\n  trained at {config.size} px: {side * side} tokens of {width}, embeddings of {config.model.encoder.embed_dim}")
     for name, count in parts.items():
-        print(f"  {name:15s} {count / 1e6:7.2f} M parameters" + ("  (frozen)" if name == "vae" else ""))
+        print(
+            f"  {name:15s} {count / 1e6:7.2f} M parameters"
+            + ("  (frozen)" if name == "vae" else "  (never trained)" if name.replace("_", " ") in untrained else "")
+        )
     print(f"  VAE: {vae.name}, {vae.latent_channels} channels, stride {vae.stride}, latents x {vae.scale:g}, sha256 {vae.sha256[:12] or 'none'}")
     print(f"  licence of the training data: {config.training.get('licence', 'not recorded')}; of the VAE: {config.vae.get('licence', 'not recorded')}")
     print(f"  vocabulary: {len(tokenizer)} word pieces")

@@ -283,7 +283,7 @@ def time_shift(parent: Parent) -> Grid:
     Source: RAE, section on the dimension-dependent schedule. It needs more than 4,096 values an image, as 128 px have here (--size 128).
     Result: not measured yet.
     """
-    if shift_by_size(seeded(parent.config, parent.seed)) == 1:
+    if shift_by_size(seeded(parent.config, parent.seed)) == 1:  # type: ignore[arg-type]  # its parents are generators
         raise ValueError(f"size {parent.config.size}: images of so few values are not shifted, so both forks would be the same; choose a larger --size")
     return Grid([Fork("times shifted by size", {"flow.shift": 0.0}), Fork("times not shifted", {"flow.shift": 1.0})])
 

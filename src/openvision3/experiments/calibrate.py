@@ -107,6 +107,7 @@ def calibrate(pipeline: Pipeline, options: CalibrationOptions, watch: Watch = pl
     Raises:
         ValueError: data that cannot be opened or are too few; held-out images without captions.
     """
+    pipeline.check_trained("captioner")
     problems = Problems()
     training = torch.cat([*_features(pipeline, options, watch, problems)])
     familiarity = Familiarity.fit(training)

@@ -93,6 +93,16 @@ class Asset:
         return f"{licence}; {'gated, ' if self.gated else ''}from {self.source.removeprefix('https://')}"
 
 
+PEER = "peer:"
+"""what the name of a peer begins with where models of ours can be named too: peer:NAME, or peer:NAME=FOLDER"""
+
+
+def split_peer(name: str) -> tuple[str, str]:
+    """`peer:NAME` or `peer:NAME=FOLDER` -> (NAME, FOLDER or "")."""
+    peer, _, folder = name.removeprefix(PEER).partition("=")
+    return peer, folder
+
+
 # -- rows of one family ----------------------------------------------------------------------------------------------------
 
 _REBUILDS, _EMBEDS = ("reconstruct", "features"), ("embed_images", "embed_texts", "features")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from openvision3.fetch.sources import PEER
 from openvision3.generate.dit import DiTConfig
 from openvision3.generate.flow import FlowConfig
 from openvision3.settings import PathName, check_choices, check_numbers
@@ -13,7 +14,7 @@ from openvision3.train.loop_config import LoopConfig
 
 VAE_TOKENS = "vae:"
 """what a name of `tokens` begins with if the latents of a VAE are drawn, without an encoder of ours"""
-PEER_TOKENS = "peer:"
+PEER_TOKENS = PEER
 """what it begins with if the tokens of another model are drawn, one that can decode them"""
 
 

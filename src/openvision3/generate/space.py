@@ -13,6 +13,7 @@ from openvision3 import distributed, hub
 from openvision3.data.identity import digest
 from openvision3.data.text import TextTokenizer
 from openvision3.device import dtype_of
+from openvision3.fetch.sources import split_peer
 from openvision3.generate.config import PEER_TOKENS, VAE_TOKENS
 from openvision3.model.openvision3 import OpenVision3
 from openvision3.model.vae import VAE
@@ -26,10 +27,20 @@ EPSILON = 1e-5
 class TokenSpace(nn.Module):
     """images or latents <-> tokens, and texts -> words; all of it frozen.
 
-    `model` is None for the latents of a VAE alone.
+    `model` is None for the latents of a VAE alone. Without `reads` its text encoder is left out, because it was never trained.
     """
 
-    def __init__(self, name: str, vae: VAE, model: OpenVision3 | None = None, tokenizer: TextTokenizer | None = None, *, size: int = 0, sha256: str = ""):
+    def __init__(
+        self,
+        name: str,
+        vae: VAE,
+        model: OpenVision3 | None = None,
+        tokenizer: TextTokenizer | None = None,
+        *,
+        size: int = 0,
+        sha256: str = "",
+        reads: bool = True,
+    ):
         super().__init__()
         self.name, self.sha256, self.size = name, sha256, size
         """the name it was opened by; the sha256 of its weights; side of its training images in pixels, 0 for any"""
@@ -37,10 +48,10 @@ class TokenSpace(nn.Module):
         self.vae = vae
         self.encoder = model.encoder if model is not None else None
         self.latent_decoder = model.latent_decoder if model is not None else None
-        self.text_encoder = model.text_encoder if model is not None else None
+        self.text_encoder = model.text_encoder if model is not None and reads else None
         self.channels = vae.latent_channels * SQUARE**2 if model is None else model.encoder.size.width
         self.stride = vae.stride * SQUARE if model is None else 16
-        self.word_width = 0 if model is None else model.text_encoder.embedding.embedding_dim
+        self.word_width = 0 if self.text_encoder is None else self.text_encoder.embedding.embedding_dim
         self.requires_grad_(False)
         self.eval()
 
@@ -115,11 +126,11 @@ def open_space(name: str, precision: str = "fp32", folder: Path | None = None) -
     if name.startswith(PEER_TOKENS):
         from openvision3.evaluate.peers.table import open_rae
 
-        peer, _, place = name.removeprefix(PEER_TOKENS).partition("=")
-        return PeerSpace(name, *open_rae(peer, place))
+        return PeerSpace(name, *open_rae(*split_peer(name)))
     folder = folder or hub.find_folder(name)
     model, tokenizer, config = hub.load_model(folder, vae_dtype=dtype_of(precision))
-    return TokenSpace(name, model.vae, model, tokenizer, size=config.size, sha256=hub.weights_sha256(folder))
+    reads = "text encoder" not in config.training.get("untrained", ())
+    return TokenSpace(name, model.vae, model, tokenizer if reads else None, size=config.size, sha256=hub.weights_sha256(folder), reads=reads)
 
 
 class TokenStatistics(nn.Module):

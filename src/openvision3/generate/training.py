@@ -58,6 +58,8 @@ class Generation(Training):
         ranks, checkpoint = start.ranks, start.checkpoint
         with distributed.together():
             self.space = open_space(config.tokens, start.precision)
+            if config.condition == "text" and self.space.text_encoder is None:
+                raise ValueError(f"the text encoder of {config.tokens} was never trained, so no text can be read; set --condition label or none")
             self.source, self.cache, self.about_cache = open_data(config, self.space.vae, 0.0)
             self.held_out = open_held_out(config, self.source)
             self.source.problems.extend(self.held_out.problems)

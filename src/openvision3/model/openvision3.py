@@ -170,7 +170,7 @@ class OpenVision3(nn.Module):
         - `images` (B, 3, H, W); or `latents` (B, C, h, w) with `pixel_images` (P, 3, H, W), the images of `pixel_rows`;
         - `pixel_rows` (P,): optional, the rows that are decoded for the pixel and perceptual terms. Without it all `images` are
           compared; if `pixel_images` is given without it, none are;
-        - `text_ids` (B, K, T) with `text_present` (B, K): captions to contrast;
+        - `text_ids` (B, K, T) with `text_present` (B, K): captions to contrast. Without text, understanding is left out of the loss;
         - `caption_ids` (B, L): the caption to predict; `word_positions` (M,): optional, the positions of words in the flattened
           `caption_ids[:, 1:]`. Without it the logits of the padding are computed too;
         - `draw_key` (B,): optional, the seed of each row's draws. Without it there is no noise, and the captioner sees all tokens, as in evaluation.
@@ -201,7 +201,7 @@ class OpenVision3(nn.Module):
         if "pixel_rows" in batch or ("pixel_images" not in batch and "images" in batch):
             self._compare_pixels(batch, latents_hat, counts[PIXEL_ROWS], parts)
 
-        if not decoder_alone:
+        if not decoder_alone and "text_ids" in batch:
             parts["contrastive"] = self._contrastive(F.normalize(pooled.float(), dim=-1), batch)
             if "draw_key" in batch and self.config.captioner.token_share < 1:
                 tokens = self.captioner.choose_tokens(tokens, batch["draw_key"])
@@ -293,7 +293,7 @@ class OpenVision3(nn.Module):
         """(3,): images, images whose pixels are compared, words to predict."""
         target = self._pixel_images(batch)
         rows = batch["latents"] if "latents" in batch else batch["images"]
-        words = (batch["caption_ids"][:, 1:] != self.pad_id).sum()
+        words = (batch["caption_ids"][:, 1:] != self.pad_id).sum() if "caption_ids" in batch else torch.zeros((), dtype=torch.long, device=rows.device)
         return torch.stack([words.new_full((), len(rows)), words.new_full((), 0 if target is None else len(target)), words])
 
     def embed_captions(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

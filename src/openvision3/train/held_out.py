@@ -34,7 +34,8 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     The noise of an image is the same in every evaluation.
 
     The losses are those of all images as one batch: each term over its own count, the contrast over all `contrastive_candidates` images with a caption
-    (guessing gives the logarithm of that number). An image that any rank cannot use is left out on all, counted, and added to the problems of the run.
+    (guessing gives the logarithm of that number); of reconstruction alone where the batches hold no text. An image that any rank cannot use is left out on
+    all, counted, and added to the problems of the run.
     """
     values, vae_values = [], []
     captions: list[str] = []
@@ -55,13 +56,15 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
             if noise is not None:
                 columns.append(pipeline.decode(noisy(tokens, noise, draw_key.to(tokens.device)), size).cpu())
                 noisy_values.append(psnr(images, columns[-1]))
-            captioned = [i for i, t in enumerate(texts) if t]
-            if captioned:
-                batch, _ = batches.collate([Sample(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in captioned])
+            if batches.tokenizer is None:
+                texts = [("",)] * len(keys)  # they are not read
+            counted = [i for i, t in enumerate(texts) if t]
+            if counted:
+                batch, _ = batches.collate([Sample(keys[i], images[i], texts[i][0], texts[i][: batches.shape.captions], []) for i in counted])
                 if noise is not None:
-                    batch["draw_key"] = draw_key[captioned]
+                    batch["draw_key"] = draw_key[counted]
                 held_out.add(to_device(batch, pipeline.device))
-                captions += [texts[i][0] for i in captioned]
+                captions += [texts[i][0] for i in counted]
         if not rows:
             rows = list(zip(*(to_pil(column[:8]) for column in columns), strict=True))
     batches.problems.extend(problems, everywhere=True)
@@ -78,6 +81,7 @@ def quick_evaluation(pipeline: Pipeline, source: Source, batches: TrainingBatche
     if captions:
         with distributed.alone():
             results |= held_out.values()
+    if held_out.texts:
         image_embedding, text_embedding = torch.cat(held_out.images), torch.cat(held_out.texts)[:, 0]
         if image_embedding.isfinite().all() and text_embedding.isfinite().all():  # with NaN there is no ranking, and the losses show it
             retrieval = evaluate_retrieval(image_embedding, text_embedding, captions, range(len(captions)), ks=(1, 5))
@@ -102,6 +106,8 @@ class Losses:
         for name, value in parts.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.double().item()
         self.counts += counts.cpu()
+        if "text_ids" not in batch:
+            return
         text_embedding, present = self.model.embed_captions(batch)
         self.images.append(self.pipeline.embed_images(batch["images"]).cpu())
         self.texts.append(text_embedding.cpu())
@@ -111,8 +117,11 @@ class Losses:
         """The loss, its parts, and how many captions of the first set each image was contrasted with."""
         counts = dict(zip(("latent", "pixel", "caption"), self.counts.tolist(), strict=True))
         counts["perceptual"] = counts["pixel"]
-        present, log_temperature = torch.cat(self.present), distributed.full(self.model.log_temperature).cpu()
         parts = {name: torch.tensor(value / max(1, counts[name])) for name, value in self.sums.items() if name != "contrastive"}
-        parts["contrastive"] = losses.contrastive_loss(torch.cat(self.images), torch.cat(self.texts), log_temperature, present)
+        candidates = {}
+        if self.texts:
+            present, log_temperature = torch.cat(self.present), distributed.full(self.model.log_temperature).cpu()
+            parts["contrastive"] = losses.contrastive_loss(torch.cat(self.images), torch.cat(self.texts), log_temperature, present)
+            candidates = {"contrastive_candidates": int(present[:, 0].sum())}
         named = {"loss": self.model.weigh(parts), **parts}
-        return {name: value.item() for name, value in named.items()} | {"contrastive_candidates": int(present[:, 0].sum())}
+        return {name: value.item() for name, value in named.items()} | candidates

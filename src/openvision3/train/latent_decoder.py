@@ -23,6 +23,7 @@ from openvision3.train.checkpoint import RunState
 from openvision3.train.decoder_config import DecoderConfig
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.pretrain import Pretraining
+from openvision3.train.released import is_released, start_from
 from openvision3.train.run import Outcome, Start, train_run
 from openvision3.train.run_folder import RunFolder
 from openvision3.train.signals import Signals
@@ -111,6 +112,12 @@ class DecoderTraining(Pretraining):
         discriminator = FeatureDiscriminator() if config.adversarial.weight else None
         return NoisyDecoding(config.model, vae, len(tokenizer), tokenizer.pad_id, distance, discriminator).init_weights()  # type: ignore[return-value]
 
+    def start_from_init(self) -> None:
+        if is_released(self.config.init):
+            start_from(self.model, self.config.init)
+        else:
+            super().start_from_init()
+
     def begin(self, run: RunFolder) -> None:
         super().begin(run)
         self.run = run
@@ -123,7 +130,8 @@ class DecoderTraining(Pretraining):
 
     def _keep_calibration(self, kept: Path) -> None:
         """What the calibration was measured on, the encoder and the captioner, does not change. The run has a copy: the first model may move."""
-        if not self.config.resume and (source := hub.find_folder(self.config.init) / FAMILIARITY).is_file():
+        config = self.config
+        if not config.resume and not is_released(config.init) and (source := hub.find_folder(config.init) / FAMILIARITY).is_file():
             write_whole(kept, source.read_bytes())
         if kept.is_file():
             self.pipeline.familiarity = Familiarity.load(kept)
@@ -153,4 +161,6 @@ class DecoderTraining(Pretraining):
     def _record(self, state: RunState) -> dict[str, Any]:
         adversarial = Stage(self.config.adversarial, self.config.steps, state.memory).record(state.step)
         record = super()._record(state) | {"trained": "the latent decoder alone", "tau": self.config.model.loss.tau}
+        if self.untrained:
+            record["untrained"] = list(self.untrained)
         return record | ({"adversarial": adversarial} if adversarial else {})

@@ -38,6 +38,7 @@ from openvision3.train.loop import Training
 from openvision3.train.open_data import EVALUATED, data_digest, open_data, open_held_out
 from openvision3.train.optimizer import Optimizers
 from openvision3.train.recipes import kept_at_another_batch
+from openvision3.train.released import describe, is_released, wordless
 from openvision3.train.run import Outcome, Start, train_run
 from openvision3.train.run_folder import RunFolder
 from openvision3.train.signals import Signals
@@ -96,6 +97,8 @@ class Pretraining(Training):
     """standard deviation of the noise on the tokens in one more evaluation"""
     model: OpenVision3
     batches: TrainingBatches
+    untrained: tuple[str, ...]
+    """parts of the first model that were never trained, and are not now"""
 
     def __init__(self, config: PretrainConfig, start: Start, *, recipe: str = "run"):
         self.config, self.start, self.recipe = config, start, recipe
@@ -111,6 +114,14 @@ class Pretraining(Training):
         self.tokenizer = tokenizer
         if checkpoint:
             _check_same(config, start, vae, len(self.source), self.cache)
+        with distributed.together():
+            self.started_from = _started_from(config, checkpoint) if ranks.rank == 0 else {}
+        self.started_from = distributed.from_first(self.started_from)
+        self.untrained = tuple(self.started_from.get("untrained", ()))
+        if self.untrained and not config.decoder_share == 1:
+            raise ValueError(
+                f"{config.init} has no trained {' and '.join(self.untrained)} to go on from; openvision3 train latent_decoder trains the rest of it"
+            )
         recorded = start.check_inputs(config, lambda: self._identities(vae))
         if checkpoint and recorded:
             self.source.relabel(recorded[LABELS]["data"])
@@ -119,8 +130,7 @@ class Pretraining(Training):
         if checkpoint:
             hub.load_weights(self.model, checkpoint)
         elif config.init and ranks.rank == 0:  # the first rank's weights are sent to all
-            hub.start_from(self.model, hub.find_folder(config.init))
-        self.started_from = _started_from(config, checkpoint) if ranks.rank == 0 else {}
+            self.start_from_init()
         self.shape = TextShape(
             config.model.text_encoder.positions, config.model.captioner.positions, config.captions, config.sentences, whole=len(config.caption_keys) < 2
         )
@@ -129,7 +139,7 @@ class Pretraining(Training):
         config.lanes = wanted or self.lanes
         self.batches = TrainingBatches(
             self.source,
-            tokenizer,
+            None if self.untrained else tokenizer,  # then nothing reads texts, and samples need no caption
             BatchPlan(
                 self.shape,
                 config.size,
@@ -160,12 +170,16 @@ class Pretraining(Training):
         """The model that is trained, before the weights of `init` or of a checkpoint are loaded."""
         return initial_model(self.config, vae, tokenizer)
 
+    def start_from_init(self) -> None:
+        """Copy the weights of `init` into the model. Raises FileNotFoundError, ValueError."""
+        hub.start_from(self.model, hub.find_folder(self.config.init))
+
     def begin(self, run: RunFolder) -> None:
         config, source = self.config, self.source
         if run.writes and not (run.path / "tokenizer.json").is_file():
             self.tokenizer.save(run.path / "tokenizer.json")
         run.say(f"{self.recipe}: {len(source):,} samples, vocabulary {len(self.tokenizer)}")
-        if run.writes and (lost := _lost_text(source, self.tokenizer, self.shape)):
+        if run.writes and not self.untrained and (lost := _lost_text(source, self.tokenizer, self.shape)):
             run.say(f"captions: {lost}")
         if self.about_cache:
             run.say(self.about_cache)
@@ -270,7 +284,7 @@ def _fingerprint(config: PretrainConfig, source: Source, held_out: Source, run: 
     if path.is_file():
         return Fingerprint.load(path)
     try:
-        before = fingerprint.recorded(hub.find_folder(config.init)) if config.init else None
+        before = fingerprint.recorded(hub.find_folder(config.init)) if config.init and not is_released(config.init) else None
     except FileNotFoundError:
         if not config.resume:
             raise
@@ -311,6 +325,8 @@ def _tokenizer(config: PretrainConfig, source: Source, out: Path) -> TextTokeniz
         return TextTokenizer.load(out / "tokenizer.json")
     if config.tokenizer:
         return TextTokenizer.load(config.tokenizer)
+    if is_released(config.init):
+        return wordless()
     if config.init:  # its word embeddings belong to its own words
         return TextTokenizer.load(hub.find_folder(config.init) / "tokenizer.json")
     captions = _some_captions(source)
@@ -353,4 +369,6 @@ def _started_from(config: PretrainConfig, checkpoint: Path | None) -> dict[str, 
     if not config.init:
         return {}
     kept = hub.read_config(checkpoint).training.get("started_from") if checkpoint else None
+    if not kept and is_released(config.init):
+        return describe(config.init)
     return kept or {"name": config.init, **hub.read_config(hub.find_folder(config.init)).training}

@@ -221,15 +221,7 @@ def _embed_texts(request: Request, embed: Callable[[Tensor], Tensor], ids: Calla
 def _load_openvision(request: Request) -> Functions:
     """A probe sees the mean of the last block's tokens. OpenVision 1 also has a text tower; 2 and 3 were released without one."""
     config = request.json("open_clip_config.json")
-    weights = request.file("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    with one_line_errors(request):
-        model_cfg = config["model_cfg"]
-        vit = OpenClipViT(model_cfg)
-    request.check({"channels": vit.channels, "patch": vit.patch, "side": vit.image_size})
-    with one_line_errors(request):
-        state = _state(weights)
-        vit.load_open_clip(state, "visual." if any(key.startswith("visual.") for key in state) else "")
-    vit = vit.to(request.device).eval().requires_grad_(False)
+    vit, weights, state = open_vit(request)
     can: dict[str, Callable] = {}
     note = ""
     if vit.channels == 3:
@@ -251,7 +243,7 @@ def _load_openvision(request: Request) -> Functions:
         prepare = lambda images: vae.encode(resize(images, size, size))  # noqa: E731
     if "embed_texts" in request.model.can:
         with one_line_errors(request):
-            tower = OpenClipText(model_cfg)
+            tower = OpenClipText(config["model_cfg"])
             tower.load_open_clip({key: value for key, value in state.items() if key.startswith(OpenClipText.KEYS)})
         tower = tower.to(request.device).eval().requires_grad_(False)
         ids = WordPieceIds(request.file("vocab.txt"), tower.positions)
@@ -259,6 +251,45 @@ def _load_openvision(request: Request) -> Functions:
         can["embed_texts"] = lambda texts: _embed_texts(request, tower, ids, texts)
     can["features"] = lambda images: request.run(lambda x: vit(prepare(x))[1].float().mean(1), images)
     return request.functions(can, weights_sha256([weights]), pixels_in_words, size=size, note=note)
+
+
+def find_released(name: str, folder: str = "") -> Request:
+    """A released OpenVision 3 encoder, which was published without a decoder. Raises ValueError, FileNotFoundError: as `load_peer`, and for another peer."""
+    names = [peer for peer, asset in PEERS.items() if asset.model is not None and asset.model.loader == "openvision 3"]
+    if name not in names:
+        raise unknown("released encoder", name, names)
+    return Request(PEERS[name], find_folder(PEERS[name], folder), "cpu", "fp32")
+
+
+def build_vit(request: Request) -> OpenClipViT:
+    """The network that open_clip_config.json describes, without its weights. Raises FileNotFoundError, ValueError."""
+    config = request.json("open_clip_config.json")
+    with one_line_errors(request):
+        vit = OpenClipViT(config["model_cfg"])
+    request.check({"channels": vit.channels, "patch": vit.patch, "side": vit.image_size})
+    return vit
+
+
+def vit_file(request: Request) -> Path:
+    """Its weights. Raises FileNotFoundError."""
+    return request.file("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def open_vit(request: Request) -> tuple[OpenClipViT, Path, dict[str, Tensor]]:
+    """(the image tower, frozen, its file of weights, all that the file holds). Raises FileNotFoundError, ValueError."""
+    vit, weights = build_vit(request), vit_file(request)
+    with one_line_errors(request):
+        state = _state(weights)
+        vit.load_open_clip(state, "visual." if any(key.startswith("visual.") for key in state) else "")
+    return vit.to(request.device).eval().requires_grad_(False), weights, state
+
+
+def check_latent_vae(vae: VAE) -> None:
+    """Raises ValueError for another VAE than that under OpenVision 3, or one that shifts its latents."""
+    request = Request(PEERS["flux-vae"], Path(vae.name), "cpu", "fp32")
+    request.check({"class": vae.kind, **vae.network.config} if vae.network is not None else {"class": "no VAE"})  # type: ignore[dict-item]
+    if vae.uses_shift:
+        raise ValueError("the released encoders take latents that are not shifted; set --model.vae.no-shift")
 
 
 def _load_latent_vae(request: Request) -> VAE:
