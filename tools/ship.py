@@ -98,7 +98,8 @@ def write_commands(options: Options, folder: Path) -> None:
 def write_generator(options: Options, folder: Path) -> None:
     """The averaged weights of the newest checkpoint of the last run."""
     rae, config, _ = generators.load(options.runs[-1])
-    training = options.elsewhere(config.training) | {"licence": options.licence}
+    stages = [options.elsewhere(generators.read(generators.find(run)).training) for run in options.runs]
+    training = chained(stages) | {"licence": options.licence}
     generators.save(folder, rae, config.label_names, training=training, weights=rae.state_dict(), dtype=torch.bfloat16)
     write_commands(options, folder)
 
@@ -125,12 +126,16 @@ def write_vae(options: Options, folder: Path) -> None:
     seen = Fingerprint.joined([Fingerprint.load(path) for path in options.fingerprints])
     seen.data = tuple(options.elsewhere(seen.data))
     seen.save(folder / FINGERPRINT)
-    training: dict[str, Any] = {}
-    for run in options.runs:
-        before, training = training, options.elsewhere(json.loads((run / "training.json").read_text(encoding="utf-8")))
-        if before:
-            training["started_from"] = before
+    training = chained([options.elsewhere(json.loads((run / "training.json").read_text(encoding="utf-8"))) for run in options.runs])
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+
+
+def chained(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the last stage, with that of the one before it in its `started_from`, and so on."""
+    training: dict[str, Any] = {}
+    for stage in stages:
+        training = stage | ({"started_from": training} if training else {})
+    return training
 
 
 WRITERS = {"mini": write_mini, "vae": write_vae, "generators": write_generator, "chats": write_chat}

@@ -62,12 +62,15 @@ def test_the_mini_is_replaced_by_the_run_with_its_command_and_no_path_of_this_ma
 def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draws(assets, tmp_path, monkeypatch):
     tokens_folder(tmp_path)
     monkeypatch.chdir(tmp_path)  # so that it names the model of its tokens without a path of this machine
-    train_generator(small_generator(tmp_path, "run", tokens="./tokens"), "small")
-    (tmp_path / "run" / "command.txt").write_text(f"openvision3 train small --data {tmp_path}/train\n")
-    ship.main(ship.Options("generators/drawings", (tmp_path / "run",), rename=(f"{tmp_path}=DATA",), licence="CC BY-SA 4.0"))
+    train_generator(small_generator(tmp_path, "first", tokens="./tokens", steps=1), "small")
+    train_generator(small_generator(tmp_path, "run", tokens="./tokens", init=str(tmp_path / "first")), "small")
+    for name in ("first", "run"):
+        (tmp_path / name / "command.txt").write_text(f"openvision3 train {name} --data {tmp_path}/train\n")
+    ship.main(ship.Options("generators/drawings", (tmp_path / "first", tmp_path / "run"), rename=(f"{tmp_path}=DATA",), licence="CC BY-SA 4.0"))
     shipped = assets / "generators" / "drawings"
-    assert (shipped / "command.txt").read_text() == "openvision3 train small --data DATA/train\n"
+    assert (shipped / "command.txt").read_text() == "openvision3 train first --data DATA/train\nopenvision3 train run --data DATA/train\n"
     config = json.loads((shipped / "config.json").read_text())
+    assert (config["training"]["steps"], config["training"]["started_from"]["steps"]) == (6, 1)
     assert config["training"]["licence"] == "CC BY-SA 4.0" and config["training"]["data"] == ["DATA/train"]
     assert {tensor.dtype for name, tensor in load_file(shipped / "model.safetensors").items() if name.endswith(".weight")} == {torch.bfloat16}
     one, other = (load_generator(path, device="cpu").generate("red", sampling=Sampling(steps=2)) for path in (tmp_path / "run", shipped))
