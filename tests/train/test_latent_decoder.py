@@ -257,7 +257,7 @@ def test_the_recipe_takes_the_settings_of_the_model_that_init_names(root):
     config = latent_decoder(str(root / "base"))
     saved = read_config(root / "base")
     assert (config.model.encoder, config.model.latent_decoder, config.size) == (saved.model.encoder, saved.model.latent_decoder, saved.size)
-    with pytest.raises(ValueError, match="name a shipped model, a model folder or a run with --init"):
+    with pytest.raises(ValueError, match="name a shipped model, a model folder, a run or peer:NAME with --init"):
         DecoderConfig()
 
 
