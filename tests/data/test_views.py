@@ -239,6 +239,14 @@ def test_training_evaluation_and_check_count_damaged_metadata_and_use_the_image(
     assert [problem["reason"] for problem in check_folder(str(tmp_path), decode=True).problems] == [images.DAMAGED]
 
 
+def test_a_file_of_elsewhere_that_is_collected_while_pillow_runs_is_no_damage_of_the_image():
+    images._ignore_warnings()
+    warnings.warn_explicit("unclosed file <_io.FileIO name='elsewhere'>", ResourceWarning, "Image.py", 1, module="PIL.Image")
+    assert not images.damage_seen()
+    warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+    assert images.damage_seen()
+
+
 @pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
 def test_an_orientation_is_read_alike_by_all_views_where_the_block_is_damaged_behind_it(decoder, monkeypatch):
     if decoder == "Pillow":

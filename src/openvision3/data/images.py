@@ -83,16 +83,25 @@ class _PillowWarnings(threading.local):
     """
 
     warned = False
+    is_of_resource = False
 
     def match(self, module: str) -> bool:
-        """Stands in for a compiled pattern of module names; Python calls it for each warning."""
+        """Stands in for a compiled pattern of module names; Python calls it for each warning, after that of its text."""
         is_pillow = module.startswith("PIL.")
-        self.warned = self.warned or is_pillow
+        self.warned = self.warned or (is_pillow and not self.is_of_resource)
         return is_pillow
 
 
+class _Texts:
+    """Stands in for a compiled pattern of texts. A ResourceWarning is about a file of elsewhere, and of whatever module runs when that is collected."""
+
+    def match(self, text: str) -> bool:
+        _pillow.is_of_resource = text.startswith(("unclosed ", "Implicitly cleaning up "))
+        return True
+
+
 _pillow = _PillowWarnings()
-_FILTER = ("ignore", None, Warning, _pillow, 0)
+_FILTER = ("ignore", _Texts(), Warning, _pillow, 0)
 
 DAMAGED = "damaged metadata (image used)"
 """the reason of images that are used although their EXIF or another block beside the pixels is damaged"""
