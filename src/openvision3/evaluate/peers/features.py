@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from openvision3.data.images import to_tensor, to_uint8
 from openvision3.evaluate.peers.table import load_peer
+from openvision3.fetch.sources import split_peer
+from openvision3.networks.inception import rounded_and_resized
 
 
 class PeerFeatures:
@@ -18,7 +18,7 @@ class PeerFeatures:
     """
 
     def __init__(self, peer: str, device: str):
-        name, _, folder = peer.partition("=")
+        name, folder = split_peer(peer)
         self.model = load_peer(name, folder, device)
         if self.model.features is None:
             raise ValueError(f"{name} gives no features to compare images by; name another peer with --extractors")
@@ -28,8 +28,5 @@ class PeerFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = to_uint8(images.to(self.device)).float()
-        if pixels.shape[2:] != (self.side, self.side):
-            pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
         assert self.model.features is not None
-        return self.model.features(to_tensor(pixels))
+        return self.model.features(rounded_and_resized(images.to(self.device), self.side))
