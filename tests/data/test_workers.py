@@ -54,6 +54,19 @@ def test_workers_that_are_killed_are_replaced_and_no_item_is_lost_or_made_twice(
     assert not multiprocessing.active_children()
 
 
+def test_the_workers_have_ended_after_the_last_item_however_slowly_their_end_is_seen(tmp_path, monkeypatch):
+    waitpid = os.waitpid
+
+    def slow(*of):
+        ended = waitpid(*of)
+        time.sleep(0.2 * (ended[0] != 0))
+        return ended
+
+    monkeypatch.setattr(os, "waitpid", slow)
+    assert [int(item) for item in Workers(Squares(tmp_path, {}), 2).make(range(4))] == [0, 1, 4, 9]
+    assert not multiprocessing.active_children()
+
+
 def test_workers_that_die_again_and_again_are_one_error(tmp_path):
     pool = Workers(Squares(tmp_path, {2: signal.SIGKILL}, always=True), 1)
     with pytest.raises(WorkersFailed, match=r"killed by SIGKILL, most likely because memory ran out, for the 4th time; take fewer --workers"):

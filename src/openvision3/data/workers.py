@@ -76,7 +76,6 @@ class Workers:
         """
         left, pool, given, patience = iter(numbers), self._pool(), 0, 5.0
         pending: deque[list[Any]] = deque()  # [number, future of its item]
-        processes: list[Any] = []
         try:
             while True:
                 pending.extend([number, None] for number in itertools.islice(left, AHEAD * self.count - len(pending)))
@@ -85,9 +84,9 @@ class Workers:
                 try:
                     for entry in pending:
                         entry[1] = entry[1] or pool.submit(_make, entry[0])
-                    processes = list((pool._processes or {}).values())
                     item = wait(lambda seconds: _result(pending[0][1], seconds), self.stopping)
                 except BrokenProcessPool:
+                    processes = _processes(pool)
                     for process in processes:  # also those alive, which would end at any time
                         if process.is_alive():
                             with contextlib.suppress(ProcessLookupError):  # it ended just now
@@ -109,12 +108,7 @@ class Workers:
                 given += 1
                 yield item
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.join(patience)
-                if process.is_alive():
-                    process.kill()
-                    process.join(1)
+            _close(pool, patience)
 
     def _pool(self) -> concurrent.futures.ProcessPoolExecutor:
         # the default start method, as in torch's DataLoader: a fork copies nothing
@@ -155,6 +149,26 @@ def wait(get: Callable[[float], T], stopping: Callable[[], object]) -> T:
         if now - start > REPORT_AFTER and not reported:
             reported = True
             console().print(f"still waiting for a batch after {REPORT_AFTER:.0f} s", markup=False)
+
+
+def _processes(pool: concurrent.futures.ProcessPoolExecutor) -> list[Any]:
+    return list((pool._processes or {}).values())
+
+
+def _close(pool: concurrent.futures.ProcessPoolExecutor, patience: float) -> None:
+    """End the processes of a pool; those that have not ended after `patience` seconds are killed.
+
+    The pool's own thread waits for them, not this one: of two that wait for one process, the later cannot tell that it has ended.
+    """
+    processes, manager = _processes(pool), pool._executor_manager_thread
+    pool.shutdown(wait=False, cancel_futures=True)
+    if manager is None:  # nothing was asked of it
+        return
+    manager.join(patience)
+    if manager.is_alive():
+        for process in processes:
+            process.kill()
+        manager.join(5)
 
 
 def _result(made: concurrent.futures.Future, seconds: float) -> Any:
