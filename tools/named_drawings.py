@@ -5,8 +5,8 @@
 
 PACKAGES is the folder of those `.tgz` files. Nothing else is read, and nothing is downloaded. The same packages and options give the same bytes, and
 after a kill the same command goes on with the next shard. A shard is named by its style and kind: `noto-train-00000.tar`,
-`noto-unseen_concept-00000.tar`. Each sample is a PNG, its name as `.txt`, and a JSON with `caption`, `phrase` (the caption with an article), `captions`
-(further ones), `style`, `family`, `source` and `licence`.
+`noto-unseen_concept-00000.tar`. Each sample is a PNG, its name as `.txt`, and a JSON with `caption`, `phrase` (the caption with an article), `coloured`
+(the phrase with the main colour of the drawing, where it has one), `captions` (further ones), `style`, `family`, `source` and `licence`.
 
 Some drawings are held out of training, of three kinds. Families (the concept; of people, whatever the gender and skin tone) are the same over all
 styles and OpenMoji:
@@ -37,6 +37,7 @@ from openvision3.data import openmoji
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
+from openvision3.understand.facts import colour_of
 
 SHARD = 1000
 """drawings in a shard"""
@@ -266,6 +267,15 @@ def with_article(caption: str) -> str:
     return f"{'an' if first[0] in 'aeiou' else 'a'} {caption}"
 
 
+def with_colour(caption: str, png: bytes) -> str:
+    """A yellow star for a star that is drawn in yellow; the phrase alone where the name has a colour already, or the drawing no main colour."""
+    from PIL import Image
+
+    colour, what = colour_of(caption, Image.open(io.BytesIO(png)))
+    phrase = with_article(caption)
+    return with_article(f"{colour} {caption}") if colour and not what and phrase != caption else phrase
+
+
 def _share(*texts: str) -> float:
     return openmoji.hash_share("/".join(texts))
 
@@ -370,6 +380,7 @@ def write_shard(shard: Shard) -> tuple[str, list[str]]:
             package = shard.package
             values = asdict(drawing) | {
                 "phrase": with_article(drawing.caption),
+                "coloured": with_colour(drawing.caption, image),
                 "kind": shard.kind,
                 "source": f"@iconify-json/{package.style} {package.version}: {drawing.icon}",
                 "licence": package.licence,

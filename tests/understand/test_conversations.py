@@ -104,6 +104,16 @@ def test_images_are_found_beside_the_file_in_folders_and_in_zip_files_without_th
     assert error.value.reason == "missing"
 
 
+def test_the_archive_of_a_files_own_name_holds_its_images(tmp_path):
+    names = []
+    for name in ("a", "b"):  # each has its own 1.png
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("1.png", name)
+        names.append(write(tmp_path, [row(0, "1.png", "<image>\na", "b")], f"{name}.json"))
+    read = Conversations(names)
+    assert [read.image(index, "1.png") for index in range(2)] == [b"a", b"b"]
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of conversations"):
         Conversations([str(tmp_path / "nowhere.json")])

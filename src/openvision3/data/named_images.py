@@ -36,6 +36,11 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
 """what reading a damaged archive raises"""
 
 
+def places_of(path: Path) -> list[Path]:
+    """Where the images of a file of questions or conversations are unless it is said: in the archive of its name, and in its folder."""
+    return [path] if path.is_dir() else [*filter(Path.is_file, [path.with_suffix(".zip")]), path.parent]
+
+
 class NamedImages:
     """Images of several places: folders, or archives (.zip, .tar) whose members have the names.
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from openvision3.contents import holds, short
 from openvision3.data.images import ImageError, open_image
-from openvision3.data.named_images import NamedImages
+from openvision3.data.named_images import NamedImages, places_of
 from openvision3.evaluate.metrics.vqa import BENCHMARKS, LETTERS, Question
 
 EXTRA = "pyarrow is not installed; pip install 'openvision3[parquet]' to read Parquet files"
@@ -114,7 +114,7 @@ class QuestionSet:
         keys = {question.key for question in self.questions}
         if len(keys) < len(self.questions):
             raise ValueError(f"{', '.join(files)}: {len(self.questions) - len(keys)} questions are there twice; name each file once")
-        self.files = NamedImages(images or list(dict.fromkeys(place for path in paths for place in _places(path))))
+        self.files = NamedImages(images or list(dict.fromkeys(place for path in paths for place in places_of(path))))
         self.missing = [name for name in dict.fromkeys(one.image for one in self.questions) if name not in self.tables and self.files.find(name) is None]
         if len(self.missing) == len({question.image for question in self.questions}):
             places = ", ".join(map(str, self.files.places))
@@ -170,11 +170,6 @@ def _files(path: Path, benchmark: str) -> list[Path]:
     if not files:
         raise ValueError(f"{path} holds no .json, .jsonl or .parquet of questions; name the files of {BENCHMARKS[benchmark].title} with --data")
     return files
-
-
-def _places(path: Path) -> list[Path]:
-    """Where the images of a file lie if nothing else is said: in the archive of its name, and in its folder."""
-    return [path] if path.is_dir() else [*filter(Path.is_file, [path.with_suffix(".zip")]), path.parent]
 
 
 Place = tuple[Path, int, int]

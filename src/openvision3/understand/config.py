@@ -21,7 +21,7 @@ class _TowerAndLanguage:
     data: tuple[PathName, ...] = ()
     """conversations: JSON files in LLaVA's layout, or .jsonl files with one conversation a line"""
     images: tuple[PathName, ...] = ()
-    """folders and zip files that hold the images. Not set: the folder of each JSON file"""
+    """folders and zip files that hold the images. Not set: the folder of each JSON file, and the .zip of its name beside it"""
     val: tuple[PathName, ...] = ()
     """held-out conversations, evaluated during training and never trained on. Not set: no evaluation"""
     size: int = 0

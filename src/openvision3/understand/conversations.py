@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from openvision3.contents import why_not
 from openvision3.data.identity import content_key, digest
 from openvision3.data.images import ImageError
-from openvision3.data.named_images import NamedImages
+from openvision3.data.named_images import NamedImages, places_of
 from openvision3.data.problems import Problems
 from openvision3.files import sha256_of
 
@@ -98,7 +98,7 @@ class Conversations:
         self.sha256: list[str] = []
         self._rows: list[bytes] = []
         self._keys: list[tuple[int, int]] = []
-        self._stores = [NamedImages(images or [str(Path(name).parent)]) for name in names]
+        self._stores = [NamedImages(images or places_of(Path(name))) for name in names]
         for number, name in enumerate(names):
             before, refused = len(self._rows), ""
             for place, row in enumerate(_entries(Path(name))):

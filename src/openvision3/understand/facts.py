@@ -101,7 +101,7 @@ def facts_of(source: Source, index: int, pixels: Image.Image, image: str) -> Fac
         tuple(dict.fromkeys(alias for alias in names[1:] if alias and alias != name)),
         frozenset().union(*map(content_words, (name, *(text for text in captions if not text.endswith(" style"))))),
         tuple(dict.fromkeys((f"{data} {kind} {group}", f"{kind} {group}", f"{data} {kind}", kind, "all"))),
-        _colour(name, pixels),
+        colour_of(name, pixels),
         next(((found[1].lower(), found[2]) for found in [_NUMBER.search(name)] if found), ("", "")),
     )
 
@@ -148,7 +148,8 @@ def _named(rgb: np.ndarray) -> np.ndarray:
     return np.where(value < 56, COLOURS.index("black"), number)
 
 
-def _colour(name: str, pixels: Image.Image) -> tuple[str, str]:
+def colour_of(name: str, pixels: Image.Image) -> tuple[str, str]:
+    """A colour of an image of this name and what has it, as `Facts.colour`; ("", "") where none is certain."""
     shares, plain = main_colours(pixels)
     if not shares:
         return "", ""
