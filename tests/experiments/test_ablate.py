@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_chat import QUESTION, conversations, language_folder
+from tiny_chat import row as conversation
 from tiny_pipeline import write_photo
 
 from openvision3 import cli
@@ -449,6 +451,32 @@ def test_a_generator_draws_in_the_tokens_of_the_models_of_its_seed_and_its_drawi
     assert "holds an ablation of a generator, not of a model" in capsys.readouterr().err
 
 
+def test_a_language_model_sees_through_the_models_of_its_seed_and_its_answers_are_measured(synergy, command, tmp_path, capsys):
+    data, held_out = conversations(tmp_path, "train"), tmp_path / "train" / "held_out.json"
+    asked = [conversation(i, f"img/{i}.png", f"<image>\n{QUESTION}", "red") | {"kinds": [("what", "colour")[i % 2]], "accept": [["red"]]} for i in range(8)]
+    held_out.write_text(json.dumps(asked))
+    out, language = tmp_path / "out", language_folder(tmp_path)
+    argv = ["ablate", "towers", "--tower", str(synergy / "base" / "seed-{seed}"), "--steps", "2", "--seeds", "0", "1", "--samples", "3", "--batch", "4"]
+    argv += ["--language", language, "--data", data, "--val", str(held_out), "--size", "32", "--precision", "fp32", "--out", str(out)]
+    assert cli.main(argv) == 0
+    runs = {json.loads((path / "config.json").read_text())["tower"]: path for path in out.glob("*/seed-*")}
+    models = ("base", *(f"encoder_learns_from={who}" for who in ("understanding", "reconstruction", "nothing")))
+    assert runs.keys() == {str(synergy / model / f"seed-{seed}") for model in models for seed in (0, 1)}
+    found = json.loads((out / "towers.json").read_text())
+    assert [verdict["fork"] for verdict in found["verdicts"]] == ["only understanding", "only reconstruction", "a frozen random encoder"]
+    assert all([test["what"] for test in verdict["scores"]] == ["right answers, %"] for verdict in found["verdicts"])
+    assert all(values.keys() == {f"held out 1: right answers, {kind}" for kind in ("what", "colour")} for values in found["measures"]["both branches"].values())
+    answers = (out / "base" / "seed-0" / "measures" / "held out 1" / "answers.jsonl").read_text().splitlines()
+    assert len(answers) == 6, "--samples 3 of each kind"
+    assert {"val/loss", "val/exact"} <= found["groups"][0]["values"].keys()
+    assert "held-out conversations of" in (out / "towers.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["compare", *map(str, sorted(out.glob("*/seed-*"))), "--out", str(tmp_path / "compare.html")]) == 0
+    assert "exact answers, %" in capsys.readouterr().out
+    assert cli.main([*argv[:2], "--init", "runs/chat_align", *argv[2:]]) == 2
+    assert "a projector fits the tower that it was trained with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["dit_head", "levers"])
 def test_an_option_of_an_ablation_that_is_also_a_field_of_its_recipe_reaches_the_recipe(name):
     given = {"steps": 7, "label_key": "kind"}
@@ -469,13 +497,17 @@ def test_an_option_of_an_ablation_that_is_also_a_field_of_its_recipe_reaches_the
         (["spaces"], "name the runs of an ablation synergy in --tokens"),
         (["spaces", "--tokens", "nowhere/base/seed-{seed}", "--data", "openmoji", "--val", "openmoji"], "nowhere/base/seed-0"),
         (["dit_head", "--data", "openmoji", "--classify", "a=b,c"], "classify measures a model"),
+        (["towers", "--data", "a.json"], "name the runs of an ablation synergy in --tower"),
+        (["towers", "--tower", "grid/base/seed-{seed}"], "data is empty: name conversations with --data"),
+        (["towers", "--tower", "grid/base/seed-{seed}", "--data", "nowhere.json"], "no such file of conversations: nowhere.json"),
+        (["towers", "--recipe", "dit_tiny"], "changes a chat model, and recipe dit_tiny trains none"),
         (["dit_head", "--samples", "1"], "samples 1 must be at least 2"),
         (["dit_head", "--data", "openmoji"], "val is empty: name held-out images with --val"),
         (["time_shift", "--data", "openmoji", "--val", "openmoji"], "size 64: images of so few values are not shifted"),
         (["word_reading", "--data", "openmoji"], "word_reading needs a recipe that draws from texts"),
     ],
 )
-def test_what_an_ablation_of_generators_cannot_use_is_one_line(argv, words, tmp_path, capsys):
+def test_what_an_ablation_of_generators_or_chat_models_cannot_use_is_one_line(argv, words, tmp_path, capsys):
     assert cli.main(["ablate", *argv, "--out", str(tmp_path / "out")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0] and not (tmp_path / "out").exists()

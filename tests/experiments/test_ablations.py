@@ -3,13 +3,14 @@
 import pytest
 
 from openvision3.experiments.ablate import plan_runs
-from openvision3.experiments.ablations import ABLATIONS, OF_GENERATORS, Fork, Parent, question
+from openvision3.experiments.ablations import ABLATIONS, OF_CHATS, OF_GENERATORS, Fork, Parent, question
 from openvision3.generate.recipes import drawings_dit_tiny
 from openvision3.settings import flat, to_dict
 from openvision3.train.config import PretrainConfig
 from openvision3.train.recipes import RECIPES, base_low_res, mini_low_res
+from openvision3.understand.recipes import chat_align
 
-OF_MODELS = tuple(name for name in ABLATIONS if name not in OF_GENERATORS)
+OF_MODELS = tuple(name for name in ABLATIONS if name not in (*OF_GENERATORS, *OF_CHATS))
 
 
 def base_at_40_steps() -> Parent:
@@ -69,6 +70,13 @@ def test_the_spaces_are_those_of_a_synergy_and_no_others():
         *(f"grid/encoder_learns_from={who}/seed-{{seed}}" for who in ("understanding", "reconstruction", "nothing")),
         "vae:embedded",
     ]
+
+
+def test_the_towers_are_those_of_a_synergy():
+    config = chat_align()
+    config.tower = "grid/base/seed-{seed}"
+    others = [f"grid/encoder_learns_from={who}/seed-{{seed}}" for who in ("understanding", "reconstruction", "nothing")]
+    assert [fork.changes.get("tower") for fork in forks("towers", Parent("chat_align", config))] == [None, *others]
 
 
 @pytest.mark.parametrize(("names", "parent"), [(OF_MODELS, base_at_40_steps()), (OF_GENERATORS[1:], drawing_at_40_steps())])

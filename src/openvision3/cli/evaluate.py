@@ -212,7 +212,6 @@ def open_answering(options: VqaOptions) -> AnsweringFunctions:
     """MODEL as a function of images and prompts."""
     from openvision3.evaluate.peers.image_text import is_image_text, load_image_text
     from openvision3.evaluate.peers.own import is_own, load_own_answering
-    from openvision3.evaluate.protocol import AnsweringFunctions
 
     if is_own(options.model):
         return load_own_answering(options.model, options.device, options.precision)
@@ -221,9 +220,7 @@ def open_answering(options: VqaOptions) -> AnsweringFunctions:
     from openvision3.understand.chat import load_chat
 
     chat = load_chat(options.model, device=options.device, precision=options.precision, tower=options.tower, language=options.language)
-    return AnsweringFunctions(
-        options.model, lambda images, prompts, max_tokens: chat.answer_batch(images, prompts, max_tokens=max_tokens), chat.precision, chat.sha256
-    )
+    return chat.functions(options.model)
 
 
 def table(options: TableOptions) -> int:

@@ -230,7 +230,7 @@ def configure_ablation(name: str, rest: Sequence[str]) -> tuple[AblationOptions,
     """The options of the ablation and the config that it forks. Raises ValueError for an unknown ablation, or a recipe that it does not change."""
     from openvision3.experiments.ablate import AblationOptions, base_config, choose_recipe
     from openvision3.experiments.ablations import ABLATIONS
-    from openvision3.experiments.kinds import GENERATOR
+    from openvision3.experiments.kinds import CHAT, GENERATOR
 
     if name not in ABLATIONS:
         raise unknown("ablation", name, ABLATIONS)
@@ -238,7 +238,8 @@ def configure_ablation(name: str, rest: Sequence[str]) -> tuple[AblationOptions,
     about = re.sub(r"\n(Source|Result):", r"\n\n\1:", inspect.cleandoc(ABLATIONS[name].__doc__ or ""))  # each a paragraph of its own
     options, fields = _parse_options(AblationOptions, rest, program, about)
     kind, options.recipe = choose_recipe(name, options.recipe)
-    return options, base_config(options, (configure_generator if kind is GENERATOR else configure_run)(options.recipe, fields, program))
+    configure = configure_generator if kind is GENERATOR else configure_chat if kind is CHAT else configure_run
+    return options, base_config(options, configure(options.recipe, fields, program))
 
 
 def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> int:

@@ -12,7 +12,7 @@ import fcntl
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,23 @@ from openvision3.device import choose_device, choose_precision
 from openvision3.estimate.devices import parse_devices
 from openvision3.estimate.plan import estimate
 from openvision3.estimate.planned import Options
-from openvision3.experiments.ablations import ABLATIONS, OF_GENERATORS, WITHOUT_LEVERS, Claim, Fork, Parent, levers, levers_together, question, two_phases
+from openvision3.experiments.ablations import (
+    ABLATIONS,
+    OF_CHATS,
+    OF_GENERATORS,
+    WITHOUT_LEVERS,
+    Claim,
+    Fork,
+    Parent,
+    levers,
+    levers_together,
+    question,
+    two_phases,
+)
 from openvision3.experiments.compare import Group, format_tables, measure_difference, title_and_factor, write_comparison
 from openvision3.experiments.curves import Curves
-from openvision3.experiments.kinds import GENERATOR, MODEL, Kind, RunConfig, kind_of, read_config, seeded, to_config
-from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_drawings, measure_run, parse_sets, read_measures
+from openvision3.experiments.kinds import CHAT, GENERATOR, MODEL, Kind, RunConfig, kind_of, read_config, seeded, to_config
+from openvision3.experiments.measures import HeldOutSet, check_sets, is_measured, measure_answers, measure_drawings, measure_run, parse_sets, read_measures
 from openvision3.experiments.verdicts import choose_levers, draw_verdicts, format_markdown, judge_fork, write_section
 from openvision3.files import write_whole
 from openvision3.generate.config import GenerateConfig
@@ -40,6 +52,7 @@ from openvision3.train.loop import NotFinite
 from openvision3.train.loop_config import changed_settings
 from openvision3.train.recipes import RECIPES
 from openvision3.train.signals import Signals
+from openvision3.understand.config import LlavaConfig
 
 DIVERGED = "DIVERGED"
 """The file in a run folder that says why the run could not continue."""
@@ -50,7 +63,7 @@ class AblationOptions:
     """Which recipe is the base, and how long, how often."""
 
     recipe: str = ""
-    """the recipe that every row of the grid changes. Not set: mini_low_res, of a generator dit_tiny"""
+    """the recipe that every row of the grid changes. Not set: mini_low_res, of a generator dit_tiny, of a chat model chat_align"""
     steps: int = 300
     """optimiser steps of the base"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -61,13 +74,14 @@ class AblationOptions:
     """train nothing; redraw the page from the finished runs"""
     measure: tuple[PathName, ...] = ()
     """after each run, measure reconstruction, retrieval and drawability on these held-out sets: NAME=DATA ... Not set: nothing; levers: --val.
-    A generator is measured by the KID, precision and recall of its drawings, against these sets; not set: --val"""
+    A generator is measured by the KID, precision and recall of its drawings, against these sets; a chat model by its answers to these conversations
+    (of `data conversations --turns 1`); not set: --val"""
     classify: tuple[PathName, ...] = ()
     """after each run, measure zero-shot and a linear probe on these sets with classes: NAME=TRAIN,TEST ..."""
     label_key: str | None = None
     """JSON field with the class: of the images of --classify (not set: category); of a generator's --data (not set: as in openvision3 train)"""
     samples: int = 500
-    """of a generator: images drawn for each set of --measure"""
+    """of a generator: images drawn for each set of --measure; of a chat model: most questions of each kind"""
     levers: tuple[str, ...] = ()
     """levers_together: labels of the forks of levers to join. Not set: those that levers has kept in the same folder"""
 
@@ -84,13 +98,12 @@ class AblationOptions:
 
 
 def choose_recipe(name: str, recipe: str) -> tuple[Kind, str]:
-    """What the ablation changes, and the recipe that it forks. Raises ValueError: a recipe that trains no generator, for an ablation of one."""
-    if name not in OF_GENERATORS:
-        return MODEL, recipe or "mini_low_res"
-    recipe = recipe or "dit_tiny"
-    if recipe not in GENERATOR.recipes:
-        raise ValueError(f"the ablation {name} changes a generator, and recipe {recipe} trains none; choose one of {', '.join(GENERATOR.recipes)}")
-    return GENERATOR, recipe
+    """What the ablation changes, and the recipe that it forks. Raises ValueError: a recipe that trains something else."""
+    kind, usual = (GENERATOR, "dit_tiny") if name in OF_GENERATORS else (CHAT, "chat_align") if name in OF_CHATS else (MODEL, "mini_low_res")
+    recipe = recipe or usual
+    if kind is not MODEL and recipe not in kind.recipes:
+        raise ValueError(f"the ablation {name} changes {kind.what}, and recipe {recipe} trains none; choose one of {', '.join(kind.recipes)}")
+    return kind, recipe
 
 
 def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
@@ -109,9 +122,9 @@ def base_config(options: AblationOptions, config: RunConfig) -> RunConfig:
 
 
 def set_schedule(config: RunConfig) -> RunConfig:
-    """Warm-up for at most a tenth of the steps; four evaluations, two checkpoints and ten log lines, however short the run is."""
+    """Warm-up for at most a tenth of the steps; four evaluations (a chat model's are slow: one), two checkpoints and ten log lines, however short the run."""
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, max(1, config.steps // 10))
-    config.eval_every, config.save_every = max(1, config.steps // 4), max(1, config.steps // 2)
+    config.eval_every, config.save_every = max(1, config.steps // (1 if isinstance(config, LlavaConfig) else 4)), max(1, config.steps // 2)
     config.log_every = max(1, min(10, config.steps // 10))
     return config
 
@@ -161,7 +174,7 @@ def step_operations(config: RunConfig, seed: int) -> float:
 @functools.cache
 def _step_operations(config: str) -> float:
     parsed = to_config(json.loads(config))
-    cost = estimate(parsed, "ablation", Options(cached=bool(parsed.latents)), parse_devices("h100"), advise=False)
+    cost = estimate(parsed, "ablation", Options(cached=bool(getattr(parsed, "latents", ""))), parse_devices("h100"), advise=False)
     return parsed.batch * cost.sample_flops + cost.optimiser_flops
 
 
@@ -176,11 +189,11 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     parent = Parent(options.recipe, base, _levers(options) if name == levers_together.__name__ else (), options.seeds[0])
     grid = ABLATIONS[name](parent)
     sets = options.sets()
-    if kind_of(base) is GENERATOR and options.classify:
-        raise ValueError("classify measures a model, and this ablation changes a generator; leave it out, and name references with --measure")
+    if kind_of(base) is not MODEL and options.classify:
+        raise ValueError(f"classify measures a model, and this ablation changes {kind_of(base).what}; leave it out, and name what to measure with --measure")
     if not sets and name in MEASURED:
         sets = [HeldOutSet(f"held out {place}", data) for place, data in enumerate(base.val, 1)]
-    if kind_of(base) is GENERATOR:
+    if kind_of(base) is not MODEL:
         sets = [replace(one, samples=options.samples) for one in sets]
     plans = [plan_runs(fork, parent) for fork in grid.forks]
     out = Path(options.out)
@@ -210,7 +223,7 @@ def ablate(name: str, options: AblationOptions, base: RunConfig) -> int:
     return 0
 
 
-MEASURED = (levers.__name__, levers_together.__name__, *OF_GENERATORS)
+MEASURED = (levers.__name__, levers_together.__name__, *OF_GENERATORS, *OF_CHATS)
 """Ablations whose forks get a verdict against the first, from measures of held-out sets."""
 
 
@@ -280,6 +293,9 @@ def _same_base(out: Path, base: RunConfig, device: str, draw: bool) -> str:
     return kept.precision
 
 
+MEASURE: dict[type, Callable[..., object]] = {PretrainConfig: measure_run, GenerateConfig: measure_drawings, LlavaConfig: measure_answers}
+
+
 def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, sets: Sequence[HeldOutSet]) -> str:
     """Train what is missing of the fork, then measure it on the sets. Returns finished, diverged, stopped, or taken: another process trains it."""
     first = ""
@@ -311,10 +327,7 @@ def _train(out: Path, one: Plan, seed: int, precision: str, signals: Signals, se
             if folder == one.folders(out, seed)[-1] and not distributed.from_first(is_measured(folder, sets)):
                 if distributed.rank() == 0:
                     console().print(f"measuring {one.fork.label}, seed {seed}", markup=False)
-                if isinstance(config, PretrainConfig):
-                    measure_run(folder, sets, config, precision, choose_device(config.device))
-                else:
-                    measure_drawings(folder, sets, config, precision, choose_device(config.device))
+                MEASURE[type(config)](folder, sets, config, precision, choose_device(config.device))
             first = str(folder)
     return "finished"
 

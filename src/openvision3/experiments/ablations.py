@@ -22,7 +22,7 @@ class Parent:
 
     recipe: str
     config: Any
-    """of a model, or of a generator for the ablations OF_GENERATORS"""
+    """of a model; of a generator for the ablations OF_GENERATORS, of a chat model for OF_CHATS"""
     levers: Sequence[str] = ()
     """labels of the forks of `levers` that `levers_together` joins"""
     seed: int = 0
@@ -257,13 +257,17 @@ def spaces(parent: Parent) -> Grid:
     as in runs/ablate/base/seed-{seed}; its other forks lie beside them, and each seed draws in the models of that seed.
     Result: undecided at mini scale: no difference of KID is significant after 38,400 samples (docs/generation.md).
     """
-    both = Path(parent.config.tokens)
+    return Grid([*_of_synergy(parent, "tokens"), Fork("the VAE's latents", {"tokens": "vae:embedded"}, equal_compute=True)])
+
+
+def _of_synergy(parent: Parent, field: str) -> list[Fork]:
+    """A fork for each fork of `synergy`, by the field that names a model: the parent names those of both branches, with {seed} for the seed."""
+    both = Path(getattr(parent.config, field))
     if both.parts[-2:] != ("base", f"seed-{SEED}"):
-        raise ValueError(f"tokens {both}: name the runs of an ablation synergy in --tokens, such as runs/ablate/base/seed-{SEED}")
+        raise ValueError(f"{field} {both}: name the runs of an ablation synergy in --{field}, such as runs/ablate/base/seed-{SEED}")
     others = {"only understanding": "understanding", "only reconstruction": "reconstruction", "a frozen random encoder": "nothing"}
-    forks = [Fork("both branches", {})]
-    forks += [Fork(name, {"tokens": str(both.parents[1] / f"encoder_learns_from={who}" / both.name)}) for name, who in others.items()]
-    return Grid([*forks, Fork("the VAE's latents", {"tokens": "vae:embedded"}, equal_compute=True)])
+    forks = [Fork(name, {field: str(both.parents[1] / f"encoder_learns_from={who}" / both.name)}) for name, who in others.items()]
+    return [Fork("both branches", {}), *forks]
 
 
 def dit_head(parent: Parent) -> Grid:
@@ -320,14 +324,32 @@ def word_reading(parent: Parent) -> Grid:
     return Grid([Fork("words as further keys", {"dit.words": "keys"}), Fork("an attention for words", {"dit.words": "cross"}, equal_compute=True)])
 
 
+# -- of a chat model -------------------------------------------------------------------------------------------------
+
+
+def towers(parent: Parent) -> Grid:
+    """Through which encoder does a language model answer best?
+
+    Hypothesis: through one that both branches have trained.
+    Source: the paper's tables of LLaVA-1.5 and LLaVA-NeXT. --tower names the runs of `both` in a grid of `synergy`, as --tokens does for `spaces`.
+    Result: not measured yet.
+    """
+    if parent.config.init:
+        raise ValueError(f"init {parent.config.init}: a projector fits the tower that it was trained with; leave out --init")
+    return Grid(_of_synergy(parent, "tower"))
+
+
 SCHEDULE = ("steps", "minutes", "init", "out", "tokenizer", "optimizer.warmup_steps", "eval_every", "save_every", "log_every", "keep", "keep_best")
 """Fields of a phase that follow from the length and place of a run, and are set for each fork anew."""
 
 _OF_MODELS = (synergy, no_vae, decoder_size, encoder_size, balance, tau, token_norm, pixel_share, two_phases, levers, levers_together)
 _OF_GENERATORS = (spaces, dit_head, time_shift, token_statistics, prediction, word_reading)
-ABLATIONS: dict[str, Callable[[Parent], Grid]] = {ablation.__name__: ablation for ablation in (*_OF_MODELS, *_OF_GENERATORS)}
+_OF_CHATS = (towers,)
+ABLATIONS: dict[str, Callable[[Parent], Grid]] = {ablation.__name__: ablation for ablation in (*_OF_MODELS, *_OF_GENERATORS, *_OF_CHATS)}
 OF_GENERATORS = tuple(ablation.__name__ for ablation in _OF_GENERATORS)
 """those that fork a generator"""
+OF_CHATS = tuple(ablation.__name__ for ablation in _OF_CHATS)
+"""those that fork a chat model"""
 
 
 def question(name: str) -> str:

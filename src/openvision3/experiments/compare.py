@@ -18,16 +18,18 @@ from PIL import Image
 
 from openvision3.evaluate.statistics import OverSeeds, best_first, over_seeds, spoken_p
 from openvision3.experiments.curves import Curves, candidates, describe_candidates, is_comparable, open_runs
-from openvision3.experiments.kinds import RunConfig, read_config
+from openvision3.experiments.kinds import RunConfig, kind_of, read_config
 from openvision3.files import sha256_of, write_whole
 from openvision3.generate.config import GenerateConfig
 from openvision3.hub import complete_checkpoints
 from openvision3.report import html, plots
 from openvision3.settings import flat, to_dict
 from openvision3.train.config import PretrainConfig
+from openvision3.understand.config import LlavaConfig
 
 METRICS = (
     "val/psnr", "val/pixel", "val/latent", "val/perceptual", "val/contrastive", "val/caption", "val/image_to_text_r@1", "val/text_to_image_r@1", "val/loss",
+    "val/exact",
 )  # fmt: skip
 """The columns of the table, in this order."""
 CURVES = (
@@ -91,7 +93,7 @@ def read_groups(names: Sequence[str]) -> list[Group]:
             raise ValueError(f"{run.folder} has no numbers yet: {run.file} is {'empty' if run.file.exists() else 'not there'}")
         config = read_config(run.folder / "config.json")
         settings = flat(to_dict(config))
-        for name in ("init", "tokens"):  # the first phase, or the model, of the same seed
+        for name in ("init", "tokens", "tower"):  # the first phase, or the model, of the same seed
             settings[name] = re.sub(r"/seed-\d+$", "", settings.get(name, ""))
         own, seed = str({name: value for name, value in settings.items() if name not in (*config.FREE, "seed")}), settings["seed"]
         by_settings.setdefault((own, times[own, seed]), []).append(run)  # a seed that comes again is a row of its own
@@ -109,6 +111,8 @@ def protocol(group: Group, metric: str = "") -> tuple:
         times = (config.flow.shift, config.flow.time_mean, config.flow.time_deviation)
         loss_of = (re.sub(r"/seed-\d+$", "", config.tokens), bool(config.statistics), *times) if metric == "val/loss" else ()
         return (config.val, config.size, config.caption_keys, config.condition, *loss_of)
+    if isinstance(config, LlavaConfig):  # its losses are of words of one language model
+        return (config.val, config.size, config.language, config.template)
     loss = config.model.loss
     latent, perceptual = (config.model.vae.name,), (loss.perceptual,)
     contrastive = (config.captions, config.sentences, candidates(group.runs[0], "val/contrastive"))
@@ -142,7 +146,7 @@ def split_into_tables(groups: Sequence[Group]) -> list[tuple[str, list[str], lis
     for (val, size, *_), members in by_set.items():
         present = [name for name in METRICS if any(group.values(name) for group in members)]
         columns = [name for name in present if len({protocol(group, name) for group in members}) == 1]
-        made.append((f"held-out images of {', '.join(val)}, {size}x{size}", columns, members))
+        made.append((f"held-out {kind_of(members[0].configs[0]).held_out} of {', '.join(val)}, {size}x{size}", columns, members))
     return made
 
 
@@ -186,7 +190,7 @@ def title_and_factor(metric: str) -> tuple[str, float]:
     name = metric.removeprefix("val/").removeprefix("train/")
     if "_r@" in name:
         return f"{name.replace('_', ' ').replace('r@', 'R@')}, %", 100.0
-    return {"psnr": "PSNR, dB"}.get(name, name), 1.0
+    return {"psnr": ("PSNR, dB", 1.0), "exact": ("exact answers, %", 100.0)}.get(name, (name, 1.0))
 
 
 def heading(metric: str, groups: Sequence[Group]) -> str:
@@ -288,8 +292,7 @@ def write_comparison(
     for evaluated_on, metrics, members in split_into_tables(groups):
         several = "; mean ± standard deviation over seeds" if any(len(group.runs) > 1 for group in members) else ""
         header, rows, best = make_table(metrics, members)
-        how = "at eight times" if isinstance(members[0].configs[0], GenerateConfig) else "at most 256 images, sigma 0"
-        numbers += html.note(f"Last evaluation, {evaluated_on}, {how}{several}. Bold: {BEST}")
+        numbers += html.note(f"Last evaluation, {evaluated_on}, {kind_of(members[0].configs[0]).evaluated}{several}. Bold: {BEST}")
         numbers += html.table(header, [[cell.replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows], best)
         pairs = measure_differences(metrics, members)
         records += [pair.record() for pair in pairs]
@@ -303,8 +306,7 @@ def write_comparison(
         if left_out:
             numbers += html.note(f"Left out, because it means something else in each row: {', '.join(left_out)}.")
     sheets = [([html.embed_image(image, group.label)], group.label) for group in groups if (image := read_last_sheet(group.runs[0])) is not None]
-    are_drawn = all(isinstance(group.configs[0], GenerateConfig) for group in groups)
-    shown = "Drawn from the first conditions of the set" if are_drawn else "Original | VAE | rebuilt, the first images of the set"
+    shown = " and ".join(dict.fromkeys(kind_of(group.configs[0]).sheet for group in groups))
     all_sections = [
         *sections,
         ("Numbers", numbers),

@@ -1,6 +1,7 @@
-"""What is measured of each finished run of an ablation: a model's reconstruction, understanding and drawability on named sets, a generator's drawings.
+"""What is measured of each finished run of an ablation: a model's reconstruction, understanding and drawability on named sets, a generator's drawings,
+the answers of a chat model.
 
-`evaluate/run.py` and `evaluate/generation.py` measure; the results.json of each set lies in RUN/measures/SET, and the numbers of all sets in
+`evaluate/run.py`, `evaluate/generation.py` and `evaluate/vqa.py` measure; the results.json of each set lies in RUN/measures/SET, and the numbers of all sets in
 RUN/measures.json.
 """
 
@@ -19,9 +20,11 @@ from openvision3.data.sources import Source
 from openvision3.evaluate.generation import evaluate_generation
 from openvision3.evaluate.image_set import ImageSet, on_first
 from openvision3.evaluate.metrics.drawability import evaluate_drawability
-from openvision3.evaluate.options import GenerationOptions, Options
+from openvision3.evaluate.options import GenerationOptions, Options, VqaOptions
+from openvision3.evaluate.questions import QuestionSet
 from openvision3.evaluate.run import evaluate
 from openvision3.evaluate.subjects import Subject
+from openvision3.evaluate.vqa import evaluate_vqa
 from openvision3.files import write_whole
 from openvision3.generate.config import GenerateConfig
 from openvision3.generate.generator import load_generator
@@ -30,6 +33,8 @@ from openvision3.pipeline import Pipeline, load
 from openvision3.train.config import PretrainConfig
 from openvision3.train.data_config import DataConfig
 from openvision3.train.open_data import data_options, open_held_out
+from openvision3.understand.chat import load_chat
+from openvision3.understand.config import LlavaConfig
 
 FILE = "measures.json"
 DRAWN_FROM = 2048
@@ -47,7 +52,7 @@ class HeldOutSet:
     """training images with classes, to which the probe is fitted"""
     label_key: str = ""
     samples: int = 0
-    """of a generator: drawings that are compared with these images"""
+    """of a generator: drawings that are compared with these images; of a chat model: most questions of each kind"""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -74,8 +79,12 @@ def parse_sets(measure: Sequence[str], classify: Sequence[str], label_key: str) 
     return sets
 
 
-def check_sets(sets: Sequence[HeldOutSet], config: DataConfig) -> None:
+def check_sets(sets: Sequence[HeldOutSet], config: DataConfig | LlavaConfig) -> None:
     """Open every set once, so that a missing one ends the command before anything is trained. Raises ValueError, FileNotFoundError."""
+    if isinstance(config, LlavaConfig):
+        for one in sets:
+            QuestionSet("conversations", (one.data,), config.images)
+        return
     drawn = tuple(one.data for one in sets if not one.train)
     for names in (drawn, *((name,) for one in sets if one.train for name in (one.data, one.train))):
         if names:
@@ -174,6 +183,37 @@ def measure_drawings(folder: Path, sets: Sequence[HeldOutSet], config: GenerateC
 
 DRAWN = {"KID": "KID of drawings", "precision": "precision", "recall": "recall"}
 """{beginning of a metric of `evaluate generation`: its name in the tables}"""
+
+
+def measure_answers(folder: Path, sets: Sequence[HeldOutSet], config: LlavaConfig, precision: str, device: str) -> dict[str, float]:
+    """Ask the questions of every set, and write measures.json: the share of right answers by kind of question. Raises ValueError, FileNotFoundError."""
+    chat = load_chat(distributed.from_first(str(folder)), device=device, precision=precision, tower=config.tower, language=config.language)
+    values: dict[str, float] = {}
+    for one in sets:
+        options = VqaOptions(
+            model=str(folder),
+            data=(one.data,),
+            images=config.images,
+            out=str(folder / "measures" / one.name),
+            count=one.samples,
+            max_tokens=LONGEST,
+            device=device,
+        )
+        evaluation = evaluate_vqa("conversations", options, lambda options: chat.functions(options.model))
+        if distributed.rank() == 0:
+            with distributed.alone():
+                evaluation.save(Path(options.out))
+        right = {row.metric.rpartition(": ")[0]: row.number.value for row in evaluation.results.rows if row.metric.rpartition(": ")[2] == "accuracy"}
+        for kind, value in right.items():
+            if kind or len(right) == 1:
+                values[f"{one.name}: {RIGHT}{', ' * bool(kind)}{kind}"] = value
+    _write(folder, sets, values)
+    return values
+
+
+RIGHT = "right answers"
+LONGEST = 16
+"""tokens of an answer"""
 
 
 def _write(folder: Path, sets: Sequence[HeldOutSet], values: dict[str, float]) -> None:

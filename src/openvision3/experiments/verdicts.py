@@ -13,8 +13,10 @@ from markupsafe import Markup
 from openvision3.evaluate.statistics import OverSeeds, over_seeds, spoken_p
 from openvision3.experiments.ablations import WITHOUT_LEVERS, Fork
 from openvision3.experiments.compare import format_mean
+from openvision3.experiments.measures import RIGHT
 from openvision3.report import html, plots
 from openvision3.report.plots import Bar, Intervals
+from openvision3.understand.questions import ASKERS
 
 Values = Mapping[int, Mapping[str, float]]
 """{seed: {metric: value}} of one fork, with the names of measures.json"""
@@ -28,6 +30,7 @@ SCORES: dict[str, tuple[str, tuple[str, ...], float, bool]] = {
     "KID of drawings x 1000": ("drawing", ("KID of drawings",), 1000.0, False),
     "precision, %": ("drawing", ("precision",), 100.0, True),
     "recall, %": ("drawing", ("recall",), 100.0, True),
+    "right answers, %": ("talking", (RIGHT, *(f"{RIGHT}, {kind}" for kind in ASKERS)), 100.0, True),
 }
 """{what is tested: (axis, metrics whose mean over all sets it is, factor, whether higher is better)}"""
 KEPT, LOSES, UNDECIDED = "kept", "not kept: loses", "not kept: wins nothing"
@@ -135,7 +138,8 @@ NOTE = (
     "A fork is kept when at least one of its scores is better than the parent's with p < .05, and none is worse with p < .05: paired t-test over seeds, "
     "not corrected for the number of forks. A score is the mean over all sets: PSNR; KID on EfficientNet features; the mean of R@1 in both directions, "
     "zero-shot and linear probe; the held-out loss of a small flow model on the tokens, a proxy of generation that also falls when tokens say less; "
-    "of a generator KID, precision and recall of its unguided drawings on these features."
+    "of a generator KID, precision and recall of its unguided drawings on these features; "
+    "of a chat model the share of right answers, the mean over kinds of question."
 )
 
 

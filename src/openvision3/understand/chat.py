@@ -22,6 +22,7 @@ from openvision3.data.familiarity import FILE as FAMILIARITY
 from openvision3.data.familiarity import Familiarity
 from openvision3.data.images import ImageSource, open_image, to_tensor
 from openvision3.device import choose_device, choose_precision
+from openvision3.evaluate.protocol import AnsweringFunctions
 from openvision3.networks.text_models import decode_greedily, most_tokens
 from openvision3.understand import folder
 from openvision3.understand.conversations import MARKER, Message
@@ -100,6 +101,12 @@ class Chat:
         inputs = self._inputs([self._row(*pair, ()) for pair in zip(images, prompts, strict=True)], max_tokens)
         written = self._generate(inputs, max_tokens)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.prompts.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    def functions(self, name: str) -> AnsweringFunctions:
+        """What `evaluate vqa` asks: this model under its name."""
+        return AnsweringFunctions(
+            name, lambda images, prompts, max_tokens: self.answer_batch(images, prompts, max_tokens=max_tokens), self.precision, self.sha256
+        )
 
     def _row(self, images: ImageSource | Sequence[ImageSource] | None, question: str, history: History) -> tuple[list[int], list[Image.Image]]:
         """(token ids of a conversation up to where its answer begins, its images)."""

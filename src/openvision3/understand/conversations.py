@@ -140,10 +140,15 @@ class Conversations:
         return digest(keys)
 
 
-def _entries(path: Path) -> Iterable[Any]:
-    """The entries of a .json or .jsonl file. Raises FileNotFoundError; ValueError where the file is neither."""
+def check_file(path: Path) -> None:
+    """Raises FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file of conversations: {path}; name a .json or .jsonl file in LLaVA's layout")
+
+
+def _entries(path: Path) -> Iterable[Any]:
+    """The entries of a .json or .jsonl file. Raises FileNotFoundError; ValueError where the file is neither."""
+    check_file(path)
     if path.suffix == ".jsonl":
         return _lines(path)
     try:

@@ -27,7 +27,7 @@ from openvision3.train.signals import Signals
 from openvision3.understand import folder
 from openvision3.understand.batches import ConversationBatches, Example, collate, read_example
 from openvision3.understand.config import LlavaConfig
-from openvision3.understand.conversations import Conversations
+from openvision3.understand.conversations import Conversations, check_file
 from openvision3.understand.folder import ChatConfig
 from openvision3.understand.language import language_sha256, open_language
 from openvision3.understand.llava import Llava, connect, trained_tensors
@@ -47,6 +47,14 @@ def train_chat(config: LlavaConfig, recipe: str = "chat", signals: Signals | Non
     return train_run(config, functools.partial(Talking, recipe=recipe), Path(config.out or f"runs/{recipe}"), signals)
 
 
+def check_conversations(config: LlavaConfig) -> None:
+    """Raises ValueError for no conversations, FileNotFoundError for a file that is not there."""
+    if not config.data:
+        raise ValueError("data is empty: name conversations with --data, a .json or .jsonl file in LLaVA's layout")
+    for name in (*config.data, *config.val):
+        check_file(Path(name))
+
+
 class Talking(Training):
     """Tower, projector and language model, their conversations and their held-out ones, opened as `config` says."""
 
@@ -55,8 +63,7 @@ class Talking(Training):
 
     def __init__(self, config: LlavaConfig, start: Start, *, recipe: str = "chat"):
         self.config, self.start, self.recipe = config, start, recipe
-        if not config.data:
-            raise ValueError("data is empty: name conversations with --data, a .json or .jsonl file in LLaVA's layout")
+        check_conversations(config)
         self.conversations = Conversations(config.data, config.images)
         self.held_out = Conversations(config.val, config.images) if config.val else None
         if shared := set(self.conversations.sha256) & set(self.held_out.sha256 if self.held_out else ()):
