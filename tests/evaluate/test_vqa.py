@@ -213,9 +213,14 @@ def test_a_blank_image_stands_in_place_of_each_and_is_another_model_over_the_sam
     assert differences["all: accuracy"].difference == 0.5 and {differences["all: f1"].a, differences["all: f1"].b} == {"model", "model, grey images"}
 
 
-def test_count_takes_the_first_questions_of_each_part(tmp_path):
-    found = run("pope", tmp_path / "data", tmp_path / "out", Model(dog), count=3)
-    assert [question.key for question in found.questions] == [f"{part}/{n}" for part in ("adversarial", "popular", "random") for n in range(3)]
+def test_count_takes_evenly_spaced_questions_of_each_part_and_all_where_there_are_no_more(tmp_path):
+    whole = run("pope", tmp_path / "data", tmp_path / "whole", Model(dog)).questions
+    parts = {part: [one.key for one in whole if one.part == part] for part in dict.fromkeys(one.part for one in whole)}
+    for count in (1, 2, 3, 1000):
+        asked = run("pope", tmp_path / "data", tmp_path / str(count), Model(dog), count=count).questions
+        for part, keys in parts.items():
+            places = [keys.index(one.key) for one in asked if one.part == part]
+            assert len(places) == min(count, len(keys)) and places[0] >= len(keys) // count - 1 and places[-1] == len(keys) - 1
 
 
 # -- the protocol on an untouched model of transformers ---------------------------------------------------------------

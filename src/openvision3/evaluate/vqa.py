@@ -71,7 +71,7 @@ def evaluate_vqa(
         model = open_model(options)
     if options.blank:  # another model to the tables: the questions are the same
         model = replace(model, name=f"{model.name}, grey images", note="; ".join(filter(None, (model.note, "saw a grey image in place of each"))))
-    asked = _first(questions.questions, options.count)
+    asked = _some(questions.questions, options.count)
     max_tokens = options.max_tokens or BENCHMARKS[benchmark].max_tokens
     asking = Asking(model, asked, questions, max_tokens, options.batch, options.blank)
     answers = ask(asking, Path(options.out), watch if distributed.rank() == 0 else without_progress)
@@ -102,13 +102,14 @@ def evaluate_vqa(
     return evaluation
 
 
-def _first(questions: list[Question], count: int) -> list[Question]:
-    """The first COUNT questions of each part; 0: all."""
-    seen: Counter[str] = Counter()
+def _some(questions: list[Question], count: int) -> list[Question]:
+    """COUNT questions of each part, evenly spaced, since files are ordered by source; 0: all."""
+    whole, seen = Counter(one.part for one in questions), Counter[str]()
     kept = []
     for one in questions:
+        place, of = seen[one.part], whole[one.part]
         seen[one.part] += 1
-        if not count or seen[one.part] <= count:
+        if not count or (place + 1) * count // of > place * count // of:
             kept.append(one)
     return kept
 
