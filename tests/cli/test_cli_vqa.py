@@ -9,6 +9,7 @@ import vqa_files as files
 
 from openvision3.cli import main
 from openvision3.evaluate.metrics.vqa import BENCHMARKS
+from openvision3.evaluate.protocol import AnsweringFunctions
 
 OWN = """
 from openvision3.evaluate.protocol import AnsweringFunctions
@@ -75,10 +76,8 @@ def test_a_chat_model_is_opened_as_it_is_asked_for(tmp_path, capsys, monkeypatch
     class Stands:
         """In place of a Chat; tests/understand/test_chat.py has the real one."""
 
-        precision, sha256 = "fp32", "abc"
-
-        def answer_batch(self, images, prompts, *, max_tokens):
-            return [f"no, {image.width} {max_tokens}" for image in images]
+        def functions(self, name):
+            return AnsweringFunctions(name, lambda images, prompts, longest: [f"no, {image.width} {longest}" for image in images], "fp32", "abc")
 
     opened = []
     monkeypatch.setattr("openvision3.understand.chat.load_chat", lambda name, **more: opened.append((name, more)) or Stands())
