@@ -69,6 +69,15 @@ def test_a_score_is_the_mean_over_sets_and_absent_where_it_was_not_measured():
     assert score({"flow loss": 1.0}, "PSNR, dB") is None
 
 
+def test_precision_is_no_score_where_recall_is_zero():
+    one = {"held out: KID of drawings": 0.2, "held out: precision": 0.9, "held out: recall": 0.0}
+    assert score(one, "precision, %") is None and score(one, "recall, %") == 0
+    assert score(one | {"held out: recall": 0.1}, "precision, %") == 0.9
+    fork, parent = {0: one, 1: one}, {0: one | {"held out: precision": 0.1}, 1: one | {"held out: precision": 0.11}}
+    verdict = judge_fork(Fork("fork", {}), fork, parent)
+    assert verdict is not None and [test.what for test in verdict.scores] == ["KID of drawings x 1000", "recall, %"]
+
+
 def test_seeds_that_only_one_side_has_are_left_out():
     verdict = judge_fork(Fork("lever", {"ema": 0.9}), values({"PSNR": 1.0}), {seed: run for seed, run in values({}).items() if seed})
     assert verdict is not None and list(verdict.seeds) == [1, 2]

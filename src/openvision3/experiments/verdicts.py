@@ -112,8 +112,15 @@ def judge_fork(fork: Fork, values: Values, parent: Values) -> Verdict | None:
 
 
 def score(values: Mapping[str, float], name: str) -> float | None:
-    """The mean of the score's metrics over all sets of one run; None if the run has none of them."""
-    own = [value for metric, value in values.items() if metric.rpartition(": ")[2] in SCORES[name][1]]
+    """The mean of the score's metrics over all sets of one run; None if the run has none of them.
+
+    Precision is none where recall is 0: one image drawn again and again can have it.
+    """
+    own = []
+    for metric, value in values.items():
+        data, _, short = metric.rpartition(": ")
+        if short in SCORES[name][1] and not (short == "precision" and values.get(f"{data}: recall") == 0):
+            own.append(value)
     return statistics.fmean(own) if own else None
 
 
@@ -138,7 +145,7 @@ NOTE = (
     "A fork is kept when at least one of its scores is better than the parent's with p < .05, and none is worse with p < .05: paired t-test over seeds, "
     "not corrected for the number of forks. A score is the mean over all sets: PSNR; KID on EfficientNet features; the mean of R@1 in both directions, "
     "zero-shot and linear probe; the held-out loss of a small flow model on the tokens, a proxy of generation that also falls when tokens say less; "
-    "of a generator KID, precision and recall of its unguided drawings on these features; "
+    "of a generator KID, precision and recall of its unguided drawings on these features (precision only where no recall is 0); "
     "of a chat model the share of right answers, the mean over kinds of question."
 )
 
