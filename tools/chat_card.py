@@ -134,7 +134,7 @@ def limits(scores: Sequence[Scored]) -> list[str]:
 
 def choose(data: str, count: int, seen: set[str]) -> list[tuple[bytes | Path, list[tuple[str, str]]]]:
     """The first images of conversations by a hash of their name, each with its questions and right answers; none of those `seen`."""
-    conversations = Conversations([data], [str(place) for place in (Path(data).with_suffix(".zip"), Path(data).parent) if place.exists()])
+    conversations = Conversations([data])
     of_image: dict[str, int] = {}
     for index in range(len(conversations)):
         if len(images := conversations[index].images) == 1:
@@ -155,7 +155,7 @@ def contents(names: Sequence[Path]) -> set[str]:
     """The content keys of all images of conversations."""
     keys: set[str] = set()
     for name in names:
-        conversations = Conversations([str(name)], [str(place) for place in (name.with_suffix(".zip"), name.parent) if place.exists()])
+        conversations = Conversations([str(name)])
         images = {image: index for index in range(len(conversations)) for image in conversations[index].images}
         keys |= {content_key(conversations.image(index, image)) for image, index in images.items()}
     return keys
