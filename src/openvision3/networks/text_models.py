@@ -80,11 +80,23 @@ def open_image_text(name: str, dtype: torch.dtype, *, absent: str = "", **where:
 
 
 def in_template(processor: Any, prompt: str, without: str) -> str:
-    """A prompt about one image in the processor's chat template; `without` if it has none."""
+    """A prompt about one image in the processor's chat template.
+
+    `without` is what the model reads if there is no template, and what the user says in one that takes texts alone, as those of language models do.
+    """
     if not getattr(processor, "chat_template", None):
         return without
-    content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    from jinja2 import TemplateError
+
+    def said(content: Any) -> str:
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+    parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+    try:
+        text = said(parts)
+    except (TypeError, TemplateError):  # it joins or strips what it takes for a text
+        return said(without)
+    return said(without) if str(parts[0]) in text else text  # or writes the list itself
 
 
 def decode_greedily(network: Any, words: Any, *, ends: Sequence[int] = (), never: Sequence[int] = ()) -> Any:
