@@ -6,9 +6,7 @@ from tokenizers import Tokenizer, models
 from openvision3.networks.text_models import in_template
 
 IN_PARTS = "{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}:"
-JOINED, STRIPPED, WRITTEN = (
-    f"{{% for m in messages %}}{{{{ {text} }}}}{{% endfor %}}:" for text in ("m['content'] + ' '", "m['content'].strip()", "m['content']")
-)
+JOINED, STRIPPED, WRITTEN = (f"{{% for m in messages %}}{{{{ m['content']{more} }}}}{{% endfor %}}:" for more in (" + ' '", ".strip()", ""))
 
 
 @pytest.mark.parametrize(
