@@ -163,6 +163,11 @@ def test_saved_for_transformers_it_is_evaluated_with_the_same_answers(chat, root
     shown, asked = [root / f"{name}.png" for name in COLOURS], ["what is this ?", "describe it .", "describe it .", "what is this ?"]
     expected = chat.answer_batch(shown, asked, max_tokens=6)
     assert opened.answer([Image.open(path) for path in shown], asked, 6) == expected and len({*expected}) > 2
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 64
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="have other shapes than its config"):
+        load_image_text(str(tmp_path / "llava"))
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neox", "qwen2"])
