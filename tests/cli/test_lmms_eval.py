@@ -89,3 +89,6 @@ def test_a_question_without_one_image_and_an_unknown_argument_are_refused(plugin
         model.generate_until(asked)
     with pytest.raises(ValueError, match="unknown argument 'devise'"):
         plugin.OpenVision3(own, devise="cpu")
+    for size in ("auto", 0):
+        with pytest.raises(ValueError, match=f"batch_size {size} must be a whole number from 1"):
+            plugin.OpenVision3(own, batch_size=size)

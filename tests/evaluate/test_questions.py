@@ -129,6 +129,9 @@ def test_a_damaged_table_is_refused_in_one_line(tmp_path):
 
 def test_text_files_of_mme_without_an_answer_are_named(tmp_path):
     files.mme(tmp_path)
+    with open(tmp_path / "count" / "0.txt", "a") as file:
+        file.write("\n  \n")  # lines without a word are none
+    assert len(QuestionSet("mme", [str(tmp_path)]).questions) == len(files.mme_rows())
     (tmp_path / "count" / "0.txt").write_text("Is this a dog?\n")
     with pytest.raises(ValueError, match=r"0.txt: 'Is this a dog\?' is no question and answer apart by a tab"):
         QuestionSet("mme", [str(tmp_path)])

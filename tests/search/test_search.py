@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tiny_pipeline import make_pipeline, write_photo
 
 import openvision3 as ov3
 from openvision3.cli import main
-from openvision3.search.answer import ask
+from openvision3.search.answer import ask, write_sheet
 from openvision3.search.index import SearchIndex, update
 
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -75,6 +76,34 @@ def test_only_new_and_changed_images_are_embedded_again(tmp_path, pipeline, mode
     np.testing.assert_allclose(vectors(out), vectors(tmp_path / "anew"), atol=2e-3)
     changed = SearchIndex(out).table()
     assert [Path(path).name for path in changed["image_path"]] == ["0.png", "2.png", "4.png", "new.png", "renamed.png"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_happens_to_the_files_an_update_gives_the_index_that_is_made_anew(tmp_path, pipeline, model, seed):
+    chance, data, out = random.Random(seed), photos(tmp_path / "pics", 4), tmp_path / "index"
+    update([str(data)], out, pipeline, str(model))
+    for step in range(3):
+        for _ in range(3):
+            one, other = data / f"{chance.randrange(6)}.png", data / f"{chance.randrange(6)}.png"
+            what = chance.choice(("write", "touch", "delete", "rename", "copy", "caption"))
+            if what == "write" or not one.is_file():
+                write_photo(one, 80, 64, seed=chance.randrange(5))
+            elif what == "touch":
+                os.utime(one, (step, step))
+            elif what == "delete":
+                one.unlink()
+            elif what == "rename":
+                one.rename(other)
+            elif what == "copy" and one != other:
+                shutil.copyfile(one, other)
+            elif what == "caption":
+                one.with_suffix(".txt").write_text(f"caption of step {step}")
+        write_photo(data / "always.png", 80, 64)
+        built = update([str(data)], out, pipeline, str(model))
+        update([str(data)], tmp_path / f"anew{step}", pipeline, str(model))
+        index, anew = SearchIndex(out), SearchIndex(tmp_path / f"anew{step}")
+        assert index.table() == anew.table() and built.rows == len(anew.table()["key"])
+        np.testing.assert_allclose(index.embeddings, anew.embeddings, atol=2e-3)
 
 
 def test_an_interrupted_index_keeps_what_it_has(tmp_path, pipeline, model, monkeypatch):
@@ -137,6 +166,20 @@ def test_the_command_prints_rows_and_writes_a_sheet(tmp_path, model, capsys, mon
     assert (tmp_path / "new" / "found.html").read_text().count("<img") == 3
 
 
+def test_files_that_come_and_go_after_indexing_leave_the_others_on_the_sheet(tmp_path, pipeline, model):
+    data = photos(tmp_path / "pics", 4)
+    update([str(data)], tmp_path / "index", pipeline, str(model))
+    index = SearchIndex(tmp_path / "index")
+    hits = ask(index, pipeline, "red heart", 4)
+    sheet = lambda: write_sheet(tmp_path / "sheet.png", index, "red heart", hits)  # noqa: E731
+    assert sheet() == []
+    whole = (tmp_path / "sheet.png").read_bytes()
+    write_photo(data / "000.png", 80, 64, seed=9)  # before all others
+    assert sheet() == [] and (tmp_path / "sheet.png").read_bytes() == whole
+    (data / "2.png").unlink()
+    assert [line.split(" is not shown")[0] for line in sheet()] == [str(data / "2.png")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -191,6 +234,10 @@ def test_what_is_embedded_is_kept_when_faiss_cannot_be_trained_or_the_disk_is_fu
         update([str(data)], out, pipeline, str(model), faiss_index="IVF64,Flat")
     assert SearchIndex(out).config.rows == 5
     before = vectors(out)
+    (out / "image.index").write_bytes(b"of more images")
+    with pytest.raises(ValueError, match="faiss cannot make"):
+        update([str(data)], out, pipeline, str(model), faiss_index="IVF64,Flat")
+    assert not (out / "image.index").exists(), "an index of other vectors would be taken for one of these"
 
     def full(*_):
         raise OSError(28, "No space left on device")

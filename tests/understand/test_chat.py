@@ -17,6 +17,7 @@ from tiny_generator import tokens_folder
 from openvision3 import hub
 from openvision3.cli import main
 from openvision3.data.images import ImageError
+from openvision3.evaluate.peers.image_text import load_image_text
 from openvision3.understand import folder
 from openvision3.understand.chat import Chat, load_chat
 from openvision3.understand.language import GGUF_SHA256, find_language
@@ -143,6 +144,30 @@ def test_bf16_answers_too(run, root):
     model = load_chat(run, device="cpu", precision="bf16")
     assert model.precision == "bf16"
     assert [model.ask(root / f"{name}.png", "what is this ?") for name in COLOURS] == [f"a {name}" for name in COLOURS]
+
+
+def test_saved_for_transformers_it_is_evaluated_with_the_same_answers(chat, root, tmp_path, monkeypatch):
+    from transformers import LlavaProcessor
+    from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
+
+    from openvision3.adapters.transformers import image_processor
+
+    images = image_processor(chat.opened.pipeline, "pad")
+    images.size = {"height": 32, "width": 32}
+    processor = LlavaProcessor(images, chat.prompts.tokenizer, patch_size=16, vision_feature_select_strategy="full", num_additional_image_tokens=0)
+    for part in (chat.network, processor):
+        part.save_pretrained(tmp_path / "llava")
+    for mapping in (configuration_auto.CONFIG_MAPPING, modeling_auto.MODEL_MAPPING, image_processing_auto.IMAGE_PROCESSOR_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", {})  # as in a process that has not made our classes known
+    opened = load_image_text(str(tmp_path / "llava"))
+    shown, asked = [root / f"{name}.png" for name in COLOURS], ["what is this ?", "describe it .", "describe it .", "what is this ?"]
+    expected = chat.answer_batch(shown, asked, max_tokens=6)
+    assert opened.answer([Image.open(path) for path in shown], asked, 6) == expected and len({*expected}) > 2
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 64
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="have other shapes than its config"):
+        load_image_text(str(tmp_path / "llava"))
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neox", "qwen2"])

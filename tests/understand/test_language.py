@@ -59,6 +59,15 @@ def test_missing_weights_are_refused_and_not_drawn(tmp_path):
         open_language(str(tmp_path))
 
 
+def test_weights_of_another_width_than_the_config_are_refused_with_their_shapes(tmp_path):
+    tiny_language(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"such as lm_head\.weight: \(\d+, 32\) in place of \(\d+, 64\)") as error:
+        open_language(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_file_and_a_model_of_another_kind_are_one_line(tmp_path):
     tiny_language(tmp_path / "cut")
     whole = (tmp_path / "cut" / "model.safetensors").read_bytes()

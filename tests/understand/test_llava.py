@@ -208,13 +208,18 @@ def test_in_bf16_the_language_model_takes_half_the_memory_and_the_loss_is_near(r
     assert all(torch.isfinite(p.grad).all() for p in trained_tensors(half.network).values())
 
 
-def test_a_network_is_saved_and_opened_by_transformers_alone(root, tmp_path):
-    from transformers import LlavaForConditionalGeneration
+@pytest.mark.parametrize("anyres", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_network_is_saved_and_opened_by_transformers_alone(root, tmp_path, anyres, tied):
+    import transformers
 
-    model, prompts, layout = built(root)
+    model, prompts, layout = built(root, language=language_folder(root, f"tied {tied}", tie_word_embeddings=tied), anyres=anyres)
     model.network.save_pretrained(tmp_path / "whole")
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    named = getattr(transformers, type(model.network).__name__)
+    again, report = named.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(report.values())
     batch = batch_of(root, prompts, layout, ROWS[0])
-    seen = {name: batch[name] for name in ("input_ids", "pixel_values")}
+    seen = {name: batch[name] for name in ("input_ids", "pixel_values", *(("image_sizes",) if anyres else ()))}
     with torch.no_grad():
-        torch.testing.assert_close(again(**seen).logits, model.network(**seen).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again.eval()(**seen).logits, model.network(**seen).logits, rtol=1e-4, atol=1e-5)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied

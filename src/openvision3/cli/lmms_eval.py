@@ -40,6 +40,8 @@ class OpenVision3(lmms):
         super().__init__()
         if strange := {name for name in unused if name not in ("max_batch_size", "num_gpus")}:  # lmms-eval's own
             raise ValueError(f"unknown argument {sorted(strange)[0]!r}. Choose from pretrained, device, precision, batch_size")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size {batch_size} must be a whole number from 1; it is not chosen by itself")
         self.batch_size = int(batch_size)
         self.functions = open_answering(VqaOptions(pretrained, device=choose_device(device), precision=precision))  # type: ignore[arg-type]
 

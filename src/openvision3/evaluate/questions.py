@@ -228,7 +228,7 @@ def _mme_rows(folder: Path) -> Iterator[Row]:
         named = {image.stem: image for image in (images if images.is_dir() else subtask).iterdir() if image.suffix.lower() in (".jpg", ".jpeg", ".png")}
         for path in sorted((texts if texts.is_dir() else subtask).glob("*.txt")):
             image = named.get(path.stem)
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
                 question, tab, answer = line.strip().rpartition("\t")
                 if not tab:
                     raise ValueError(f"{path}: {line[:60]!r} is no question and answer apart by a tab, as MME has them")

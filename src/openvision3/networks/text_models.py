@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ KEPT = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
 )
 """what greedy decoding keeps of a model's own settings: where an answer starts and ends, and what a model may never write"""
+REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""for `from_pretrained`: what does not fit is reported and not a text on the terminal, see `check_complete`"""
 LENGTHS = ("max_position_embeddings", "max_seq_len")
 """the names by which a config says how many tokens its model can read"""
 
@@ -53,10 +55,20 @@ def opening(name: str, kind: str, *, extra: str = "transformers", absent: str = 
         raise ValueError(f"the {kind} {name} cannot be opened: {reason}{hint}") from error
 
 
-def check_complete(name: str, missing: Collection[str]) -> None:
-    """Raises ValueError where weights are missing: transformers would leave random numbers in their place."""
-    if missing:
+def check_complete(name: str, report: dict[str, Any]) -> None:
+    """`report`: what `from_pretrained` returns beside a model, with REPORTED.
+
+    Raises:
+        ValueError: weights are missing or have other shapes than config.json says. transformers would leave random numbers in their place.
+    """
+    if missing := report["missing_keys"]:
         raise ValueError(f"{name} lacks {len(missing)} of the model's weights, such as {min(missing)}; get it again")
+    if unlike := report["mismatched_keys"]:
+        key, seen, expected = min(unlike)
+        raise ValueError(
+            f"{len(unlike)} weights of {name} have other shapes than its config.json says, such as {key}: {tuple(seen)} in place of {tuple(expected)}; "
+            "get it again, or make its parts of one width"
+        )
 
 
 def open_image_text(name: str, dtype: torch.dtype, *, absent: str = "", **where: Any) -> tuple[Any, Any]:
@@ -67,8 +79,8 @@ def open_image_text(name: str, dtype: torch.dtype, *, absent: str = "", **where:
     """
     with opening(name, "image-to-text model", absent=absent) as transformers:
         processor: Any = transformers.AutoProcessor.from_pretrained(name, **where)
-        network, report = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True, **where)
-    check_complete(name, report["missing_keys"])
+        network, report = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **REPORTED, **where)
+    check_complete(name, report)
     words: Any = getattr(processor, "tokenizer", None)
     if words is None:
         raise ValueError(f"{name} has no text tokenizer; name a folder that holds model and processor, as save_pretrained writes them")
@@ -80,11 +92,23 @@ def open_image_text(name: str, dtype: torch.dtype, *, absent: str = "", **where:
 
 
 def in_template(processor: Any, prompt: str, without: str) -> str:
-    """A prompt about one image in the processor's chat template; `without` if it has none."""
+    """A prompt about one image in the processor's chat template.
+
+    `without` is what the model reads if there is no template, and what the user says in one that takes texts alone, as those of language models do.
+    """
     if not getattr(processor, "chat_template", None):
         return without
-    content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    from jinja2 import TemplateError
+
+    def said(content: Any) -> str:
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+    parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+    try:
+        text = said(parts)
+    except (TypeError, TemplateError):  # it joins or strips what it takes for a text
+        return said(without)
+    return said(without) if str(parts[0]) in text else text  # or writes the list itself
 
 
 def decode_greedily(network: Any, words: Any, *, ends: Sequence[int] = (), never: Sequence[int] = ()) -> Any:

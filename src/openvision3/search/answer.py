@@ -12,6 +12,7 @@ from PIL import Image
 from openvision3.data.crops import center_square
 from openvision3.data.images import EXTENSIONS, ImageError, open_image
 from openvision3.data.names import DataOptions, open_source
+from openvision3.data.sources import Source
 from openvision3.files import write_whole
 from openvision3.pipeline import Pipeline
 from openvision3.report import html
@@ -63,13 +64,14 @@ def write_sheet(path: Path, index: SearchIndex, question: str, hits: Sequence[Hi
     if path.suffix.lower() not in (".png", ".html"):
         raise ValueError(f"{path} must end in .png or .html")
     source = open_source(index.config.data, options)
+    places = _places(source, hits)
     rows: list[tuple[Image.Image, str, str]] = []
     missing: list[str] = []
     for hit in hits:
         try:
-            if hit.position >= len(source) or plain(source.key(hit.position)) != hit.key:
+            if hit.key not in places:
                 raise ImageError("moved", "the data have changed since they were indexed; run openvision3 search index again")
-            image = source.image(hit.position, SIDE)
+            image = source.image(places[hit.key], SIDE)
         except ImageError as error:
             missing.append(f"{hit.path} is not shown: {error}")
             image = Image.new("RGB", (SIDE, SIDE), (200, 200, 200))
@@ -84,3 +86,9 @@ def write_sheet(path: Path, index: SearchIndex, question: str, hits: Sequence[Hi
             path, question, f"The {len(hits)} nearest of {index.config.rows:,} images in {' '.join(index.config.data)}", [("", html.figures(cards))]
         )
     return missing
+
+
+def _places(source: Source, hits: Sequence[Hit]) -> dict[str, int]:
+    """{key: position} of the images of an answer, and perhaps of others: where they are now, because files come and go after they were indexed."""
+    places = {hit.key: hit.position for hit in hits if hit.position < len(source) and plain(source.key(hit.position)) == hit.key}
+    return places if len(places) == len(hits) else {plain(source.key(place)): place for place in range(len(source))}

@@ -266,6 +266,8 @@ def _write(
     digests = {name: sha256_of(folder / f"{name}.new") for name in contents}
     for name in contents:
         os.replace(folder / f"{name}.new", folder / name)
+    if not faiss_index:
+        (folder / FAISS).unlink(missing_ok=True)  # of other vectors: whatever reads the folder would take it for theirs
     recorded = model if model in hub.shipped() else str(Path(str(pipeline.folder)).resolve())
     config = IndexConfig(FORMAT, recorded, _weights(pipeline), tuple(data), len(rows), stacked.shape[1], faiss_index, digests)
     write_whole(folder / SETTINGS, dumps(to_dict(config), indent=2) + "\n")

@@ -23,7 +23,7 @@ import torch
 from openvision3.contents import short
 from openvision3.fetch.store import default_folder, find, find_hub
 from openvision3.files import sha256_of
-from openvision3.networks.text_models import EXTRA, check_complete, opening
+from openvision3.networks.text_models import EXTRA, REPORTED, check_complete, opening
 from openvision3.settings import unknown
 
 SMOLLM2 = "smollm2"
@@ -44,10 +44,10 @@ def open_language(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, A
     folder = find_language(name)
     hint = f"; remove {folder} to unpack it again" if name == SMOLLM2 else ""
     with opening(name, KIND, extra="chat", hint=hint) as transformers:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **REPORTED)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model, report = loaded
-    check_complete(name, report["missing_keys"])
+    check_complete(name, report)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
@@ -60,7 +60,7 @@ def find_language(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if "/" not in name:
-        raise unknown("language model", name, [SMOLLM2], "Or name a folder, or a model in the hub's local cache, such as HuggingFaceTB/SmolLM2-1.7B-Instruct")
+        raise unknown("language model", name, [SMOLLM2], f"Name {SMOLLM2}, a folder or a model in the hub's local cache, such as Qwen/Qwen2-0.5B-Instruct")
     return find_hub(name, tuple(("config.json", weights) for weights in WEIGHTS), "the language model")
 
 

@@ -58,6 +58,7 @@ def connect(settings: Connection, pipeline: Pipeline, language: nn.Module, promp
         projector_hidden_act="gelu",
         vision_feature_layer=settings.layer,
         vision_feature_select_strategy="full",
+        tie_word_embeddings=language.get_output_embeddings().weight is language.get_input_embeddings().weight,  # type: ignore[operator]
         **({"image_grid_pinpoints": layout.pinpoints} if settings.anyres else {}),
     )
     config.vision_config.image_size = settings.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -68,6 +69,31 @@ READ = {
 @pytest.mark.parametrize(("benchmark", "written", "read"), [(name, *pair) for name, rules in READ.items() for pair in rules.items()])
 def test_an_answer_is_read_as_the_official_script_reads_it(benchmark, written, read):
     assert BENCHMARKS[benchmark].read(written, question(choices=CHOICES)) == read
+
+
+PIECES = (
+    *("Yes", "No", "yes", "no", "not", "NO", "know", "ja", "是", "dog", "A", "B", "E", "F", "b", "(B)", "The answer is ", "The answer is B."),
+    *(" ", ".", ",", "\n", "\t", "\u3000", ". ", ": "),
+)
+
+
+def test_answers_put_together_at_random_are_read_by_the_rules_too():
+    chance = random.Random(0)
+    for _ in range(4000):
+        written = "".join(chance.choice(PIECES) for _ in range(chance.randrange(6))).strip()  # as LLaVA's scripts keep an answer
+        count = chance.randrange(2, 6)
+        one = question("ABCDE"[chance.randrange(count)], choices=tuple("rstuv"[:count]))
+        denied = re.search(r"(?:^| )(?:No|no|not)(?: |\Z)", written.split(".")[0].replace(",", ""))
+        beginning = written.lower()[:4]
+        letter = [found[1] for found in [re.fullmatch(r"([A-E])(\. .*)?", written, re.DOTALL)] if found] or re.findall(r"The answer is ([A-Z]).", written)
+        expected = {
+            "pope": "no" if denied else "yes",
+            "mme": "yes" if "yes" in beginning else "no" if "no" in beginning else "",
+            "seedbench": written if written in tuple("ABCDE"[:count]) else "",
+            "scienceqa": letter[0] if len(letter) == 1 and letter[0] in "ABCDE"[:count] else "",
+            "gqa": re.sub(r"\.+\Z", "", written).lower(),
+        }
+        assert {benchmark: BENCHMARKS[benchmark].read(written, one) for benchmark in expected} == expected, written
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_an_open_clip_config_of_another_kind_of_network_is_refused(copied):
         assert_one_line(caught)
 
 
-def test_weights_that_lack_a_tensor_are_refused(copied):
+def test_weights_that_lack_a_tensor_or_have_one_of_another_shape_are_refused(copied):
     from safetensors.torch import load_file, save_file
 
     lost = {"clip-b16": "visual_projection.weight", "rae-mae": "decoder.decoder_pred.bias"}
@@ -432,10 +432,11 @@ def test_weights_that_lack_a_tensor_are_refused(copied):
         file = "model.safetensors" if name == "clip-b16" else "diffusion_pytorch_model.safetensors"
         folder = copied(name)
         state = load_file(folder / file)
-        del state[key]
-        save_file(state, folder / file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"do not fit.*{key}"):
-            load_peer(name, str(folder))
+        for misfit in ({}, {key: torch.zeros(3, 1)}):
+            save_file({other: value for other, value in state.items() if other != key} | misfit, folder / file, metadata={"format": "pt"})
+            with pytest.raises(ValueError, match=f"do not fit.*{key}" if name == "clip-b16" or not misfit else key) as caught:
+                load_peer(name, str(folder))
+            assert_one_line(caught)
 
 
 def test_the_hash_is_of_the_file_and_of_several_shards_of_their_hashes(built, tmp_path):

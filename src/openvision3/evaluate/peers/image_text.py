@@ -16,7 +16,7 @@ from PIL import Image
 
 from openvision3.evaluate.protocol import AnsweringFunctions
 from openvision3.files import sha256_of
-from openvision3.networks.text_models import decode_greedily, in_template, library, open_image_text
+from openvision3.networks.text_models import decode_greedily, in_template, library, open_image_text, opening
 
 
 def is_image_text(name: str) -> bool:
@@ -28,13 +28,17 @@ def is_image_text(name: str) -> bool:
 
 
 def load_image_text(name: str, device: str = "cpu", precision: str = "fp32") -> AnsweringFunctions:
-    """Open a folder of an `AutoModelForImageTextToText` and its processor.
+    """Open a folder of an `AutoModelForImageTextToText` and its processor, also of a LLaVA with our tower in it.
 
     A prompt goes through the processor's chat template if it has one; otherwise it follows the image token on a line of its own.
 
     Raises:
         ValueError: transformers is not installed, the folder lacks weights or a processor, or transformers cannot open it.
     """
+    with opening(name, "image-to-text model"):
+        from openvision3.adapters.transformers import register
+
+        register()
     network, processor = open_image_text(name, torch.bfloat16 if precision == "bf16" else torch.float32, local_files_only=True)
     network, words = network.to(device), processor.tokenizer
     decode_greedily(network, words)

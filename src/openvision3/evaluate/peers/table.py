@@ -44,6 +44,7 @@ from openvision3.hub import load_vae, vae_licence
 from openvision3.model.vae import VAE
 from openvision3.networks.open_clip import OpenClipText, OpenClipViT
 from openvision3.networks.perceptual import load_foreign_pickle
+from openvision3.networks.text_models import REPORTED
 from openvision3.settings import unknown
 
 PEERS = {name: asset for name, asset in ASSETS.items() if asset.model is not None}
@@ -180,7 +181,7 @@ def _load_two_towers(request: Request) -> Functions:
     weights = request.file("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     with one_line_errors(request):
         classes = {"clip": transformers.CLIPModel, "siglip": transformers.SiglipModel}
-        network, report = classes[kind].from_pretrained(request.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        network, report = classes[kind].from_pretrained(request.folder, dtype=torch.float32, local_files_only=True, **REPORTED)
     check_complete(request, [*report["missing_keys"], *report["mismatched_keys"]])
     vision, text = network.config.vision_config, network.config.text_config
     request.check({"patch_size": vision.patch_size})
