@@ -3,7 +3,7 @@
     python tools/ship.py mini runs/mini_low_res runs/mini_high_res --rename /data/drawings=DRAWINGS /data=DATA --licence 'CC BY-SA 4.0 ...'
     python tools/ship.py vae runs/vae/ema runs/vae_more/ema --fingerprints first.safetensors more.safetensors --rename /data=DATA
     python tools/ship.py generators/drawings runs/drawings_dit_tiny runs/larger --rename /data/drawings=DRAWINGS --licence 'CC BY-SA 4.0 ...'
-    python tools/ship.py chats/small runs/chat_align runs/chat_instruct --rename /data/talk=TALK --licence 'CC BY-SA 4.0 ...'
+    python tools/ship.py chats/small runs/chat_instruct --rename /data/talk=TALK --licence 'CC BY-SA 4.0 ...'
 
 The runs are the stages in their order; the last one ships. `--rename` replaces text of this machine in the recorded commands and names of data; a path
 that is left is refused. Then: `openvision3 calibrate`, `make results`, `make card`; of a generator `tools/generator_card.py`, of a chat model

@@ -63,7 +63,7 @@ class AblationOptions:
     """Which recipe is the base, and how long, how often."""
 
     recipe: str = ""
-    """the recipe that every row of the grid changes. Not set: mini_low_res, of a generator dit_tiny, of a chat model chat_align"""
+    """the recipe that every row of the grid changes. Not set: mini_low_res, of a generator dit_tiny, of a chat model chat_instruct"""
     steps: int = 300
     """optimiser steps of the base"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,7 +99,7 @@ class AblationOptions:
 
 def choose_recipe(name: str, recipe: str) -> tuple[Kind, str]:
     """What the ablation changes, and the recipe that it forks. Raises ValueError: a recipe that trains something else."""
-    kind, usual = (GENERATOR, "dit_tiny") if name in OF_GENERATORS else (CHAT, "chat_align") if name in OF_CHATS else (MODEL, "mini_low_res")
+    kind, usual = (GENERATOR, "dit_tiny") if name in OF_GENERATORS else (CHAT, "chat_instruct") if name in OF_CHATS else (MODEL, "mini_low_res")
     recipe = recipe or usual
     if kind is not MODEL and recipe not in kind.recipes:
         raise ValueError(f"the ablation {name} changes {kind.what}, and recipe {recipe} trains none; choose one of {', '.join(kind.recipes)}")

@@ -34,6 +34,8 @@ class _TowerAndLanguage:
     """how a conversation is written: by the tokenizer's own template (chat), as Vicuna's, or only the answers (plain); auto: chat if there is one, or vicuna"""
     length: int = 2048
     """most tokens of a conversation, those of its images included; a longer one is cut and counted"""
+    begin: Literal["random", "words"] = "random"
+    """where a new projector begins: random, as LLaVA's, or words: at a ridge regression of the words of answers, which saves most of the first phase"""
     train_language: Literal["frozen", "lora", "full"] = "frozen"
     """what learns beside the projector: nothing, low-rank additions to each matrix of the language model (LoRA), or all of it"""
     lora_rank: int = 16

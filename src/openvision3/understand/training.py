@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ from openvision3 import distributed, hub
 from openvision3.data.batches import to_device
 from openvision3.data.identity import digest
 from openvision3.data.images import ImageError
+from openvision3.data.order import Shuffle
 from openvision3.data.problems import Problems
 from openvision3.device import dtype_of
 from openvision3.files import write_whole
 from openvision3.model.losses import CHUNK
+from openvision3.progress import track
 from openvision3.train.checkpoint import RunState
 from openvision3.train.loop import Training
 from openvision3.train.run import Outcome, Start, train_run
@@ -33,6 +36,7 @@ from openvision3.understand.language import language_sha256, open_language
 from openvision3.understand.llava import Llava, connect, trained_tensors
 from openvision3.understand.prompts import Prompts
 from openvision3.understand.tiles import ImageLayout
+from openvision3.understand.words import EXAMPLES, begin_with_words
 
 EVALUATED = 256
 """most held-out conversations that an evaluation during training looks at"""
@@ -84,6 +88,8 @@ class Talking(Training):
         self.begun = ""
         if config.init and not start.checkpoint and start.ranks.rank == 0:  # the first rank's weights are sent to all
             self.begun = folder.start_from(network, config.init, self._record(RunState()))
+        elif config.begin == "words" and not start.checkpoint and start.ranks.rank == 0:
+            self.begun = self._begin_with_words(network)
         if config.checkpointing and not full:
             _checkpoint_blocks(network.model.language_model)
         self.model = Llava(network)
@@ -105,6 +111,15 @@ class Talking(Training):
             "held-out conversations": len(self.held_out or ()),
             "trained tensors": digest([(name, tuple(value.shape)) for name, value in trained_tensors(network).items()]),
         }
+
+    def _begin_with_words(self, network: Any) -> str:
+        order = Shuffle(len(self.conversations), self.config.seed, 0)
+        examples = []
+        for place in track(range(min(EXAMPLES, len(self.conversations))), "reading conversations for the projector"):
+            with contextlib.suppress(ImageError):  # counted when the run comes to it
+                examples.append(read_example(self.conversations, order.place(place)[0], self.prompts, self.layout))
+        explained = begin_with_words(network, examples, self.config.layer)
+        return f"the projector begins as a guess of the words of answers, fitted to {len(examples):,} conversations: {explained:.0%} of their variance"
 
     def begin(self, run: RunFolder) -> None:
         config = self.config
