@@ -389,6 +389,7 @@ def test_test_images_that_are_near_copies_of_training_images_are_left_out_of_a_p
     assert "must not be measured on what it was fitted to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_one_kind_cannot_do_with_costs_no_other_its_numbers(root, tmp_path):
     out = measured(root, tmp_path / "out", "all", "--data", str(root / "data"), "--train", str(root / "train"), "--least", "2", "--k", "1000")
     results = Results.load(out)
@@ -436,6 +437,7 @@ def test_what_only_has_published_numbers_stands_beside_what_is_measured(root, tm
     assert "rae-clip stands with published numbers only" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_hold(root, tmp_path, capsys, monkeypatch):
     from openvision3.evaluate import suite
 
@@ -450,6 +452,7 @@ def test_a_published_protocol_that_an_unreadable_picture_breaks_is_said_not_to_h
     assert "NOT protocol rfid-coco" in row.number.how
 
 
+@pytest.mark.slow
 def test_a_published_protocol_holds_though_some_of_its_images_were_seen_in_training(root, tmp_path, monkeypatch):
     from openvision3.evaluate import suite
 

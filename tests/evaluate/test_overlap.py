@@ -253,6 +253,7 @@ def test_kinds_go_by_all_training_data_that_matter_and_photographs_have_none(dra
     assert looked(FolderSource(train), joined)[0].drawing_kinds("retrieval", range(8)) == {}
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_kind_are_those_of_its_samples_evaluated_alone(model, drawn, tmp_path):
     train, held_out = drawn
     alone = drawings(tmp_path, "alone", HELD_OUT[3:])

@@ -119,6 +119,8 @@ class Talking(Training):
             with contextlib.suppress(ImageError):  # counted when the run comes to it
                 examples.append(read_example(self.conversations, order.place(place)[0], self.prompts, self.layout))
         explained = begin_with_words(network, examples, self.config.layer)
+        if explained is None:
+            return f"the projector begins at random: fewer than two of {len(examples):,} conversations are about one image"
         return f"the projector begins as a guess of the words of answers, fitted to {len(examples):,} conversations: {explained:.0%} of their variance"
 
     def begin(self, run: RunFolder) -> None:

@@ -28,19 +28,16 @@ SQUARES = 32
 
 
 @torch.no_grad()
-def begin_with_words(network: Any, examples: Sequence[Example], layer: int) -> float:
+def begin_with_words(network: Any, examples: Sequence[Example], layer: int) -> float | None:
     """Fit the projector's second layer, with the first as it was drawn -> the share of the targets' variance that it explains.
 
     An image's target is the mean word embedding of its answers, rare words counting more (by the logarithm of how few conversations have them), less the
     mean over images, for what all answers share says nothing of one. The fit has the size of word embeddings, which the language model expects.
-    Conversations without an image, or with several, are left out.
-
-    Raises:
-        ValueError: too few conversations about one image.
+    Conversations without an image, or with several, are left out; with fewer than two others nothing is fitted, and None returned.
     """
     rows = [(one, own) for one in examples if len(one.squares) == 1 and (own := _answer_words(one))]
     if len(rows) < 2:
-        raise ValueError(f"only {len(rows)} of {len(examples)} conversations are about one image; set --begin random")
+        return None
     embedding, projector = network.get_input_embeddings().weight, network.model.multi_modal_projector
     seen = Counter(word for _, words in rows for word in words)
     targets = torch.stack([_mean_embedding(words, seen, len(rows), embedding) for _, words in rows])
