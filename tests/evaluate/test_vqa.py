@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ import torch
 import vqa_files as files
 
 from openvision3.evaluate import answering
-from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS
+from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question
 from openvision3.evaluate.options import VqaOptions
 from openvision3.evaluate.protocol import AnsweringFunctions
 from openvision3.evaluate.results import Results, Scores
 from openvision3.evaluate.tables import split, with_differences
-from openvision3.evaluate.vqa import VqaEvaluation, evaluate_vqa
+from openvision3.evaluate.vqa import VqaEvaluation, _some, evaluate_vqa
 
 
 @pytest.fixture(autouse=True)
@@ -213,14 +214,23 @@ def test_a_blank_image_stands_in_place_of_each_and_is_another_model_over_the_sam
     assert differences["all: accuracy"].difference == 0.5 and {differences["all: f1"].a, differences["all: f1"].b} == {"model", "model, grey images"}
 
 
-def test_count_takes_evenly_spaced_questions_of_each_part_and_all_where_there_are_no_more(tmp_path):
+def test_count_takes_questions_of_each_part_from_all_over_its_file_and_all_where_there_are_no_more(tmp_path):
     whole = run("pope", tmp_path / "data", tmp_path / "whole", Model(dog)).questions
-    parts = {part: [one.key for one in whole if one.part == part] for part in dict.fromkeys(one.part for one in whole)}
+    keys = [one.key for one in whole]
+    parts = Counter(one.part for one in whole)
+    before: set[str] = set()
     for count in (1, 2, 3, 1000):
-        asked = run("pope", tmp_path / "data", tmp_path / str(count), Model(dog), count=count).questions
-        for part, keys in parts.items():
-            places = [keys.index(one.key) for one in asked if one.part == part]
-            assert len(places) == min(count, len(keys)) and places[0] >= len(keys) // count - 1 and places[-1] == len(keys) - 1
+        asked = [one.key for one in run("pope", tmp_path / "data", tmp_path / str(count), Model(dog), count=count).questions]
+        assert asked == [key for key in keys if key in {*asked}] and before <= {*asked}, "in the order of the files, and more of the same"
+        assert Counter(key.partition("/")[0] for key in asked) == {part: min(count, of) for part, of in parts.items()}
+        before = {*asked}
+
+
+def test_a_part_of_the_questions_has_yes_and_no_alike_though_they_take_turns(tmp_path):
+    questions = [Question(f"q{number}", "", "", "yes" if number % 2 else "no", "all") for number in range(2000)]
+    for count in (100, 250, 500):
+        right = [one.answer for one in _some(questions, count)]
+        assert len(right) == count and abs(right.count("yes") / count - 0.5) < 0.15
 
 
 # -- the protocol on an untouched model of transformers ---------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,15 +102,17 @@ def evaluate_vqa(
 
 
 def _some(questions: list[Question], count: int) -> list[Question]:
-    """COUNT questions of each part, evenly spaced, since files are ordered by source; 0: all."""
-    whole, seen = Counter(one.part for one in questions), Counter[str]()
-    kept = []
+    """COUNT questions of each part, the first by a hash of their key, in the order of the files; 0: all.
+
+    Files are ordered by source, and yes and no may take turns, so neither the first ones nor every tenth would stand for all.
+    """
+    if not count:
+        return questions
+    parts: dict[str, list[Question]] = {}
     for one in questions:
-        place, of = seen[one.part], whole[one.part]
-        seen[one.part] += 1
-        if not count or (place + 1) * count // of > place * count // of:
-            kept.append(one)
-    return kept
+        parts.setdefault(one.part, []).append(one)
+    chosen = {one.key for part in parts.values() for one in sorted(part, key=lambda each: hashlib.sha256(each.key.encode()).digest())[:count]}
+    return [one for one in questions if one.key in chosen]
 
 
 def _count_errors(evaluation: VqaEvaluation) -> None:
