@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.multiprocessing  # tensors travel through shared memory
@@ -160,7 +160,7 @@ def _close(pool: concurrent.futures.ProcessPoolExecutor, patience: float) -> Non
 
     The pool's own thread waits for them, not this one: of two that wait for one process, the later cannot tell that it has ended.
     """
-    processes, manager = _processes(pool), pool._executor_manager_thread
+    processes, manager = _processes(pool), cast(threading.Thread | None, pool._executor_manager_thread)  # the stubs name another class
     pool.shutdown(wait=False, cancel_futures=True)
     if manager is None:  # nothing was asked of it
         return

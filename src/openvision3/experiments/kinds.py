@@ -80,7 +80,8 @@ def kind_of(config: RunConfig) -> Kind:
 
 def to_config(values: dict[str, Any]) -> RunConfig:
     """The config of a run of any kind: that of a generator names the tokens it draws, that of a chat model its language model. Raises ValueError."""
-    return from_dict(GenerateConfig if "tokens" in values else LlavaConfig if "language" in values else PretrainConfig, values)
+    kind: type[RunConfig] = GenerateConfig if "tokens" in values else LlavaConfig if "language" in values else PretrainConfig
+    return from_dict(kind, values)
 
 
 def read_config(path: Path) -> RunConfig:
