@@ -164,6 +164,7 @@ def test_after_a_kill_the_same_command_writes_the_missing_shards_with_equal_byte
     assert [(path.name, path.read_bytes()) for path in sorted(cut.iterdir())] == [(path.name, path.read_bytes()) for path in sorted(whole.iterdir())]
 
 
+@pytest.mark.slow
 def test_bad_input_ends_with_2_and_one_line_that_says_what_to_do(packages, tmp_path):
     out = tmp_path / "drawings"
     draw(packages, out)

@@ -375,6 +375,7 @@ def test_a_run_folder_that_one_process_does_not_see_is_told_of_and_the_run_train
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_however_many_processes_read_it(data, tmp_path):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "openvision3"]
     done = subprocess.run([*start, *command(data, tmp_path / "run", "--batch", "7")], capture_output=True, text=True, env=environment(), timeout=300)

@@ -288,6 +288,7 @@ def test_a_process_killed_in_the_middle_goes_on_to_the_same_bytes(uninterrupted,
     assert contents(out) == contents(uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(uninterrupted, folder, tmp_path):
     run = command(folder, tmp_path / "two", "--part-samples", "1")
     ranks = [subprocess.Popen(run, env=environment(RANK=str(rank), WORLD_SIZE="2"), stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
