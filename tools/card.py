@@ -26,8 +26,8 @@ import openvision3
 from openvision3 import hub
 from openvision3.data.images import to_pil
 from openvision3.data.names import DataOptions, open_source
-from openvision3.data.openmoji import hash_share
 from openvision3.data.sources import Source
+from openvision3.draws import hash_share
 from openvision3.evaluate.image_set import ImageSet
 from openvision3.evaluate.overlap import Known, Overlap, recorded_training
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN, UNSEEN, Results, Row

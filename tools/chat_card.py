@@ -27,7 +27,7 @@ from openvision3 import hub
 from openvision3.data.identity import content_key
 from openvision3.data.images import open_image
 from openvision3.data.names import DataOptions, open_source
-from openvision3.data.openmoji import hash_share
+from openvision3.draws import hash_share
 from openvision3.evaluate.answering import SETTINGS
 from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question, read_answers
 from openvision3.evaluate.protocol import Number

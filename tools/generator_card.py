@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 import openvision3
 from openvision3.data.names import DataOptions, open_source
-from openvision3.data.openmoji import hash_share
+from openvision3.draws import hash_share
 from openvision3.evaluate.results import Results
 from openvision3.evaluate.tables import shown
 from openvision3.files import write_whole

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3.data import openmoji
+from openvision3.draws import hash_share
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
@@ -277,7 +278,7 @@ def with_colour(caption: str, png: bytes) -> str:
 
 
 def _share(*texts: str) -> float:
-    return openmoji.hash_share("/".join(texts))
+    return hash_share("/".join(texts))
 
 
 @functools.cache

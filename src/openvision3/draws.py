@@ -14,6 +14,11 @@ def draw_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def hash_share(text: str) -> float:
+    """Where the hash of a text lies in [0, 1): splits data, and orders what is shown or asked without a choice."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
 def random_bits(keys: Tensor, count: int) -> Tensor:
     """keys (B,) int64 -> (B, count) of 64 random bits each: number i of a row is the splitmix64 hash of (key, i).
 

@@ -22,7 +22,7 @@ from openvision3.evaluate.options import VqaOptions
 from openvision3.evaluate.protocol import AnsweringFunctions
 from openvision3.evaluate.results import Results, Scores
 from openvision3.evaluate.tables import split, with_differences
-from openvision3.evaluate.vqa import VqaEvaluation, _some, evaluate_vqa
+from openvision3.evaluate.vqa import VqaEvaluation, _draw, evaluate_vqa
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +229,7 @@ def test_count_takes_questions_of_each_part_from_all_over_its_file_and_all_where
 def test_a_part_of_the_questions_has_yes_and_no_alike_though_they_take_turns(tmp_path):
     questions = [Question(f"q{number}", "", "", "yes" if number % 2 else "no", "all") for number in range(2000)]
     for count in (100, 250, 500):
-        right = [one.answer for one in _some(questions, count)]
+        right = [one.answer for one in _draw(questions, count)]
         assert len(right) == count and abs(right.count("yes") / count - 0.5) < 0.15
 
 

@@ -14,7 +14,7 @@ from tiny_pipeline import write_photo
 
 from openvision3 import cli
 from openvision3.data.identity import content_key
-from openvision3.data.openmoji import hash_share
+from openvision3.draws import hash_share
 from openvision3.evaluate.results import Results
 from openvision3.evaluate.tables import shown
 from openvision3.understand.training import train_chat

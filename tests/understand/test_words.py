@@ -47,12 +47,12 @@ def test_an_image_is_projected_near_the_word_of_its_answer_and_to_the_size_of_wo
     assert changed == {"model.multi_modal_projector.linear_2.weight", "model.multi_modal_projector.linear_2.bias"}
     embedding = network.get_input_embeddings().weight
     names = embedding[[tokenizer.convert_tokens_to_ids(name) for name in COLOURS]]
-    told = []
+    are_right = []
     for place in (0, 4, 8, 12, 1, 10, 22, 7, 11, 15):  # of each colour some, with one image and one question or two
         seen = network.model.multi_modal_projector(network.model.vision_tower(to_tensor(examples[place].squares[0])).last_hidden_state)
         assert seen.square().mean().sqrt().item() == pytest.approx(embedding.square().mean().sqrt().item(), rel=0.5)
-        told.append(int(((names - names.mean(0)) @ seen.mean((0, 1))).argmax()) == place % len(COLOURS))
-    assert all(told)
+        are_right.append(int(((names - names.mean(0)) @ seen.mean((0, 1))).argmax()) == place % len(COLOURS))
+    assert all(are_right)
 
 
 def test_without_conversations_about_one_image_the_projector_stays_as_it_was_drawn(root):

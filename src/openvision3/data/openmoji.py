@@ -8,7 +8,6 @@ alike. A hash of its simplest member puts each family on one side: train, val (e
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from openvision3.data.images import Box, uint8_tensor
 from openvision3.data.problems import Problems
 from openvision3.data.sources import Source
 from openvision3.data.view import View
+from openvision3.draws import hash_share
 
 Side = Literal["train", "val", "test"]
 
@@ -136,10 +136,6 @@ def split_families(emoji: Iterable[Emoji]) -> dict[str, Side]:
     """Family -> its side."""
     shares = family_shares(emoji)
     return {family: "test" if share < TEST_SHARE else "val" if share < TEST_SHARE + VAL_SHARE else "train" for family, share in shares.items()}
-
-
-def hash_share(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def font_path() -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from openvision3 import distributed
+from openvision3.draws import hash_share
 from openvision3.evaluate.answering import FAILED, Asking, ask
 from openvision3.evaluate.image_set import Watch, on_first, without_progress
 from openvision3.evaluate.metrics.vqa import BENCHMARKS, Question, measure
@@ -70,7 +71,7 @@ def evaluate_vqa(
         model = open_model(options)
     if options.blank:  # another model to the tables: the questions are the same
         model = replace(model, name=f"{model.name}, grey images", note="; ".join(filter(None, (model.note, "saw a grey image in place of each"))))
-    asked = _some(questions.questions, options.count)
+    asked = _draw(questions.questions, options.count)
     max_tokens = options.max_tokens or BENCHMARKS[benchmark].max_tokens
     asking = Asking(model, asked, questions, max_tokens, options.batch, options.blank)
     answers = ask(asking, Path(options.out), watch if distributed.rank() == 0 else without_progress)
@@ -101,7 +102,7 @@ def evaluate_vqa(
     return evaluation
 
 
-def _some(questions: list[Question], count: int) -> list[Question]:
+def _draw(questions: list[Question], count: int) -> list[Question]:
     """COUNT questions of each part, the first by a hash of their key, in the order of the files; 0: all.
 
     Files are ordered by source, and yes and no may take turns, so neither the first ones nor every tenth would stand for all.
@@ -111,7 +112,7 @@ def _some(questions: list[Question], count: int) -> list[Question]:
     parts: dict[str, list[Question]] = {}
     for one in questions:
         parts.setdefault(one.part, []).append(one)
-    chosen = {one.key for part in parts.values() for one in sorted(part, key=lambda each: hashlib.sha256(each.key.encode()).digest())[:count]}
+    chosen = {one.key for part in parts.values() for one in sorted(part, key=lambda each: hash_share(each.key))[:count]}
     return [one for one in questions if one.key in chosen]
 
 

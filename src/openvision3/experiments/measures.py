@@ -206,7 +206,7 @@ def measure_answers(folder: Path, sets: Sequence[HeldOutSet], config: LlavaConfi
         right = {row.metric.rpartition(": ")[0]: row.number.value for row in evaluation.results.rows if row.metric.rpartition(": ")[2] == "accuracy"}
         for kind, value in right.items():
             if kind or len(right) == 1:
-                values[f"{one.name}: {RIGHT}{', ' * bool(kind)}{kind}"] = value
+                values[f"{one.name}: {RIGHT}, {kind}" if kind else f"{one.name}: {RIGHT}"] = value
     _write(folder, sets, values)
     return values
 

@@ -100,8 +100,7 @@ def chat_instruct() -> LlavaConfig:
     """
     config = chat_align()
     config.train_language = "lora"
-    config.batch, config.steps = 8, 800
-    config.optimizer = OptimizerConfig(learning_rate=5e-4, warmup_steps=25, beta2=0.99, weight_decay=0.0)
+    config.batch, config.steps, config.optimizer.warmup_steps = 8, 800, 25
     return config
 
 

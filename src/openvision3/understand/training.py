@@ -86,10 +86,11 @@ class Talking(Training):
         start.check_inputs(config, self._identities)
         network = connect(config, pipeline, language, self.prompts, config.seed)
         self.begun = ""
-        if config.init and not start.checkpoint and start.ranks.rank == 0:  # the first rank's weights are sent to all
-            self.begun = folder.start_from(network, config.init, self._record(RunState()))
-        elif config.begin == "words" and not start.checkpoint and start.ranks.rank == 0:
-            self.begun = self._begin_with_words(network)
+        if not start.checkpoint and start.ranks.rank == 0:  # the first rank's weights are sent to all
+            if config.init:
+                self.begun = folder.start_from(network, config.init, self._record(RunState()))
+            elif config.begin == "words":
+                self.begun = self._begin_with_words(network)
         if config.checkpointing and not full:
             _checkpoint_blocks(network.model.language_model)
         self.model = Llava(network)
