@@ -10,6 +10,7 @@ from PIL import Image, features
 
 from openvision3.data import openmoji
 from openvision3.data.openmoji import EmojiSource
+from openvision3.data.view import View
 
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow here has no RAQM, so sequences are dropped")
 
@@ -178,6 +179,16 @@ def test_a_training_drawing_is_a_function_of_its_generator():
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(20)}) == 20
+
+
+def test_only_a_view_of_the_whole_drawing_is_the_evaluation_drawing(emoji):
+    def drawn(area: tuple[float, float], seed: int) -> bytes:
+        source = EmojiSource(emoji.train[:1], view=View(area))
+        return source.crop(0, 48, torch.Generator().manual_seed(seed))[0].numpy().tobytes()
+
+    evaluated = np.asarray(openmoji.draw(emoji.train[0].character, 48)).transpose(2, 0, 1).tobytes()
+    assert {drawn((1.0, 1.0), seed) for seed in range(5)} == {evaluated}
+    assert len({drawn((0.4, 1.0), seed) for seed in range(5)} - {evaluated}) == 5
 
 
 def test_training_backgrounds_are_half_white_and_otherwise_of_many_colours():

@@ -251,7 +251,7 @@ class EmojiSource(Source):
     aliases: bool = False
     problems: Problems = field(default_factory=Problems)
     view: View = field(default_factory=View)
-    """only its `mirror` is used: a drawing is placed at random, not cut"""
+    """a drawing is never cut: an area of (1, 1) is the evaluation drawing, any other stands for the random placement and background"""
 
     def __len__(self) -> int:
         return len(self.emoji)
@@ -279,5 +279,6 @@ class EmojiSource(Source):
         return draw(self.emoji[index].character, size)
 
     def crop(self, index: int, size: int, generator: torch.Generator) -> tuple[Tensor, Box]:
-        drawing = uint8_tensor(draw_random(self.emoji[index].character, size, generator))
+        whole = self.view.area == (1.0, 1.0)
+        drawing = uint8_tensor(self.image(index, size) if whole else draw_random(self.emoji[index].character, size, generator))
         return mirror_at_random(drawing, generator, self.view.mirror), (0, 0, size, size)
