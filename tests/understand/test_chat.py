@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 import vqa_files
 from PIL import Image
 from safetensors.torch import load_file
@@ -168,6 +169,26 @@ def test_saved_for_transformers_it_is_evaluated_with_the_same_answers(chat, root
     (tmp_path / "llava" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="have other shapes than its config"):
         load_image_text(str(tmp_path / "llava"))
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+def test_what_lora_learned_is_saved_for_transformers_own_class(root, tmp_path, anyres):
+    name = f"lora {anyres}"
+    config = small_chat(root, name, train_language="lora", anyres=anyres, length=300, steps=4, eval_every=0, save_every=0, val=())
+    config.optimizer.learning_rate = 1e-2
+    train_chat(config)
+    network = load_chat(root / name, device="cpu", precision="fp32").network
+    network.save_pretrained(tmp_path / "llava")
+    opened, told = getattr(transformers, type(network).__name__).from_pretrained(tmp_path / "llava", output_loading_info=True)
+    assert not any(told.values()), told
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        learned = network(input_ids=ids).logits
+        torch.testing.assert_close(opened(input_ids=ids).logits, learned)
+        for part, parameter in network.named_parameters():
+            if "lora_B" in part:
+                parameter.zero_()
+        assert (network(input_ids=ids).logits - learned).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neox", "qwen2"])

@@ -78,12 +78,17 @@ def connect(settings: Connection, pipeline: Pipeline, language: nn.Module, promp
     return network.eval()
 
 
-def _class_for(language: Any, llava: type) -> type:
+def _class_for(language: Any, llava: Any) -> type:
     """transformers' class, which knows where the word embedding is: it looks for Llama's, and Bloom, whose head shares it too, has another name for it."""
     embedding = language.get_input_embeddings()
     place = next(name for name, module in language.base_model.named_modules() if module is embedding)
     tied = {"lm_head.weight": f"{LANGUAGE}{place}.weight"}
-    return type(llava.__name__, (llava,), {"_tied_weights_keys": tied, "__module__": llava.__module__})
+
+    def save_pretrained(self, folder, state_dict=None, **options):
+        """As transformers', which would write the additions of LoRA under names that it cannot open."""
+        llava.save_pretrained(self, folder, state_dict=merged(self) if state_dict is None else state_dict, **options)
+
+    return type(llava.__name__, (llava,), {"_tied_weights_keys": tied, "__module__": llava.__module__, "save_pretrained": save_pretrained})
 
 
 def check_tower(tower: Any, settings: Connection) -> None:
@@ -132,6 +137,18 @@ def add_lora(language: nn.Module, settings: Connection) -> None:
     inject_adapter_in_model(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules="all-linear"), language)  # type: ignore[arg-type]
     for name, parameter in language.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def merged(network: nn.Module) -> dict[str, Tensor]:
+    """The state of a network, the additions of LoRA put into the matrices that they are added to."""
+    state = network.state_dict()
+    for name, layer in network.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            own = {part: state.pop(part) for part in list(state) if part.startswith(f"{name}.")}
+            base = {part.replace(".base_layer.", "."): value for part, value in own.items() if ".base_layer." in part}
+            weight = base[f"{name}.weight"]
+            state |= base | {f"{name}.weight": weight + layer.get_delta_weight("default").to(weight.dtype)}  # type: ignore[operator]
+    return state
 
 
 def trained_tensors(network: nn.Module) -> dict[str, Tensor]:
