@@ -60,3 +60,10 @@ def test_files_that_hold_no_images_are_one_line(tmp_path):
     damaged = (tmp_path / "other.npz").read_bytes().replace(b"PK\x01\x02", b"PKxx")
     (tmp_path / "damaged.npz").write_bytes(damaged)
     assert not holds_arrays(tmp_path / "damaged.npz", "mu")
+
+
+@pytest.mark.parametrize("record", [np.frombuffer(b'{"a": ', np.uint8), np.frombuffer(b"[1]", np.uint8), np.array([{}], dtype=object)])
+def test_a_damaged_record_of_a_drawing_is_one_line_that_names_the_file(tmp_path, record):
+    np.savez(tmp_path / "p.npz", arr_0=PIXELS, drawing=record)
+    with pytest.raises(ValueError, match=r"p\.npz: the array 'drawing', which says how its images were drawn, cannot be read: [^\n]*; draw them again"):
+        ArraySource(tmp_path / "p.npz").record()

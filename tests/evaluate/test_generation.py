@@ -262,14 +262,25 @@ def test_the_published_protocol_is_refused_for_anything_else(root, tmp_path, mon
         ({"guidance": (2.0,)}, {"can_guide": False}, "guidance 2 cannot be used with tiny: it was trained without dropped conditions"),
         ({"guidance": (2.0,)}, {"can_guide": False, "condition": "none"}, "guidance 2 cannot be used with tiny: it draws without a condition"),
         ({"guidance": (2.0,), "model": "images.npz"}, {}, "holds samples that are drawn already"),
-        ({"data": ("statistics.npz",)}, {}, "statistics of its features in the reference file"),
+        ({"data": ("statistics.npz",)}, {}, r"statistics\.npz holds statistics of Inception's features alone: .*openvision3 fetch.*; or name reference images"),
     ],
 )
 def test_bad_input_is_one_line(root, tmp_path, changes, model, message):
     here = {name: str(root / value) if name == "model" else tuple(str(root / one) for one in value) for name, value in changes.items() if name != "guidance"}
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         evaluate(options(root, tmp_path / "out", **{**changes, **here}), generator(**model))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mu_s", "sigma_s")])
+@pytest.mark.parametrize("pixels", [{}, {"arr_0": np.zeros((5, SIZE, SIZE, 3), np.uint8)}])
+def test_a_reference_with_statistics_of_other_features_is_refused_before_anything_is_drawn(root, tmp_path, monkeypatch, names, pixels):
+    monkeypatch.setattr(generation, "_extractors", lambda _: ([EfficientNetFeatures(), Inception8()], []))
+    whole = {"mu": np.zeros(8), "sigma": np.eye(8)}
+    np.savez(tmp_path / "other.npz", **{**whole, **pixels, names[0]: np.zeros(5), names[1]: np.eye(5)})
+    with pytest.raises(ValueError, match=f"does not hold {names[0]} and {names[1]} .*: they are of features of width 5, not 8"):
+        evaluate(options(root, tmp_path / "out", data=(str(tmp_path / "other.npz"),)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

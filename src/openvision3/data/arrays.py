@@ -8,7 +8,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,9 +36,7 @@ class ArraySource(EncodedSource):
         self.path, self.labels = Path(path), [Path(path).name]
         try:
             self._file = zipfile.ZipFile(path).open(f"{IMAGES}.npy")
-            version = np.lib.format.read_magic(self._file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, transposed, kind = read(self._file)
+            shape, transposed, kind = read_header(self._file)
             if kind != np.uint8 or transposed or len(shape) != 4 or shape[3] != 3:
                 raise ValueError(f"it holds {kind} of shape {shape}")
             if shape[1] * shape[2] > MAX_PIXELS:
@@ -76,9 +74,25 @@ class ArraySource(EncodedSource):
         return b"P6 %d %d 255\n" % (self.width, self.height) + pixels
 
     def record(self) -> dict[str, Any]:
-        """How our own drawing of these images is recorded; empty for images drawn by others."""
-        with np.load(self.path, allow_pickle=False) as arrays:
-            return json.loads(arrays[RECORD].tobytes()) if RECORD in arrays.files else {}
+        """How our own drawing of these images is recorded; empty for images drawn by others. Raises ValueError for a damaged record."""
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                record = json.loads(arrays[RECORD].tobytes()) if RECORD in arrays.files else {}
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise self._damaged_record(" ".join(str(error).split())) from error
+        if not isinstance(record, dict):
+            raise self._damaged_record("it is no JSON object")
+        return record
+
+    def _damaged_record(self, why: str) -> ValueError:
+        return ValueError(f"{self.path}: the array {RECORD!r}, which says how its images were drawn, cannot be read: {why}; draw them again, or remove it")
+
+
+def read_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether columns come first, dtype) of the array of an `.npz` that this member holds; it then stands at the values."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)
 
 
 def holds_arrays(path: str | Path, *names: str) -> bool:

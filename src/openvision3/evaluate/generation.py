@@ -82,6 +82,9 @@ class Reference:
     images: ImageSet | None
     file: Path | None = None
     """an .npz"""
+    pool: Statistics | None = None
+    spatial: Statistics | None = None
+    """of Inception's features, from the file"""
 
     @property
     def source(self) -> Source:
@@ -97,12 +100,6 @@ class Reference:
             return sha256_of(self.file)
         assert self.images is not None
         return self.images.digest(list(self.images.digests))
-
-    def given(self, extractor: Extractor, name: str, deviation: str) -> Statistics | None:
-        """Statistics of Inception's features from the file."""
-        if self.file is None or not isinstance(extractor, Inception) or not holds_arrays(self.file, name, deviation):
-            return None
-        return Statistics.load(self.file, (name, deviation))
 
 
 @dataclass
@@ -152,7 +149,9 @@ def evaluate_generation(
         model = None if options.is_drawn else open_model(options)
         size = _side(ArraySource(options.model), options.model) if model is None else model.size
         _check(options, model, size)
-        reference = _open_reference(options, size, watch)
+        reference = _open_reference(options, size, extractors, watch)
+        if reference.images is None and missing and not options.train:
+            raise ValueError(f"{reference.data} holds statistics of Inception's features alone: {missing[0][1]}; or name reference images with --data")
         train = ImageSet(open_source(options.train, options.data_options()), size, options.batch, watch=watch) if options.train else reference.images
     samples = [_of_file(options, watch)] if model is None else _draw_all(options, model, reference, watch)
     results = Results(not_run=[NotRun(samples[0].name, metric, what) for metric, what in missing], command=command, environment=environment())
@@ -217,8 +216,8 @@ def _check(options: GenerationOptions, model: DrawingFunctions | None, size: int
         raise ValueError(f"protocol {options.protocol} needs {PROTOCOL_COUNT:,} samples of {PROTOCOL_SIZE} px; {options.model} has {count:,} of {size} px")
 
 
-def _open_reference(options: GenerationOptions, size: int, watch: Watch) -> Reference:
-    """Raises ValueError: no reference, one without images, or an .npz of another size."""
+def _open_reference(options: GenerationOptions, size: int, extractors: Sequence[Extractor], watch: Watch) -> Reference:
+    """Raises ValueError: no reference, one without images, or an .npz of another size or with statistics of other features."""
     if not options.data:
         raise ValueError("no reference named; name data, or an .npz of statistics or images, with --data")
     file = next((name for name in options.data if name.endswith(".npz")), "")
@@ -240,12 +239,16 @@ def _open_reference(options: GenerationOptions, size: int, watch: Watch) -> Refe
     has_statistics = holds_arrays(file, "mu", "sigma")
     if options.protocol and not (has_statistics and holds_arrays(file, "mu_s", "sigma_s")):
         raise ValueError(f"protocol {options.protocol} needs mu, sigma, mu_s and sigma_s, and {file} lacks some; name ADM's reference file with --data")
+    pool = spatial = None
+    if (inception := next((one for one in extractors if isinstance(one, Inception)), None)) is not None:
+        pool = Statistics.load(file, ("mu", "sigma"), inception.width) if has_statistics else None
+        spatial = Statistics.load(file, ("mu_s", "sigma_s"), inception.spatial_width) if holds_arrays(file, "mu_s", "sigma_s") else None
     if has_statistics and not holds_arrays(file, IMAGES):
-        return Reference(file, None, Path(file))
+        return Reference(file, None, Path(file), pool, spatial)
     source = ArraySource(file)
     if (side := _side(source, file)) != size:
         raise ValueError(f"{file} holds images of {side}x{side}, and the samples are of {size}x{size}; choose a reference of their size")
-    return Reference(file, ImageSet(source, size, options.batch, watch=watch), Path(file))
+    return Reference(file, ImageSet(source, size, options.batch, watch=watch), Path(file), pool, spatial)
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------
@@ -327,9 +330,10 @@ def _read_reference(evaluation: Generation) -> list[SetFeatures]:
         if column.nearest is not None:
             column.nearest = column.nearest.over_ranks()
     for one in sets:
-        if reference.images is None or isinstance(one.extractor, Inception):
-            one.statistics = reference.given(one.extractor, "mu", "sigma") or (one.statistics if reference.images is not None else None)
-            one.spatial = reference.given(one.extractor, "mu_s", "sigma_s") or (one.spatial if reference.images is not None else None)
+        if reference.images is None:
+            one.statistics = one.spatial = None
+        if isinstance(one.extractor, Inception):
+            one.statistics, one.spatial = reference.pool or one.statistics, reference.spatial or one.spatial
     evaluation.results.skipped = list({(one["key"], one["reason"]): one for images in (reference.images, train) if images for one in images.problems}.values())
     return sets
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -96,12 +97,25 @@ def test_files_that_hold_no_statistics_are_one_line(tmp_path):
     (tmp_path / "garbage.npz").write_bytes(b"PK\x03\x04 not an archive")
     (tmp_path / "empty.npz").write_bytes(b"")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    for name in ("pickled.npz", "other.npz", "shapes.npz", "garbage.npz", "empty.npz", "array.npy"):
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(2), sigma=np.full((2, 2), np.nan))
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(2), sigma=-np.eye(2))
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(2, complex), sigma=np.eye(2))
+    for name in ("pickled.npz", "other.npz", "shapes.npz", "garbage.npz", "empty.npz", "array.npy", "nan.npz", "negative.npz", "complex.npz"):
         with pytest.raises(ValueError, match=name) as caught:
             Statistics.load(tmp_path / name)
         assert "\n" not in str(caught.value), name
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
         Statistics.load(tmp_path / "nowhere.npz")
+
+
+def test_statistics_of_another_width_are_refused_before_they_are_read(tmp_path):
+    """A covariance of 200,000 x 200,000 would not fit into the memory; here its values are not even in the file."""
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        for name, shape in (("mu", (200_000,)), ("sigma", (200_000, 200_000))):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with pytest.raises(ValueError, match=r"large\.npz does not hold mu and sigma .*: they are of features of width 200000, not 2048"):
+        Statistics.load(tmp_path / "large.npz", width=2048)
 
 
 # -- Frechet --------------------------------------------------------------------------------------------------------

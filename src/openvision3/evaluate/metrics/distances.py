@@ -6,6 +6,7 @@ Everything takes features (N, D) or their `Statistics` and computes in float64. 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from openvision3 import distributed
+from openvision3.data.arrays import read_header
 from openvision3.files import write_whole
 
 
@@ -93,22 +95,30 @@ class Statistics:
         write_whole(path, lambda file: np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **count))  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: str | Path, names: tuple[str, str] = ("mu", "sigma")) -> Statistics:
-        """Read an ADM reference file; ("mu_s", "sigma_s") are the spatial ones of sFID.
+    def load(cls, path: str | Path, names: tuple[str, str] = ("mu", "sigma"), width: int = 0) -> Statistics:
+        """Read an ADM reference file; ("mu_s", "sigma_s") are the spatial ones of sFID. Of another `width`, unless it is 0, they are refused unread.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or not statistics of features.
+            FileNotFoundError, ValueError: no such file, or not statistics of such features.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
+                headers = [read_header(file.zip.open(f"{name}.npy")) for name in names]
+                (of_mean, *_), (of_covariance, *_) = headers
+                if of_mean != of_covariance[:1] or of_covariance != 2 * of_mean:
+                    raise ValueError(f"their shapes are {of_mean} and {of_covariance}, and must be (D,) and (D, D)")
+                if width not in (0, *of_mean):
+                    raise ValueError(f"they are of features of width {of_mean[0]}, not {width}")
+                if strange := next((str(kind) for _, _, kind in headers if kind.kind not in "fiu"), ""):
+                    raise ValueError(f"they are of {strange}")
                 mean, covariance = (torch.from_numpy(file[name].astype(np.float64)) for name in names)
                 count = int(file["count"]) if "count" in file.files else None
+            if not (mean.isfinite().all() and covariance.isfinite().all() and (covariance.diagonal() >= 0).all()):
+                raise ValueError("a value is not finite, or a variance below 0")
         except FileNotFoundError:
             raise FileNotFoundError(f"no such file of statistics: {path}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} does not hold {names[0]} and {names[1]} as ADM's reference files do: {' '.join(str(error).split())}") from error
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path} holds a mean of shape {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}; they must be (D,) and (D, D)")
         found = cls(0)
         found.count, found.mean, found.scatter = count, mean, covariance * (1 if count is None else max(count - 1, 1))
         return found
