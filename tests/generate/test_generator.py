@@ -259,6 +259,14 @@ def test_the_share_of_a_text_that_is_unknown_is_told(place, tmp_path, capsys, te
     assert share in capsys.readouterr().err
 
 
+def test_of_a_word_that_no_caption_had_the_shipped_generator_tells_the_share(recwarn):
+    """Each letter of it is a token that is known, and so no token of it counts as unknown."""
+    drawings = ov3.load_generator("drawings", device="cpu")
+    for text, words in (("a red heart", []), ("a red xqztw", ["1 of 2 words, such as 'xqztw', are hardly known to this model"])):
+        drawings._conditions(text, ())
+        assert [str(warning.message)[: len(words[0])] for warning in recwarn] == words
+
+
 def test_a_condition_of_a_network_that_was_never_given_one_is_not_guided(root):
     sure = ov3.load_generator(written(root, "sure", drop=0.0), device="cpu")
     with pytest.raises(ValueError, match=r"trained without dropped conditions \(drop 0\)"):

@@ -194,6 +194,16 @@ class TextTokenizer:
             return f"{texts_lost} are mostly unknown to this model's tokenizer ({share}): their results mean little"
         return self.same(texts, positions)
 
+    def spelled(self, texts: Iterable[str], positions: int) -> str:
+        """A message about words that are read nearly letter by letter, as those are that the tokenizer's captions hardly had; "" if there are none."""
+        words = [word for text in texts for word in re.findall(r"[a-z]{3,}", text[: LONGEST * positions].lower())]
+        rare = [word for word in words if 2 * len(self.ids(word)) > len(word)]
+        if not rare:
+            return ""
+        return (
+            f"{len(rare)} of {len(words)} words, such as {rare[0]!r:.60}, are hardly known to this model, which reads them letter by letter; use common words"
+        )
+
     def text_ids(self, texts: Sequence[str], positions: int) -> Tensor:
         """texts -> (B, T), T the longest of them up to `positions`: tokens, then the class token, then padding."""
         return self._rows([[*self.ids(t, positions)[: positions - 1], self.class_id] for t in texts])

@@ -168,7 +168,7 @@ class Generator:
         tokenizer, text_encoder = self.rae.space.tokenizer, self.rae.space.text_encoder
         assert tokenizer is not None and text_encoder is not None
         positions = text_encoder.config.positions - 1
-        if complaint := tokenizer.complaint(texts, positions) or str(tokenizer.count(texts, positions)):
+        if complaint := tokenizer.complaint(texts, positions) or str(tokenizer.count(texts, positions)) or tokenizer.spelled(texts, positions):
             warnings.warn(complaint, stacklevel=3)
         return texts
 
