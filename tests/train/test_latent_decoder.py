@@ -99,6 +99,19 @@ def test_the_losses_are_logged_as_the_stages_come(whole):
     assert all(row["val/noisy_psnr"] < row["val/psnr"] + 1 for row in metrics(whole) if "val/psnr" in row)
 
 
+def test_images_without_captions_train_it_as_those_with_captions_do(root, whole):
+    """ImageNet has classes alone, and nothing that trains here reads a text."""
+    for name in ("more", "held"):
+        for path in (root / name).rglob("*.png"):
+            copy = root / "no words" / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    wordless = train_decoder(decoding(root, "wordless", ema=0.5, data=(str(root / "no words" / "more"),), val=(str(root / "no words" / "held"),))).folder
+    one, other = (load_file(complete_checkpoints(run)[-1] / "model.safetensors") for run in (whole, wordless))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert [row["val/noisy_psnr"] for row in metrics(wordless) if "val/noisy_psnr" in row]
+
+
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_crash_before_the_adversarial_loss_or_with_it_leaves_no_trace_though_the_first_model_has_moved(root, whole, monkeypatch, step):
     base = shutil.copytree(root / "base", root / f"base-{step}")

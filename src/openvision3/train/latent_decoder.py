@@ -100,6 +100,7 @@ class DecoderTraining(Pretraining):
     config: DecoderConfig
     model: NoisyDecoding
     run: RunFolder
+    reads_texts = False
 
     def __init__(self, config: DecoderConfig, start: Start, *, recipe: str = "latent_decoder"):
         super().__init__(config, start, recipe=recipe)

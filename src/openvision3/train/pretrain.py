@@ -139,7 +139,7 @@ class Pretraining(Training):
         config.lanes = wanted or self.lanes
         self.batches = TrainingBatches(
             self.source,
-            None if self.untrained else tokenizer,  # then nothing reads texts, and samples need no caption
+            tokenizer if self.reads_texts else None,
             BatchPlan(
                 self.shape,
                 config.size,
@@ -166,6 +166,11 @@ class Pretraining(Training):
         }
         self.pipeline = Pipeline(self.model, tokenizer, config.size, precision=start.precision)
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether a part that is trained reads them; otherwise samples need no caption."""
+        return not self.untrained
+
     def create_model(self, vae: VAE, tokenizer: TextTokenizer) -> OpenVision3:
         """The model that is trained, before the weights of `init` or of a checkpoint are loaded."""
         return initial_model(self.config, vae, tokenizer)
@@ -179,7 +184,7 @@ class Pretraining(Training):
         if run.writes and not (run.path / "tokenizer.json").is_file():
             self.tokenizer.save(run.path / "tokenizer.json")
         run.say(f"{self.recipe}: {len(source):,} samples, vocabulary {len(self.tokenizer)}")
-        if run.writes and not self.untrained and (lost := _lost_text(source, self.tokenizer, self.shape)):
+        if run.writes and self.reads_texts and (lost := _lost_text(source, self.tokenizer, self.shape)):
             run.say(f"captions: {lost}")
         if self.about_cache:
             run.say(self.about_cache)
