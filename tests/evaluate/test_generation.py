@@ -155,12 +155,13 @@ def test_a_file_of_our_samples_scores_as_the_generator_and_keeps_how_it_was_draw
     assert row.setting == evaluation.results.rows[0].setting, "they may stand in one table"
 
 
-def test_texts_of_samples_are_captions_of_the_reference(root, tmp_path):
+def test_texts_of_samples_are_captions_of_the_reference(root, tmp_path, monkeypatch):
     seen: list[str] = []
     model = generator(condition="text", sample=lambda indices, texts, guidance: seen.extend(texts) or draw(indices, None, guidance))
     evaluation = evaluate(options(root, tmp_path, count=4), model)
     assert seen == ["photo 0", "photo 3", "photo 6", "photo 9"]
     assert evaluation.results.rows[0].setting.captions == "balanced, first captions of the reference"
+    monkeypatch.setattr(generation, "_extractors", lambda _: ([EfficientNetFeatures(), Inception8()], []))
     with pytest.raises(ValueError, match=r"statistics\.npz has no captions to draw from"):
         evaluate(options(root, tmp_path / "x", data=(str(root / "statistics.npz"),)), model)
 
