@@ -49,6 +49,17 @@ def test_what_is_not_part_of_a_benchmark_is_left_out(tmp_path):
     assert len(QuestionSet("scienceqa", names(files.scienceqa(tmp_path / "b"))).questions) == files.COUNT  # no training side, none without image
 
 
+def test_of_all_questions_of_gqa_the_balanced_ones_are_asked(tmp_path):
+    rows = [row | {"isBalanced": number % 3 == 0} for number, row in enumerate(files.gqa_rows())]
+    (tmp_path / "table").mkdir()
+    files.gqa(tmp_path)
+    as_json = files.as_json(tmp_path / "testdev_all_questions.json", {row["id"]: row for row in rows})
+    as_table = files.as_parquet(tmp_path / "table" / "testdev.parquet", rows)
+    for path in (as_json, as_table):
+        questions = QuestionSet("gqa", [str(path)], [str(tmp_path)]).questions
+        assert [one.key for one in questions] == [row["id"] for row in rows if row["isBalanced"]]
+
+
 @pytest.mark.parametrize("own", KINDS)
 @pytest.mark.parametrize("other", KINDS)
 def test_a_file_of_another_benchmark_is_refused_with_its_name(tmp_path, own, other):

@@ -62,7 +62,9 @@ def _scienceqa(row: Row, path: Path) -> Question | None:
     return Question(row["id"], image, row["question"], LETTERS[row["answer"]], row.get("subject") or "all", tuple(row["choices"]), row.get("hint") or "")
 
 
-def _gqa(row: Row, path: Path) -> Question:
+def _gqa(row: Row, path: Path) -> Question | None:
+    if row.get("isBalanced") is False:  # files of all questions; GQA's eval.py scores the balanced ones
+        return None
     kind = (row.get("types") or {}).get("structural") or "all"
     return Question(str(row["id"]), str(row["imageId"]), row["question"], row["answer"].strip().lower(), kind)
 
