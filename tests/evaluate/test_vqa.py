@@ -226,6 +226,14 @@ def test_count_takes_questions_of_each_part_from_all_over_its_file_and_all_where
         before = {*asked}
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_count_keeps_the_two_questions_of_an_image_of_mme_together(tmp_path, count):
+    found = run("mme", tmp_path / "data", tmp_path / "out", Model(yes), count=count)
+    assert {*Counter(one.image for one in found.questions).values()} == {2}
+    for part in ("artwork", "count"):
+        assert value(found, f"{part}: score").count == count + count % 2 and value(found, f"{part}: score").value == 50
+
+
 def test_a_part_of_the_questions_has_yes_and_no_alike_though_they_take_turns(tmp_path):
     questions = [Question(f"q{number}", "", "", "yes" if number % 2 else "no", "all") for number in range(2000)]
     for count in (100, 250, 500):

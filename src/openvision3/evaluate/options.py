@@ -239,7 +239,7 @@ class VqaOptions:
     out: PathName = "evaluation"
     """the folder of answers.jsonl, results.json and report.html. The same command goes on from answers that are there"""
     count: int = 0
-    """ask COUNT questions of each part (split, subtask, dimension), the first by a hash of their name; 0: all"""
+    """ask COUNT questions of each part (split, subtask, dimension), the first by a hash of their name; of mme whole images; 0: all"""
     batch: int = 8
     """questions at a time"""
     max_tokens: int = 0

@@ -71,7 +71,7 @@ def evaluate_vqa(
         model = open_model(options)
     if options.blank:  # another model to the tables: the questions are the same
         model = replace(model, name=f"{model.name}, grey images", note="; ".join(filter(None, (model.note, "saw a grey image in place of each"))))
-    asked = _draw(questions.questions, options.count)
+    asked = _draw(questions.questions, options.count, BENCHMARKS[benchmark].whole_images)
     max_tokens = options.max_tokens or BENCHMARKS[benchmark].max_tokens
     asking = Asking(model, asked, questions, max_tokens, options.batch, options.blank)
     answers = ask(asking, Path(options.out), watch if distributed.rank() == 0 else without_progress)
@@ -102,18 +102,23 @@ def evaluate_vqa(
     return evaluation
 
 
-def _draw(questions: list[Question], count: int) -> list[Question]:
-    """COUNT questions of each part, the first by a hash of their key, in the order of the files; 0: all.
+def _draw(questions: list[Question], count: int, whole_images: bool = False) -> list[Question]:
+    """COUNT questions of each part, the first by a hash of their key, or with `whole_images` of their image, in the order of the files; 0: all.
 
-    Files are ordered by source, and yes and no may take turns, so neither the first ones nor every tenth would stand for all.
+    Files are ordered by source, and yes and no may take turns, so neither the first ones nor every tenth would stand for all. The last of the whole images
+    may bring more than COUNT.
     """
     if not count:
         return questions
+
+    def drawn_by(one: Question) -> str:
+        return one.image if whole_images else one.key
+
     parts: dict[str, list[Question]] = {}
     for one in questions:
         parts.setdefault(one.part, []).append(one)
-    chosen = {one.key for part in parts.values() for one in sorted(part, key=lambda each: hash_share(each.key))[:count]}
-    return [one for one in questions if one.key in chosen]
+    chosen = {drawn_by(one) for part in parts.values() for one in sorted(part, key=lambda each: hash_share(drawn_by(each)))[:count]}
+    return [one for one in questions if drawn_by(one) in chosen]
 
 
 def _count_errors(evaluation: VqaEvaluation) -> None:

@@ -241,6 +241,8 @@ class Benchmark:
     """as in LLaVA's scripts"""
     says: Callable[[str, Question], bool] | None = None
     """whether an answer is in the form that was asked for. None: where `read` returns something"""
+    whole_images: bool = False
+    """whether a score needs every question of an image, so that no part of them may be drawn"""
 
     def judge(self, question: Question, written: str) -> Judged:
         says = self.says(written, question) if self.says else bool(self.read(written, question))
@@ -251,7 +253,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "pope": Benchmark(
         "POPE", _short_prompt, _read_pope, _score_pope, "POPE's evaluate.py: no if the first sentence has No, no or not, else yes", says=_says_yes_or_no
     ),
-    "mme": Benchmark("MME", _mme_prompt, _read_mme, _score_mme, "MME's calculation.py: yes or no in the first four characters, in lower case"),
+    "mme": Benchmark(
+        "MME", _mme_prompt, _read_mme, _score_mme, "MME's calculation.py: yes or no in the first four characters, in lower case", whole_images=True
+    ),
     "seedbench": Benchmark("SEED-Bench, images", _choice_prompt, _read_letter, _score_accuracy, "LLaVA's convert_seed_for_submission.py: the letter alone"),
     "scienceqa": Benchmark(
         "ScienceQA-IMG", _choice_prompt, _read_scienceqa, _score_accuracy, "LLaVA's eval_science_qa.py: B, B. ..., or one The answer is B.", 1024
