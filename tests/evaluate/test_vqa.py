@@ -191,6 +191,18 @@ def test_a_model_that_always_fails_ends_the_command(tmp_path):
         run("pope", tmp_path / "data", tmp_path / "out", Model(fails))
 
 
+def test_a_failure_at_the_only_question_of_the_last_part_is_counted_and_does_not_end_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "PART", 23)
+
+    def fails(image, prompt) -> str:
+        if image.width == 23 and "cat" in prompt:
+            raise RuntimeError("out of order")
+        return yes(image, prompt)
+
+    found = run("pope", tmp_path / "data", tmp_path / "out", Model(fails))
+    assert found.answers[23]["error"] == "failed: RuntimeError, out of order" and [one["count"] for one in found.results.left_out] == [3]
+
+
 def test_a_full_gpu_says_what_to_lower(tmp_path):
     def full(image, prompt) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

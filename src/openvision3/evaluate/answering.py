@@ -72,7 +72,7 @@ def ask(asking: Asking, out: Path, watch: Watch) -> list[dict[str, Any]]:
     """Ask what has not been answered yet, and write answers.jsonl. Returns its rows on every rank; a finished file of the same settings is only read.
 
     Raises:
-        ValueError: the folder holds answers by other settings, the model has no memory for this batch, or it fails at each question of a part.
+        ValueError: the folder holds answers by other settings, the model has no memory for this batch, or it fails at each question of a whole part.
         OSError: the file cannot be written; the parts stay.
     """
     missing = on_first(lambda: _missing_parts(asking, out))
@@ -81,7 +81,7 @@ def ask(asking: Asking, out: Path, watch: Watch) -> list[dict[str, Any]]:
         for first in watch(mine, f"{asking.model.name}: {asking.set.benchmark}, {PART} questions at a time", len(mine)):
             rows = _answer(asking, asking.questions[first : first + PART])
             failed = [row["error"] for row in rows if (row["error"] or "").startswith(FAILED)]
-            if len(failed) == len(rows):
+            if len(failed) == min(PART, len(asking.questions)):  # not for a last part of one question
                 raise ValueError(f"{asking.model.name} answered none of {len(rows)} questions in a row: {failed[0]}")
             with keeping_parts("the answers so far"):
                 write_whole(_part(out, first), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
