@@ -148,6 +148,26 @@ def test_text_files_of_mme_without_an_answer_are_named(tmp_path):
         QuestionSet("mme", [str(tmp_path)])
 
 
+def test_texts_of_mme_are_in_utf_8_or_named(tmp_path):
+    files.mme(tmp_path)
+    path = tmp_path / "count" / "0.txt"
+    path.write_text("Is this a caf\u00e9?\tYes\nIs it?\tNo\n", encoding="utf-8-sig")
+    assert [one.text for one in QuestionSet("mme", [str(tmp_path)]).questions if one.image == "count/0.jpg"] == ["Is this a caf\u00e9?", "Is it?"]
+    path.write_text("Is this a caf\u00e9?\tYes\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"0.txt is no text in UTF-8: it holds"):
+        QuestionSet("mme", [str(tmp_path)])
+
+
+def test_a_name_in_place_of_an_image_in_a_table_opens_no_file(tmp_path):
+    picture = tmp_path / "private.png"
+    files.picture(0).save(picture)
+    rows = [row | {"image": str(picture)} for row in files.mme_rows()]
+    questions = QuestionSet("mme", [str(files.as_parquet(tmp_path / "mme.parquet", rows))])
+    with pytest.raises(ImageError, match=r"count/0.jpg holds no image in .*mme.parquet") as seen:
+        questions.image("count/0.jpg")
+    assert seen.value.reason == "missing"
+
+
 def test_a_list_in_one_json_file_is_read_as_lines_are(tmp_path):
     paths = files.pope(tmp_path)
     rows = [json.loads(line) for line in paths[0].read_text().splitlines()]

@@ -230,7 +230,11 @@ def _mme_rows(folder: Path) -> Iterator[Row]:
         named = {image.stem: image for image in (images if images.is_dir() else subtask).iterdir() if image.suffix.lower() in (".jpg", ".jpeg", ".png")}
         for path in sorted((texts if texts.is_dir() else subtask).glob("*.txt")):
             image = named.get(path.stem)
-            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            try:
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is no text in UTF-8: it {holds(path)}") from error
+            for line in filter(str.strip, lines):
                 question, tab, answer = line.strip().rpartition("\t")
                 if not tab:
                     raise ValueError(f"{path}: {line[:60]!r} is no question and answer apart by a tab, as MME has them")
@@ -285,6 +289,6 @@ class TableImages:
         value = self._last[1][place]
         value = value[0] if isinstance(value, list) and value else value  # SEED-Bench has a list of frames
         data = value.get("bytes") if isinstance(value, dict) else value
-        if not data:
+        if not isinstance(data, bytes) or not data:  # a name would be opened as a file
             raise ImageError("missing", f"{name} holds no image in {path}")
         return open_image(data)
