@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,25 @@ def test_tokens_are_counted_as_transformers_processor_counts_them(width, height)
     processor.patch_size, processor.num_additional_image_tokens = 16, 0
     processor.image_processor = type("Settings", (), {"image_grid_pinpoints": layout.pinpoints})
     assert layout.tokens(width, height) == processor._get_number_of_features(height, width, 64, 64)
+
+
+def _grid_of_llava_next(width: int, height: int, size: int) -> tuple[int, int]:
+    """(columns, rows): the rule of LLaVA-NeXT's select_best_resolution, over its pinpoints as (width, height)."""
+
+    def rank(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[0] * size / width, grid[1] * size / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - grid[0] * grid[1] * size**2  # most pixels of the image, then least padding; of equal ones the first
+
+    return max(((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), key=rank)
+
+
+def test_an_image_is_cut_into_the_grid_of_llava_next_also_where_several_fit_it_alike():
+    chance = random.Random(0)
+    sides = [(chance.randrange(1, most), chance.randrange(1, most)) for most in (65, 130, 600) for _ in range(300)]
+    for width, height in [(64, 64), (64, 20), *sides]:
+        rows, columns = ImageLayout(64, anyres=True)._grid(width, height)
+        assert (columns // 64, rows // 64) == _grid_of_llava_next(width, height, 64), (width, height)
 
 
 def test_without_tiles_the_whole_image_stands_on_a_grey_square():

@@ -12,8 +12,9 @@ from torch import Tensor
 from openvision3.data.crops import PATCH, fit, resize
 from openvision3.data.images import uint8_tensor
 
-GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""rows x columns of tiles: LLaVA-NeXT's image_grid_pinpoints, in their order"""
+GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+"""rows x columns of tiles: LLaVA-NeXT's image_grid_pinpoints, in their order, which decides for a small image that fits several alike. There they are
+(width, height); transformers takes the same numbers for (height, width)."""
 GREY = (127, 127, 127)
 """around an image that is padded to a square: the mean of the tower's pixels, as in LLaVA-1.5"""
 
