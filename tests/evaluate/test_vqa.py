@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from openvision3.evaluate import answering
 from openvision3.evaluate.metrics.vqa import ANSWERS, BENCHMARKS, Question
 from openvision3.evaluate.options import VqaOptions
 from openvision3.evaluate.protocol import AnsweringFunctions
+from openvision3.evaluate.questions import QuestionSet
 from openvision3.evaluate.results import Results, Scores
 from openvision3.evaluate.tables import split, with_differences
 from openvision3.evaluate.vqa import VqaEvaluation, _draw, evaluate_vqa
@@ -73,8 +75,6 @@ def test_an_oracle_has_everything_right(tmp_path, benchmark):
         return right[image.size, prompt]
 
     paths = files.ORIGINAL[benchmark](tmp_path / "data")
-    from openvision3.evaluate.questions import QuestionSet
-
     questions = QuestionSet(benchmark, [str(path) for path in paths])
     for one in questions.questions:
         right[questions.image(one.image).size, BENCHMARKS[benchmark].prompt(one)] = one.answer
@@ -158,6 +158,26 @@ def test_batches_do_not_show_in_the_answers(tmp_path, batch):
     run("mme", tmp_path / "data", tmp_path / "a", Model(dog))
     run("mme", tmp_path / "data", tmp_path / "b", Model(dog), batch=batch)
     assert (tmp_path / "a" / ANSWERS).read_bytes() == (tmp_path / "b" / ANSWERS).read_bytes()
+
+
+def test_no_more_images_are_open_than_one_batch_asks_about(tmp_path, monkeypatch):
+    held: list[weakref.ref] = []
+    most: list[int] = []
+    read = QuestionSet.image
+
+    def image(self, name):
+        held.append(weakref.ref(opened := read(self, name)))
+        return opened
+
+    class Counts(Model):
+        def answer(self, images, prompts, max_tokens):
+            most.append(sum(one() is not None for one in held))
+            return super().answer(images, prompts, max_tokens)
+
+    monkeypatch.setattr(answering, "PART", 24)
+    monkeypatch.setattr(QuestionSet, "image", image)
+    run("pope", tmp_path / "data", tmp_path / "out", Counts(dog), batch=2)
+    assert max(most) == 1 and len(held) == 12, "two questions about one image, which is opened once for both"
 
 
 def test_errors_are_counted_apart_from_wrong_answers(tmp_path):

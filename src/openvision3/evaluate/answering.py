@@ -117,21 +117,23 @@ def _answer(asking: Asking, questions: Sequence[Question]) -> list[dict[str, Any
     images: dict[str, Image.Image] = {}
     pixels: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for name in dict.fromkeys(question.image for question in questions):
-        try:
-            images[name] = asking.set.image(name)
-        except ImageError as error:
-            errors[name] = f"{error.reason}: {short(error)}"
-            continue
-        pixels[name] = hashlib.sha256(repr(images[name].size).encode() + images[name].tobytes()).hexdigest()[:16]
-        if asking.blank:
-            images[name] = Image.new("RGB", images[name].size, GREY)
-    asked = [question for question in questions if question.image in images]
     written: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for start in range(0, len(asked), asking.batch):
-        batch = asked[start : start + asking.batch]
-        for question, text in zip(batch, _try(asking, batch, images), strict=True):
+    for start in range(0, len(questions), asking.batch):
+        some = questions[start : start + asking.batch]
+        names = dict.fromkeys(question.image for question in some)
+        images = {name: images[name] for name in names if name in images}  # large ones of a whole part would fill the memory
+        for name in [name for name in names if name not in images and name not in errors]:
+            try:
+                images[name] = asking.set.image(name)
+            except ImageError as error:
+                errors[name] = f"{error.reason}: {short(error)}"
+                continue
+            pixels[name] = hashlib.sha256(repr(images[name].size).encode() + images[name].tobytes()).hexdigest()[:16]
+            if asking.blank:
+                images[name] = Image.new("RGB", images[name].size, GREY)
+        batch = [question for question in some if question.image in images]
+        for question, text in zip(batch, _try(asking, batch, images) if batch else (), strict=True):
             if isinstance(text, str):
                 written[question.key] = text
             else:
