@@ -39,7 +39,7 @@ def generate(
         count: images of each text or label
         out: the PNG file; several images lie beside it as NAME-1.png, NAME-2.png, ..., and it is the sheet of all
         steps: steps from noise to image
-        guidance: 1: none; more follows the text or label more closely, with less variety. Not set: 2, or 1 where there is none to follow
+        guidance: 1: none; more follows the text or label more closely, with less variety. Not set: 4 for texts, 2 for labels and with --weaker
         interval: the times, from and to, at which guidance applies; 0 is the image, 1 is noise
         seed: seed of the noise; the same seed draws the same images
         strip: write so many images of the way from noise to the first image, as NAME-strip.png; 0: none
@@ -58,7 +58,8 @@ def generate(
     output_folder(str(target.parent))
     Sampling(steps, method, guidance=guidance or 1.0, interval=interval, seed=seed)  # type: ignore[arg-type]  # refuses bad values before a model is opened
     generator = load_generator(model, device=device, tokens=tokens, weaker=weaker)
-    strength = guidance if guidance is not None else (2.0 if generator.can_guide else 1.0)
+    usual = 1.0 if not generator.can_guide else 4.0 if texts and not weaker else 2.0
+    strength = usual if guidance is None else guidance
     sampling = Sampling(steps, method, guidance=strength, interval=interval, seed=seed)  # type: ignore[arg-type]
     shown = {round(steps * number / strip) for number in range(1, strip + 1)} if strip else set()
     way: dict[int, Any] = {}  # {step: tokens of the first image that are promised from there}
