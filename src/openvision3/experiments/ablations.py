@@ -332,7 +332,7 @@ def towers(parent: Parent) -> Grid:
 
     Hypothesis: through one that both branches have trained.
     Source: the paper's tables of LLaVA-1.5 and LLaVA-NeXT. --tower names the runs of `both` in a grid of `synergy`, as --tokens does for `spaces`.
-    Result: at mini scale both branches answer better than reconstruction alone (+3.8 points) and as well as understanding alone (docs/results.md).
+    Result: at mini scale both branches answer better than reconstruction alone (+3.8 points); understanding alone is undecided (docs/results.md).
     """
     if parent.config.init:
         raise ValueError(f"init {parent.config.init}: a projector fits the tower that it was trained with; leave out --init")
