@@ -257,6 +257,7 @@ def test_a_run_goes_on_with_another_generators_network_at_another_size(root, who
         ({"flow": FlowConfig()}, "was trained with flow.predict tokens, not velocity"),
         ({"tokens": "mini"}, "draws the tokens of"),
         ({"condition": "none"}, "was trained with condition text, not none"),
+        ({"statistics": 0}, "was trained on normalised tokens; set --statistics 50000"),
     ],
 )
 def test_weights_that_would_mean_something_else_are_refused(root, whole, changes, words):

@@ -149,7 +149,7 @@ def start_from(rae: RAE, name: str) -> None:
     """Copy the network of another generator, which may be of another size of images, into one that is to be trained further; or RAE's public weights.
 
     Raises:
-        FileNotFoundError. ValueError: it draws other tokens, on another condition, or is another network.
+        FileNotFoundError. ValueError: it draws other tokens, or tokens normalised otherwise, on another condition, or is another network.
     """
     now = rae.config
     if name.endswith(SUFFIXES):
@@ -163,6 +163,10 @@ def start_from(rae: RAE, name: str) -> None:
             f"{folder} draws the tokens of {before.tokens} with sha256 {before.tokens_sha256[:12]}..., not those of {now.tokens}; set --tokens alike"
         )
     _refuse_other(str(folder), {"condition": before.condition, "dit": to_dict(before.dit), "flow": {"predict": before.flow.predict}}, now)
+    normalised = bool(hub.read_tensors(folder / "model.safetensors")["statistics.count"])
+    if normalised != bool(now.statistics):
+        seen, wanted = ("normalised tokens", 50_000) if normalised else ("tokens as they are", 0)
+        raise ValueError(f"{folder} was trained on {seen}; set --statistics {wanted}")
     load_weights(rae, folder, statistics=False)
 
 
