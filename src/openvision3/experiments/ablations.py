@@ -275,9 +275,11 @@ def dit_head(parent: Parent) -> Grid:
 
     Hypothesis: a shallow, wide head reaches a lower loss for the same compute.
     Source: RAE, DiT^DH against DiT.
-    Result: not measured yet.
+    Result: at mini scale no head wins, for the third more steps that it leaves (docs/generation.md); the small recipes have none.
     """
-    return Grid([Fork("with the wide head", {}), Fork("no head", {"dit.head_depth": 0}, equal_compute=True)])
+    if parent.config.dit.head_depth:  # type: ignore[union-attr]  # its parents are generators
+        return Grid([Fork("with the wide head", {}), Fork("no head", {"dit.head_depth": 0}, equal_compute=True)])
+    return Grid([Fork("no head", {}), Fork("with the wide head", {"dit.head_depth": 2}, equal_compute=True)])
 
 
 def time_shift(parent: Parent) -> Grid:
@@ -285,7 +287,7 @@ def time_shift(parent: Parent) -> Grid:
 
     Hypothesis: tokens of many values need more noise.
     Source: RAE, section on the dimension-dependent schedule. It needs more than 4,096 values an image, as 128 px have here (--size 128).
-    Result: not measured yet.
+    Result: undecided at mini scale (docs/generation.md).
     """
     if shift_by_size(seeded(parent.config, parent.seed)) == 1:  # type: ignore[arg-type]  # its parents are generators
         raise ValueError(f"size {parent.config.size}: images of so few values are not shifted, so both forks would be the same; choose a larger --size")
@@ -297,9 +299,11 @@ def token_statistics(parent: Parent) -> Grid:
 
     Hypothesis: noise of one variance fits only values of one variance.
     Source: RAE normalises tokens by channel and position.
-    Result: not measured yet.
+    Result: at mini scale tokens as they are win (docs/generation.md); the small recipes take them.
     """
-    return Grid([Fork("normalised tokens", {}), Fork("tokens as they are", {"statistics": 0})])
+    if parent.config.statistics:  # type: ignore[union-attr]  # its parents are generators
+        return Grid([Fork("normalised tokens", {}), Fork("tokens as they are", {"statistics": 0})])
+    return Grid([Fork("tokens as they are", {}), Fork("normalised tokens", {"statistics": 50_000})])
 
 
 def prediction(parent: Parent) -> Grid:
@@ -307,7 +311,7 @@ def prediction(parent: Parent) -> Grid:
 
     Hypothesis: where a token is wider than the network, clean tokens are the easier target.
     Source: RAE and the paper predict the velocity; arXiv 2511.13720 and 2605.27102 clean values. The loss is that of the velocity for both.
-    Result: not measured yet.
+    Result: at mini scale clean tokens win (docs/generation.md).
     """
     return Grid([Fork(f"predicts the {what}", {"flow.predict": what}) for what in ("tokens", "velocity")])
 
@@ -317,7 +321,7 @@ def word_reading(parent: Parent) -> Grid:
 
     Hypothesis: an attention of their own reads words better than one that they share with the tokens, and costs more.
     Source: ours; the paper draws classes alone.
-    Result: not measured yet.
+    Result: undecided at mini scale (docs/generation.md); further keys cost less.
     """
     if parent.config.condition != "text":
         raise ValueError(f"condition {parent.config.condition}: word_reading needs a recipe that draws from texts, such as drawings_dit_tiny")
