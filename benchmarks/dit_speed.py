@@ -23,7 +23,7 @@ from torch import Tensor
 from openvision3.device import choose_device, choose_precision, dtype_of
 from openvision3.draws import draw_seed, normal, uniform
 from openvision3.generate import flow, rae
-from openvision3.generate.dit import ROPE_BASE, Condition, DiT, DiTBlock
+from openvision3.generate.dit import ROPE_BASE, Condition, DiT, DiTBlock, dit_config
 from openvision3.generate.flow import Sampling
 from openvision3.generate.recipes import RECIPES
 from openvision3.generate.space import Moments, open_space
@@ -131,6 +131,7 @@ def main(options: Options) -> None:
     precision, why = choose_precision(options.precision, device)
     config = RECIPES[options.recipe]()
     config.tokens, config.size, config.condition = options.tokens, options.size, "label"
+    config.dit = dit_config("tiny", qk_norm=True)  # with RAE's head, which the recipes leave out
     torch.manual_seed(0)
     model = rae.RAE(config, open_space(options.tokens, precision), CLASSES)
     model.dit.init_weights()
