@@ -14,6 +14,9 @@ styles and OpenMoji:
     unseen concept   no style of the family is in training
     unseen style     the family is in training, but not in this style
     seen concept     the family is in training in this style; this gender or skin tone of it is not
+
+With `--recolour 2`, `noto-recoloured-00000.tar` holds each training drawing of one main colour in two further ones: "an orange apple", "a purple apple"
+of a green apple. What the hash of families holds out, such as the red apple, is not made this way either.
 """
 
 from __future__ import annotations
@@ -29,16 +32,19 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openvision3.data import openmoji
 from openvision3.draws import hash_share
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
-from openvision3.understand.facts import colour_of
+from openvision3.understand.facts import SHOWN, colour_of, main_colours
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHARD = 1000
 """drawings in a shard"""
@@ -49,6 +55,11 @@ KEYWORDS = 6
 """most keywords in one caption"""
 ANNOTATIONS = "package/annotations/en/annotations.json"
 WHITE = "#ffffff"
+RECOLOURED = "recoloured"
+HUES = {"red": (0, 1.0), "orange": (28, 1.0), "yellow": (52, 1.0), "green": (120, 1.0), "blue": (215, 1.0), "purple": (280, 1.0), "pink": (335, 0.6)}
+"""what a drawing is recoloured to: degrees of hue, and the share of the saturation that stays"""
+HUE_WIDTH = 35
+"""degrees of hue around that of the main colour that change with it"""
 
 _FILLER = {"alternate", "alt", "color", "colour", "svg"}
 
@@ -277,6 +288,59 @@ def with_colour(caption: str, png: bytes) -> str:
     return with_article(f"{colour} {caption}") if colour and not what and phrase != caption else phrase
 
 
+@functools.cache
+def families_of_people() -> frozenset[str]:
+    return frozenset(each.family or each.name for each in openmoji.named_emoji() if each.group == "People & Body")
+
+
+def other_colours(drawing: Drawing, png: bytes, count: int, held: frozenset[str]) -> Iterator[tuple[Drawing, bytes]]:
+    """The drawing in up to `count` further colours, with the names that it then has, each a family of its own.
+
+    A drawing of people, of several main colours, in grey, or that does not show the new colour afterwards (a dark one in yellow) has none; so has a name that
+    is held out: one of `held`, or by the hash of families.
+    """
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(png))
+    colour, what = colour_of(drawing.caption, image)
+    if not colour or drawing.family in families_of_people() or (not what and with_article(drawing.caption) == drawing.caption):
+        return
+    made = 0
+    for other in sorted(HUES, key=lambda each: _share("colour", drawing.style, drawing.icon, each)):
+        name = re.sub(rf"\b{colour}\b", other, drawing.caption, count=1) if what else f"{other} {drawing.caption}"
+        if made == count or other == colour or name == drawing.caption or name in held or concept_share(name) < openmoji.UNSEEN_CONCEPT_SHARE:
+            continue
+        changed = recoloured(image, other)
+        if changed and colour_of(name, changed)[0] == other and main_colours(changed)[0][other] >= SHOWN:
+            made += 1
+            data = io.BytesIO()
+            changed.save(data, "PNG")
+            yield replace(drawing, caption=name, captions=(f"{name}, {drawing.style.replace('-', ' ')} style",), family=name), data.getvalue()
+
+
+def recoloured(image: Image.Image, colour: str) -> Image.Image | None:
+    """The image with its main hue, and those near it, turned to that of a colour; None for an image in grey. Other hues and the alpha stay."""
+    import numpy as np
+    from PIL import Image
+
+    hue, saturation, value = np.moveaxis(np.asarray(image.convert("RGB").convert("HSV"), dtype=np.float64), -1, 0)
+    degrees = hue * 360 / 256
+    counts = np.bincount((degrees[saturation > 64] / 15).astype(int), minlength=24)
+    if not counts.any():
+        return None
+    around = counts + np.roll(counts, 1) + np.roll(counts, -1)
+    away = (degrees - 15 * around.argmax() - 7.5 + 180) % 360 - 180
+    main = away[(np.abs(away) < 22.5) & (saturation > 64)].mean()
+    target, kept = HUES[colour]
+    changes = (np.abs(away - main) <= HUE_WIDTH) & (saturation > 8)
+    hue = np.where(changes, ((target + away - main) % 360) * 256 / 360, hue)
+    saturation = np.where(changes, saturation * kept, saturation)
+    changed = Image.fromarray(np.stack([hue, saturation, value], -1).round().astype(np.uint8), "HSV").convert("RGB")
+    if image.mode == "RGBA":
+        changed.putalpha(image.getchannel("A"))
+    return changed
+
+
 def _share(*texts: str) -> float:
     return hash_share("/".join(texts))
 
@@ -365,6 +429,10 @@ class Shard:
     kind: str
     size: int
     background: str
+    recolour: int = 0
+    """of a shard of kind `recoloured`: most further colours of a drawing"""
+    held: frozenset[str] = frozenset()
+    """and the names that it must not get: they are held out, in all styles or in this one"""
 
 
 def write_shard(shard: Shard) -> tuple[str, list[str]]:
@@ -378,26 +446,33 @@ def write_shard(shard: Shard) -> tuple[str, list[str]]:
             except ValueError as error:
                 failed.append(f"{drawing.style}:{drawing.icon} ({error})")
                 continue
-            package = shard.package
-            values = asdict(drawing) | {
-                "phrase": with_article(drawing.caption),
-                "coloured": with_colour(drawing.caption, image),
-                "kind": shard.kind,
-                "source": f"@iconify-json/{package.style} {package.version}: {drawing.icon}",
-                "licence": package.licence,
-                "author": f"{package.author}, {package.url}".strip(", "),
-            }
-            key = f"{shard.path.stem}-{number:05d}"
-            for suffix, data in (("png", image), ("txt", drawing.caption.encode()), ("json", json.dumps(values, ensure_ascii=False).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            if shard.kind == RECOLOURED:
+                for other, (changed, other_image) in enumerate(other_colours(drawing, image, shard.recolour, shard.held)):
+                    add_drawing(tar, f"{shard.path.stem}-{number:05d}-{other}", shard, changed, other_image)
+            else:
+                add_drawing(tar, f"{shard.path.stem}-{number:05d}", shard, drawing, image)
     partial.replace(shard.path)
     return shard.path.name, failed
 
 
+def add_drawing(tar: tarfile.TarFile, key: str, shard: Shard, drawing: Drawing, image: bytes) -> None:
+    package = shard.package
+    values = asdict(drawing) | {
+        "phrase": with_article(drawing.caption),
+        "coloured": with_colour(drawing.caption, image),
+        "kind": shard.kind,
+        "source": f"@iconify-json/{package.style} {package.version}: {drawing.icon}",
+        "licence": package.licence,
+        "author": f"{package.author}, {package.url}".strip(", "),
+    }
+    for suffix, data in (("png", image), ("txt", drawing.caption.encode()), ("json", json.dumps(values, ensure_ascii=False).encode())):
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
 def plan_shards(
-    packages: list[Package], keywords: dict[str, list[str]], out: Path, size: int, background: str
+    packages: list[Package], keywords: dict[str, list[str]], out: Path, size: int, background: str, recolour: int = 0
 ) -> tuple[list[Shard], dict[str, dict[str, Any]]]:
     """The shards to write, and what each style holds, for the record."""
     words = {package.style: draw_words(package, keywords) for package in packages}
@@ -405,6 +480,7 @@ def plan_shards(
     for style, (drawings, _) in words.items():
         for drawing in drawings:
             styles[drawing.family].add(style)
+    unseen = {name for drawings, _ in words.values() for each in drawings if kind_of(each, styles) == UNSEEN_CONCEPT for name in (each.caption, each.family)}
     shards: list[Shard] = []
     record: dict[str, dict[str, Any]] = {}
     for package in packages:
@@ -412,10 +488,14 @@ def plan_shards(
         by_kind: dict[str, list[Drawing]] = {kind: [] for kind in KINDS}
         for drawing in sorted(drawings, key=lambda each: _share("order", each.style, each.icon)):
             by_kind[kind_of(drawing, styles)].append(drawing)
+        held = frozenset(unseen.union(*((each.caption, each.family) for each in by_kind[UNSEEN_STYLE])))
         for kind, members in by_kind.items():
             for number, start in enumerate(range(0, len(members), SHARD)):
                 path = out / f"{package.style}-{kind.replace(' ', '_')}-{number:05d}.tar"
                 shards.append(Shard(path, package, tuple(members[start : start + SHARD]), kind, size, background))
+                if recolour and kind == "train":
+                    path = out / f"{package.style}-{RECOLOURED}-{number:05d}.tar"
+                    shards.append(replace(shards[-1], path=path, kind=RECOLOURED, recolour=recolour, held=held))
         record[package.style] = {
             "package": f"@iconify-json/{package.style} {package.version}",
             "sha256": package.sha256,
@@ -442,16 +522,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     choices = ["mixed", "white", "plain", "transparent"]
     parser.add_argument("--background", default="mixed", choices=choices, help="plain: one colour a drawing; mixed: white, and plain for a third of training")
+    parser.add_argument("--recolour", type=int, default=0, help="further colours of each training drawing that has one main colour")
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     args = parser.parse_args()
     try:
-        run(args.packages, args.out, args.size, args.background, args.workers)
+        run(args.packages, args.out, args.size, args.background, args.workers, args.recolour)
     except (ValueError, OSError, ImportError) as error:
         print(f"named_drawings: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", workers: int = 2) -> None:
+def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", workers: int = 2, recolour: int = 0) -> None:
     """Write the shards that are not there yet, and `drawings.json`, the record of what they hold.
 
     Raises:
@@ -459,11 +540,13 @@ def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", wor
     """
     if size < 16 or workers < 1:
         raise ValueError(f"size {size} must be at least 16 pixels, and workers {workers} at least 1")
+    if not 0 <= recolour < len(HUES):
+        raise ValueError(f"recolour {recolour} must lie between 0 and {len(HUES) - 1}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name the one that holds the package files (*.tgz)")
     packages, keywords = read_packages(folder)
-    shards, record = plan_shards(packages, keywords, out, size, background)
-    settings = {"size": size, "background": background, "styles": record}
+    shards, record = plan_shards(packages, keywords, out, size, background, recolour)
+    settings = {"size": size, "background": background, "styles": record} | ({"recolour": recolour} if recolour else {})
     out.mkdir(parents=True, exist_ok=True)
     recorded = out / "drawings.json"
     if recorded.is_file() and json.loads(recorded.read_text()) != settings:
@@ -481,7 +564,10 @@ def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", wor
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in row["drawings"].items())
         reasons = ", ".join(f"{count} {reason}" for reason, count in row["left out"].items())
         print(f"{style}: {kinds}; left out: {reasons or 'none'}")
-    print(f"{sum(len(shard.drawings) for shard in shards):,} drawings in {out}; train on {out}/*-train-*.tar with --caption-keys caption captions")
+    if recolour:
+        print(f"in further colours: {out}/*-{RECOLOURED}-*.tar")
+    drawn = sum(len(shard.drawings) for shard in shards if shard.kind != RECOLOURED)
+    print(f"{drawn:,} drawings in {out}; train on {out}/*-train-*.tar with --caption-keys caption captions")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from openvision3.data import openmoji
@@ -203,3 +205,41 @@ def test_a_colour_is_told_where_the_drawing_has_one_and_its_name_has_none(packag
     coloured = {row["caption"]: row["coloured"] for row in samples(tmp_path / "out")}  # all drawings of the package are red, but wide things are black
     assert (coloured["1st place medal"], coloured["Belgium"], coloured["wide thing"]) == ("1st place medal", "Belgium", "a black wide thing")
     assert (coloured["lipstick"], coloured["hollow red circle"]) == ("a red lipstick", "a hollow red circle")
+
+
+def test_a_drawing_is_recoloured_to_the_colour_that_its_new_name_says_and_never_to_what_is_held_out(packages, tmp_path):
+    assert draw(packages, tmp_path / "out", "--background", "white", "--recolour", "6").returncode == 0
+    rows = samples(tmp_path / "out")
+    others = [row for row in rows if row["kind"] == "recoloured"]
+    trained = {(row["style"], row["icon"]): row for row in rows if row["kind"] == "train"}
+    unseen = {row["family"] for row in rows if row["kind"] == "unseen concept"}
+    unseen_style = {(row["style"], row["family"]) for row in rows if row["kind"] == "unseen style"}
+    assert len(others) > 100 and {row["caption"].split()[0] for row in others} >= {"orange", "yellow", "green", "blue", "purple", "pink"}
+    for row in others:
+        start = trained[row["style"], row["icon"]]
+        assert (
+            row["shard"].startswith(f"{row['style']}-recoloured-") and row["source"] == start["source"] and row["family"] == row["caption"] != start["caption"]
+        )
+        assert row["family"] not in unseen and (row["style"], row["family"]) not in unseen_style
+        assert named_drawings.concept_share(row["family"]) >= openmoji.UNSEEN_CONCEPT_SHARE
+        assert all("red" not in words.split() for words in (row["caption"], row["phrase"], row["coloured"], *row["captions"])), "what was red is not"
+    assert not {row["icon"] for row in others if trained[row["style"], row["icon"]]["family"] in named_drawings.families_of_people()}
+    assert "purple dog face" not in {row["caption"] for row in others}, "its hash holds it out"
+    assert draw(packages, tmp_path / "other", "--recolour", "7").returncode == 2
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(named_drawings.HUES)), st.sampled_from(sorted(named_drawings.HUES)), st.integers(0, 255))
+def test_recolouring_turns_the_main_hue_alone_and_keeps_the_other_parts(start, target, grey):
+    degrees, saturation = named_drawings.HUES[start]
+    main = Image.new("HSV", (32, 32), (round(degrees * 256 / 360) % 256, round(220 * saturation), 230)).convert("RGB")
+    opposite = tuple(255 - value for value in main.getpixel((0, 0)))  # far in hue: it must stay
+    main.paste(opposite, (0, 0, 3, 3))
+    main.paste((grey, grey, grey), (29, 29, 32, 32))
+    main.putalpha(200)
+    changed = named_drawings.recoloured(main, target)
+    hue = changed.convert("RGB").convert("HSV").getpixel((16, 16))[0] * 360 / 256
+    assert abs((hue - named_drawings.HUES[target][0] + 180) % 360 - 180) < 4
+    assert changed.getchannel("A").getextrema() == (200, 200)
+    assert all(abs(a - b) <= 4 for a, b in zip(changed.getpixel((1, 1))[:3], opposite, strict=True))
+    assert changed.getpixel((31, 31))[:3] == (grey, grey, grey)
