@@ -41,7 +41,7 @@ from openvision3.draws import hash_share
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
-from openvision3.understand.facts import SHOWN, colour_of, main_colours
+from openvision3.understand.facts import SHOWN, colour_of, main_colours, with_article
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -269,14 +269,6 @@ def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[D
         captions = tuple(dict.fromkeys(text for text in (*others, styled) if text and text != caption))
         drawings[base], sizes[base] = Drawing(package.style, icon, caption, captions, family, member), size
     return list(drawings.values()), left_out
-
-
-def with_article(caption: str) -> str:
-    """A red heart for red heart, as people ask for a drawing; the same words where none fits: names, numbers, and most of what is plural."""
-    first, last = caption.split()[0], caption.split()[-1]
-    if not (caption.isascii() and first.isalpha() and first.islower()) or (last.endswith("s") and not last.endswith("ss")):
-        return caption
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {caption}"
 
 
 def with_colour(caption: str, png: bytes) -> str:

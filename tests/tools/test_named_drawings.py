@@ -192,18 +192,10 @@ def test_bad_input_ends_with_2_and_one_line_that_says_what_to_do(packages, tmp_p
     assert "npm pack cldr-annotations-full" in draw(packages, tmp_path / "a").stderr
 
 
-@pytest.mark.parametrize(
-    ("caption", "phrase"),
-    [("red heart", "a red heart"), ("apple", "an apple"), ("Grenada", "Grenada"), ("2nd place", "2nd place"), ("scissors", "scissors"), ("dress", "a dress")],
-)
-def test_a_phrase_is_the_caption_with_an_article_where_one_fits(caption, phrase):
-    assert named_drawings.with_article(caption) == phrase
-
-
 def test_a_colour_is_told_where_the_drawing_has_one_and_its_name_has_none(packages, tmp_path):
     draw(packages, tmp_path / "out", "--background", "white")
     coloured = {row["caption"]: row["coloured"] for row in samples(tmp_path / "out")}  # all drawings of the package are red, but wide things are black
-    assert (coloured["1st place medal"], coloured["Belgium"], coloured["wide thing"]) == ("1st place medal", "Belgium", "a black wide thing")
+    assert (coloured["1st place medal"], coloured["Belgium"], coloured["wide thing"]) == ("a red 1st place medal", "Belgium", "a black wide thing")
     assert (coloured["lipstick"], coloured["hollow red circle"]) == ("a red lipstick", "a hollow red circle")
 
 

@@ -79,7 +79,8 @@ def test_a_name_is_what_the_caption_says_that_the_image_shows(caption, name):
 
 @pytest.mark.parametrize("name, words", [("apple", "an apple"), ("cat", "a cat"), ("unicorn", "a unicorn"), ("two hearts", "two hearts"), ("Pisces", "Pisces"),
                                          ("scissors", "scissors"), ("glass", "a glass"), ("oat milk", "oat milk"), ("flag of Japan", "the flag of Japan"),
-                                         ("man and dog", "man and dog"), ("women with bunny ears", "women with bunny ears")])  # fmt: skip
+                                         ("man and dog", "man and dog"), ("tennis", "tennis"), ("x-ray", "an x-ray"),
+                                         ("women with bunny ears", "women with bunny ears")])  # fmt: skip
 def test_articles(name, words):
     assert with_article(name) == words
 

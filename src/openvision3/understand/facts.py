@@ -31,7 +31,7 @@ _EMPTY = frozenset(
     re.findall(r"\w+", "a an the of and or with in on at to for is it no not photo photograph picture drawing image style symbol sign button waste")
 )
 _PEOPLE = frozenset(re.findall(r"\w+", "person people man men woman women boy boys girl girls child children adult baby family human"))
-_UNCOUNTED = frozenset(re.findall(r"\w+", "waste trash milk juice yoghurt yogurt oatghurt soyghurt cream water butter rice garlic ginger"))
+_UNCOUNTED = frozenset(re.findall(r"\w+", "waste trash milk juice yoghurt yogurt oatghurt soyghurt cream water butter rice garlic ginger tennis"))
 
 PLAIN = 12
 """levels of 255 within which the border of an image is one colour, and the background with it"""
@@ -186,7 +186,8 @@ def with_article(name: str) -> str:
         return f"the {name}"
     if first[:1].isupper() or is_plural(name) or last in _UNCOUNTED or " and " in name or first in ("a", "an", "the", "no"):
         return name
-    return f"{'an' if first[0] in 'aeiou' and not first.startswith(('uni', 'eu', 'one')) else 'a'} {name}"
+    vowel = first[0] in "aeiou" or first == "x-ray"
+    return f"{'an' if vowel and not first.startswith(('uni', 'eu', 'one')) else 'a'} {name}"
 
 
 def join(names: Sequence[str]) -> str:
