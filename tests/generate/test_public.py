@@ -49,9 +49,9 @@ def test_without_the_buffers_of_rotations_the_heads_of_unknown_widths_are_asked_
     whole = public_state(*SIZES["unlike widths"])
     save_file({name: value for name, value in whole.items() if "_rope" not in name}, tmp_path / "without.safetensors")
     save_file(whole, tmp_path / "whole.safetensors")
-    with pytest.raises(ValueError, match=r"heads is not known: there is no enc_feat_rope.*--dit.heads$"):
+    with pytest.raises(ValueError, match=r"heads is not known: there is no enc_feat_rope.*--dit.heads, elsewhere"):
         read_public(tmp_path / "without.safetensors")
-    with pytest.raises(ValueError, match=r"5 attention heads do not fit width 24: set --dit.heads alike"):
+    with pytest.raises(ValueError, match=r"5 attention heads do not fit width 24: set --dit.heads or --heads"):
         read_public(tmp_path / "without.safetensors", (5, head_heads))
     found, expected = read_public(tmp_path / "without.safetensors", (heads, head_heads)), read_public(tmp_path / "whole.safetensors")
     assert found.config == expected.config and all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
@@ -70,6 +70,13 @@ def test_public_weights_draw_with_the_rae_whose_tokens_they_were_trained_on(tmp_
     times = 1 - torch.arange(5) / 4  # 256 values: not shifted
     for t, after in itertools.pairwise(times.tolist()):
         tokens = tokens + (after - t) * public_output(state, tokens, torch.tensor([t]), torch.tensor([3]), SIZES["unlike widths"][2])
+    without = tmp_path / "without.safetensors"
+    save_file({name: value for name, value in state.items() if "_rope" not in name}, without)
+    drawn = out.read_bytes()
+    told = [*(str(without) if word == str(file) else word for word in argv), "--tokens", rae]
+    assert main(told) == 2 and "elsewhere both with --heads TRUNK HEAD" in capsys.readouterr().err
+    assert main([*told, "--heads", "2", "4"]) == 0 and out.read_bytes() == drawn
+    assert main([*argv, "--tokens", rae, "--heads", "4", "4"]) == 2 and "has 2 and 4 attention heads, not 4 and 4; leave --heads out" in capsys.readouterr().err
     generator = load_generator(file, tokens=rae, device="cpu")
     torch.testing.assert_close(generator.draw_tokens(labels=3, sampling=Sampling(steps=4)), tokens, rtol=1e-3, atol=1e-3 * float(tokens.abs().max()))
     save_file(public_state(*SIZES["unlike widths"], grid=2), file)

@@ -172,7 +172,9 @@ def open_generator(options: GenerationOptions) -> DrawingFunctions:
     from openvision3.generate.flow import Sampling
     from openvision3.generate.generator import load_generator
 
-    generator = load_generator(options.model, device=options.device, precision=options.precision, tokens=options.tokens, weaker=options.weaker)
+    generator = load_generator(
+        options.model, device=options.device, precision=options.precision, tokens=options.tokens, weaker=options.weaker, heads=options.heads
+    )
     return generator.functions(Sampling(options.steps, options.method, options.grid, interval=options.interval, seed=options.seed))
 
 

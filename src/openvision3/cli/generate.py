@@ -29,6 +29,7 @@ def generate(
     strip: int = 0,
     weaker: PathName = "",
     tokens: PathName = "",
+    heads: tuple[int, int] = (0, 0),
     device: Device = "auto",
     json: Json = False,
 ) -> int:
@@ -45,6 +46,7 @@ def generate(
         strip: write so many images of the way from noise to the first image, as NAME-strip.png; 0: none
         weaker: a smaller or shorter generator of the same tokens to guide by, instead of by drawing without the text or label
         tokens: the model whose tokens are drawn, if the one that the generator names is not found
+        heads: attention heads of trunk and wide head of RAE's public weights, if neither the file nor its widths tell them
     """
     from openvision3.generate.flow import Sampling
     from openvision3.generate.generator import load_generator
@@ -57,7 +59,7 @@ def generate(
         )
     output_folder(str(target.parent))
     Sampling(steps, method, guidance=guidance or 1.0, interval=interval, seed=seed)  # type: ignore[arg-type]  # refuses bad values before a model is opened
-    generator = load_generator(model, device=device, tokens=tokens, weaker=weaker)
+    generator = load_generator(model, device=device, tokens=tokens, weaker=weaker, heads=heads)
     usual = 1.0 if not generator.can_guide else 4.0 if texts and not weaker else 2.0
     strength = usual if guidance is None else guidance
     sampling = Sampling(steps, method, guidance=strength, interval=interval, seed=seed)  # type: ignore[arg-type]

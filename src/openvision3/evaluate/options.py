@@ -159,6 +159,8 @@ class GenerationOptions:
     """a weaker generator of the same tokens to guide by (AutoGuidance). Not set: guide by the generator without its condition"""
     tokens: PathName = ""
     """the model whose tokens are drawn. Not set: the one that the generator names"""
+    heads: tuple[int, int] = (0, 0)
+    """attention heads of trunk and wide head of RAE's public weights, if neither the file nor its widths tell them"""
     steps: int = 50
     """steps of the sampler"""
     method: Literal["euler", "heun"] = "euler"

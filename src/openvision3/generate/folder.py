@@ -86,18 +86,19 @@ def read(folder: Path) -> GeneratorConfig:
     return hub.read_config_of(folder, GeneratorConfig, GENERATOR, FORMAT)
 
 
-def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tuple[RAE, GeneratorConfig, Path]:
+def load(name: str | Path, *, precision: str = "fp32", tokens: str = "", heads: tuple[int, int] = (0, 0)) -> tuple[RAE, GeneratorConfig, Path]:
     """Read a generator strictly, with the model whose tokens it draws; `tokens` names that one, if the name in its config is not found.
 
-    Or read RAE's public weights; `tokens` must name their RAE.
+    Or read RAE's public weights; `tokens` must name their RAE, and `heads` the attention heads of trunk and head where the file does not tell them.
 
     Raises:
         FileNotFoundError, ValueError: one line on what is missing or does not fit.
     """
     if str(name).endswith(SUFFIXES):
-        return _load_public(Path(name), precision, tokens)
+        return _load_public(Path(name), precision, tokens, heads)
     folder = find(name)
     config = read(folder)
+    _refuse_other_heads(folder, config.dit, heads)
     try:
         space = open_space(tokens or config.tokens, precision)
     except FileNotFoundError as error:
@@ -108,13 +109,14 @@ def load(name: str | Path, *, precision: str = "fp32", tokens: str = "") -> tupl
             f"{folder} draws tokens of {config.tokens} with sha256 {config.tokens_sha256[:12]}..., "
             f"but {tokens or config.tokens} has {space.sha256[:12]}... now; name the model it was trained with in --tokens"
         )
-    load_weights(rae, folder)
+    load_weights(rae, hub.read_tensors(folder / "model.safetensors"), folder)
     return rae.eval(), config, folder
 
 
-def _load_public(path: Path, precision: str, tokens: str) -> tuple[RAE, GeneratorConfig, Path]:
+def _load_public(path: Path, precision: str, tokens: str, heads: tuple[int, int]) -> tuple[RAE, GeneratorConfig, Path]:
     """RAE's public weights as the generator of the tokens that they were trained on, whose normalisation belongs to their RAE. Classes have numbers alone."""
-    public = read_public(path)
+    public = read_public(path, heads)
+    _refuse_other_heads(path, public.config, heads)
     if not tokens:
         raise ValueError(f"{path} does not say whose tokens it draws; name its RAE, such as --tokens peer:rae-dinov2")
     space = open_space(tokens, precision)
@@ -128,6 +130,11 @@ def _load_public(path: Path, precision: str, tokens: str) -> tuple[RAE, Generato
     return rae.eval(), config, path
 
 
+def _refuse_other_heads(path: Path, network: DiTConfig, heads: tuple[int, int]) -> None:
+    if heads not in ((0, 0), (network.heads, network.head_heads)):
+        raise ValueError(f"{path} has {network.heads} and {network.head_heads} attention heads, not {heads[0]} and {heads[1]}; leave --heads out")
+
+
 def _settings(config: GeneratorConfig) -> GenerateConfig:
     """The settings that a network of this folder is built by."""
     condition: Any = config.condition
@@ -136,13 +143,11 @@ def _settings(config: GeneratorConfig) -> GenerateConfig:
     return settings
 
 
-def load_weights(rae: RAE, folder: Path, *, statistics: bool = True) -> None:
-    """Copy model.safetensors into the network and, with `statistics`, into the statistics. Raises FileNotFoundError, ValueError."""
-    path = folder / "model.safetensors"
-    state = hub.read_tensors(path)
+def load_weights(rae: RAE, state: dict[str, Tensor], folder: Path, *, statistics: bool = True) -> None:
+    """Copy the tensors of model.safetensors into the network and, with `statistics`, into the statistics. Raises ValueError."""
     parts = ("dit.", "statistics.") if statistics else ("dit.",)
     unused = () if statistics else [name for name in state if name.startswith("statistics.")]
-    hub.copy_tensors({name: value for name, value in rae.state_dict().items() if name.startswith(parts)}, state, path, unused)
+    hub.copy_tensors({name: value for name, value in rae.state_dict().items() if name.startswith(parts)}, state, folder, unused)
 
 
 def start_from(rae: RAE, name: str) -> None:
@@ -163,11 +168,12 @@ def start_from(rae: RAE, name: str) -> None:
             f"{folder} draws the tokens of {before.tokens} with sha256 {before.tokens_sha256[:12]}..., not those of {now.tokens}; set --tokens alike"
         )
     _refuse_other(str(folder), {"condition": before.condition, "dit": to_dict(before.dit), "flow": {"predict": before.flow.predict}}, now)
-    normalised = bool(hub.read_tensors(folder / "model.safetensors")["statistics.count"])
+    state = hub.read_tensors(folder / "model.safetensors")
+    normalised = bool(state["statistics.count"])
     if normalised != bool(now.statistics):
         seen, wanted = ("normalised tokens", 50_000) if normalised else ("tokens as they are", 0)
         raise ValueError(f"{folder} was trained on {seen}; set --statistics {wanted}")
-    load_weights(rae, folder, statistics=False)
+    load_weights(rae, state, folder, statistics=False)
 
 
 def _refuse_other(name: str, before: dict[str, Any], now: GenerateConfig) -> None:

@@ -182,11 +182,19 @@ class Generator:
         raise unknown("label", str(label), self.label_names, choices)
 
 
-def load_generator(name: str | Path, *, device: str | torch.device = "auto", precision: str = "fp32", tokens: str = "", weaker: str | Path = "") -> Generator:
+def load_generator(
+    name: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    tokens: str = "",
+    weaker: str | Path = "",
+    heads: tuple[int, int] = (0, 0),
+) -> Generator:
     """A shipped name, the folder of a generator or a run of one -> a Generator.
 
     `tokens` names the model whose tokens it draws, if the name it has recorded is not found; `weaker` names a generator of the same tokens to guide by
-    (AutoGuidance, arXiv 2406.02507).
+    (AutoGuidance, arXiv 2406.02507). `heads` are the attention heads of trunk and head of RAE's public weights, where the file does not tell them.
 
     Raises:
         FileNotFoundError, ValueError: what is missing or wrong, in one line.
@@ -194,10 +202,10 @@ def load_generator(name: str | Path, *, device: str | torch.device = "auto", pre
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is unknown; choose fp32 or bf16")
     place = choose_device(device)
-    rae, config, path = folder.load(name, precision=precision, tokens=tokens)
+    rae, config, path = folder.load(name, precision=precision, tokens=tokens, heads=heads)
     guide = None
     if weaker:
-        other, theirs, other_path = folder.load(weaker, precision=precision, tokens=tokens)
+        other, theirs, other_path = folder.load(weaker, precision=precision, tokens=tokens, heads=heads)
         for what in ("tokens_sha256", "size", "condition", "label_names"):
             if getattr(config, what) != getattr(theirs, what):
                 raise ValueError(f"{other_path} cannot guide {path}: they differ in {what}; choose a smaller or shorter training of the same kind")

@@ -139,10 +139,10 @@ def _heads(state: dict[str, Tensor], rotations: str, width: int, given: int, opt
     if not heads:
         raise ValueError(
             f"the number of attention heads is not known: there is no {rotations}.freqs_cos, and width {width} is none of RAE's; "
-            f"give it to `openvision3 train` with --{option}"
+            f"give it to `openvision3 train` with --{option}, elsewhere both with --heads TRUNK HEAD"
         )
     if width % (4 * heads):
-        raise ValueError(f"{heads} attention heads do not fit width {width}: set --{option} alike, to the number that the file was trained with")
+        raise ValueError(f"{heads} attention heads do not fit width {width}: set --{option} or --heads to the number that the file was trained with")
     return heads
 
 
