@@ -109,13 +109,11 @@ class QuestionSet:
         self.benchmark, self.questions = benchmark, list[Question]()
         self.tables = TableImages()
         paths = [path for name in files for path in _files(Path(name), benchmark)]
+        found: dict[str, str] = {}  # {key of a question: where it stands}
         for path in paths:
-            self._read(path)
+            self._read(path, found)
         if not self.questions:
             raise ValueError(f"{', '.join(files)}: no question with an image of {BENCHMARKS[benchmark].title}")
-        keys = {question.key for question in self.questions}
-        if len(keys) < len(self.questions):
-            raise ValueError(f"{', '.join(files)}: {len(self.questions) - len(keys)} questions are there twice; name each file once")
         self.files = NamedImages(images or list(dict.fromkeys(place for path in paths for place in places_of(path))))
         self.missing = [name for name in dict.fromkeys(one.image for one in self.questions) if name not in self.tables and self.files.find(name) is None]
         if len(self.missing) == len({question.image for question in self.questions}):
@@ -126,7 +124,7 @@ class QuestionSet:
         """Upright RGB. Raises ImageError."""
         return self.tables.open(name) if name in self.tables else self.files.open(name)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, found: dict[str, str]) -> None:
         number = 0
         layout: Layout | None = None
         for number, (row, place) in enumerate(_rows(path), start=1):
@@ -139,7 +137,12 @@ class QuestionSet:
                 question = layout.question(row, path)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise ValueError(f"{path}: question {number} cannot be read: {type(error).__name__} {short(error)}") from error
+            if question is not None and question.key in found:
+                raise ValueError(
+                    f"question {number} of {path} is called {question.key}, as is {found[question.key]}; name each file once, and evaluate different ones apart"
+                )
             if question is not None:
+                found[question.key] = f"question {number} of {path}"
                 self.questions.append(question)
                 if place is not None and row.get("image"):
                     self.tables.add(question.image, place)
