@@ -10,6 +10,8 @@ drawn, too. One image each, number 0 of seed 0: nothing is chosen.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,9 @@ TRIED = (
     *("a yellow star", "a red apple", "pizza", "cat face", "a house", "a green heart", "a blue dog face", "a purple apple"),
     *("a red car", "a blue tree", "a green cat face", "a pink house", "a black heart", "an orange fish", "two red hearts", "a yellow car"),
 )
-"""names and combinations that anyone can judge; of the coloured things few stand in the training data"""
+"""names and combinations that anyone can judge; the card says which of them no training drawing has"""
+NAMES = ("caption", "phrase", "coloured", "captions")
+"""JSON fields of the training data that hold names"""
 COLUMNS, SIDE = 8, 128
 
 
@@ -49,6 +53,17 @@ def captions(data: str, count: int) -> list[str]:
     source = open_source((data,), DataOptions(side="test", caption_keys=("caption",)))
     first_captions = {next(iter(source.captions(index)), "") for index in range(len(source))} - {""}
     return sorted(first_captions, key=hash_share)[:count]
+
+
+def never_trained(texts: Sequence[str], train: tuple[str, ...]) -> list[str]:
+    """Those texts that are the name of no training sample, with or without an article."""
+
+    def name_of(text: str) -> str:
+        return re.sub("^(a|an|the) ", "", text.lower())
+
+    source = open_source(train, DataOptions(caption_keys=NAMES))
+    known = {name_of(text) for index in range(len(source)) for text in source.captions(index)}
+    return [text for text in texts if name_of(text) not in known]
 
 
 def draw_sheet(images: list[Image.Image], texts: list[str]) -> Image.Image:
@@ -78,12 +93,14 @@ def result_table(folder: Path) -> str:
     return "\n".join(lines) + f"\n\n{samples:,} samples, against {results.rows[0].setting.data}{''.join(twice[:1])}."
 
 
-def card(options: Options, sheets: list[tuple[str, Path]], training: str, sampling: Sampling) -> str:
+def card(options: Options, sheets: list[tuple[str, Path]], unheard: Sequence[str], training: str, sampling: Sampling) -> str:
     folder = find(options.model)
     config = read(folder)
     weights = (folder / "model.safetensors").stat().st_size / 1e6
     name = options.model
     drawn = "\n\n".join(f"**{title}**\n\n![{title}]({options.link(path)})" for title, path in sheets)
+    if unheard:
+        drawn = f"Of the first sheet no training drawing has the name {', '.join(unheard[:-1])}{' or ' * (len(unheard) > 1)}{unheard[-1]}.\n\n{drawn}"
     return f"""---
 library_name: openvision3
 pipeline_tag: text-to-image
@@ -149,7 +166,7 @@ def main(options: Options) -> None:
     if credits:
         raise ValueError("authors of single images would have to be credited; train on data whose licences do not ask for that")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, card(options, sheets, training, sampling))
+    write_whole(options.out, card(options, sheets, never_trained(TRIED, options.train) if options.train else (), training, sampling))
     print(f"{options.out}, {len(sheets)} sheets in {options.images}")
 
 

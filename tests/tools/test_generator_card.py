@@ -61,6 +61,12 @@ def test_the_captions_are_the_first_by_a_hash_and_every_sheet_is_where_the_card_
     assert (root / "strip.png").read_bytes() == (root / "images" / "drawn-held-out.png").read_bytes(), "it is shorter than two rows"
 
 
+def test_the_card_says_which_of_the_tried_names_no_training_drawing_has(written, tmp_path):
+    _, shard, text = written
+    assert "no training drawing has the name a yellow star, a red apple, pizza, " in text
+    assert generator_card.never_trained(["the Boat", "cat", "a red cat", "an apple"], (shard,)) == ["a red cat"], "the captions say: a apple, a boat, a cat"
+
+
 def test_data_without_a_name_are_refused(written):
     with pytest.raises(ValueError, match="must look like NAME=DATA"):
         generator_card.main(generator_card.Options((), "x", "y", str(written[0] / "run"), ("no name",)))
