@@ -17,6 +17,9 @@ styles and OpenMoji:
 
 With `--recolour 2`, `noto-recoloured-00000.tar` holds each training drawing of one main colour in two further ones: "an orange apple", "a purple apple"
 of a green apple. What the hash of families holds out, such as the red apple, is not made this way either.
+
+With `--everyday` the training drawings of everyday things (apple, car, dog, house ...) lie in shards of their own, `noto-train-everyday-00000.tar`, so
+that a training can show them more often than the other four in five.
 """
 
 from __future__ import annotations
@@ -60,6 +63,18 @@ HUES = {"red": (0, 1.0), "orange": (28, 1.0), "yellow": (52, 1.0), "green": (120
 """what a drawing is recoloured to: degrees of hue, and the share of the saturation that stays"""
 HUE_WIDTH = 35
 """degrees of hue around that of the main colour that change with it"""
+
+EVERYDAY = frozenset(
+    re.findall(
+        "[a-z]+",
+        "apple baby ball bear bed bell bird boat box bread cake car cat chair chicken coat corn cow dog doll door duck egg eye fire fish flower grass hill "
+        "home horse house kitty leg milk money nest paper pig rabbit rain ring robin santa school seed sheep shoe snow squirrel stick sun table toy tree watch "
+        "water window wood",
+    )
+)
+"""the nouns of things that can be drawn among the 95 that a child reads first (E. W. Dolch, A Basic Sight Vocabulary, 1936), without people"""
+EVERYDAY_WORDS = 3
+"""most words of a name that is of an everyday thing: a dog face, but no cat face with tears of joy"""
 
 _FILLER = {"alternate", "alt", "color", "colour", "svg"}
 
@@ -285,6 +300,12 @@ def families_of_people() -> frozenset[str]:
     return frozenset(each.family or each.name for each in openmoji.named_emoji() if each.group == "People & Body")
 
 
+def is_everyday(drawing: Drawing) -> bool:
+    """Whether one of its names is that of an everyday thing."""
+    names = [text.lower().split() for text in (drawing.caption, *drawing.captions) if "," not in text]
+    return drawing.family not in families_of_people() and any(len(words) <= EVERYDAY_WORDS and not EVERYDAY.isdisjoint(words) for words in names)
+
+
 def other_colours(drawing: Drawing, png: bytes, count: int, held: frozenset[str]) -> Iterator[tuple[Drawing, bytes]]:
     """The drawing in up to `count` further colours, with the names that it then has, each a family of its own.
 
@@ -443,7 +464,11 @@ def write_shard(shard: Shard) -> tuple[str, list[str]]:
                     add_drawing(tar, f"{shard.path.stem}-{number:05d}-{other}", shard, changed, other_image)
             else:
                 add_drawing(tar, f"{shard.path.stem}-{number:05d}", shard, drawing, image)
-    partial.replace(shard.path)
+        empty = not tar.getmembers()
+    if empty:  # of its drawings none has another colour
+        partial.unlink()
+    else:
+        partial.replace(shard.path)
     return shard.path.name, failed
 
 
@@ -464,7 +489,7 @@ def add_drawing(tar: tarfile.TarFile, key: str, shard: Shard, drawing: Drawing, 
 
 
 def plan_shards(
-    packages: list[Package], keywords: dict[str, list[str]], out: Path, size: int, background: str, recolour: int = 0
+    packages: list[Package], keywords: dict[str, list[str]], out: Path, size: int, background: str, recolour: int = 0, everyday: bool = False
 ) -> tuple[list[Shard], dict[str, dict[str, Any]]]:
     """The shards to write, and what each style holds, for the record."""
     words = {package.style: draw_words(package, keywords) for package in packages}
@@ -481,12 +506,16 @@ def plan_shards(
         for drawing in sorted(drawings, key=lambda each: _share("order", each.style, each.icon)):
             by_kind[kind_of(drawing, styles)].append(drawing)
         held = frozenset(unseen.union(*((each.caption, each.family) for each in by_kind[UNSEEN_STYLE])))
-        for kind, members in by_kind.items():
+        groups = {kind.replace(" ", "_"): (kind, members) for kind, members in by_kind.items()}
+        if everyday:
+            groups["train"] = ("train", [each for each in by_kind["train"] if not is_everyday(each)])
+            groups["train-everyday"] = ("train", [each for each in by_kind["train"] if is_everyday(each)])
+        for group, (kind, members) in groups.items():
             for number, start in enumerate(range(0, len(members), SHARD)):
-                path = out / f"{package.style}-{kind.replace(' ', '_')}-{number:05d}.tar"
+                path = out / f"{package.style}-{group}-{number:05d}.tar"
                 shards.append(Shard(path, package, tuple(members[start : start + SHARD]), kind, size, background))
                 if recolour and kind == "train":
-                    path = out / f"{package.style}-{RECOLOURED}-{number:05d}.tar"
+                    path = out / f"{package.style}-{group.replace('train', RECOLOURED)}-{number:05d}.tar"
                     shards.append(replace(shards[-1], path=path, kind=RECOLOURED, recolour=recolour, held=held))
         record[package.style] = {
             "package": f"@iconify-json/{package.style} {package.version}",
@@ -515,16 +544,17 @@ def main() -> None:
     choices = ["mixed", "white", "plain", "transparent"]
     parser.add_argument("--background", default="mixed", choices=choices, help="plain: one colour a drawing; mixed: white, and plain for a third of training")
     parser.add_argument("--recolour", type=int, default=0, help="further colours of each training drawing that has one main colour")
+    parser.add_argument("--everyday", action="store_true", help="put the training drawings of everyday things into shards of their own")
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     args = parser.parse_args()
     try:
-        run(args.packages, args.out, args.size, args.background, args.workers, args.recolour)
+        run(args.packages, args.out, args.size, args.background, args.workers, args.recolour, args.everyday)
     except (ValueError, OSError, ImportError) as error:
         print(f"named_drawings: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", workers: int = 2, recolour: int = 0) -> None:
+def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", workers: int = 2, recolour: int = 0, everyday: bool = False) -> None:
     """Write the shards that are not there yet, and `drawings.json`, the record of what they hold.
 
     Raises:
@@ -537,8 +567,10 @@ def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", wor
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name the one that holds the package files (*.tgz)")
     packages, keywords = read_packages(folder)
-    shards, record = plan_shards(packages, keywords, out, size, background, recolour)
-    settings = {"size": size, "background": background, "styles": record} | ({"recolour": recolour} if recolour else {})
+    shards, record = plan_shards(packages, keywords, out, size, background, recolour, everyday)
+    settings = (
+        {"size": size, "background": background, "styles": record} | ({"recolour": recolour} if recolour else {}) | ({"everyday": True} if everyday else {})
+    )
     out.mkdir(parents=True, exist_ok=True)
     recorded = out / "drawings.json"
     if recorded.is_file() and json.loads(recorded.read_text()) != settings:

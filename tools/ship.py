@@ -90,9 +90,15 @@ def write_mini(options: Options, folder: Path) -> None:
 
 
 def write_commands(options: Options, folder: Path) -> None:
-    """The first command of each run: those that resumed it say no more."""
-    commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] for run in options.runs]
+    """The first command of each run, and where it was stopped before its last step: those that resumed it say no more."""
+    commands = [(run / COMMANDS).read_text(encoding="utf-8").splitlines()[0].split(" ", 1)[1] + stopped(run) for run in options.runs]
     (folder / COMMANDS).write_text("".join(f"openvision3 {options.elsewhere(command)}\n" for command in commands), encoding="utf-8")
+
+
+def stopped(run: Path) -> str:
+    planned = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
+    step = max(int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").glob("step-*"))
+    return f"  # stopped at step {step:,}" if step < planned else ""
 
 
 def write_generator(options: Options, folder: Path) -> None:

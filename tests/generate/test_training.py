@@ -258,6 +258,7 @@ def test_a_run_goes_on_with_another_generators_network_at_another_size(root, who
         ({"tokens": "mini"}, "draws the tokens of"),
         ({"condition": "none"}, "was trained with condition text, not none"),
         ({"statistics": 0}, "was trained on normalised tokens; set --statistics 50000"),
+        ({"statistics": 0, "dit": small_dit(width=32)}, "with dit.width 64, not 32 and on normalised tokens; set --dit.width 64 --statistics 50000"),
     ],
 )
 def test_weights_that_would_mean_something_else_are_refused(root, whole, changes, words):

@@ -69,6 +69,10 @@ def test_a_generator_ships_in_bf16_with_its_commands_and_draws_what_the_run_draw
     ship.main(ship.Options("generators/drawings", (tmp_path / "first", tmp_path / "run"), rename=(f"{tmp_path}=DATA",), licence="CC BY-SA 4.0"))
     shipped = assets / "generators" / "drawings"
     assert (shipped / "command.txt").read_text() == "openvision3 train first --data DATA/train\nopenvision3 train run --data DATA/train\n"
+    assert ship.stopped(tmp_path / "run") == ""
+    recorded = tmp_path / "run" / "config.json"
+    recorded.write_text(json.dumps(json.loads(recorded.read_text()) | {"steps": 9}))
+    assert ship.stopped(tmp_path / "run") == "  # stopped at step 6"
     config = json.loads((shipped / "config.json").read_text())
     assert (config["training"]["steps"], config["training"]["started_from"]["steps"]) == (6, 1)
     assert config["training"]["licence"] == "CC BY-SA 4.0" and config["training"]["data"] == ["DATA/train"]

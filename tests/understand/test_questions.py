@@ -1,7 +1,9 @@
 """Questions rest on what captions and pixels say, a no is true, the same data give the same files."""
 
+import errno
 import io
 import json
+import os
 import re
 import zipfile
 from collections import Counter, defaultdict
@@ -269,6 +271,21 @@ def test_kinds_that_nothing_can_be_asked_of_leave_no_files(drawings, tmp_path, c
     assert main(["data", "conversations", drawings.files()[0], "--out", str(tmp_path / "a.json"), "--kinds", "count"]) == 2
     assert "none of 240 images has a question of the kinds count; choose others with --kinds" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_command_that_is_refused_or_finds_no_space_keeps_what_an_earlier_one_wrote(drawings, tmp_path, capsys, monkeypatch):
+    command = ["data", "conversations", drawings.files()[0], "--out", str(tmp_path / "a.json")]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main([*command, "--kinds", "count"]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def no_space(self, *arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("zipfile.ZipFile.writestr", no_space)
+    assert main(command) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_command_tells_what_it_wrote(drawings, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,8 +76,12 @@ def generate(
     files = [target] if len(images) == 1 else [target.with_name(f"{target.stem}-{number}.png") for number in range(1, len(images) + 1)]
     sheets: dict[Path, Any] = {}
     if len(images) > 1:
-        columns = [images[i : i + count] for i in range(0, len(images), count)]
-        sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
+        if len(conditions) == 1:  # no column of sixteen images
+            across = math.ceil(math.sqrt(count))
+            sheets[target] = grid([images[i : i + across] for i in range(0, count, across)], [conditions[0][:40]])
+        else:
+            columns = [images[i : i + count] for i in range(0, len(images), count)]
+            sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
     if strip:
         frames = [generator.images_of(way[step])[0] for step in sorted(shown)]
         sheets[target.with_name(f"{target.stem}-strip.png")] = grid([frames], [f"step {step}" for step in sorted(shown)])

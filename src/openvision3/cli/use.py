@@ -239,7 +239,8 @@ def _info_of_generator(folder: Path, json: bool) -> int:
     rows, columns = rae.grid
     print(f"{folder}\n  draws images of {config.size} px by {config.condition}: {rows * columns} tokens of {rae.space.channels}")
     print(f"  network         {counts['network'] / 1e6:7.2f} M parameters, predicts {config.flow.predict}")
-    print(f"  tokens          of {config.tokens}, sha256 {config.tokens_sha256[:12]}, normalised by {int(rae.statistics.count):,} images")
+    count = int(rae.statistics.count)
+    print(f"  tokens          of {config.tokens}, sha256 {config.tokens_sha256[:12]}, {f'normalised by {count:,} images' if count else 'as they are'}")
     if config.label_names:
         print(f"  classes         {len(config.label_names)}: {', '.join(config.label_names[:5])}{' ...' if len(config.label_names) > 5 else ''}")
     print(f"  guidance        {'learnt' if config.drop else 'not learnt'}: {config.drop:.0%} of the rows without their condition")

@@ -167,24 +167,27 @@ def start_from(rae: RAE, name: str) -> None:
         raise ValueError(
             f"{folder} draws the tokens of {before.tokens} with sha256 {before.tokens_sha256[:12]}..., not those of {now.tokens}; set --tokens alike"
         )
-    _refuse_other(str(folder), {"condition": before.condition, "dit": to_dict(before.dit), "flow": {"predict": before.flow.predict}}, now)
     state = hub.read_tensors(folder / "model.safetensors")
-    normalised = bool(state["statistics.count"])
-    if normalised != bool(now.statistics):
-        seen, wanted = ("normalised tokens", 50_000) if normalised else ("tokens as they are", 0)
-        raise ValueError(f"{folder} was trained on {seen}; set --statistics {wanted}")
+    was = {"condition": before.condition, "dit": to_dict(before.dit), "flow": {"predict": before.flow.predict}}
+    _refuse_other(str(folder), was, now, normalised=bool(state["statistics.count"]))
     load_weights(rae, state, folder, statistics=False)
 
 
-def _refuse_other(name: str, before: dict[str, Any], now: GenerateConfig) -> None:
-    """Raises ValueError for the first setting of these weights that the config does not have: they would mean something else there."""
+def _refuse_other(name: str, before: dict[str, Any], now: GenerateConfig, normalised: bool | None = None) -> None:
+    """Raises ValueError for the settings of these weights that the config does not have: they would mean something else there."""
     settings = flat(to_dict(now))
+    others, options = [], []
     for setting, seen in flat(before).items():
         if seen != settings[setting] and not (setting.endswith("mlp") and seen == _hidden(now, setting)):
-            option = setting.replace("_", "-")
-            part, _, last = option.rpartition(".")
-            words = f"--{part}.{'' if seen else 'no-'}{last}" if isinstance(seen, bool) else f"--{option} {seen}"
-            raise ValueError(f"{name} was trained with {setting} {seen}, not {settings[setting]}; set {words}")
+            part, _, last = setting.replace("_", "-").rpartition(".")
+            option = f"{part}.{'no-' if seen is False else ''}{last}".removeprefix(".")
+            others.append(f"with {setting} {seen}, not {settings[setting]}")
+            options.append(f"--{option}" if isinstance(seen, bool) else f"--{option} {seen}")
+    if normalised is not None and normalised != bool(now.statistics):
+        others.append("on normalised tokens" if normalised else "on tokens as they are")
+        options.append(f"--statistics {50_000 if normalised else 0}")
+    if others:
+        raise ValueError(f"{name} was trained {' and '.join(others)}; set {' '.join(options)}")
 
 
 def _hidden(config: GenerateConfig, setting: str) -> int:

@@ -252,8 +252,11 @@ def _introduce(run: RunFolder, config: LoopConfig, start: Start, setup: Setup) -
         run.say(f"each step is {batches.pieces} micro-batches of {config.micro_batch} in each process, with the numbers of a batch of {config.batch}")
     if run.list_skipped(batches.problems):
         run.say(f"{len(batches.problems)} problems in the data, listed in {run.path}/skipped.jsonl: {reasons_in_words(batches.problems)}")
-    if config.optimizer.warmup_steps >= config.steps:
-        run.say(f"the warm-up of {config.optimizer.warmup_steps} steps is as long as the run: the rate never falls; see --optimizer.warmup-steps")
+    if (warmup := config.optimizer.warmup_steps) >= config.steps:
+        run.say(
+            f"the warm-up of {warmup} steps is not over after {config.steps} steps: the rate reaches {config.steps / warmup:.0%} of its value and never falls; "
+            "see --optimizer.warmup-steps"
+        )
     if config.resume:
         run.say(f"continuing from {start.checkpoint.name}" if start.checkpoint else "no checkpoint yet: starting over")
         for line in start.moved:

@@ -163,7 +163,8 @@ class Written:
 
 
 def write_conversations(source: Source, out: Path, *, turns: int = 3, kinds: Sequence[str] = (), seed: int = 0, watch: Watch = plain) -> Written:
-    """Write `out` (JSON) and its images, an archive of the same name with .zip, each whole or not at all. Images that cannot be read go to source.problems.
+    """Write `out` (JSON) and its images, an archive of the same name with .zip, each whole or not at all; what was there stays until both can be written.
+    Images that cannot be read go to source.problems.
 
     Raises:
         ValueError: an unknown kind of question, or no image to ask about. OSError: the disk.
@@ -175,6 +176,7 @@ def write_conversations(source: Source, out: Path, *, turns: int = 3, kinds: Seq
             raise unknown("kind of question", kind, ASKERS)
     written = Written()
     samples: list[Facts] = []
+    rows: list[dict[str, Any]] = []
 
     def pack(file: BinaryIO) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -195,18 +197,16 @@ def write_conversations(source: Source, out: Path, *, turns: int = 3, kinds: Seq
                 samples.append(facts)
         if not samples:
             raise ValueError(f"none of {len(source)} images has a caption that names what it shows; name the fields of captions with --caption-keys")
+        others = Others(samples)
+        for sample in samples:
+            questions = ask(sample, others, kinds or [*ASKERS], seed)
+            for question in questions:
+                written.answers.setdefault(question.kind, Counter())[question.answer] += 1
+            rows.extend(conversation(sample, questions[start : start + turns], start // turns) for start in range(0, len(questions), turns))
+        if not rows:
+            raise ValueError(f"none of {len(samples):,} images has a question of the kinds {', '.join(kinds)}; choose others with --kinds")
 
     write_whole(out.with_suffix(".zip"), pack)
-    others = Others(samples)
-    rows = []
-    for sample in samples:
-        questions = ask(sample, others, kinds or [*ASKERS], seed)
-        for question in questions:
-            written.answers.setdefault(question.kind, Counter())[question.answer] += 1
-        rows += [conversation(sample, questions[start : start + turns], start // turns) for start in range(0, len(questions), turns)]
-    if not rows:
-        out.with_suffix(".zip").unlink()
-        raise ValueError(f"none of {len(samples):,} images has a question of the kinds {', '.join(kinds)}; choose others with --kinds")
     write_whole(out, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     written.images, written.conversations = len({row["image"] for row in rows}), len(rows)
     return written

@@ -63,11 +63,14 @@ class LatentCache:
         if vae_sha256 is not None and vae_sha256 != settings.vae_sha256:
             raise ValueError(
                 f"{folder} holds latents of the VAE {settings.vae} with sha256 {settings.vae_sha256[:12]}..., but this one has {vae_sha256[:12]}...; "
-                "train with the same VAE (--model.vae.name), or write a cache of this one"
+                "train with the same VAE (--model.vae.name; of a generator --tokens), or write a cache of this one"
             )
         for name, value in (("scale", scale), ("shift", shift)):
             if value is not None and value != getattr(settings, name):
-                raise ValueError(f"{folder} holds latents with {name} {getattr(settings, name):g}, but the VAE has {value:g} here; set --model.vae.shift alike")
+                raise ValueError(
+                    f"{folder} holds latents with {name} {getattr(settings, name):g}, but the VAE has {value:g} here; "
+                    f"set --model.vae.{name} alike, or write a cache of this VAE"
+                )
         if size is not None and size != settings.size:
             raise ValueError(f"{folder} holds latents of images of {settings.size} px, not {size}; set --size {settings.size}, or write a cache of this size")
         for entry in (values["keys"], *values["parts"]):
