@@ -342,13 +342,18 @@ def _load_recorded_vae(folder: Path, config: FolderConfig, dtype: torch.dtype, v
 
 
 def load_vae(name: str | Path, *, shift: bool | None = None, dtype: torch.dtype = torch.float32) -> VAE:
-    """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), or a hub id.
+    """Read `embedded`, `pixels`, a folder in diffusers' layout (or a repository with a `vae` sub-folder), a hub id, or a VAE by its name in
+    `openvision3 fetch --list`.
 
     Raises:
         FileNotFoundError: no such folder, or a hub id that is neither fetched nor in the hub's local cache.
         ValueError: the folder holds no VAE, a VAE of another class, or weights that do not fit its config.
     """
     name = str(name)
+    if not Path(name).is_dir():
+        from openvision3.fetch.sources import vae_hub
+
+        name = vae_hub(name)
     if name == "pixels":
         return VAE(None, name=name)
     folder = _find_vae(name)
@@ -389,7 +394,8 @@ def _find_vae(name: str) -> Path:
     if not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise FileNotFoundError(
-                f"no such VAE: {name}; choose embedded, pixels, a folder in diffusers' layout, or a hub id such as black-forest-labs/FLUX.1-schnell"
+                f"no such VAE: {name}; choose embedded, pixels, a folder in diffusers' layout, a VAE of `openvision3 fetch --list` such as flux-vae, "
+                "or a hub id such as black-forest-labs/FLUX.1-schnell"
             )
         from openvision3.fetch.store import find_hub
 

@@ -355,6 +355,12 @@ def test_a_vae_named_by_its_hub_id_is_found_where_it_was_fetched_and_never_downl
     pipeline().vae.network.save_pretrained(home / "flux-vae" / "vae")
     vae = load_vae("black-forest-labs/FLUX.1-schnell")
     assert vae.name == "black-forest-labs/FLUX.1-schnell" and vae_licence(vae.name) == "Apache-2.0"
+    by_name = load_vae("flux-vae")
+    assert (by_name.name, by_name.sha256) == (vae.name, vae.sha256)
+    with pytest.raises(FileNotFoundError, match="get it with `openvision3 fetch sd-vae`"):
+        load_vae("sd-vae")
+    with pytest.raises(FileNotFoundError, match=r"no such VAE: rae-mae; choose .* a VAE of `openvision3 fetch --list` such as flux-vae"):
+        load_vae("rae-mae")
     in_hub_cache(tmp_path / "hub", "some/other", "config.json", "diffusion_pytorch_model.safetensors")
     snapshot = find_hub("some/other", (("config.json", "diffusion_pytorch_model.safetensors"),), "the VAE")
     shutil.rmtree(snapshot)

@@ -212,7 +212,7 @@ def test_the_command_writes_an_image_a_sheet_and_the_way(place, tmp_path, capsys
     assert [row["condition"] for row in answer["images"]] == ["red heart", "red heart", "cat face", "cat face"] and answer["guidance"] == 4.0
     assert sorted(path.name for path in out.parent.iterdir()) == ["drawn-1.png", "drawn-2.png", "drawn-3.png", "drawn-4.png", "drawn-strip.png", "drawn.png"]
     assert Image.open(out).size[0] > 64
-    assert main(["generate", "red heart", "-n", "4", *common, "--out", str(out)]) == 0
+    assert main(["generate", "red heart", "-n", "4", *common, "--out", str(out), "--json"]) == 0 and capsys.readouterr().out
     assert Image.open(out).size[1] < 4 * 32, "the four images of one text lie in a square"
     assert main(["generate", "red heart", *common, "--weaker", str(place), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["guidance"] == 2.0

@@ -113,7 +113,7 @@ def _vae(name: str, hub: str, licence: str, channels: int, scale: float = 0, *, 
          files: tuple[File, ...] = (), inside: str = "", gated: bool = False) -> Asset:  # fmt: skip
     expects = {"class": kind, "latent_channels": channels} | ({"scaling_factor": scale} if scale else {})
     files = files or (File(f"{inside}config.json"), File(f"{inside}diffusion_pytorch_model.safetensors"))
-    used_by = "--model.vae.name FOLDER or --vae FOLDER"
+    used_by = f"--model.vae.name {name} or --vae {name}"
     return Asset(name, files, needed_by, licence, hub, gated, used_by, model=Model("vae", _REBUILDS, expects=expects))
 
 
@@ -343,6 +343,12 @@ def find_asset(name: str) -> Asset:
     if name not in ASSETS:
         raise unknown("file to fetch", name, ["all", *ASSETS])
     return ASSETS[name]
+
+
+def vae_hub(name: str) -> str:
+    """The hub repository of a VAE of the table; any other name as it is."""
+    asset = ASSETS.get(name)
+    return asset.hub if asset is not None and asset.model is not None and asset.model.loader == "vae" else name
 
 
 def licence_of(hub: str) -> str:
