@@ -255,7 +255,7 @@ def spaces(parent: Parent) -> Grid:
     Hypothesis: those that both branches have trained.
     Source: the paper's generation table and its ablations; RAE (arXiv 2510.11690). --tokens names the runs of `both` in a grid of `synergy`,
     as in runs/ablate/base/seed-{seed}; its other forks lie beside them, and each seed draws in the models of that seed.
-    Result: undecided at mini scale: no difference of KID is significant after 38,400 samples (docs/generation.md).
+    Result: undecided at mini scale: no difference of KID is significant at 64 px (38,400 samples) or 128 px (19,200; docs/generation.md).
     """
     return Grid([*_of_synergy(parent, "tokens"), Fork("the VAE's latents", {"tokens": "vae:embedded"}, equal_compute=True)])
 
