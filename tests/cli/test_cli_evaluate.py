@@ -495,7 +495,7 @@ def test_two_checkpoints_of_one_name_are_told_apart_by_their_hash(everything, tm
     first = next(row for row in results.rows if row.metric == "psnr")
     for text in (told, page):
         assert f"{first.model} sha256 {first.model_sha256[:12]}" in text and f"{first.model} sha256 abababababab" in text
-    assert cli.main(["evaluate", "table", str(everything), "--out", str(tmp_path / "t.html")]) == 0
+    assert cli.main(["evaluate", "table", str(everything), "--out", str(tmp_path / "new" / "folder" / "t.html")]) == 0
     assert "; " + first.model + " sha256" not in capsys.readouterr().out, "one checkpoint needs no hash in the title"
 
 

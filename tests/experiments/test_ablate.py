@@ -228,8 +228,8 @@ def test_compare_groups_runs_that_differ_in_their_seed_alone(synergy, tmp_path, 
     runs = sorted(map(str, synergy.glob("*/seed-*")))
     groups = read_groups([run for run in runs if "token_norm" not in run])
     assert sorted(len(group.runs) for group in groups) == [2, 2, 2, 2]
-    assert cli.main(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 0
-    assert "±" in capsys.readouterr().out and "encoder_learns_from" in (tmp_path / "page.html").read_text()
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert "±" in capsys.readouterr().out and "encoder_learns_from" in (tmp_path / "new" / "page.html").read_text()
 
 
 def test_two_runs_of_one_seed_are_two_rows(synergy, tmp_path):

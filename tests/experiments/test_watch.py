@@ -238,7 +238,9 @@ def test_nothing_to_draw_is_refused(tmp_path, capsys):
 
 def test_a_png_that_cannot_be_written_is_one_line(tmp_path, capsys):
     write(tmp_path / "a", [row(1)])
-    assert cli.main(["watch", str(tmp_path / "a"), "--png", str(tmp_path / "none/x.png")]) == 2
+    assert cli.main(["watch", str(tmp_path / "a"), "--png", str(tmp_path / "new/x.png")]) == 0 and (tmp_path / "new/x.png").is_file()
+    capsys.readouterr()
+    assert cli.main(["watch", str(tmp_path / "a"), "--png", str(tmp_path / "new/x.png/x.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

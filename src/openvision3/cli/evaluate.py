@@ -233,7 +233,7 @@ def table(options: TableOptions) -> int:
 
     if not options.results:
         raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
-    output_folder(str(Path(options.out).parent))
+    output_folder(str(Path(options.out).parent)).mkdir(parents=True, exist_ok=True)
     paths = list({os.path.realpath(path): path for path in options.results}.values())
     all_results = [Results.load(path) for path in paths]
     rows = list(dict.fromkeys(row for results in all_results for row in results.rows))

@@ -250,9 +250,10 @@ def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> i
     """
     from openvision3.experiments.compare import format_tables, list_values, read_groups, write_comparison
 
-    groups = read_groups(runs)
     if Path(out).suffix != ".html":
         raise ValueError(f"out {out} must be the name of a page, such as compare.html")
+    groups = read_groups(runs)
+    output_folder(str(Path(out).parent)).mkdir(parents=True, exist_ok=True)
     page = write_comparison(Path(out), "Runs compared", f"{sum(len(group.runs) for group in groups)} runs.", groups)
     print(dumps(list_values(groups), indent=2) if json else f"{format_tables(groups)}\npage: {page.resolve()}")
     return 0
@@ -270,6 +271,7 @@ def watch(runs: Runs, once: bool = False, png: PathName = "", metrics: tuple[str
     from openvision3.experiments import watch as watching
 
     if png:
+        output_folder(str(Path(png).parent)).mkdir(parents=True, exist_ok=True)
         print(f"{png}: {watching.draw(runs, png, metrics)} panels")
     else:
         watching.watch(runs, once=once, metrics=metrics, every=every)
