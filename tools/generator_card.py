@@ -27,6 +27,7 @@ from openvision3.evaluate.tables import shown
 from openvision3.files import write_whole
 from openvision3.generate.flow import Sampling
 from openvision3.generate.folder import find, read
+from openvision3.understand.facts import join
 
 TRIED = (
     *("a yellow star", "a red apple", "pizza", "cat face", "a house", "a green heart", "a blue dog face", "a purple apple"),
@@ -100,7 +101,7 @@ def card(options: Options, sheets: list[tuple[str, Path]], unheard: Sequence[str
     name = options.model
     drawn = "\n\n".join(f"**{title}**\n\n![{title}]({options.link(path)})" for title, path in sheets)
     if unheard:
-        drawn = f"Of the first sheet no training drawing has the name {', '.join(unheard[:-1])}{' or ' * (len(unheard) > 1)}{unheard[-1]}.\n\n{drawn}"
+        drawn = f"Of the first sheet no training drawing has the name {join(unheard)}.\n\n{drawn}"
     return f"""---
 library_name: openvision3
 pipeline_tag: text-to-image

@@ -44,7 +44,7 @@ from openvision3.draws import hash_share
 from openvision3.evaluate.results import DRAWING_KINDS, SEEN_CONCEPT, UNSEEN_CONCEPT, UNSEEN_STYLE
 from openvision3.files import sha256_of, write_whole
 from openvision3.progress import track
-from openvision3.understand.facts import SHOWN, colour_of, main_colours, with_article
+from openvision3.understand.facts import colour_of, with_article
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -280,10 +280,13 @@ def draw_words(package: Package, keywords: dict[str, list[str]]) -> tuple[list[D
             left_out["the same icon at another size"] += 1
             if size <= sizes[base]:
                 continue
-        styled = f"{caption}, {package.style.replace('-', ' ')} style"
-        captions = tuple(dict.fromkeys(text for text in (*others, styled) if text and text != caption))
+        captions = tuple(dict.fromkeys(text for text in (*others, with_style(caption, package.style)) if text and text != caption))
         drawings[base], sizes[base] = Drawing(package.style, icon, caption, captions, family, member), size
     return list(drawings.values()), left_out
+
+
+def with_style(caption: str, style: str) -> str:
+    return f"{caption}, {style.replace('-', ' ')} style"
 
 
 def with_colour(caption: str, png: bytes) -> str:
@@ -324,11 +327,11 @@ def other_colours(drawing: Drawing, png: bytes, count: int, held: frozenset[str]
         if made == count or other == colour or name == drawing.caption or name in held or concept_share(name) < openmoji.UNSEEN_CONCEPT_SHARE:
             continue
         changed = recoloured(image, other)
-        if changed and colour_of(name, changed)[0] == other and main_colours(changed)[0][other] >= SHOWN:
+        if changed and colour_of(name, changed)[0] == other:
             made += 1
             data = io.BytesIO()
             changed.save(data, "PNG")
-            yield replace(drawing, caption=name, captions=(f"{name}, {drawing.style.replace('-', ' ')} style",), family=name), data.getvalue()
+            yield replace(drawing, caption=name, captions=(with_style(name, drawing.style),), family=name), data.getvalue()
 
 
 def recoloured(image: Image.Image, colour: str) -> Image.Image | None:
@@ -568,9 +571,8 @@ def run(folder: Path, out: Path, size: int = 256, background: str = "mixed", wor
         raise ValueError(f"{folder} is not a folder; name the one that holds the package files (*.tgz)")
     packages, keywords = read_packages(folder)
     shards, record = plan_shards(packages, keywords, out, size, background, recolour, everyday)
-    settings = (
-        {"size": size, "background": background, "styles": record} | ({"recolour": recolour} if recolour else {}) | ({"everyday": True} if everyday else {})
-    )
+    settings: dict[str, Any] = {"size": size, "background": background, "styles": record}
+    settings |= {name: value for name, value in (("recolour", recolour), ("everyday", everyday)) if value}
     out.mkdir(parents=True, exist_ok=True)
     recorded = out / "drawings.json"
     if recorded.is_file() and json.loads(recorded.read_text()) != settings:

@@ -97,7 +97,7 @@ def write_commands(options: Options, folder: Path) -> None:
 
 def stopped(run: Path) -> str:
     planned = json.loads((run / "config.json").read_text(encoding="utf-8"))["steps"]
-    step = max(int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").glob("step-*"))
+    step = int(hub.complete_checkpoints(run)[-1].name.removeprefix("step-"))
     return f"  # stopped at step {step:,}" if step < planned else ""
 
 

@@ -73,9 +73,9 @@ def test_public_weights_draw_with_the_rae_whose_tokens_they_were_trained_on(tmp_
     without = tmp_path / "without.safetensors"
     save_file({name: value for name, value in state.items() if "_rope" not in name}, without)
     drawn = out.read_bytes()
-    told = [*(str(without) if word == str(file) else word for word in argv), "--tokens", rae]
-    assert main(told) == 2 and "elsewhere both with --heads TRUNK HEAD" in capsys.readouterr().err
-    assert main([*told, "--heads", "2", "4"]) == 0 and out.read_bytes() == drawn
+    command = [*(str(without) if word == str(file) else word for word in argv), "--tokens", rae]
+    assert main(command) == 2 and "elsewhere both with --heads TRUNK HEAD" in capsys.readouterr().err
+    assert main([*command, "--heads", "2", "4"]) == 0 and out.read_bytes() == drawn
     assert main([*argv, "--tokens", rae, "--heads", "4", "4"]) == 2 and "has 2 and 4 attention heads, not 4 and 4; leave --heads out" in capsys.readouterr().err
     generator = load_generator(file, tokens=rae, device="cpu")
     torch.testing.assert_close(generator.draw_tokens(labels=3, sampling=Sampling(steps=4)), tokens, rtol=1e-3, atol=1e-3 * float(tokens.abs().max()))

@@ -128,6 +128,11 @@ def output_folder(name: str, data: Sequence[str] = ()) -> Path:
     return folder
 
 
+def make_folder_of(file: str) -> None:
+    """Make the folder that a file is written into. Raises ValueError where nothing can be written."""
+    output_folder(str(Path(file).parent)).mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def warnings_on_stderr(shown: bool = True) -> Iterator[None]:
     """Each warning of the block becomes one line on stderr when the block ends; with `shown` False, none does."""

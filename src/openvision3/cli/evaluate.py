@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import output_folder, parse
+from openvision3.cli.common import make_folder_of, output_folder, parse
 from openvision3.evaluate.options import GENERATION, KINDS, VQA, GenerationOptions, VqaOptions
 from openvision3.evaluate.options import Options as Settings
 from openvision3.settings import PathName, unknown
@@ -233,7 +233,7 @@ def table(options: TableOptions) -> int:
 
     if not options.results:
         raise ValueError("no results named; give folders that openvision3 evaluate wrote, or their results.json")
-    output_folder(str(Path(options.out).parent)).mkdir(parents=True, exist_ok=True)
+    make_folder_of(options.out)
     paths = list({os.path.realpath(path): path for path in options.results}.values())
     all_results = [Results.load(path) for path in paths]
     rows = list(dict.fromkeys(row for results in all_results for row in results.rows))

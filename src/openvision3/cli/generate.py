@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from openvision3.cli.common import Device, Json, output_folder, warnings_on_stderr
 from openvision3.files import write_whole
 from openvision3.settings import PathName
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Texts = Positional[Annotated[tuple[str, ...], arg(metavar="TEXT ...", help="what to draw, such as 'a red heart'")]]
 
@@ -76,12 +80,7 @@ def generate(
     files = [target] if len(images) == 1 else [target.with_name(f"{target.stem}-{number}.png") for number in range(1, len(images) + 1)]
     sheets: dict[Path, Any] = {}
     if len(images) > 1:
-        if len(conditions) == 1:  # no column of sixteen images
-            across = math.ceil(math.sqrt(count))
-            sheets[target] = grid([images[i : i + across] for i in range(0, count, across)], [conditions[0][:40]])
-        else:
-            columns = [images[i : i + count] for i in range(0, len(images), count)]
-            sheets[target] = grid(list(zip(*columns, strict=True)), [text[:40] for text in conditions])
+        sheets[target] = grid(_rows(images, count), [text[:40] for text in conditions])
     if strip:
         frames = [generator.images_of(way[step])[0] for step in sorted(shown)]
         sheets[target.with_name(f"{target.stem}-strip.png")] = grid([frames], [f"step {step}" for step in sorted(shown)])
@@ -91,3 +90,11 @@ def generate(
     answer = {"images": rows, "sheets": [str(file) for file in sheets], "guidance": strength, "steps": steps, "method": method, "seed": seed}
     print(dumps(answer, indent=2) if json else "\n".join([*(f"{row['condition'] or 'image'} -> {row['file']}" for row in rows), *map(str, sheets)]))
     return 0
+
+
+def _rows(images: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:
+    """The sheet of all images: a column of `count` for each text; of one text a square."""
+    if len(images) == count:
+        across = math.ceil(math.sqrt(count))
+        return [images[i : i + across] for i in range(0, count, across)]
+    return [images[i::count] for i in range(count)]

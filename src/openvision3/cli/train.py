@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from openvision3.cli.common import Device, Json, output_folder, parse
+from openvision3.cli.common import Device, Json, make_folder_of, output_folder, parse
 from openvision3.cli.paths import check_apart
 from openvision3.settings import PathName, unknown
 
@@ -253,7 +253,7 @@ def compare(runs: Runs, out: PathName = "compare.html", json: Json = False) -> i
     if Path(out).suffix != ".html":
         raise ValueError(f"out {out} must be the name of a page, such as compare.html")
     groups = read_groups(runs)
-    output_folder(str(Path(out).parent)).mkdir(parents=True, exist_ok=True)
+    make_folder_of(out)
     page = write_comparison(Path(out), "Runs compared", f"{sum(len(group.runs) for group in groups)} runs.", groups)
     print(dumps(list_values(groups), indent=2) if json else f"{format_tables(groups)}\npage: {page.resolve()}")
     return 0
@@ -271,7 +271,7 @@ def watch(runs: Runs, once: bool = False, png: PathName = "", metrics: tuple[str
     from openvision3.experiments import watch as watching
 
     if png:
-        output_folder(str(Path(png).parent)).mkdir(parents=True, exist_ok=True)
+        make_folder_of(png)
         print(f"{png}: {watching.draw(runs, png, metrics)} panels")
     else:
         watching.watch(runs, once=once, metrics=metrics, every=every)

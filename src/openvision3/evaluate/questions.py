@@ -137,15 +137,16 @@ class QuestionSet:
                 question = layout.question(row, path)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise ValueError(f"{path}: question {number} cannot be read: {type(error).__name__} {short(error)}") from error
-            if question is not None and question.key in found:
+            if question is None:
+                continue
+            if question.key in found:
                 raise ValueError(
                     f"question {number} of {path} is called {question.key}, as is {found[question.key]}; name each file once, and evaluate different ones apart"
                 )
-            if question is not None:
-                found[question.key] = f"question {number} of {path}"
-                self.questions.append(question)
-                if place is not None and row.get("image"):
-                    self.tables.add(question.image, place)
+            found[question.key] = f"question {number} of {path}"
+            self.questions.append(question)
+            if place is not None and row.get("image"):
+                self.tables.add(question.image, place)
         if not number:
             raise ValueError(f"{path} holds no questions: it {holds(path)}")
 

@@ -191,5 +191,5 @@ def with_article(name: str) -> str:
 
 
 def join(names: Sequence[str]) -> str:
-    """a, b or c"""
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    """a, b or c; a single name as it is"""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
